@@ -1,0 +1,1 @@
+"""Recipes a person runs from a clone: ``python -m examples.quickstart``."""

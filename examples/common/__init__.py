@@ -1,0 +1,1 @@
+"""What several examples share: photographs, small networks, the run directory."""

@@ -1,0 +1,85 @@
+"""Which real photographs are at hand without a download?
+
+Those in the wheels of scikit-image and scikit-learn. They are split once and for all: the prior that ships was trained
+on ``TRAIN``, and nothing in this project trains on ``HELD_OUT``.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TRAIN = (
+    "astronaut",
+    "brick",
+    "china",
+    "clock",
+    "coins",
+    "flower",
+    "grass",
+    "gravel",
+    "hubble_deep_field",
+    "immunohistochemistry",
+    "moon",
+    "motorcycle_left",
+    "motorcycle_right",
+    "retina",
+)
+HELD_OUT = ("camera", "chelsea", "coffee", "rocket")
+
+
+def load_photo(name: str) -> Tensor:
+    """One photograph as a (3, H, W) float tensor in [0, 1]; grey ones have three equal channels."""
+    import skimage.data
+    from sklearn.datasets import load_sample_image
+
+    if name in ("china", "flower"):
+        pixels = load_sample_image(f"{name}.jpg")
+    elif name.startswith("motorcycle_"):
+        pixels = skimage.data.stereo_motorcycle()[("left", "right").index(name.removeprefix("motorcycle_"))]
+    else:
+        pixels = getattr(skimage.data, name)()
+    if pixels.ndim == 2:
+        pixels = np.stack([pixels] * 3, axis=-1)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
+
+
+def pyramid(photo: Tensor, smallest: int, scales: Sequence[float] = (1.0, 0.75, 0.5)) -> list[Tensor]:
+    """The photograph at several sizes (antialiased), as far as its short side stays at least ``smallest``.
+
+    Shrunk photographs are sharper: they hold the fine detail that the camera's optics took from the full size.
+    """
+    sizes = [(round(photo.shape[1] * s), round(photo.shape[2] * s)) for s in scales]
+    return [
+        F.interpolate(photo[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)
+        for size in sizes
+        if min(size) >= smallest
+    ]
+
+
+def random_crops(photos: Sequence[Tensor], count: int, size: int, generator: torch.Generator) -> Tensor:
+    """``count`` square crops, each from a random photograph, turned and mirrored at random: (count, 3, size, size)."""
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (), generator=generator))
+
+    crops = []
+    for _ in range(count):
+        photo = photos[draw(len(photos))]
+        top, left = draw(photo.shape[1] - size + 1), draw(photo.shape[2] - size + 1)
+        crop = photo[:, top : top + size, left : left + size].rot90(draw(4), dims=(1, 2))
+        crops.append(crop.flip(2) if draw(2) else crop)
+    return torch.stack(crops)
+
+
+def grid_crops(photo: Tensor, size: int, count: int) -> Tensor:
+    """``count`` crops spread evenly over the photograph, the same at every call: (count, 3, size, size)."""
+    height, width = photo.shape[1] - size, photo.shape[2] - size
+    rows = max(1, round((count * photo.shape[1] / photo.shape[2]) ** 0.5))
+    columns = -(-count // rows)
+    centres = [((r + 0.5) / rows, (c + 0.5) / columns) for r in range(rows) for c in range(columns)]
+    chosen = [centres[i * len(centres) // count] for i in range(count)]
+    corners = [(round(y * height), round(x * width)) for y, x in chosen]
+    return torch.stack([photo[:, top : top + size, left : left + size] for top, left in corners])

@@ -1,0 +1,1 @@
+"""DiffLoss: training the small prior that ships."""

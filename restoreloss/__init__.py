@@ -1,0 +1,32 @@
+"""Losses that make an image-restoration network better by what it is trained with.
+
+>>> loss = DiffLoss(small_prior())
+>>> total = nn.functional.l1_loss(restored, clean) + 0.1 * loss(restored, clean)
+"""
+
+from restoreloss.diffusion.denoisers import Denoiser, as_denoiser
+from restoreloss.diffusion.prior import small_prior
+from restoreloss.diffusion.schedule import NoiseSchedule
+from restoreloss.frozen import FrozenNetwork, frozen
+from restoreloss.objectives.base import Objective
+from restoreloss.objectives.diffloss import DiffLoss
+from restoreloss.objectives.weighted_sum import WeightedSum
+from restoreloss.training.audit import AuditReport, TermAudit, audit, calibrate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AuditReport",
+    "Denoiser",
+    "DiffLoss",
+    "FrozenNetwork",
+    "NoiseSchedule",
+    "Objective",
+    "TermAudit",
+    "WeightedSum",
+    "as_denoiser",
+    "audit",
+    "calibrate",
+    "frozen",
+    "small_prior",
+]

@@ -1,0 +1,18 @@
+"""Import a package that is not needed for ``import restoreloss``, or say which one is missing."""
+
+from importlib import import_module
+from typing import Any
+
+
+def require(module: str, *, purpose: str, install: str) -> Any:
+    """Import ``module``.
+
+    Raises:
+        ImportError: Naming the module, what needed it (``purpose``) and what to ``install``.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise  # the package is here; something that it needs itself is not
+        raise ImportError(f"{purpose} needs `{error.name}`, which is not installed: pip install {install}") from error

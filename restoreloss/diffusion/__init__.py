@@ -1,0 +1,1 @@
+"""The ground floor: noise schedules, denoisers and the prior that ships."""

@@ -1,0 +1,363 @@
+"""How does any diffusion model become "noisy image and timestep in, noise and h-space out"?
+
+:func:`as_denoiser` wraps what people have (a diffusers U-Net, a guided-diffusion U-Net, a function) in a
+:class:`Denoiser`, which hides the differences: conditioning, learned variance, prediction type, dtype, and where the
+bottleneck is.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from restoreloss.diffusion.schedule import NoiseSchedule
+
+Conditioning: TypeAlias = Tensor | Mapping[str, Any]
+"""A tensor for the model's one conditioning argument, or its keyword arguments; tensors of 1 or N rows."""
+
+
+class _Reached(Exception):
+    """The bottleneck has been computed and nothing after it is wanted."""
+
+
+class _Tap:
+    """A forward hook that hands the bottleneck to the call that asked for it, in the thread that asked.
+
+    It is set once, when the denoiser is made, because a hook that is set after a network's first compiled call never
+    fires. While nobody asks it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.wanted: dict[int, bool] = {}  # thread -> stop there?
+        self.taken: dict[int, Tensor] = {}
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        key = _thread()
+        if key in self.wanted:
+            self.taken[key] = output[0] if isinstance(output, tuple) else output
+            if self.wanted[key]:
+                raise _Reached
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"wanted": {}, "taken": {}}  # a copy is made between calls, and belongs to none
+
+
+def _thread() -> int:
+    # dynamo cannot trace get_ident, and a compiled graph is entered by one thread at a time
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+class Denoiser(nn.Module):
+    """A diffusion model seen as ``(x_t, t) -> noise`` with a bottleneck. Made by :func:`as_denoiser`.
+
+    Attributes:
+        model: the wrapped model.
+        schedule: the :class:`NoiseSchedule` it was trained with.
+        multiple: what height and width must be multiples of (1 where the model does not tell).
+        in_channels: the channels it reads, or None where the model does not tell.
+        has_bottleneck: True, False, or None where only a call can tell (plain callables).
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        schedule: NoiseSchedule,
+        *,
+        conditioning: Conditioning | None = None,
+        conditioning_name: str | None = None,
+        bottleneck: nn.Module | None = None,
+        has_bottleneck: bool | None = None,
+        multiple: int = 1,
+        in_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.schedule = schedule
+        self.multiple = multiple
+        self.in_channels = in_channels
+        self.has_bottleneck = has_bottleneck
+        self._conditioning_name = conditioning_name
+        self._conditioning = conditioning
+        self._tap = _Tap() if bottleneck is not None else None
+        if bottleneck is not None and self._tap is not None:
+            bottleneck.register_forward_hook(self._tap)
+
+    def forward(self, noisy: Tensor, t: Tensor | int) -> Tensor:
+        """The predicted noise, in the shape and dtype of ``noisy``.
+
+        Args:
+            noisy: x_t in the range the model was trained on, shape (N, C, H, W).
+            t: timesteps in [0, T), shape (N,), or one for all.
+        """
+        t = self.expand_timestep(t, noisy)
+        return self._noise(self._run(noisy, t), noisy, t)
+
+    def with_bottleneck(self, noisy: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
+        """The predicted noise and the h-space of the same pass (arguments as in :meth:`forward`).
+
+        Raises:
+            ValueError: If the model has no bottleneck that can be found.
+        """
+        t = self.expand_timestep(t, noisy)
+        if self._tap is None:
+            output = self._run(noisy, t)
+            return self._noise(output, noisy, t), self._second(output)
+        output, h = self._tapped(noisy, t, stop=False)
+        return self._noise(output, noisy, t), h
+
+    def bottleneck(self, noisy: Tensor, t: Tensor | int) -> Tensor:
+        """The h-space alone; a U-Net stops there and its decoder is never run (arguments as in :meth:`forward`).
+
+        Raises:
+            ValueError: If the model has no bottleneck that can be found.
+        """
+        t = self.expand_timestep(t, noisy)
+        if self._tap is None:
+            return self._second(self._run(noisy, t))
+        return self._tapped(noisy, t, stop=True)[1]
+
+    def _tapped(self, noisy: Tensor, t: Tensor, *, stop: bool) -> tuple[Any, Tensor]:
+        tap, key, output = self._tap, _thread(), None
+        assert tap is not None
+        tap.wanted[key] = stop
+        try:
+            output = self._run(noisy, t)
+        except _Reached:
+            pass
+        finally:
+            del tap.wanted[key]
+            h = tap.taken.pop(key, None)
+        if h is None:
+            raise RuntimeError(
+                "The model ran without passing its bottleneck. If it was compiled and called before it was wrapped, "
+                "wrap it first: hooks set after the first compiled call never fire."
+            )
+        return output, h
+
+    def _run(self, noisy: Tensor, t: Tensor) -> Any:
+        weights = next(self.parameters(), None)
+        dtype = noisy.dtype if weights is None else weights.dtype
+        conditioning = _rows(self._conditioning, like=noisy, dtype=dtype)
+        if conditioning is None:
+            return self.model(noisy.to(dtype), t)
+        if isinstance(conditioning, dict):
+            return self.model(noisy.to(dtype), t, **conditioning)
+        if self._conditioning_name is None:
+            return self.model(noisy.to(dtype), t, conditioning)
+        return self.model(noisy.to(dtype), t, **{self._conditioning_name: conditioning})
+
+    def _noise(self, output: Any, noisy: Tensor, t: Tensor) -> Tensor:
+        prediction = _first(output)
+        channels = noisy.shape[1]
+        if prediction.ndim == noisy.ndim and prediction.shape[1] == 2 * channels:
+            prediction = prediction[:, :channels]  # learned variance: the second half is not the noise
+        if prediction.shape != noisy.shape:
+            raise ValueError(
+                f"The denoiser should return the shape of its input {tuple(noisy.shape)} (or twice its channels, with "
+                f"a learned variance), found {tuple(prediction.shape)}."
+            )
+        return self.schedule.to_noise(prediction.to(noisy.dtype), noisy, t)
+
+    def _second(self, output: Any) -> Tensor:
+        if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Tensor):
+            return output[1]
+        raise ValueError(
+            f"{type(self.model).__name__} has no bottleneck: expected a `mid_block` (diffusers), a `middle_block` "
+            "(guided-diffusion) or a callable that returns (noise, h), found none of them. Leave the h-space out "
+            "(h_space_weight=0), or return (noise, h)."
+        )
+
+    def expand_timestep(self, t: Tensor | int, noisy: Tensor) -> Tensor:
+        """Timesteps of shape (N,) on the device of ``noisy``, from as many or from one.
+
+        Raises:
+            ValueError: If they are not integers in [0, T), or neither one nor N.
+        """
+        self.schedule.check_timestep(t)
+        t = torch.as_tensor(t, device=noisy.device)
+        if t.ndim > 1 or t.numel() not in (1, len(noisy)):
+            raise ValueError(
+                f"`timestep` should be one integer or {len(noisy)} of them, found a tensor of shape {tuple(t.shape)}."
+            )
+        return t.reshape(-1).expand(len(noisy))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Denoiser":
+        super()._apply(fn, recurse)
+        self._conditioning = _map_tensors(fn, self._conditioning)
+        return self
+
+
+def as_denoiser(
+    model: Callable[..., Any], schedule: Any = None, *, conditioning: Conditioning | None = None
+) -> Denoiser:
+    """Wrap any diffusion model as a :class:`Denoiser`.
+
+    ============================================ =================== ==========================================
+    model                                        bottleneck          conditioning, where the model wants one
+    ============================================ =================== ==========================================
+    diffusers UNet2DModel                        ``mid_block``       class labels (1,) or (N,)
+    diffusers UNet2DConditionModel               ``mid_block``       hidden states (1 or N, L, D), or keywords
+    guided-diffusion U-Net (or its (out, h) fork) ``middle_block``   ``y``, class labels (1,) or (N,)
+    ``f(x_t, t)``                                none                third argument, or keywords
+    ``f(x_t, t)`` that returns (noise, h)        h                   third argument, or keywords
+    ============================================ =================== ==========================================
+
+    The model is neither copied, moved nor frozen. A U-Net gets one forward hook; a guided-diffusion U-Net has its own
+    activation checkpointing switched off, which fails on frozen weights.
+
+    Args:
+        model: one of the above. A function that closes over a network keeps that network's gradients: freeze it.
+        schedule: a :class:`NoiseSchedule`, a diffusers scheduler or a table of ``alphas_cumprod``; its
+            ``prediction_type`` says how the model's output is read. Default: the linear schedule of DDPM and ADM.
+        conditioning: fixed for every call; tensors with one row are expanded to the batch. A mapping is passed as
+            keyword arguments (``{"encoder_hidden_states": ..., "added_cond_kwargs": {...}}`` for SDXL).
+
+    Returns:
+        The denoiser; a ``Denoiser`` is returned as it is.
+
+    Raises:
+        ValueError: If ``model`` is no such thing or needs a conditioning that is not given, or ``schedule`` has no
+            ``alphas_cumprod``.
+
+    Example:
+        >>> denoiser = as_denoiser(lambda x_t, t: (0.5 * x_t, x_t.mean(dim=(2, 3))))
+        >>> noise, h = denoiser.with_bottleneck(torch.ones(2, 3, 4, 4), t=10)
+        >>> noise.shape, h.shape
+        (torch.Size([2, 3, 4, 4]), torch.Size([2, 3]))
+    """
+    if isinstance(model, Denoiser):
+        if conditioning is not None or (schedule is not None and schedule is not model.schedule):
+            raise ValueError(
+                "`model` is a Denoiser, which has its schedule and conditioning already: give them to `as_denoiser` "
+                "with the bare model instead."
+            )
+        return model
+    if hasattr(model, "unet") and hasattr(model, "scheduler"):
+        raise ValueError(
+            f"`model` should be a network, found a {type(model).__name__}: pass `pipeline.unet` and, as `schedule`, "
+            "`pipeline.scheduler`."
+        )
+    if not callable(model):
+        raise ValueError(f"`model` should be a network or a callable f(x_t, t), found {type(model).__name__}.")
+    _check_conditioning(conditioning)
+
+    inner: Any = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    schedule = _as_schedule(schedule)
+    if isinstance(inner, nn.Module) and hasattr(inner, "mid_block"):
+        _check_diffusers_conditioning(inner, conditioning)
+        downsamplers = [getattr(block, "downsamplers", None) for block in getattr(inner, "down_blocks", ())]
+        return Denoiser(
+            model,
+            schedule,
+            conditioning=conditioning,
+            conditioning_name="encoder_hidden_states" if _is_conditional(inner) else "class_labels",
+            bottleneck=inner.mid_block,
+            has_bottleneck=inner.mid_block is not None,
+            multiple=2 ** sum(downsampler is not None for downsampler in downsamplers),
+            in_channels=getattr(getattr(inner, "config", None), "in_channels", None),
+        )
+    if isinstance(inner, nn.Module) and hasattr(inner, "middle_block"):
+        if getattr(inner, "num_classes", None) is not None and conditioning is None:
+            raise ValueError("`conditioning` should be class labels of shape (1,) or (N,) for this model, found None.")
+        _bypass_own_checkpointing(inner)
+        return Denoiser(
+            model,
+            schedule,
+            conditioning=conditioning,
+            conditioning_name="y",
+            bottleneck=inner.middle_block,
+            has_bottleneck=True,
+            multiple=2 ** sum(map(_downsamples, getattr(inner, "input_blocks", ()))),
+            in_channels=getattr(inner, "in_channels", None),
+        )
+    return Denoiser(model, schedule, conditioning=conditioning)
+
+
+def _as_schedule(schedule: Any) -> NoiseSchedule:
+    if schedule is None:
+        return NoiseSchedule.linear()
+    if isinstance(schedule, NoiseSchedule):
+        return schedule
+    return NoiseSchedule(schedule) if isinstance(schedule, Tensor) else NoiseSchedule.from_diffusers(schedule)
+
+
+def _is_conditional(model: Any) -> bool:
+    return getattr(getattr(model, "config", None), "cross_attention_dim", None) is not None
+
+
+def _check_diffusers_conditioning(model: Any, conditioning: Conditioning | None) -> None:
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if config is None:
+        return
+    if _is_conditional(model) and conditioning is None:
+        raise ValueError(
+            f"`conditioning` should be hidden states of shape (1 or N, tokens, {config.cross_attention_dim}) for "
+            f"{name}, found None."
+        )
+    if getattr(config, "addition_embed_type", None) is not None and not (
+        isinstance(conditioning, Mapping) and "added_cond_kwargs" in conditioning
+    ):
+        raise ValueError(
+            f"`conditioning` should be a mapping with `added_cond_kwargs` for this {name} "
+            f"(addition_embed_type={config.addition_embed_type!r}), found {type(conditioning).__name__}."
+        )
+    if getattr(model, "class_embedding", None) is not None and not _is_conditional(model) and conditioning is None:
+        raise ValueError(f"`conditioning` should be class labels of shape (1,) or (N,) for this {name}, found None.")
+
+
+def _check_conditioning(conditioning: Any) -> None:
+    if conditioning is not None and not isinstance(conditioning, Tensor | Mapping):
+        raise ValueError(
+            f"`conditioning` should be a tensor or a mapping of keyword arguments, found {type(conditioning).__name__}."
+        )
+
+
+def _downsamples(block: nn.Module) -> bool:
+    # by name: guided-diffusion is copied from repository to repository, not installed
+    return any(type(module).__name__ == "Downsample" for module in block.modules())
+
+
+def _bypass_own_checkpointing(model: nn.Module) -> None:
+    """Let guided-diffusion's blocks run directly.
+
+    Their ``forward`` is ``checkpoint(self._forward, ...)``, whose backward asks for the gradient of every parameter and
+    raises on frozen ones; the attention blocks leave no switch for it.
+    """
+    for module in model.modules():
+        if callable(getattr(module, "_forward", None)):
+            module.forward = module._forward  # type: ignore[assignment]
+
+
+def _first(output: Any) -> Tensor:
+    """The prediction in a tensor, a tuple or a diffusers output."""
+    prediction = getattr(output, "sample", output)
+    if isinstance(prediction, tuple) and prediction:
+        prediction = prediction[0]
+    if not isinstance(prediction, Tensor):
+        kind = type(output).__name__
+        raise ValueError(f"The denoiser should return a tensor, (noise, h) or an object with `.sample`, found {kind}.")
+    return prediction
+
+
+def _rows(conditioning: Any, *, like: Tensor, dtype: torch.dtype) -> Any:
+    """Conditioning for this batch: tensors on its device, in the model's dtype, expanded to its rows."""
+
+    def fit(value: Tensor) -> Tensor:
+        value = value.to(like.device, dtype if value.is_floating_point() else None)
+        if value.ndim == 0 or len(value) == 1:
+            return value.expand(len(like), *value.shape[1:])
+        if len(value) != len(like):
+            raise ValueError(f"`conditioning` should have 1 or {len(like)} rows for this batch, found {len(value)}.")
+        return value
+
+    return _map_tensors(fit, conditioning)
+
+
+def _map_tensors(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, Mapping):
+        return {key: _map_tensors(fn, item) for key, item in value.items()}
+    return value

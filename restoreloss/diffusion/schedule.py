@@ -1,0 +1,232 @@
+"""How much noise is in ``x_t``, and how to get from one description of it to another.
+
+A :class:`NoiseSchedule` is the table ``alphas_cumprod`` of a discrete diffusion model together with what the model
+predicts. Everything in this library that mixes, removes or converts noise asks this one place.
+"""
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
+
+class NoiseSchedule(nn.Module):
+    r"""The noise levels of a variance-preserving diffusion model.
+
+    .. math:: x_t = \sqrt{\bar\alpha_t}\, x + \sqrt{1 - \bar\alpha_t}\, \epsilon
+
+    The square roots are computed once in float64 and kept in float32. They follow ``.to(device)`` but not
+    ``.half()``: in bfloat16 the noise of the first timesteps would round to none at all.
+
+    Args:
+        alphas_cumprod: :math:`\bar\alpha_t` for t = 0..T-1, shape (T,), within [0, 1], never rising.
+        prediction_type: what the model that was trained with this schedule predicts: the noise ("epsilon"), the
+            velocity :math:`\sqrt{\bar\alpha_t}\epsilon - \sqrt{1 - \bar\alpha_t}x` ("v_prediction") or the clean
+            image ("sample").
+
+    Raises:
+        ValueError: If ``alphas_cumprod`` is no such table, or ``prediction_type`` is unknown.
+
+    Example:
+        >>> schedule = NoiseSchedule.linear()
+        >>> x, noise, t = torch.rand(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([10, 500])
+        >>> x_t = schedule.add_noise(x, noise, t)
+        >>> torch.allclose(schedule.predict_x0(x_t, noise, t), x, atol=1e-5)
+        True
+
+    Source: Ho et al. 2020 (Eq. 4); Salimans & Ho 2022 for v. In DiffLoss it is Eq. (7).
+    """
+
+    alphas_cumprod: Tensor
+    signal: Tensor
+    sigma: Tensor
+
+    def __init__(self, alphas_cumprod: Tensor, *, prediction_type: PredictionType = "epsilon") -> None:
+        super().__init__()
+        alphas_cumprod = torch.as_tensor(alphas_cumprod).detach()
+        if alphas_cumprod.ndim != 1 or len(alphas_cumprod) == 0 or not alphas_cumprod.is_floating_point():
+            raise ValueError(
+                "`alphas_cumprod` should be a floating-point tensor of shape (T,), found "
+                f"{alphas_cumprod.dtype} of shape {tuple(alphas_cumprod.shape)}."
+            )
+        exact = alphas_cumprod.to("cpu", torch.float64)
+        if not (exact.min() >= 0 and exact.max() <= 1 and bool((exact.diff() <= 0).all())):
+            raise ValueError(
+                "`alphas_cumprod` should fall from at most 1 to at least 0, found values from "
+                f"{exact[0]:.6g} to {exact[-1]:.6g} (is it a table of betas or of sigmas?)."
+            )
+        if prediction_type not in get_args(PredictionType):
+            raise ValueError(
+                f"`prediction_type` should be one of {get_args(PredictionType)}, found {prediction_type!r}."
+            )
+        self.prediction_type = prediction_type
+        device = alphas_cumprod.device
+        self.register_buffer("alphas_cumprod", exact.to(device, torch.float32), persistent=False)
+        self.register_buffer("signal", exact.sqrt().to(device, torch.float32), persistent=False)
+        self.register_buffer("sigma", (1 - exact).sqrt().to(device, torch.float32), persistent=False)
+
+    @classmethod
+    def linear(
+        cls,
+        num_timesteps: int = 1000,
+        *,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        prediction_type: PredictionType = "epsilon",
+    ) -> "NoiseSchedule":
+        """Betas on a line: DDPM, ADM and the prior of DiffLoss."""
+        betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+        return cls(torch.cumprod(1 - betas, dim=0), prediction_type=prediction_type)
+
+    @classmethod
+    def scaled_linear(
+        cls,
+        num_timesteps: int = 1000,
+        *,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        prediction_type: PredictionType = "epsilon",
+    ) -> "NoiseSchedule":
+        """Square roots of the betas on a line: latent diffusion and Stable Diffusion."""
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2
+        return cls(torch.cumprod(1 - betas, dim=0), prediction_type=prediction_type)
+
+    @classmethod
+    def cosine(
+        cls,
+        num_timesteps: int = 1000,
+        *,
+        offset: float = 0.008,
+        max_beta: float = 0.999,
+        prediction_type: PredictionType = "epsilon",
+    ) -> "NoiseSchedule":
+        """Squared cosine (Nichol & Dhariwal 2021, Eq. 17), betas clipped at ``max_beta``."""
+        time = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
+        abar = torch.cos((time + offset) / (1 + offset) * math.pi / 2) ** 2
+        betas = (1 - abar[1:] / abar[:-1]).clamp(max=max_beta)
+        return cls(torch.cumprod(1 - betas, dim=0), prediction_type=prediction_type)
+
+    @classmethod
+    def from_diffusers(cls, scheduler: Any) -> "NoiseSchedule":
+        """Take ``alphas_cumprod`` and ``config.prediction_type`` from a diffusers scheduler.
+
+        Raises:
+            ValueError: If the scheduler has no ``alphas_cumprod``: flow-matching, EDM, VE and consistency schedulers
+                describe their noise by sigmas, and reading those as a variance-preserving table would be wrong.
+        """
+        alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+        if not isinstance(alphas_cumprod, Tensor):
+            raise ValueError(
+                "`scheduler` should have a tensor `alphas_cumprod` (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), "
+                f"found {type(scheduler).__name__}, which has none. Flow-matching, EDM and consistency schedulers are "
+                "not variance preserving; wrap such a model in a callable f(x_t, t) that returns the noise."
+            )
+        # absent from config means epsilon in every diffusers scheduler
+        config = getattr(scheduler, "config", None)
+        prediction_type: Any = getattr(config, "prediction_type", None) or "epsilon"
+        return cls(alphas_cumprod, prediction_type=prediction_type)
+
+    @property
+    def num_timesteps(self) -> int:
+        """T, the number of noise levels."""
+        return len(self.alphas_cumprod)
+
+    def add_noise(self, x: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+        r""":math:`x_t = \sqrt{\bar\alpha_t}\, x + \sqrt{1 - \bar\alpha_t}\, \epsilon`.
+
+        Args:
+            x: clean images or latents in the range of the model, shape (N, ...).
+            noise: standard normal, same shape.
+            t: timesteps in [0, T), shape (N,), or one for all.
+
+        Returns:
+            x_t, same shape, mixed in float32 or higher and returned in the dtype of ``x``.
+        """
+        signal, sigma = self._levels(t, x)
+        return (signal * _upcast(x) + sigma * _upcast(noise)).to(x.dtype)
+
+    def predict_x0(self, x_t: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+        r""":math:`\hat x_0 = (x_t - \sqrt{1 - \bar\alpha_t}\,\epsilon) / \sqrt{\bar\alpha_t}`, the inverse of mixing.
+
+        Errors in ``noise`` come back multiplied by :math:`\sqrt{1/\bar\alpha_t - 1}`: about 160 at the last step of the
+        linear schedule, and not a number where :math:`\bar\alpha_t = 0`.
+        """
+        signal, sigma = self._levels(t, x_t)
+        return ((_upcast(x_t) - sigma * _upcast(noise)) / signal).to(x_t.dtype)
+
+    def to_noise(
+        self, output: Tensor, x_t: Tensor, t: Tensor | int, *, prediction_type: PredictionType | None = None
+    ) -> Tensor:
+        r"""Turn what a model predicts into the noise it implies.
+
+        ========== =====================================================================================
+        epsilon    ``output``
+        v          :math:`\sqrt{\bar\alpha_t}\, v + \sqrt{1 - \bar\alpha_t}\, x_t`
+        sample     :math:`(x_t - \sqrt{\bar\alpha_t}\, \hat x_0) / \sqrt{1 - \bar\alpha_t}`
+        ========== =====================================================================================
+
+        Args:
+            output: the prediction of the model, shape (N, ...).
+            x_t: the noisy input it was made from, same shape.
+            t: timesteps, shape (N,), or one for all.
+            prediction_type: overrides the schedule's own.
+
+        Returns:
+            The noise, same shape. Of a "sample" prediction it amplifies errors by
+            :math:`\sqrt{\bar\alpha_t / (1 - \bar\alpha_t)}` (100 at t = 0 of the linear schedule): draw timesteps from
+            a range that starts above 0 for such priors.
+        """
+        prediction_type = prediction_type or self.prediction_type
+        if prediction_type == "epsilon":
+            return output
+        signal, sigma = self._levels(t, x_t)
+        if prediction_type == "v_prediction":
+            noise = signal * _upcast(output) + sigma * _upcast(x_t)
+        elif prediction_type == "sample":
+            noise = (_upcast(x_t) - signal * _upcast(output)) / sigma
+        else:
+            raise ValueError(
+                f"`prediction_type` should be one of {get_args(PredictionType)}, found {prediction_type!r}."
+            )
+        return noise.to(output.dtype)
+
+    def check_timestep(self, t: Tensor | int) -> None:
+        """Raise ``ValueError`` for a timestep outside [0, T). Tensors on an accelerator pass unread: no device sync."""
+        if isinstance(t, Tensor):
+            if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+                raise ValueError(f"`timestep` should be an integer or an integer tensor, found dtype {t.dtype}.")
+            if t.device.type != "cpu" or torch.compiler.is_compiling() or t.numel() == 0:
+                return
+            low, high = int(t.min()), int(t.max())
+        else:
+            low = high = t
+        if low < 0 or high >= self.num_timesteps:
+            raise ValueError(f"`timestep` should be in [0, {self.num_timesteps}), found {low if low < 0 else high}.")
+
+    def _levels(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply ``like``."""
+        self.check_timestep(t)
+        index = torch.as_tensor(t, device=like.device).reshape(-1, *(1,) * (like.ndim - 1))
+        return self.signal.to(like.device)[index], self.sigma.to(like.device)[index]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "NoiseSchedule":
+        # follow the device of a parent's .to()/.cuda(), never its dtype
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        return f"num_timesteps={self.num_timesteps}, prediction_type={self.prediction_type!r}"
+
+
+def _upcast(x: Tensor) -> Tensor:
+    """float16 and bfloat16 to float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,0 +1,1 @@
+"""Objectives: what compares a restored image with its target."""

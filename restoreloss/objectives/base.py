@@ -1,0 +1,63 @@
+"""What is an objective? Anything called with (restored, target); this base adds named terms."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Objective(nn.Module, ABC):
+    """Compares a restored image with its target by one or more named terms. Lower is better.
+
+    A subclass writes :meth:`terms`; calling it returns their sum.
+
+    Example:
+        >>> class Gradients(Objective):
+        ...     '''L1 between horizontal and vertical differences.'''
+        ...     def terms(self, restored, target):
+        ...         d = restored - target
+        ...         return {"x": d.diff(dim=3).abs().mean(), "y": d.diff(dim=2).abs().mean()}
+        >>> image = torch.rand(2, 3, 8, 8)
+        >>> float(Gradients()(image, image))
+        0.0
+    """
+
+    @abstractmethod
+    def terms(self, restored: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The weighted, differentiable terms by name."""
+
+    def forward(self, restored: Tensor, target: Tensor) -> Tensor:
+        """The sum of :meth:`terms`."""
+        return total(self.terms(restored, target))
+
+
+def total(terms: dict[str, Tensor]) -> Tensor:
+    """The sum of the terms, left to right."""
+    first, *others = terms.values()
+    for term in others:
+        first = first + term
+    return first
+
+
+def named_terms(
+    name: str,
+    objective: Callable[[Tensor, Tensor], Tensor],
+    restored: Tensor,
+    target: Tensor,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """The terms of an objective as "name/term", or its value as "name" where it has no terms.
+
+    ``generator`` is handed on where the objective takes one.
+    """
+    terms = getattr(objective, "terms", None)
+    function: Callable[..., Any] = objective if terms is None else terms
+    # asked only when needed: reading a signature costs time, and breaks a compiled graph
+    if generator is not None and "generator" in inspect.signature(getattr(function, "forward", function)).parameters:
+        result = function(restored, target, generator=generator)
+    else:
+        result = function(restored, target)
+    return {name: result} if terms is None else {f"{name}/{key}": value for key, value in result.items()}

@@ -1,0 +1,262 @@
+"""How does a frozen diffusion model judge a restored image?
+
+It is shown the restored and the clean image under the same noise at the same timestep. What it sees in one and not in
+the other (the noise it predicts, the semantics in its bottleneck) is the loss.
+"""
+
+from collections.abc import Callable
+from operator import index
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from restoreloss.diffusion.denoisers import Conditioning, as_denoiser
+from restoreloss.diffusion.latents import LatentEncoder
+from restoreloss.frozen import FrozenNetwork
+from restoreloss.objectives.base import Objective, total
+from restoreloss.objectives.distances import (
+    Distance,
+    Reduction,
+    check_choice,
+    distance_per_sample,
+    reduce_samples,
+)
+from restoreloss.objectives.images import check_pair, check_range, to_unit_range, warn_if_out_of_range
+from restoreloss.objectives.sizes import SizePolicy, crop_map, fit_size
+
+TimestepSampler: TypeAlias = Callable[[int, torch.Generator | None], Tensor]
+"""(number of samples, generator or None) -> timesteps, an integer tensor of shape (N,)."""
+
+
+class DiffLoss(Objective):
+    r"""Distance of two images as a frozen diffusion model sees them.
+
+    .. math::
+        z_t = \sqrt{\bar\alpha_t}\,z + \sqrt{1-\bar\alpha_t}\,\epsilon, \quad
+        x_t = \sqrt{\bar\alpha_t}\,x + \sqrt{1-\bar\alpha_t}\,\epsilon \quad\text{(Eq. 7)}
+
+        L = w_\text{noise}\, d\big(f(z_t, t), f(x_t, t)\big) + w_h\, d\big(h(z_t, t), h(x_t, t)\big)
+        \quad\text{(Eqs. 11, 14, 15)}
+
+    where z is the restored and x the clean image, mapped to [-1, 1]; one t for each sample and ONE
+    :math:`\epsilon \sim N(0, I)` are shared by both; f is the noise predicted by the denoiser, h the output of its
+    bottleneck ("h-space") and d the ``distance``. The gradient reaches z through f, and nothing else.
+
+    Args:
+        denoiser: what :func:`as_denoiser` takes: a diffusers or guided-diffusion U-Net, a :class:`Denoiser`, or a
+            callable ``f(x_t, t)``. A module is taken over: frozen, eval-locked and hidden (:class:`FrozenNetwork`).
+        schedule: the denoiser's :class:`NoiseSchedule`, a diffusers scheduler or a table of ``alphas_cumprod``.
+            Default: the linear schedule of DDPM and ADM.
+        noise_weight: weight of the noise term. With 0 the decoder of a U-Net is not run.
+        h_space_weight: weight of the h-space term, lambda in the paper.
+        timesteps: draw t uniformly from ``low <= t < high`` for ``(low, high)``, or by a sampler
+            ``(n, generator) -> (n,) integers``. Default: all.
+        distance: "mse" | "rms" | "l2" | "l1", per sample (:func:`distance_per_sample`).
+        input_range: what YOUR images span.
+        conditioning: for denoisers that need it, fixed for all calls (:func:`as_denoiser`).
+        encoder: for latent priors: maps images in [-1, 1] to latents, e.g. an ``AutoencoderKL`` (its mode, shifted and
+            scaled as its config says) or a callable. A module is frozen and hidden like the denoiser.
+        size: "pad" (reflect, and crop what comes out) | "resize" | "error", for sizes that the networks cannot halve.
+        reduction: over samples: "mean" | "sum" | "none" (returns (N,)).
+
+    Raises:
+        ValueError: At construction for options that contradict each other or the denoiser, at a call for images that
+            do not fit (shape, dtype, device, channels) or a timestep outside the schedule.
+
+    Example:
+        >>> from diffusers import UNet2DModel
+        >>> prior = UNet2DModel(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
+        ...                     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+        >>> loss = DiffLoss(prior)
+        >>> restored, clean = torch.rand(2, 3, 15, 17, requires_grad=True), torch.rand(2, 3, 15, 17)
+        >>> total = nn.functional.l1_loss(restored, clean) + 1e-3 * loss(restored, clean)
+        >>> total.backward()
+        >>> sorted(loss.terms(restored, clean))
+        ['h_space', 'noise']
+
+    Source: Tan et al., "DiffLoss: Unleashing Diffusion Model as Constraint for Training Image Restoration Network".
+    The paper writes :math:`\|\cdot\|_2` and calls it L2 loss; "mse" is that loss, "l2" the norm to the letter. The
+    published code runs both passes under ``no_grad``, so that its terms give the restoration network no gradient; its
+    weights (1e-3 and 1e-6 with mse) are ``h_space_weight=1e-3`` and an outer weight of 1e-3.
+    """
+
+    def __init__(
+        self,
+        denoiser: Callable[..., Any],
+        schedule: Any = None,
+        *,
+        noise_weight: float = 1.0,
+        h_space_weight: float = 0.01,
+        timesteps: tuple[int, int] | TimestepSampler | None = None,
+        distance: Distance = "mse",
+        input_range: tuple[float, float] = (0.0, 1.0),
+        conditioning: Conditioning | None = None,
+        encoder: Callable[[Tensor], Tensor] | nn.Module | None = None,
+        size: SizePolicy = "pad",
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        for name, weight in (("noise_weight", noise_weight), ("h_space_weight", h_space_weight)):
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"`{name}` should be at least 0 and finite, found {weight}.")
+        if noise_weight == 0 and h_space_weight == 0:
+            raise ValueError("`noise_weight` or `h_space_weight` should be above 0, found both 0.")
+        check_choice("distance", distance, Distance)
+        check_choice("size", size, SizePolicy)
+        check_choice("reduction", reduction, Reduction)
+        self.noise_weight = float(noise_weight)
+        self.h_space_weight = float(h_space_weight)
+        self.distance: Distance = distance
+        self.input_range = check_range(input_range)
+        self.size: SizePolicy = size
+        self.reduction: Reduction = reduction
+        wrapped = as_denoiser(denoiser, schedule, conditioning=conditioning)
+        if h_space_weight > 0 and wrapped.has_bottleneck is False:
+            raise ValueError(
+                f"`h_space_weight` should be 0 for {type(wrapped.model).__name__}, whose `mid_block` is None; found "
+                f"{h_space_weight}."
+            )
+        self.timesteps = _check_timesteps(timesteps, wrapped.schedule.num_timesteps)
+        # last, so that a refused call leaves the caller's networks as they were
+        self._denoiser = FrozenNetwork(wrapped)
+        self._encoder = None if encoder is None else FrozenNetwork(LatentEncoder(encoder))
+        self._range_checked = False
+
+    def terms(
+        self,
+        restored: Tensor,
+        target: Tensor,
+        *,
+        timestep: Tensor | int | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """The weighted terms "noise" and "h_space"; one of weight 0 is absent. Arguments as in :meth:`forward`."""
+        check_pair(restored, target)
+        if not self._range_checked and not torch.compiler.is_compiling():
+            warn_if_out_of_range(target, self.input_range)
+            self._range_checked = True
+        denoiser = self._denoiser.network
+
+        z = self._to_model_space(restored)
+        with torch.no_grad():
+            x = self._to_model_space(target)
+        if denoiser.in_channels not in (None, z.shape[1]):
+            raise ValueError(
+                f"`restored` should have {denoiser.in_channels} channels for this denoiser, found {z.shape[1]}."
+            )
+        size = _height_width(z)
+        z, x = (fit_size(image, denoiser.multiple, self.size) for image in (z, x))
+        if self.size == "resize":
+            size = _height_width(z)  # nothing to crop
+        t = self._timestep(z, timestep, generator)
+        noise = self._noise(z, size, noise, generator)
+
+        with torch.no_grad():
+            seen_in_target = self._look(denoiser.schedule.add_noise(x, noise, t), t)
+        seen_in_restored = self._look(denoiser.schedule.add_noise(z, noise, t), t)
+        weights = {"noise": self.noise_weight, "h_space": self.h_space_weight}
+        terms = {}
+        for name, reference in seen_in_target.items():
+            values = distance_per_sample(
+                crop_map(seen_in_restored[name], _height_width(z), size),
+                crop_map(reference, _height_width(z), size),
+                self.distance,
+            )
+            terms[name] = weights[name] * reduce_samples(values, self.reduction)
+        return terms
+
+    def forward(
+        self,
+        restored: Tensor,
+        target: Tensor,
+        *,
+        timestep: Tensor | int | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The loss.
+
+        Args:
+            restored: output of the restoration network, float (N, C, H, W) in ``input_range``.
+            target: the clean images, same shape.
+            timestep: fixes t, an integer or (N,). Default: drawn from ``timesteps``.
+            noise: fixes epsilon, in the shape of the images, or of the latents. Default: drawn from N(0, I).
+            generator: for what is drawn, t first, then the noise, on the generator's own device.
+
+        Returns:
+            A scalar, or (N,) with ``reduction="none"``, in float32 or higher.
+        """
+        return total(self.terms(restored, target, timestep=timestep, noise=noise, generator=generator))
+
+    def _to_model_space(self, image: Tensor) -> Tensor:
+        image = to_unit_range(image, self.input_range)
+        if self._encoder is None:
+            return image
+        encoder = self._encoder.network
+        latents: Tensor = encoder(fit_size(image, encoder.multiple, self.size))
+        return latents
+
+    def _timestep(self, z: Tensor, timestep: Tensor | int | None, generator: torch.Generator | None) -> Tensor:
+        if timestep is not None:
+            pass
+        elif callable(self.timesteps):
+            timestep = self.timesteps(len(z), generator)
+        else:
+            low, high = self.timesteps
+            device = z.device if generator is None else generator.device
+            timestep = torch.randint(low, high, (len(z),), generator=generator, device=device)
+        return self._denoiser.network.expand_timestep(timestep, z)
+
+    def _noise(
+        self, z: Tensor, size: tuple[int, int], noise: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        if noise is None:
+            device = z.device if generator is None else generator.device
+            return torch.randn(z.shape, generator=generator, device=device, dtype=z.dtype).to(z.device)
+        expected = (*z.shape[:2], *size)
+        if noise.shape != expected or noise.device != z.device or not noise.is_floating_point():
+            raise ValueError(
+                f"`noise` should be floating point, of shape {tuple(expected)} and on {z.device}, found {noise.dtype} "
+                f"of shape {tuple(noise.shape)} on {noise.device}."
+            )
+        return fit_size(noise.to(z.dtype), self._denoiser.network.multiple, "pad")
+
+    def _look(self, noisy: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """What the denoiser sees, computing no more than the weights ask for."""
+        denoiser = self._denoiser.network
+        if self.h_space_weight == 0:
+            return {"noise": denoiser(noisy, t)}
+        if self.noise_weight == 0:
+            return {"h_space": denoiser.bottleneck(noisy, t)}
+        noise, h = denoiser.with_bottleneck(noisy, t)
+        return {"noise": noise, "h_space": h}
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        return (
+            f"noise_weight={self.noise_weight:g}, h_space_weight={self.h_space_weight:g}, timesteps={self.timesteps}, "
+            f"distance={self.distance!r}, input_range={self.input_range}, size={self.size!r}, "
+            f"reduction={self.reduction!r}"
+        )
+
+
+def _height_width(image: Tensor) -> tuple[int, int]:
+    return image.shape[-2], image.shape[-1]
+
+
+def _check_timesteps(timesteps: Any, num_timesteps: int) -> tuple[int, int] | TimestepSampler:
+    if timesteps is None:
+        return 0, num_timesteps
+    if callable(timesteps):
+        return timesteps  # type: ignore[no-any-return]
+    try:
+        low, high = map(index, timesteps)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"`timesteps` should be two integers (low, high) or a sampler (n, generator) -> (n,), found {timesteps!r}."
+        ) from None
+    if not 0 <= low < high <= num_timesteps:
+        raise ValueError(f"`timesteps` should satisfy 0 <= low < high <= {num_timesteps}, found {timesteps!r}.")
+    return low, high

@@ -1,0 +1,51 @@
+"""How far are two predictions apart, one number for each sample?"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Distance = Literal["mse", "rms", "l2", "l1"]
+Reduction = Literal["mean", "sum", "none"]
+
+
+def distance_per_sample(prediction: Tensor, reference: Tensor, distance: Distance) -> Tensor:
+    r"""The distance over all dimensions but the first, in float32 or higher: shape (N,).
+
+    With :math:`d` the difference of a sample and :math:`n` its number of elements:
+
+    ===== =================================== ========================================
+    mse   :math:`\sum d^2 / n`                the "L2 loss"
+    rms   :math:`\sqrt{\sum d^2 / n}`         does not grow with the image
+    l2    :math:`\sqrt{\sum d^2}`             the Frobenius norm
+    l1    :math:`\sum |d| / n`
+    ===== =================================== ========================================
+
+    The roots are taken of :math:`u + \delta` with :math:`\delta` the smallest normal number of the dtype, less
+    :math:`\sqrt\delta`: exactly 0, with gradient 0, where the two are equal.
+    """
+    if prediction.dtype in (torch.float16, torch.bfloat16):
+        prediction = prediction.float()
+    difference = (prediction - reference.to(prediction.dtype)).flatten(1)
+    if distance == "l1":
+        return difference.abs().mean(dim=1)
+    squares = difference.square()
+    if distance == "mse":
+        return squares.mean(dim=1)
+    total = squares.sum(dim=1) if distance == "l2" else squares.mean(dim=1)
+    tiny = torch.finfo(total.dtype).tiny
+    root: Tensor = (total + tiny).sqrt() - tiny**0.5
+    return root
+
+
+def reduce_samples(values: Tensor, reduction: Reduction) -> Tensor:
+    """(N,) to its mean, its sum, or itself."""
+    if reduction == "none":
+        return values
+    return values.mean() if reduction == "mean" else values.sum()
+
+
+def check_choice(name: str, value: str, choices: object) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of a ``Literal``'s."""
+    if value not in get_args(choices):
+        raise ValueError(f"`{name}` should be one of {get_args(choices)}, found {value!r}.")

@@ -1,0 +1,347 @@
+"""Which term of the loss moves the image, and by how much?
+
+:func:`audit` measures every term's gradient at the restored image on one batch and flags those that do nothing, break,
+drown the others or fight them. :func:`calibrate` finds the weights that give each term a chosen share.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from restoreloss._optional import require
+from restoreloss.objectives.base import named_terms
+from restoreloss.objectives.images import check_pair
+from restoreloss.objectives.weighted_sum import WeightedSum
+
+Objectives: TypeAlias = (
+    Mapping[str, Callable[[Tensor, Tensor], Tensor]] | WeightedSum | Callable[[Tensor, Tensor], Tensor]
+)
+
+
+@dataclass(frozen=True)
+class TermAudit:
+    """One row: what a term does to the restored image.
+
+    Attributes:
+        name: "diff/noise" for a term of an objective, "pixel" for an objective without terms.
+        value: of the term, mean over the draws.
+        gradient_norm: Euclidean norm of its gradient at the restored image, mean over the draws.
+        share: its norm divided by the sum of all terms' norms, in [0, 1].
+        cosine: between its gradient and the first term's, mean over the draws; NaN where one of them is zero.
+        seconds: forward and backward of this term, median over the draws.
+        time_share: its seconds divided by the sum over all terms. Terms of one objective share its forward pass
+            evenly, and each has its own backward.
+        flags: any of "DEAD", "NON-FINITE", "DOMINATES", "OPPOSES".
+    """
+
+    name: str
+    value: float
+    gradient_norm: float
+    share: float
+    cosine: float
+    seconds: float
+    time_share: float
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What :func:`audit` found. ``print(report)`` shows the table; :meth:`to_dict` and :meth:`plot` take it further."""
+
+    terms: tuple[TermAudit, ...]
+    first_non_finite: str | None
+    notes: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> TermAudit:
+        return next(term for term in self.terms if term.name == name)
+
+    def flagged(self, flag: str) -> list[str]:
+        """Names of the terms with this flag."""
+        return [term.name for term in self.terms if flag in term.flags]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists, ready for JSON (NaN stays NaN)."""
+        return {
+            "terms": {term.name: {**asdict(term), "flags": list(term.flags)} for term in self.terms},
+            "first_non_finite": self.first_non_finite,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        width = max(len("term"), *(len(term.name) for term in self.terms))
+        header = (
+            f"{'term':<{width}}  {'value':>10}  {'|gradient|':>10}  {'share':>6}  {'cosine':>6}  {'time':>5}  flags"
+        )
+        lines = [header, "-" * len(header)]
+        for term in self.terms:
+            lines.append(
+                f"{term.name:<{width}}  {term.value:>10.4g}  {term.gradient_norm:>10.3g}  {term.share:>6.1%}  "
+                f"{term.cosine:>6.2f}  {term.time_share:>5.0%}  {' '.join(term.flags)}".rstrip()
+            )
+        if self.first_non_finite is not None:
+            lines.append(f"first to be NaN or infinite: {self.first_non_finite}")
+        return "\n".join([*lines, *self.notes])
+
+    def plot(self, path: str | Path) -> Path:
+        """Write a bar chart of each term's share of the gradient, flags beside the bars.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        require("matplotlib", purpose="AuditReport.plot", install="'restoreloss[examples]'")
+        from matplotlib.figure import Figure
+
+        names = [term.name for term in self.terms]
+        figure = Figure(figsize=(7, 1 + 0.45 * len(names)), layout="constrained")
+        axes = figure.subplots()
+        colors = ["tab:red" if term.flags else "tab:blue" for term in self.terms]
+        shares = [0.0 if math.isnan(term.share) else term.share for term in self.terms]
+        bars = axes.barh(names, shares, color=colors)
+        labels = [f"{term.share:.1%}  {' '.join(term.flags)}" for term in self.terms]
+        axes.bar_label(bars, labels=labels, padding=3)
+        axes.invert_yaxis()
+        axes.set(xlim=(0, 1.45), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel="share of the gradient at the restored image")
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, dpi=130)
+        return Path(path)
+
+
+def audit(
+    objectives: Objectives,
+    restored: Tensor,
+    target: Tensor,
+    *,
+    draws: int = 4,
+    seed: int = 0,
+    dominates: float = 0.9,
+    opposes: float = -0.1,
+) -> AuditReport:
+    r"""Measure what each term of a loss does to the restored image.
+
+    For a term :math:`L_k` with :math:`g_k = \partial L_k / \partial z` it reports :math:`\|g_k\|`, the share
+    :math:`\|g_k\| / \sum_j \|g_j\|` and the cosine :math:`\langle g_k, g_1\rangle / \|g_k\|\|g_1\|`, and flags
+
+    - DEAD: no gradient reaches the restored image, or it is zero in every element: a term under ``no_grad``, behind a
+      ``detach`` or saturated by a clamp;
+    - NON-FINITE: its value or gradient holds NaN or infinity (the first such term is named);
+    - DOMINATES: it has more than ``dominates`` of the gradient, and is not alone;
+    - OPPOSES: its cosine with the first term is below ``opposes``.
+
+    Args:
+        objectives: by name, anything called with (restored, target); or a :class:`WeightedSum`, whose weights count; or
+            a single objective. Objectives with ``.terms`` are taken apart.
+        restored: what your network made of a batch, float (N, C, H, W). Nothing is written to its ``.grad``.
+        target: the same shape.
+        draws: how often each objective is computed and averaged: losses that draw timesteps or noise vary.
+        seed: of those draws; the global random state is left as it was.
+        dominates: share above which a term is flagged.
+        opposes: cosine below which a term is flagged.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: For an empty mapping, images that do not fit, or an objective that returns no scalar.
+
+    Example:
+        >>> def forgotten(restored, target):
+        ...     with torch.no_grad():
+        ...         return (restored - target).square().mean()
+        >>> restored, clean = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
+        >>> audit({"pixel": torch.nn.L1Loss(), "prior": forgotten}, restored, clean)["prior"].flags
+        ('DEAD',)
+    """
+    check_pair(restored, target)
+    if draws < 1:
+        raise ValueError(f"`draws` should be at least 1, found {draws}.")
+    measured = _measure(objectives, restored, target, draws, seed)
+    first = next(iter(measured.values())).gradients
+
+    norms = {name: _mean([float(g.norm()) for g in term.gradients]) for name, term in measured.items()}
+    seconds = {name: sorted(term.seconds)[draws // 2] for name, term in measured.items()}
+    finite = {
+        name: all(map(math.isfinite, term.values)) and all(bool(g.isfinite().all()) for g in term.gradients)
+        for name, term in measured.items()
+    }
+    # a broken term has no share, and does not hide those of the others
+    total_norm = sum(norm for name, norm in norms.items() if finite[name])
+    rows = []
+    for name, term in measured.items():
+        share = math.nan if not finite[name] else norms[name] / total_norm if total_norm else 0.0
+        cosine = _mean([_cosine(g, reference) for g, reference in zip(term.gradients, first, strict=True)])
+        flags = []
+        if not finite[name]:
+            flags.append("NON-FINITE")
+        elif norms[name] == 0:
+            flags.append("DEAD")
+        elif len(measured) > 1 and share > dominates:
+            flags.append("DOMINATES")
+        if cosine < opposes:
+            flags.append("OPPOSES")
+        rows.append(
+            TermAudit(
+                name=name,
+                value=_mean(term.values),
+                gradient_norm=norms[name],
+                share=share,
+                cosine=cosine,
+                seconds=seconds[name],
+                time_share=seconds[name] / sum(seconds.values()),
+                flags=tuple(flags),
+            )
+        )
+    non_finite = [row.name for row in rows if "NON-FINITE" in row.flags]
+    return AuditReport(tuple(rows), non_finite[0] if non_finite else None, _input_notes(restored, target))
+
+
+def calibrate(
+    objectives: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
+    restored: Tensor,
+    target: Tensor,
+    *,
+    shares: Mapping[str, float],
+    draws: int = 4,
+    seed: int = 0,
+) -> dict[str, float]:
+    r"""Weights that give objectives chosen shares of the gradient at the restored image.
+
+    .. math:: w_k = \frac{s_k}{s_1} \cdot \frac{\|g_1\|}{\|g_k\|}, \qquad w_1 = 1
+
+    A weight from a paper belongs to that paper's networks and loss scales. A share means the same everywhere.
+
+    Args:
+        objectives: by name; the first is the reference and keeps weight 1.
+        restored: what your network made of a batch, float (N, C, H, W): after some steps rather than none.
+        target: the same shape.
+        shares: :math:`s_k` of all but the first objective, each above 0; the first has what they leave of 1.
+        draws: how often each objective is computed (:func:`audit`).
+        seed: of those draws.
+
+    Returns:
+        Weights by name, as :class:`WeightedSum` takes them.
+
+    Raises:
+        ValueError: For shares that do not name all objectives but the first or do not leave it anything, and for
+            objectives that are DEAD or NON-FINITE.
+
+    Example:
+        >>> objectives = {"l1": torch.nn.L1Loss(), "l2": torch.nn.MSELoss()}
+        >>> restored, clean = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
+        >>> weights = calibrate(objectives, restored, clean, shares={"l2": 0.25})
+        >>> report = audit(WeightedSum(objectives, weights), restored, clean)
+        >>> round(report["l2"].share, 3)
+        0.25
+    """
+    first, *others = objectives
+    if sorted(shares) != sorted(others) or not all(share > 0 for share in shares.values()) or sum(shares.values()) >= 1:
+        raise ValueError(
+            f"`shares` should give each of {others} more than 0 and leave some of 1 to {first!r}, found {dict(shares)}."
+        )
+    # by their calls, which have no `.terms`: one weight is sought for each whole objective
+    whole: dict[str, Any] = {name: objective.__call__ for name, objective in objectives.items()}  # type: ignore[operator]
+    report = audit(whole, restored, target, draws=draws, seed=seed)
+    broken = [f"{term.name} ({flag})" for term in report.terms for flag in term.flags if flag in ("DEAD", "NON-FINITE")]
+    if broken:
+        raise ValueError(f"`objectives` should all have a finite gradient at `restored`, found {', '.join(broken)}.")
+    left = 1 - sum(shares.values())
+    norms = {term.name: term.gradient_norm for term in report.terms}
+    return {first: 1.0} | {name: shares[name] / left * norms[first] / norms[name] for name in others}
+
+
+@dataclass
+class _Measured:
+    values: list[float]
+    gradients: list[Tensor]
+    seconds: list[float]
+
+
+def _weighed(objectives: Objectives) -> list[tuple[str, float, Callable[..., Tensor]]]:
+    """(name, weight, objective) for each objective."""
+    if isinstance(objectives, WeightedSum):
+        return [
+            (name, objectives.weights[name], f) for name, f in objectives.objectives.items() if objectives.weights[name]
+        ]
+    if isinstance(objectives, Mapping):
+        if not objectives:
+            raise ValueError("`objectives` should name at least one objective, found none.")
+        return [(name, 1.0, objective) for name, objective in objectives.items()]
+    return [(type(objectives).__name__, 1.0, objectives)]
+
+
+def _measure(objectives: Objectives, restored: Tensor, target: Tensor, draws: int, seed: int) -> dict[str, _Measured]:
+    """Values, gradients at ``restored`` and times of every term; each objective sees the same random numbers."""
+    measured: dict[str, _Measured] = {}
+    target = target.detach()
+    for name, weight, objective in _weighed(objectives):
+        for draw in range(draws):
+            image = restored.detach().clone().requires_grad_()
+            with _seeded(seed + draw, image.device), torch.enable_grad():
+                started = _now(image)
+                terms = named_terms(name, objective, image, target)
+                forward_seconds = (_now(image) - started) / len(terms)  # the terms share the forward pass
+                for key, term in terms.items():
+                    if not isinstance(term, Tensor) or term.numel() != 1:
+                        found = tuple(term.shape) if isinstance(term, Tensor) else type(term).__name__
+                        raise ValueError(f"Term {key!r} should be a scalar tensor (reduction='mean'), found {found}.")
+                    started = _now(image)
+                    gradient = _gradient(weight * term, image)
+                    row = measured.setdefault(key, _Measured([], [], []))
+                    row.seconds.append(forward_seconds + _now(image) - started)
+                    row.values.append(weight * float(term.detach()))
+                    row.gradients.append(gradient)
+    return measured
+
+
+def _gradient(term: Tensor, image: Tensor) -> Tensor:
+    gradient = None
+    if term.requires_grad:
+        (gradient,) = torch.autograd.grad(term.sum(), image, retain_graph=True, allow_unused=True)
+    gradient = torch.zeros_like(image) if gradient is None else gradient
+    return gradient if gradient.dtype == torch.float64 else gradient.float()
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=_fork_type(device)):
+        torch.manual_seed(seed)
+        yield
+
+
+def _fork_type(device: torch.device) -> str:
+    return "cuda" if device.type == "cpu" else device.type  # fork_rng always keeps the CPU's state as well
+
+
+def _now(image: Tensor) -> float:
+    if image.device.type != "cpu":
+        torch.accelerator.synchronize(image.device)
+    return time.perf_counter()
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _cosine(gradient: Tensor, reference: Tensor) -> float:
+    # by unit vectors: the product of two norms can underflow
+    lengths = gradient.norm(), reference.norm()
+    if not all(0 < float(length) < math.inf for length in lengths):
+        return math.nan
+    return float(((gradient / lengths[0]) * (reference / lengths[1])).sum())
+
+
+def _input_notes(restored: Tensor, target: Tensor) -> tuple[str, ...]:
+    notes = []
+    for name, image in (("restored", restored), ("target", target)):
+        bad = ~image.detach().isfinite().flatten(1).all(dim=1)
+        if bool(bad.any()):
+            notes.append(f"`{name}` itself holds NaN or infinity in samples {bad.nonzero().flatten().tolist()}.")
+    if torch.equal(restored, target):
+        notes.append("`restored` equals `target`, where every gradient is zero: audit a batch that is not solved.")
+    return tuple(notes)
