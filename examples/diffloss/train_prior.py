@@ -9,7 +9,6 @@ timestep against an untrained network and against the best linear denoiser, a lo
 
 import argparse
 import csv
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 from examples.common.photos import TRAIN, load_photo, pyramid, random_crops
+from examples.diffloss.prior_report import report
 from restoreloss.diffusion.schedule import NoiseSchedule
 
 # No attention: convolutions alone carry over to images larger than the training crops.
@@ -97,7 +98,7 @@ class Trainer:
         self.lr_schedule.step()
         self.average.update_parameters(self.net)
         self.step += 1
-        return error.mean().item()
+        return float(error.mean())
 
     def save(self, path: Path) -> None:
         state = {
@@ -111,7 +112,7 @@ class Trainer:
         }
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
-        os.replace(partial, path)
+        partial.replace(path)
 
     def resume(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
@@ -132,6 +133,28 @@ def jitter(x: Tensor, generator: torch.Generator) -> Tensor:
     gamma = torch.exp2(torch.rand((len(x), 1, 1, 1), generator=generator) - 0.5)
     chosen = torch.rand((len(x), 1, 1, 1), generator=generator) < 0.5
     return torch.where(chosen, (gain * x**gamma).clamp(0, 1), x)
+
+
+def export(trainer: Trainer, folder: Path) -> UNet2DModel:
+    """Write the averaged network in half precision as a diffusers folder, and return it as it will be read."""
+    half = UNet2DModel(**ARCHITECTURE)
+    half.load_state_dict(trainer.average.module.state_dict())
+    half.half().save_pretrained(folder, variant="fp16")
+    DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear").save_pretrained(
+        folder
+    )
+    return half.float().eval()
+
+
+def save_loss_curve(log: Path, path: Path) -> None:
+    with log.open() as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.semilogy([int(row["step"]) for row in rows], [float(row["noise_mse"]) for row in rows])
+    axes.set(xlabel="step", ylabel="squared error of the predicted noise (training)")
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
@@ -166,6 +189,10 @@ def main() -> None:
             trainer.save(checkpoint)
             with log.open("a", newline="") as file:
                 csv.writer(file).writerow([trainer.step, f"{sum(errors) / len(errors):.6f}", f"{seconds:.3f}"])
+
+    save_loss_curve(log, args.out / "loss.png")
+    print(report(export(trainer, args.out), args.out))
+    print(f"\nprior, training_log.csv, errors.csv, loss.png and samples.png are in {args.out}")
 
 
 if __name__ == "__main__":

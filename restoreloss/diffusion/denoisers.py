@@ -6,6 +6,7 @@ bottleneck is.
 """
 
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -244,8 +245,15 @@ def as_denoiser(
     _check_conditioning(conditioning)
 
     inner: Any = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    schedule = _as_schedule(schedule)
-    if isinstance(inner, nn.Module) and hasattr(inner, "mid_block"):
+    is_network = isinstance(inner, nn.Module)
+    if schedule is None and is_network and _is_conditional(inner):
+        warnings.warn(
+            f"{type(inner).__name__} without a `schedule` is read with the linear schedule of DDPM; Stable Diffusion "
+            "was trained with NoiseSchedule.scaled_linear(). Pass its scheduler, or NoiseSchedule.linear() to confirm.",
+            stacklevel=2,
+        )
+    schedule = as_schedule(schedule)
+    if is_network and hasattr(inner, "mid_block"):
         _check_diffusers_conditioning(inner, conditioning)
         downsamplers = [getattr(block, "downsamplers", None) for block in getattr(inner, "down_blocks", ())]
         return Denoiser(
@@ -258,7 +266,7 @@ def as_denoiser(
             multiple=2 ** sum(downsampler is not None for downsampler in downsamplers),
             in_channels=getattr(getattr(inner, "config", None), "in_channels", None),
         )
-    if isinstance(inner, nn.Module) and hasattr(inner, "middle_block"):
+    if is_network and hasattr(inner, "middle_block"):
         if getattr(inner, "num_classes", None) is not None and conditioning is None:
             raise ValueError("`conditioning` should be class labels of shape (1,) or (N,) for this model, found None.")
         _bypass_own_checkpointing(inner)
@@ -275,7 +283,8 @@ def as_denoiser(
     return Denoiser(model, schedule, conditioning=conditioning)
 
 
-def _as_schedule(schedule: Any) -> NoiseSchedule:
+def as_schedule(schedule: Any) -> NoiseSchedule:
+    """A :class:`NoiseSchedule` from one, a diffusers scheduler, a table of ``alphas_cumprod``, or None (linear)."""
     if schedule is None:
         return NoiseSchedule.linear()
     if isinstance(schedule, NoiseSchedule):

@@ -26,10 +26,12 @@ class LatentEncoder(nn.Module):
         if not callable(encoder):
             raise ValueError(f"`encoder` should be a module or a callable, found {type(encoder).__name__}.")
         self.encoder: Any = encoder
-        self._config: Any = getattr(encoder, "config", None)
-        self._is_autoencoder = hasattr(encoder, "encode") and hasattr(self._config, "scaling_factor")
+        config: Any = getattr(encoder, "config", None)
+        self._is_autoencoder = hasattr(encoder, "encode") and hasattr(config, "scaling_factor")
+        self._scale: float = config.scaling_factor if self._is_autoencoder else 1.0
+        self._shift: float = getattr(config, "shift_factor", None) or 0.0
         # an odd size is cut silently by the strided convolutions of an AutoencoderKL
-        self.multiple: int = 2 ** (len(self._config.block_out_channels) - 1) if self._is_autoencoder else 1
+        self.multiple: int = 2 ** (len(config.block_out_channels) - 1) if self._is_autoencoder else 1
 
     def forward(self, image: Tensor) -> Tensor:
         """Latents in the dtype of ``image``, shape (N, c, h, w)."""
@@ -37,6 +39,5 @@ class LatentEncoder(nn.Module):
         if not self._is_autoencoder:
             latents: Tensor = self.encoder(image.to(weights.dtype))
             return latents.to(image.dtype)
-        latents = self.encoder.encode(image.to(weights.dtype)).latent_dist.mode().to(image.dtype)
-        shift = getattr(self._config, "shift_factor", None) or 0.0
-        return (latents - shift) * self._config.scaling_factor
+        latents = self.encoder.encode(image.to(weights.dtype)).latent_dist.mode()
+        return (latents.to(image.dtype) - self._shift) * self._scale

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from restoreloss.diffusion.denoisers import Conditioning, as_denoiser
+from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_denoiser, as_schedule
 from restoreloss.diffusion.latents import LatentEncoder
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.objectives.base import Objective, total
@@ -111,16 +111,18 @@ class DiffLoss(Objective):
         self.input_range = check_range(input_range)
         self.size: SizePolicy = size
         self.reduction: Reduction = reduction
+        steps = (denoiser.schedule if isinstance(denoiser, Denoiser) else as_schedule(schedule)).num_timesteps
+        self.timesteps = _check_timesteps(timesteps, steps)
+        latents = None if encoder is None else LatentEncoder(encoder)
+        # last, so that a refused call leaves the caller's networks as they were
         wrapped = as_denoiser(denoiser, schedule, conditioning=conditioning)
         if h_space_weight > 0 and wrapped.has_bottleneck is False:
             raise ValueError(
                 f"`h_space_weight` should be 0 for {type(wrapped.model).__name__}, whose `mid_block` is None; found "
                 f"{h_space_weight}."
             )
-        self.timesteps = _check_timesteps(timesteps, wrapped.schedule.num_timesteps)
-        # last, so that a refused call leaves the caller's networks as they were
         self._denoiser = FrozenNetwork(wrapped)
-        self._encoder = None if encoder is None else FrozenNetwork(LatentEncoder(encoder))
+        self._encoder = None if latents is None else FrozenNetwork(latents)
         self._range_checked = False
 
     def terms(
@@ -150,12 +152,12 @@ class DiffLoss(Objective):
         z, x = (fit_size(image, denoiser.multiple, self.size) for image in (z, x))
         if self.size == "resize":
             size = _height_width(z)  # nothing to crop
-        t = self._timestep(z, timestep, generator)
-        noise = self._noise(z, size, noise, generator)
+        t = denoiser.expand_timestep(self._timestep(z, generator) if timestep is None else timestep, z)
+        noise = self._draw_noise(z, generator) if noise is None else self._fit_noise(noise, z, size, denoiser.multiple)
 
         with torch.no_grad():
-            seen_in_target = self._look(denoiser.schedule.add_noise(x, noise, t), t)
-        seen_in_restored = self._look(denoiser.schedule.add_noise(z, noise, t), t)
+            seen_in_target = self._look(denoiser, denoiser.schedule.add_noise(x, noise, t), t)
+        seen_in_restored = self._look(denoiser, denoiser.schedule.add_noise(z, noise, t), t)
         weights = {"noise": self.noise_weight, "h_space": self.h_space_weight}
         terms = {}
         for name, reference in seen_in_target.items():
@@ -198,34 +200,31 @@ class DiffLoss(Objective):
         latents: Tensor = encoder(fit_size(image, encoder.multiple, self.size))
         return latents
 
-    def _timestep(self, z: Tensor, timestep: Tensor | int | None, generator: torch.Generator | None) -> Tensor:
-        if timestep is not None:
-            pass
-        elif callable(self.timesteps):
-            timestep = self.timesteps(len(z), generator)
-        else:
-            low, high = self.timesteps
-            device = z.device if generator is None else generator.device
-            timestep = torch.randint(low, high, (len(z),), generator=generator, device=device)
-        return self._denoiser.network.expand_timestep(timestep, z)
+    def _timestep(self, z: Tensor, generator: torch.Generator | None) -> Tensor:
+        if callable(self.timesteps):
+            return self.timesteps(len(z), generator)
+        low, high = self.timesteps
+        device = z.device if generator is None else generator.device
+        return torch.randint(low, high, (len(z),), generator=generator, device=device)
 
-    def _noise(
-        self, z: Tensor, size: tuple[int, int], noise: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
-        if noise is None:
-            device = z.device if generator is None else generator.device
-            return torch.randn(z.shape, generator=generator, device=device, dtype=z.dtype).to(z.device)
+    @staticmethod
+    def _draw_noise(z: Tensor, generator: torch.Generator | None) -> Tensor:
+        device = z.device if generator is None else generator.device
+        return torch.randn(z.shape, generator=generator, device=device, dtype=z.dtype).to(z.device)
+
+    @staticmethod
+    def _fit_noise(noise: Tensor, z: Tensor, size: tuple[int, int], multiple: int) -> Tensor:
+        """Noise given for images of ``size``, continued over what padding added."""
         expected = (*z.shape[:2], *size)
         if noise.shape != expected or noise.device != z.device or not noise.is_floating_point():
             raise ValueError(
                 f"`noise` should be floating point, of shape {tuple(expected)} and on {z.device}, found {noise.dtype} "
                 f"of shape {tuple(noise.shape)} on {noise.device}."
             )
-        return fit_size(noise.to(z.dtype), self._denoiser.network.multiple, "pad")
+        return fit_size(noise.to(z.dtype), multiple, "pad")
 
-    def _look(self, noisy: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def _look(self, denoiser: Denoiser, noisy: Tensor, t: Tensor) -> dict[str, Tensor]:
         """What the denoiser sees, computing no more than the weights ask for."""
-        denoiser = self._denoiser.network
         if self.h_space_weight == 0:
             return {"noise": denoiser(noisy, t)}
         if self.noise_weight == 0:

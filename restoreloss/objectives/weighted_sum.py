@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss.objectives.base import Objective, named_terms, total
+from restoreloss.objectives.images import check_pair
 
 
 class WeightedSum(Objective):
@@ -74,6 +75,8 @@ class WeightedSum(Objective):
             target: the same shape.
             generator: handed to those objectives that take one, in order.
         """
+        check_pair(restored, target)
+        target = target.detach()  # torch's own losses would differentiate it
         terms: dict[str, Tensor] = {}
         for name, objective in self.objectives.items():
             weight = self.weights[name]

@@ -1,0 +1,61 @@
+"""Which pictures in this folder can be trained on, and why not the others?"""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def load_folder(folder: Path, *, smallest: int) -> dict[str, Tensor]:
+    """Every picture below ``folder`` as a (3, H, W) float tensor in [0, 1], by its path relative to the folder.
+
+    Grey, palette, 16-bit, CMYK and transparent files are converted (transparency onto white, EXIF turned upright). What
+    cannot be read, is no picture, or has a side shorter than ``smallest`` is named in a warning and left out.
+
+    Raises:
+        ValueError: If the folder does not exist or nothing in it can be used.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"`--images` should be a folder of pictures, found {folder}.")
+    pictures = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
+        name = str(path.relative_to(folder))
+        try:
+            picture = read_picture(path)
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            logger.warning("%s skipped: %s", name, str(error).replace(str(path), "it") or type(error).__name__)
+            continue
+        if min(picture.shape[1:]) < smallest:
+            logger.warning(
+                "%s skipped: %dx%d pixels, at least %d wanted on each side",
+                name, picture.shape[2], picture.shape[1], smallest,
+            )  # fmt: skip
+            continue
+        pictures[name] = picture
+    if not pictures:
+        raise ValueError(
+            f"`--images` should hold a picture of at least {smallest}x{smallest} pixels, found none in {folder}."
+        )
+    return pictures
+
+
+def read_picture(path: Path) -> Tensor:
+    """One file as a (3, H, W) float tensor in [0, 1]."""
+    with Image.open(path) as file:
+        picture = ImageOps.exif_transpose(file)
+        if picture.mode.startswith("I") or picture.mode == "F":  # deeper than 8 bits; Pillow's own convert would clip
+            values = np.asarray(picture, dtype=np.float32)
+            full = 65535 if picture.mode.startswith("I") else 1
+            if not (values.min() >= 0 and values.max() <= full):
+                raise ValueError(f"mode {picture.mode} with values from {values.min():g} to {values.max():g}")
+            return torch.from_numpy(values / full).expand(3, -1, -1).clone()
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        pixels = np.array(picture.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255

@@ -1,0 +1,72 @@
+"""Every exported objective, ready to be put through the contract: how it is built, and what fixes its chance."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restoreloss import DiffLoss, NoiseSchedule, Objective, WeightedSum
+from tests.networks import guided_unet, tiny_autoencoder, tiny_conditional_unet, tiny_unet
+
+SHAPE = (4, 3, 8, 8)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    build: Callable[[], Objective]
+    channels: int = 3
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def unet_with_dropout() -> nn.Module:
+    return tiny_unet(dropout=0.3).train()
+
+
+def pointwise(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    return 0.7 * x_t, x_t.tanh()
+
+
+def l1_like(restored: Tensor, target: Tensor) -> Tensor:
+    return (restored.float() - target.float()).abs().mean()
+
+
+def all_terms() -> WeightedSum:
+    objectives: dict[str, Any] = {"pixel": nn.L1Loss(), "diff": DiffLoss(unet_with_dropout()), "function": l1_like}
+    return WeightedSum(objectives, weights={"diff": 0.1})
+
+
+CASES = [
+    Case("DiffLoss-mse", lambda: DiffLoss(unet_with_dropout())),
+    Case("DiffLoss-rms", lambda: DiffLoss(unet_with_dropout(), distance="rms")),
+    Case("DiffLoss-l2", lambda: DiffLoss(unet_with_dropout(), distance="l2")),
+    Case("DiffLoss-l1", lambda: DiffLoss(unet_with_dropout(), distance="l1")),
+    Case("DiffLoss-noise", lambda: DiffLoss(unet_with_dropout(), h_space_weight=0)),
+    Case("DiffLoss-h_space", lambda: DiffLoss(unet_with_dropout(), noise_weight=0, h_space_weight=1)),
+    Case("DiffLoss-guided", lambda: DiffLoss(guided_unet(use_checkpoint=True))),
+    Case("DiffLoss-callable", lambda: DiffLoss(pointwise, distance="rms")),
+    Case(
+        "DiffLoss-conditional",
+        lambda: DiffLoss(tiny_conditional_unet(), NoiseSchedule.scaled_linear(), conditioning=torch.ones(1, 4, 8)),
+    ),
+    Case(
+        "DiffLoss-latent",
+        lambda: DiffLoss(tiny_unet(in_channels=4, out_channels=4), encoder=tiny_autoencoder(), distance="rms"),
+    ),
+    Case("WeightedSum", all_terms),
+]
+
+
+def images(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = SHAPE) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    z, x = (torch.rand(shape, generator=generator).to(dtype) for _ in range(2))
+    return z.requires_grad_(), x
+
+
+def networks(module: nn.Module) -> list[nn.Module]:
+    """The networks that an objective holds but hides."""
+    return [network for part in module.modules() for network in getattr(part, "_held", ())]

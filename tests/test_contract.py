@@ -1,0 +1,204 @@
+"""What every exported objective keeps: DESIGN's conventions, one test each."""
+
+import copy
+import inspect
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import restoreloss
+from restoreloss import Objective
+from tests.objectives import CASES, SHAPE, Case, images, networks
+
+every_objective = pytest.mark.parametrize("case", CASES, ids=str)
+ROOT = Path(__file__).parents[1]
+
+
+def value_and_gradient(objective: nn.Module, z: Tensor, x: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    z = z.detach().clone().requires_grad_()
+    value = objective(z, x)
+    value.backward()
+    assert z.grad is not None
+    return value.detach(), z.grad
+
+
+def test_no_exported_objective_is_left_out() -> None:
+    exported = {
+        name
+        for name, value in vars(restoreloss).items()
+        if inspect.isclass(value) and issubclass(value, Objective) and not inspect.isabstract(value)
+    }
+    assert exported == {case.name.partition("-")[0] for case in CASES}
+
+
+@every_objective
+def test_scalar_finite_and_positive(case: Case) -> None:
+    value, gradient = value_and_gradient(case.build(), *images())
+    assert value.shape == () and value.dtype == torch.float32 and value > 0
+    assert gradient.isfinite().all() and (gradient != 0).float().mean() > 0.5
+
+
+@every_objective
+def test_exactly_zero_with_zero_gradient_on_equals(case: Case) -> None:
+    z, _ = images()
+    value, gradient = value_and_gradient(case.build(), z, z.detach())
+    assert value == 0 and not gradient.any()
+
+
+@every_objective
+def test_gradient_reaches_restored_and_nothing_else(case: Case) -> None:
+    objective, (z, x) = case.build(), images()
+    x.requires_grad_()
+    objective(z, x).backward()
+    assert z.grad is not None and x.grad is None
+    held = [p for network in networks(objective) for p in network.parameters()]
+    assert all(p.grad is None and not p.requires_grad for p in held)
+
+
+@every_objective
+def test_terms_sum_to_the_call_and_are_differentiable(case: Case) -> None:
+    objective, (z, x) = case.build(), images()
+    torch.manual_seed(0)
+    value = objective(z, x)
+    torch.manual_seed(0)
+    terms = objective.terms(z, x)
+    torch.testing.assert_close(torch.stack(list(terms.values())).sum(), value)
+    for term in terms.values():
+        (gradient,) = torch.autograd.grad(term, z, retain_graph=True)
+        assert gradient.any()
+
+
+@every_objective
+def test_frozen_networks_stay_frozen_and_hidden(case: Case) -> None:
+    objective = case.build()
+    parent = nn.Sequential(objective).train().requires_grad_(True)
+    assert list(parent.parameters()) == [] and parent.state_dict() == {}
+    for network in networks(objective):
+        network.train().requires_grad_(True)  # by somebody who holds it as well
+    state = [copy.deepcopy(network.state_dict()) for network in networks(objective)]
+    z, x = images()
+    value, _ = value_and_gradient(objective, x, x)
+    assert value == 0  # dropout would show
+    value_and_gradient(objective, z, x)
+    for network, before in zip(networks(objective), state, strict=True):
+        assert not any(module.training for module in network.modules())
+        assert all(p.grad is None for p in network.parameters())
+        assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+@every_objective
+def test_an_exception_leaves_no_trace(case: Case) -> None:
+    objective, (z, x) = case.build(), images()
+    before = value_and_gradient(objective, z, x)
+    with pytest.raises(ValueError, match="restored|target"):
+        objective(z, x[:, :, :3])
+    layers = [m for network in networks(objective) for m in network.modules() if isinstance(m, nn.Conv2d)]
+    if layers:  # a plain callable has none
+
+        def fail(module: nn.Module, args: object) -> None:
+            raise RuntimeError("out of memory, say")
+
+        handle = layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            objective(z, x)
+        handle.remove()
+    assert torch.is_grad_enabled()
+    for one, other in zip(value_and_gradient(objective, z, x), before, strict=True):
+        assert torch.equal(one, other)
+
+
+def singular(point: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    z = images(dtype)[0].detach()
+    half = torch.full(SHAPE, 0.5, dtype=dtype)
+    return {
+        "equal": (z, z.clone()),
+        "zeros": (torch.zeros(SHAPE, dtype=dtype), torch.zeros(SHAPE, dtype=dtype)),
+        "constants": (half, half + 0.25),
+        "one pixel apart": (half, half + torch.eye(8).to(dtype) * 1e-3),
+    }[point]
+
+
+@every_objective
+@pytest.mark.parametrize("point", ["equal", "zeros", "constants", "one pixel apart"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_finite_at_singular_points(case: Case, point: str, dtype: torch.dtype) -> None:
+    value, gradient = value_and_gradient(case.build(), *singular(point, dtype))
+    assert value.isfinite() and gradient.isfinite().all() and gradient.dtype == dtype
+
+
+@every_objective
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_finite_under_autocast_and_near_single_precision(case: Case, dtype: torch.dtype) -> None:
+    objective, (z, x) = case.build(), images()
+    _, expected = value_and_gradient(objective, z, x)
+    for u in (x, z):
+        with torch.autocast("cpu", dtype):
+            value, gradient = value_and_gradient(objective, u, x)
+        assert value.isfinite() and gradient.isfinite().all()
+    assert torch.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > 0.98
+
+
+@every_objective
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (5, 3), (16, 11)], ids=str)
+def test_any_size(case: Case, size: tuple[int, int]) -> None:
+    z, x = images(shape=(2, 3, *size))
+    value, gradient = value_and_gradient(case.build(), z, x)
+    assert value.isfinite() and gradient.isfinite().all() and gradient.any()
+
+
+@every_objective
+def test_compiles_to_the_same_numbers(case: Case) -> None:
+    torch._dynamo.reset()
+    objective, (z, x) = case.build(), images()
+    expected = value_and_gradient(objective, z, x)
+    compiled = torch.compile(objective, backend="aot_eager")
+    for one, other in zip(value_and_gradient(compiled, z, x), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+@every_objective
+def test_deepcopy_and_pickle_go_on_alone(case: Case) -> None:
+    objective, (z, x) = case.build(), images()
+    expected = value_and_gradient(objective, z, x)
+    for copied in (copy.deepcopy(objective), pickle.loads(pickle.dumps(objective))):
+        for network in networks(objective):
+            for p in network.parameters():
+                assert all(p is not q for other in networks(copied) for q in other.parameters())
+        for one, other in zip(value_and_gradient(copied, z, x), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+@every_objective
+def test_same_seed_same_result(case: Case) -> None:
+    objective, (z, x) = case.build(), images()
+    results = [value_and_gradient(objective, z, x, seed)[0] for seed in (0, 0)]
+    assert torch.equal(*results)
+
+
+@every_objective
+def test_target_may_be_single_precision_where_the_network_ran_in_half(case: Case) -> None:
+    z, x = images()
+    value, gradient = value_and_gradient(case.build(), z.bfloat16(), x)
+    assert value.isfinite() and gradient.dtype == torch.bfloat16 and gradient.any()
+
+
+def test_two_processes_give_what_one_gives() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    worker = [str(ROOT / "tests" / "distributed_worker.py")]
+    result = subprocess.run(
+        command + worker, cwd=ROOT, capture_output=True, text=True, timeout=300, env=_environment(), check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("equal") == len(CASES)
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
