@@ -36,7 +36,7 @@ BATCH, CROP, TEST_CROP = 8, 48, 96
 
 def degrade(clean: Tensor, generator: torch.Generator) -> Tensor:
     """Gaussian blur, then Gaussian noise."""
-    blurred = gaussian_blur(clean, kernel_size=[11, 11], sigma=[BLUR, BLUR])
+    blurred: Tensor = gaussian_blur(clean, kernel_size=[11, 11], sigma=[BLUR, BLUR])
     return blurred + NOISE * torch.randn(clean.shape, generator=generator)
 
 
@@ -55,7 +55,7 @@ class Run:
     def branch(self) -> "Run":
         """A copy that goes on exactly as this one would."""
         net = copy.deepcopy(self.net)
-        optimizer = type(self.optimizer)(net.parameters())
+        optimizer = torch.optim.AdamW(net.parameters())
         optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         generator = torch.Generator().set_state(self.generator.get_state())
         return Run(net, optimizer, generator, self.step, list(self.seconds), list(self.pixel), dict(self.psnr))
@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     else:
         weights = {"diff": args.weight}
     objective = WeightedSum(objectives, weights)
-    report = audit(objective, restored, clean, draws=8)
+    report = audit(objective, restored, clean, draws=8, dominates=0.99)
     print(f"\nweight of the prior: {weights['diff']:.3g}\n{report}\n")
 
     without, with_prior = warm, warm.branch()

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import nn
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -43,8 +42,7 @@ class FrozenNetwork(nn.Module, Generic[Network]):
     @property
     def network(self) -> Network:
         """The network, in eval mode and without gradients, whatever was done to it since the last use."""
-        if not torch.compiler.is_compiling():
-            self._lock()
+        self._lock()
         return self._held[0]
 
     def _lock(self) -> None:

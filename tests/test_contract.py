@@ -163,6 +163,17 @@ def test_compiles_to_the_same_numbers(case: Case) -> None:
 
 
 @every_objective
+def test_compiled_networks_stay_in_eval_mode(case: Case) -> None:
+    torch._dynamo.reset()
+    objective, (z, x) = case.build(), images()
+    compiled = torch.compile(objective, backend="aot_eager")
+    compiled(z, x)
+    for network in networks(objective):
+        network.train()
+    assert compiled(x, x) == 0
+
+
+@every_objective
 def test_deepcopy_and_pickle_go_on_alone(case: Case) -> None:
     objective, (z, x) = case.build(), images()
     expected = value_and_gradient(objective, z, x)

@@ -62,7 +62,7 @@ def naive_step(net: UNet2DModel, restored: Tensor, clean: Tensor) -> Callable[[]
         t = torch.full((len(z),), TIMESTEP, device=z.device)
         noise_z = net(schedule.add_noise(2 * z - 1, noise, t), t).sample
         noise_x = net(schedule.add_noise(2 * clean - 1, noise, t), t).sample
-        (F.mse_loss(noise_z, noise_x) + 0.01 * F.mse_loss(*seen)).backward()
+        (F.mse_loss(noise_z, noise_x) + 0.01 * F.mse_loss(seen[0], seen[1])).backward()
         net.zero_grad()
 
     return step
@@ -164,7 +164,7 @@ def main() -> None:
 
     context, memory = multiprocessing.get_context("spawn"), {}
     for variant in VARIANTS:
-        answer: multiprocessing.Queue[float] = context.Queue()  # type: ignore[assignment]
+        answer: multiprocessing.Queue[float] = context.Queue()
         process = context.Process(target=peak, args=(variant, args.batch, args.size, args.device, answer))
         process.start()
         memory[variant] = answer.get(timeout=300)

@@ -19,16 +19,16 @@ from scipy.fft import dctn
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.common.photos import HELD_OUT, grid_crops, load_photo
+from examples.common.photos import HELD_OUT, TRAIN, grid_crops, load_photo
 from restoreloss import NoiseSchedule, as_denoiser, small_prior
 
 TIMESTEPS = (10, 25, 50, 100, 200, 400, 600, 800)
 CROP, CROPS_EACH = 64, 16
 
 
-def held_out_crops() -> Tensor:
-    """Sixteen crops of each held-out photograph in [-1, 1]: (64, 3, 64, 64)."""
-    return torch.cat([grid_crops(load_photo(name), CROP, CROPS_EACH) for name in HELD_OUT]) * 2 - 1
+def crops_of(photos: Sequence[str], each: int) -> Tensor:
+    """Crops spread over each photograph, in [-1, 1]: (each * photographs, 3, 64, 64)."""
+    return torch.cat([grid_crops(load_photo(name), CROP, each) for name in photos]) * 2 - 1
 
 
 @torch.no_grad()
@@ -48,39 +48,56 @@ def noise_errors(
     return errors
 
 
-def linear_errors(schedule: NoiseSchedule, crops: Tensor, timesteps: Sequence[int] = TIMESTEPS) -> list[float]:
-    r"""Expected error of the best linear denoiser, which knows the statistics of these very crops.
+def linear_errors(
+    schedule: NoiseSchedule, crops: Tensor, fitted_to: Tensor, timesteps: Sequence[int] = TIMESTEPS
+) -> list[float]:
+    r"""Expected error on ``crops`` of the best linear denoiser for the statistics of ``fitted_to``.
 
-    In the DCT domain, where photographs are nearly uncorrelated, each coefficient of the three channels has a mean and
-    a 3x3 covariance S. The Wiener estimate of the noise errs by
-    :math:`\operatorname{tr}\big(\bar\alpha S (\bar\alpha S + (1 - \bar\alpha) I)^{-1}\big) / 3`.
+    In the DCT domain, where photographs are nearly uncorrelated, each coefficient of the three channels has a mean m
+    and a covariance S (3x3). With :math:`\sigma^2 = 1 - \bar\alpha` and :math:`M = (\bar\alpha S + \sigma^2 I)^{-1}`
+    the Wiener estimate of the noise is :math:`\sigma M (x_t - \sqrt{\bar\alpha} m)`; its squared error, averaged over the
+    noise, is :math:`\|I - \sigma^2 M\|_F^2 + \sigma^2 \bar\alpha \|M (x - m)\|^2` for an image x.
     """
-    coefficients = torch.from_numpy(dctn(crops.double().numpy(), axes=(2, 3), norm="ortho"))
-    centred = coefficients - coefficients.mean(dim=0)
-    covariance = torch.einsum("nchw,ndhw->hwcd", centred, centred) / len(crops)
-    power = torch.linalg.eigvalsh(covariance).clamp(min=0)
-    levels = [float(schedule.alphas_cumprod[t]) for t in timesteps]
-    return [float((abar * power / (abar * power + 1 - abar)).mean()) for abar in levels]
+
+    def transform(images: Tensor) -> Tensor:
+        return torch.from_numpy(dctn(images.double().numpy(), axes=(2, 3), norm="ortho"))
+
+    known = transform(fitted_to)
+    mean = known.mean(dim=0)
+    covariance = torch.einsum("nchw,ndhw->hwcd", known - mean, known - mean) / len(known)
+    power, basis = torch.linalg.eigh(covariance)
+    squares = torch.einsum("hwcd,nchw->nhwd", basis, transform(crops) - mean).square().mean(dim=0)
+    errors = []
+    for abar in (float(schedule.alphas_cumprod[t]) for t in timesteps):
+        variance = 1 - abar
+        inverse = 1 / (abar * power.clamp(min=0) + variance)
+        errors.append(float(((1 - variance * inverse) ** 2 + variance * abar * inverse**2 * squares).mean()))
+    return errors
 
 
 def report(prior: UNet2DModel, folder: Path) -> str:
     """Write ``errors.csv`` and ``samples.png`` to ``folder``; return the table."""
-    schedule, crops = NoiseSchedule.linear(), held_out_crops()
+    schedule, crops = NoiseSchedule.linear(), crops_of(HELD_OUT, CROPS_EACH)
     torch.manual_seed(0)
     untrained = UNet2DModel.from_config(prior.config).eval()
     columns = {
         "prior": noise_errors(as_denoiser(prior), schedule, crops),
         "untrained": noise_errors(as_denoiser(untrained), schedule, crops),
-        "linear": linear_errors(schedule, crops),
+        "linear": linear_errors(schedule, crops, crops_of(TRAIN, 64)),
+        "linear, told": linear_errors(schedule, crops, crops),
     }
     with (folder / "errors.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["timestep", *columns])
         writer.writerows([t, *(f"{e:.6f}" for e in row)] for t, *row in zip(TIMESTEPS, *columns.values(), strict=True))
-    save_samples(prior, schedule, crops[:: CROPS_EACH // 2], folder / "samples.png")
-    lines = [f"{'t':>5}{'prior':>12}{'linear':>12}{'untrained':>12}{'prior/linear':>14}"]
-    for t, ours, blank, linear in zip(TIMESTEPS, *columns.values(), strict=True):
-        lines.append(f"{t:>5}{ours:>12.4f}{linear:>12.4f}{blank:>12.3f}{ours / linear:>14.2f}")
+    save_samples(prior, schedule, crops[3 :: CROPS_EACH // 2], folder / "samples.png")
+    lines = [f"{'t':>5}" + "".join(f"{name:>14}" for name in columns) + f"{'prior/linear':>14}"]
+    for t, *row in zip(TIMESTEPS, *columns.values(), strict=True):
+        lines.append(f"{t:>5}" + "".join(f"{error:>14.4f}" for error in row) + f"{row[0] / row[2]:>14.2f}")
+    lines.append("linear: Wiener filter fitted to the training photographs; told: to these very crops")
+    for name in HELD_OUT:
+        errors = noise_errors(as_denoiser(prior), schedule, crops_of([name], CROPS_EACH), (10, 100, 200, 400))
+        lines.append(f"{name + ' at t = 10, 100, 200, 400':<40}" + "".join(f"{error:>9.4f}" for error in errors))
     return "\n".join(lines)
 
 

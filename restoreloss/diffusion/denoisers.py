@@ -45,9 +45,12 @@ class _Tap:
         return {"wanted": {}, "taken": {}}  # a copy is made between calls, and belongs to none
 
 
+_COMPILED = 0
+
+
 def _thread() -> int:
-    # dynamo cannot trace get_ident, and a compiled graph is entered by one thread at a time
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+    # dynamo cannot trace get_ident
+    return _COMPILED if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class Denoiser(nn.Module):
@@ -120,16 +123,19 @@ class Denoiser(nn.Module):
         return self._tapped(noisy, t, stop=True)[1]
 
     def _tapped(self, noisy: Tensor, t: Tensor, *, stop: bool) -> tuple[Any, Tensor]:
-        tap, key, output = self._tap, _thread(), None
+        tap, output, h = self._tap, None, None
         assert tap is not None
-        tap.wanted[key] = stop
+        keys = (_COMPILED, _thread())  # a compiled part of the model cannot tell the thread it is called from
+        for key in keys:
+            tap.wanted[key] = stop
         try:
             output = self._run(noisy, t)
         except _Reached:
             pass
         finally:
-            del tap.wanted[key]
-            h = tap.taken.pop(key, None)
+            for key in keys:
+                tap.wanted.pop(key, None)
+                h = tap.taken.pop(key, h)
         if h is None:
             raise RuntimeError(
                 "The model ran without passing its bottleneck. If it was compiled and called before it was wrapped, "
@@ -177,7 +183,7 @@ class Denoiser(nn.Module):
             ValueError: If they are not integers in [0, T), or neither one nor N.
         """
         self.schedule.check_timestep(t)
-        t = torch.as_tensor(t, device=noisy.device)
+        t = torch.as_tensor(t, device=noisy.device).long()
         if t.ndim > 1 or t.numel() not in (1, len(noisy)):
             raise ValueError(
                 f"`timestep` should be one integer or {len(noisy)} of them, found a tensor of shape {tuple(t.shape)}."
@@ -246,19 +252,21 @@ def as_denoiser(
 
     inner: Any = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     is_network = isinstance(inner, nn.Module)
-    if schedule is None and is_network and _is_conditional(inner):
-        warnings.warn(
-            f"{type(inner).__name__} without a `schedule` is read with the linear schedule of DDPM; Stable Diffusion "
-            "was trained with NoiseSchedule.scaled_linear(). Pass its scheduler, or NoiseSchedule.linear() to confirm.",
-            stacklevel=2,
-        )
-    schedule = as_schedule(schedule)
+    if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(f"`model` should be a bare network, found a {type(inner).__name__}: pass its `.module`.")
     if is_network and hasattr(inner, "mid_block"):
         _check_diffusers_conditioning(inner, conditioning)
+        if schedule is None and _is_conditional(inner):
+            warnings.warn(
+                f"{type(inner).__name__} without a `schedule` is read with the linear schedule of DDPM; Stable "
+                "Diffusion was trained with NoiseSchedule.scaled_linear(). Pass its scheduler, or "
+                "NoiseSchedule.linear() to confirm.",
+                stacklevel=2,
+            )
         downsamplers = [getattr(block, "downsamplers", None) for block in getattr(inner, "down_blocks", ())]
         return Denoiser(
             model,
-            schedule,
+            as_schedule(schedule),
             conditioning=conditioning,
             conditioning_name="encoder_hidden_states" if _is_conditional(inner) else "class_labels",
             bottleneck=inner.mid_block,
@@ -272,7 +280,7 @@ def as_denoiser(
         _bypass_own_checkpointing(inner)
         return Denoiser(
             model,
-            schedule,
+            as_schedule(schedule),
             conditioning=conditioning,
             conditioning_name="y",
             bottleneck=inner.middle_block,
@@ -280,7 +288,7 @@ def as_denoiser(
             multiple=2 ** sum(map(_downsamples, getattr(inner, "input_blocks", ()))),
             in_channels=getattr(inner, "in_channels", None),
         )
-    return Denoiser(model, schedule, conditioning=conditioning)
+    return Denoiser(model, as_schedule(schedule), conditioning=conditioning)
 
 
 def as_schedule(schedule: Any) -> NoiseSchedule:

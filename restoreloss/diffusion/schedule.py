@@ -5,6 +5,7 @@ predicts. Everything in this library that mixes, removes or converts noise asks 
 """
 
 import math
+from operator import index
 from typing import Any, Literal, get_args
 
 import torch
@@ -146,7 +147,7 @@ class NoiseSchedule(nn.Module):
             x_t, same shape, mixed in float32 or higher and returned in the dtype of ``x``.
         """
         signal, sigma = self._levels(t, x)
-        return (signal * _upcast(x) + sigma * _upcast(noise)).to(x.dtype)
+        return (signal * x + sigma * noise).to(x.dtype)
 
     def predict_x0(self, x_t: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
         r""":math:`\hat x_0 = (x_t - \sqrt{1 - \bar\alpha_t}\,\epsilon) / \sqrt{\bar\alpha_t}`, the inverse of mixing.
@@ -155,7 +156,7 @@ class NoiseSchedule(nn.Module):
         linear schedule, and not a number where :math:`\bar\alpha_t = 0`.
         """
         signal, sigma = self._levels(t, x_t)
-        return ((_upcast(x_t) - sigma * _upcast(noise)) / signal).to(x_t.dtype)
+        return ((x_t - sigma * noise) / signal).to(x_t.dtype)
 
     def to_noise(
         self, output: Tensor, x_t: Tensor, t: Tensor | int, *, prediction_type: PredictionType | None = None
@@ -184,9 +185,9 @@ class NoiseSchedule(nn.Module):
             return output
         signal, sigma = self._levels(t, x_t)
         if prediction_type == "v_prediction":
-            noise = signal * _upcast(output) + sigma * _upcast(x_t)
+            noise = signal * output + sigma * x_t
         elif prediction_type == "sample":
-            noise = (_upcast(x_t) - signal * _upcast(output)) / sigma
+            noise = (x_t - signal * output) / sigma
         else:
             raise ValueError(
                 f"`prediction_type` should be one of {get_args(PredictionType)}, found {prediction_type!r}."
@@ -202,15 +203,22 @@ class NoiseSchedule(nn.Module):
                 return
             low, high = int(t.min()), int(t.max())
         else:
-            low = high = t
+            try:
+                low = high = index(t)
+            except TypeError:
+                raise ValueError(f"`timestep` should be an integer or an integer tensor, found {t!r}.") from None
         if low < 0 or high >= self.num_timesteps:
             raise ValueError(f"`timestep` should be in [0, {self.num_timesteps}), found {low if low < 0 else high}.")
 
     def _levels(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply ``like``."""
+        """sqrt(abar_t) and sqrt(1 - abar_t) in float32, shaped to multiply ``like`` (half precision is promoted)."""
         self.check_timestep(t)
-        index = torch.as_tensor(t, device=like.device).reshape(-1, *(1,) * (like.ndim - 1))
-        return self.signal.to(like.device)[index], self.sigma.to(like.device)[index]
+        steps = torch.as_tensor(t, device=like.device).long()
+        if steps.ndim > 1 or steps.numel() not in (1, len(like)):
+            found = tuple(steps.shape)
+            raise ValueError(f"`timestep` should be one integer or {len(like)} of them, found shape {found}.")
+        steps = steps.reshape(-1, *(1,) * (like.ndim - 1))
+        return self.signal.to(like.device)[steps], self.sigma.to(like.device)[steps]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "NoiseSchedule":
         # follow the device of a parent's .to()/.cuda(), never its dtype
@@ -225,8 +233,3 @@ class NoiseSchedule(nn.Module):
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
         return f"num_timesteps={self.num_timesteps}, prediction_type={self.prediction_type!r}"
-
-
-def _upcast(x: Tensor) -> Tensor:
-    """float16 and bfloat16 to float32; float32 and float64 as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -36,6 +36,8 @@ class Objective(nn.Module, ABC):
 
 def total(terms: dict[str, Tensor]) -> Tensor:
     """The sum of the terms, left to right."""
+    if not terms:
+        raise ValueError("`terms` should name at least one term, found none.")
     first, *others = terms.values()
     for term in others:
         first = first + term
@@ -56,8 +58,15 @@ def named_terms(
     terms = getattr(objective, "terms", None)
     function: Callable[..., Any] = objective if terms is None else terms
     # asked only when needed: reading a signature costs time, and breaks a compiled graph
-    if generator is not None and "generator" in inspect.signature(getattr(function, "forward", function)).parameters:
+    if generator is not None and _takes_generator(getattr(function, "forward", function)):
         result = function(restored, target, generator=generator)
     else:
         result = function(restored, target)
     return {name: result} if terms is None else {f"{name}/{key}": value for key, value in result.items()}
+
+
+def _takes_generator(function: Callable[..., Any]) -> bool:
+    try:
+        return "generator" in inspect.signature(function).parameters
+    except ValueError:  # a builtin does not tell
+        return False

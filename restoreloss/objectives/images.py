@@ -1,5 +1,6 @@
 """Are these two batches of images fit to be compared, and how do they reach the range of a network?"""
 
+import math
 import warnings
 
 import torch
@@ -41,8 +42,8 @@ def check_range(input_range: tuple[float, float]) -> tuple[float, float]:
         low, high = map(float, input_range)
     except (TypeError, ValueError):
         raise ValueError(f"`input_range` should be two numbers (low, high), found {input_range!r}.") from None
-    if not low < high:
-        raise ValueError(f"`input_range` should rise from low to high, found {input_range!r}.")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"`input_range` should rise from low to high, both finite, found {input_range!r}.")
     return low, high
 
 

@@ -65,7 +65,8 @@ class WeightedSum(Objective):
     @property
     def objectives(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         """The objectives by name, in the order given."""
-        return {name: self._functions.get(name) or getattr(self, f"objective_{name}") for name in self.weights}
+        modules = {name: getattr(self, f"objective_{name}") for name in self.weights if name not in self._functions}
+        return {name: (self._functions | modules)[name] for name in self.weights}
 
     def terms(self, restored: Tensor, target: Tensor, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """The weighted terms: "diff/noise" for a term of an objective that has terms, "pixel" for one that has none.

@@ -60,7 +60,13 @@ class AuditReport:
     notes: tuple[str, ...]
 
     def __getitem__(self, name: str) -> TermAudit:
-        return next(term for term in self.terms if term.name == name)
+        return {term.name: term for term in self.terms}[name]
+
+    def __contains__(self, name: object) -> bool:
+        return any(term.name == name for term in self.terms)
+
+    def __iter__(self) -> Iterator[TermAudit]:
+        return iter(self.terms)
 
     def flagged(self, flag: str) -> list[str]:
         """Names of the terms with this flag."""
@@ -139,7 +145,8 @@ def audit(
             a single objective. Objectives with ``.terms`` are taken apart.
         restored: what your network made of a batch, float (N, C, H, W). Nothing is written to its ``.grad``.
         target: the same shape.
-        draws: how often each objective is computed and averaged: losses that draw timesteps or noise vary.
+        draws: how often each objective is computed and averaged: losses that draw timesteps or noise vary. Objectives
+            run as they are: one that holds a batch norm in train mode moves its statistics.
         seed: of those draws; the global random state is left as it was.
         dominates: share above which a term is flagged.
         opposes: cosine below which a term is flagged.
@@ -164,7 +171,7 @@ def audit(
     measured = _measure(objectives, restored, target, draws, seed)
     first = next(iter(measured.values())).gradients
 
-    norms = {name: _mean([float(g.norm()) for g in term.gradients]) for name, term in measured.items()}
+    norms = {name: _mean([_norm(g) for g in term.gradients]) for name, term in measured.items()}
     seconds = {name: sorted(term.seconds)[draws // 2] for name, term in measured.items()}
     finite = {
         name: all(map(math.isfinite, term.values)) and all(bool(g.isfinite().all()) for g in term.gradients)
@@ -202,7 +209,7 @@ def audit(
 
 
 def calibrate(
-    objectives: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
+    objectives: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | WeightedSum,
     restored: Tensor,
     target: Tensor,
     *,
@@ -217,7 +224,8 @@ def calibrate(
     A weight from a paper belongs to that paper's networks and loss scales. A share means the same everywhere.
 
     Args:
-        objectives: by name; the first is the reference and keeps weight 1.
+        objectives: by name, or a :class:`WeightedSum` (whose own weights do not count); the first is the reference and
+            keeps weight 1.
         restored: what your network made of a batch, float (N, C, H, W): after some steps rather than none.
         target: the same shape.
         shares: :math:`s_k` of all but the first objective, each above 0; the first has what they leave of 1.
@@ -239,6 +247,10 @@ def calibrate(
         >>> round(report["l2"].share, 3)
         0.25
     """
+    if isinstance(objectives, WeightedSum):
+        objectives = objectives.objectives
+    if not objectives:
+        raise ValueError("`objectives` should name at least one objective, found none.")
     first, *others = objectives
     if sorted(shares) != sorted(others) or not all(share > 0 for share in shares.values()) or sum(shares.values()) >= 1:
         raise ValueError(
@@ -272,19 +284,19 @@ def _weighed(objectives: Objectives) -> list[tuple[str, float, Callable[..., Ten
         if not objectives:
             raise ValueError("`objectives` should name at least one objective, found none.")
         return [(name, 1.0, objective) for name, objective in objectives.items()]
-    return [(type(objectives).__name__, 1.0, objectives)]
+    return [(getattr(objectives, "__name__", type(objectives).__name__), 1.0, objectives)]
 
 
 def _measure(objectives: Objectives, restored: Tensor, target: Tensor, draws: int, seed: int) -> dict[str, _Measured]:
     """Values, gradients at ``restored`` and times of every term; each objective sees the same random numbers."""
     measured: dict[str, _Measured] = {}
-    target = target.detach()
     for name, weight, objective in _weighed(objectives):
         for draw in range(draws):
-            image = restored.detach().clone().requires_grad_()
-            with _seeded(seed + draw, image.device), torch.enable_grad():
+            # images made in inference mode cannot be differentiated until they are copied outside of it
+            with torch.inference_mode(False), torch.enable_grad(), _seeded(seed + draw, restored.device):
+                image = restored.detach().clone().requires_grad_()
                 started = _now(image)
-                terms = named_terms(name, objective, image, target)
+                terms = named_terms(name, objective, image, target.detach().clone())
                 forward_seconds = (_now(image) - started) / len(terms)  # the terms share the forward pass
                 for key, term in terms.items():
                     if not isinstance(term, Tensor) or term.numel() != 1:
@@ -293,6 +305,8 @@ def _measure(objectives: Objectives, restored: Tensor, target: Tensor, draws: in
                     started = _now(image)
                     gradient = _gradient(weight * term, image)
                     row = measured.setdefault(key, _Measured([], [], []))
+                    if len(row.values) > draw:
+                        raise ValueError(f"`objectives` should give each term a name of its own, found {key!r} twice.")
                     row.seconds.append(forward_seconds + _now(image) - started)
                     row.values.append(weight * float(term.detach()))
                     row.gradients.append(gradient)
@@ -309,13 +323,14 @@ def _gradient(term: Tensor, image: Tensor) -> Tensor:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=_fork_type(device)):
-        torch.manual_seed(seed)
+    """Seed the CPU and ``device``, and no other device, for the length of the block."""
+    on_cpu = device.type == "cpu"
+    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+        torch.default_generator.manual_seed(seed)
+        if not on_cpu:
+            with torch.device(device):
+                torch.get_device_module(device).manual_seed(seed)
         yield
-
-
-def _fork_type(device: torch.device) -> str:
-    return "cuda" if device.type == "cpu" else device.type  # fork_rng always keeps the CPU's state as well
 
 
 def _now(image: Tensor) -> float:
@@ -328,12 +343,17 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+def _norm(gradient: Tensor) -> float:
+    # of the gradient divided by its largest element: squares underflow at 1e-23 and overflow at 1e19
+    peak = float(gradient.abs().max())
+    return peak * float((gradient / peak).norm()) if 0 < peak < math.inf else peak
+
+
 def _cosine(gradient: Tensor, reference: Tensor) -> float:
-    # by unit vectors: the product of two norms can underflow
-    lengths = gradient.norm(), reference.norm()
-    if not all(0 < float(length) < math.inf for length in lengths):
+    peaks = [float(g.abs().max()) for g in (gradient, reference)]
+    if not all(0 < peak < math.inf for peak in peaks):
         return math.nan
-    return float(((gradient / lengths[0]) * (reference / lengths[1])).sum())
+    return float(torch.cosine_similarity((gradient / peaks[0]).flatten(), (reference / peaks[1]).flatten(), dim=0))
 
 
 def _input_notes(restored: Tensor, target: Tensor) -> tuple[str, ...]:
