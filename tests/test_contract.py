@@ -162,14 +162,13 @@ def test_compiles_to_the_same_numbers(case: Case) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
-@every_objective
-def test_compiled_networks_stay_in_eval_mode(case: Case) -> None:
+def test_compiled_networks_stay_in_eval_mode() -> None:
     torch._dynamo.reset()
-    objective, (z, x) = case.build(), images()
+    objective, (z, x) = CASES[0].build(), images()
     compiled = torch.compile(objective, backend="aot_eager")
     compiled(z, x)
     for network in networks(objective):
-        network.train()
+        network.train()  # dropout would show
     assert compiled(x, x) == 0
 
 

@@ -55,8 +55,8 @@ def linear_errors(
 
     In the DCT domain, where photographs are nearly uncorrelated, each coefficient of the three channels has a mean m
     and a covariance S (3x3). With :math:`\sigma^2 = 1 - \bar\alpha` and :math:`M = (\bar\alpha S + \sigma^2 I)^{-1}`
-    the Wiener estimate of the noise is :math:`\sigma M (x_t - \sqrt{\bar\alpha} m)`; its squared error, averaged over the
-    noise, is :math:`\|I - \sigma^2 M\|_F^2 + \sigma^2 \bar\alpha \|M (x - m)\|^2` for an image x.
+    the Wiener estimate of the noise is :math:`\sigma M (x_t - \sqrt{\bar\alpha} m)`; its squared error, averaged over
+    the noise, is :math:`\|I - \sigma^2 M\|_F^2 + \sigma^2 \bar\alpha \|M (x - m)\|^2` for an image x.
     """
 
     def transform(images: Tensor) -> Tensor:

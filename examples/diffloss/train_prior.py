@@ -98,7 +98,7 @@ class Trainer:
         self.lr_schedule.step()
         self.average.update_parameters(self.net)
         self.step += 1
-        return float(error.mean())
+        return float(error.detach().mean())
 
     def save(self, path: Path) -> None:
         state = {
