@@ -2,7 +2,7 @@
 
     python -m examples.quickstart
 
-Crops of photographs are blurred (Gaussian, sigma 1.5) and made noisy (standard deviation 10/255). A small NAFNet learns
+Crops of photographs are blurred (Gaussian, sigma 1.5) and made noisy (standard deviation 25/255). A small NAFNet learns
 to restore them with the pixel loss; from the same start, on the same batches, it learns again with the pixel loss plus
 ``DiffLoss(small_prior())``. Both are compared on photographs that neither the networks nor the prior were trained on.
 The last lines say where the pictures and numbers are.
@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,18 +27,28 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
-from examples.common.folder import load_folder
-from examples.common.photos import HELD_OUT, TRAIN, grid_crops, load_photo, random_crops
+from examples.common.photos import grid_crops, photographs, random_crops
 from restoreloss import DiffLoss, WeightedSum, audit, calibrate, small_prior
 
-BLUR, NOISE = 1.5, 10 / 255
 BATCH, CROP, TEST_CROP = 8, 48, 96
 
 
-def degrade(clean: Tensor, generator: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class Degradation:
     """Gaussian blur, then Gaussian noise."""
-    blurred: Tensor = gaussian_blur(clean, kernel_size=[11, 11], sigma=[BLUR, BLUR])
-    return blurred + NOISE * torch.randn(clean.shape, generator=generator)
+
+    blur: float
+    noise: float
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> Tensor:
+        blurred = clean
+        if self.blur > 0:
+            size = 2 * math.ceil(3 * self.blur) + 1
+            blurred = gaussian_blur(clean, kernel_size=[size, size], sigma=[self.blur, self.blur])
+        return blurred + self.noise / 255 * torch.randn(clean.shape, generator=generator)
+
+    def __str__(self) -> str:
+        return f"Gaussian blur, sigma {self.blur:g}, then Gaussian noise, standard deviation {self.noise:g}/255"
 
 
 @dataclass
@@ -68,18 +79,17 @@ class Experiment:
     photos: Sequence[Tensor]
     test_clean: Tensor
     test_degraded: Tensor
+    degrade: Degradation
     steps: int
     lr: float
     device: torch.device
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         clean = random_crops(self.photos, BATCH, CROP, generator)
-        return clean.to(self.device), degrade(clean, generator).to(self.device)
+        return clean.to(self.device), self.degrade(clean, generator).to(self.device)
 
     def train(self, run: Run, objective: nn.Module, until: int, title: str) -> None:
         """The training loop. DiffLoss is one term of ``objective``; nothing else knows of it."""
-        for group in run.optimizer.param_groups:
-            group["initial_lr"] = self.lr
         with tqdm(total=self.steps, initial=run.step, desc=title, unit="step") as progress:
             while run.step < until:
                 for group in run.optimizer.param_groups:
@@ -125,24 +135,6 @@ def diffusion_distance(restored: Tensor, clean: Tensor, prior: nn.Module) -> Ten
     return torch.stack([loss(restored, clean, timestep=t, generator=generator) for t in levels]).mean(dim=0)
 
 
-def split(args: argparse.Namespace) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Photographs to train on, and held-out ones by name."""
-    if args.images is None:
-        return [load_photo(name) for name in TRAIN], {name: load_photo(name) for name in HELD_OUT}
-    pictures = load_folder(args.images, smallest=TEST_CROP)
-    if len(pictures) == 1:  # train on the left two thirds, test on the rest
-        ((name, picture),) = pictures.items()
-        cut = picture.shape[2] * 2 // 3
-        if min(cut, picture.shape[2] - cut) < TEST_CROP:
-            raise ValueError(
-                f"`--images` holds one picture, which should be at least {3 * TEST_CROP} wide to be split."
-            )
-        return [picture[:, :, :cut]], {name: picture[:, :, cut:]}
-    names = list(pictures)
-    held_out = names[:: max(2, len(names) // 4)][:4]
-    return [pictures[name] for name in names if name not in held_out], {name: pictures[name] for name in held_out}
-
-
 def table(scores: Mapping[str, Mapping[str, Tensor]], seconds: Mapping[str, float]) -> str:
     """Mean and standard deviation over the held-out crops."""
     lines = [f"{'':<18}{'PSNR (dB)':>16}{'SSIM':>16}{'diffusion distance':>24}{'ms/step':>10}"]
@@ -155,22 +147,22 @@ def table(scores: Mapping[str, Mapping[str, Tensor]], seconds: Mapping[str, floa
     return "\n".join(lines)
 
 
-def verdict(without: Mapping[str, Tensor], with_prior: Mapping[str, Tensor]) -> str:
+def verdict(without: Mapping[str, Tensor], with_prior: Mapping[str, Tensor], photographs: int) -> str:
     """Paired differences over the held-out crops, and what they allow to be said."""
-    lines = []
-    for metric, better_up in (("PSNR", True), ("SSIM", True), ("diffusion distance", False)):
-        difference = with_prior[metric] - without[metric]
-        mean, error = float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
-        wins = int(((difference > 0) == better_up).sum())
-        word = "no clear change" if abs(mean) < 2 * error else "better" if (mean > 0) == better_up else "WORSE"
+    lines, helped = [], False
+    for metric, sign in (("PSNR", 1), ("SSIM", 1), ("diffusion distance", -1)):
+        gain = sign * (with_prior[metric] - without[metric])
+        # crops of one photograph are not independent: the error is that of the photographs' means, if there are some
+        independent = gain.reshape(photographs, -1).mean(dim=1) if photographs > 2 else gain
+        mean, error = float(gain.mean()), float(independent.std() / len(independent) ** 0.5)
+        word = "no clear change" if abs(mean) <= 2 * error else "better" if mean > 0 else "WORSE"
+        helped = helped or (metric == "PSNR" and word == "better")
         lines.append(
-            f"with the prior: {metric} {mean:+.3g} ± {error:.2g} (standard error), "
-            f"better on {wins} of {len(difference)} crops: {word}"
+            f"with the prior: {metric} {sign * mean:+.3g} ± {error:.2g} (standard error), "
+            f"better on {int((gain > 0).sum())} of {len(gain)} crops: {word}"
         )
-    if "PSNR" in lines[0] and not lines[0].endswith(": better"):
-        lines.append(
-            "The prior did not help fidelity here. Another --share, --timesteps or more --steps may; or it may not."
-        )
+    if not helped:
+        lines.append("The prior did not help fidelity here. Another --share, --timesteps or more --steps may; or not.")
     lines.append("One seed: repeat with --seed before you believe a small difference.")
     return "\n".join(lines)
 
@@ -212,6 +204,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--images", type=Path, metavar="DIR", help="your own pictures instead of the built-in photographs"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="(default: %(default)s)")
+    parser.add_argument("--blur", type=float, default=1.5, help="sigma in pixels, 0 for none (default: %(default)s)")
+    parser.add_argument("--noise", type=float, default=25.0, help="sigma in 1/255 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="training steps of each network (default: %(default)s)")
     parser.add_argument(
         "--share", type=float, default=0.05, help="the prior's share of the gradient (default: %(default)s)"
@@ -226,8 +220,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
+    if not (0 <= args.blur <= 15 and 0 <= args.noise <= 255):
+        parser.error(f"--blur should be in [0, 15] and --noise in [0, 255], found {args.blur:g} and {args.noise:g}")
     if args.steps < 20:
         parser.error(f"--steps should be at least 20, found {args.steps}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: no such device here")
+    if args.weight is not None and not 0 < args.weight < float("inf"):
+        parser.error(f"--weight should be above 0 and finite, found {args.weight}")
     if not 0 < args.share < 1:
         parser.error(f"--share should be between 0 and 1, found {args.share}")
     return args
@@ -240,20 +240,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     try:
-        photos, held_out = split(args)
+        train, held_out = photographs(args.images, smallest=TEST_CROP)
+        diff = DiffLoss(small_prior(), h_space_weight=args.h_space_weight, timesteps=tuple(args.timesteps)).to(device)
     except ValueError as error:
         raise SystemExit(f"quickstart: {error}") from None
 
     test_clean = torch.cat([grid_crops(photo, TEST_CROP, 4) for photo in held_out.values()])
+    degrade = Degradation(args.blur, args.noise)
     test_degraded = degrade(test_clean, torch.Generator().manual_seed(0))
-    experiment = Experiment(photos, test_clean.to(device), test_degraded.to(device), args.steps, 2e-3, device)
+    experiment = Experiment(
+        list(train.values()), test_clean.to(device), test_degraded.to(device), degrade, args.steps, 2e-3, device
+    )
     net = NAFNet(width=16, middle_blk_num=1, enc_blk_nums=[1, 1], dec_blk_nums=[1, 1]).to(device)
-    prior = small_prior().to(device)
-    pixel = nn.L1Loss()
-    diff = DiffLoss(prior, h_space_weight=args.h_space_weight, timesteps=tuple(args.timesteps)).to(device)
+    prior, pixel = small_prior().to(device), nn.L1Loss()
     count = sum(p.numel() for p in net.parameters())
-    print(f"NAFNet, {count:,} parameters; {len(photos)} photographs to learn from, held out: {', '.join(held_out)}")
-    print(f"degradation: Gaussian blur, sigma {BLUR}, and Gaussian noise, sigma {NOISE * 255:.0f}/255")
+    print(f"NAFNet, {count:,} parameters; {len(train)} photographs to learn from, held out: {', '.join(held_out)}")
+    print(f"degradation: {degrade}")
 
     # A tenth of the steps belongs to both: the weight is read off a network that has begun to restore.
     warm = Run(net, torch.optim.AdamW(net.parameters(), lr=experiment.lr), torch.Generator().manual_seed(args.seed))
@@ -286,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for name, images in outputs.items()
     }
     seconds = {name: sorted(run.seconds[args.steps // 10 :])[len(run.seconds) * 9 // 20] for name, run in names.items()}
-    print(f"\n{table(scores, seconds)}\n\n{verdict(scores['without prior'], scores['with prior'])}\n")
+    print(f"\n{table(scores, seconds)}\n\n{verdict(scores['without prior'], scores['with prior'], len(held_out))}\n")
 
     result = {
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},

@@ -7,7 +7,7 @@
 from restoreloss.diffusion.denoisers import Denoiser, as_denoiser
 from restoreloss.diffusion.prior import small_prior
 from restoreloss.diffusion.schedule import NoiseSchedule
-from restoreloss.frozen import FrozenNetwork, frozen
+from restoreloss.frozen import frozen
 from restoreloss.objectives.base import Objective
 from restoreloss.objectives.diffloss import DiffLoss
 from restoreloss.objectives.weighted_sum import WeightedSum
@@ -19,7 +19,6 @@ __all__ = [
     "AuditReport",
     "Denoiser",
     "DiffLoss",
-    "FrozenNetwork",
     "NoiseSchedule",
     "Objective",
     "TermAudit",

@@ -563,3 +563,46 @@ def test_bad_shares_are_refused_with_what_was_found(shares):
 def test_nothing_to_calibrate_is_refused_by_name():
     with pytest.raises(ValueError, match="`objectives` should name at least one objective"):
         calibrate({}, *pair(), shares={})
+
+
+def test_an_objective_may_change_its_images_in_place():
+    z, x = pair()
+    before = z.clone(), x.clone()
+    report = audit({"clamped": lambda r, t: (r.clamp_(0.2, 0.8) - t.zero_()).abs().mean()}, z, x)
+    assert report["clamped"].gradient_norm > 0
+    assert torch.equal(z, before[0])
+    assert torch.equal(x, before[1])
+
+
+def test_half_precision_does_not_call_dead_what_a_grad_scaler_saves():
+    z, x = pair((4, 3, 128, 128), dtype=torch.float16)
+    loss = WeightedSum({"l1": torch.nn.L1Loss(), "l2": torch.nn.MSELoss()}, {"l2": 1e-3})
+    report = audit(loss, z, x)
+    expected = 1e-3 * 2 * (z.double() - x.double()).norm().item() / z.numel()
+    assert report["l2"].flags == ()
+    assert report["l2"].gradient_norm == pytest.approx(expected, rel=0.05)
+
+
+def test_terms_that_come_and_go_are_refused_by_name():
+    class Fickle(Objective):
+        calls = 0
+
+        def terms(self, restored, target):
+            self.calls += 1
+            always = {"always": (restored - target).abs().mean()}
+            return always | ({"sometimes": restored.mean()} if self.calls % 2 else {})
+
+    with pytest.raises(ValueError, match="'fickle/sometimes' in some only"):
+        audit({"fickle": Fickle()}, *pair())
+
+
+@pytest.mark.parametrize("objectives", [{"a": 3}, [torch.nn.L1Loss()]])
+def test_objectives_that_cannot_be_called_are_refused(objectives):
+    with pytest.raises(ValueError, match="`objectives` should be"):
+        audit(objectives, *pair())
+
+
+@pytest.mark.parametrize(("objectives", "shares"), [(torch.nn.L1Loss(), {}), ({"l1": torch.nn.L1Loss()}, 0.1)])
+def test_calibrate_wants_mappings(objectives, shares):
+    with pytest.raises(ValueError, match="mappings by name"):
+        calibrate(objectives, *pair(), shares=shares)

@@ -759,3 +759,55 @@ def test_what_is_no_encoder_is_refused():
 def test_a_parallel_wrapper_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="DataParallel: pass its `.module`"):
         as_denoiser(nn.DataParallel(tiny_unet()))
+
+
+def test_one_hook_serves_every_denoiser_of_a_model() -> None:
+    unet = tiny_unet()
+    first, second = as_denoiser(unet), as_denoiser(unet)
+    assert len(unet.mid_block._forward_hooks) == 1
+    noisy = torch.randn(1, 3, 8, 8)
+    assert torch.equal(first.bottleneck(noisy, 5), second.with_bottleneck(noisy, 5)[1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((1, 3, 7, 8), "multiples of 4.*7x8"), ((1, 1, 8, 8), r"\(N, 3, H, W\)"), ((3, 8, 8), r"\(N, 3, H, W\)")],
+)
+def test_inputs_that_do_not_fit_are_refused_by_name(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"`noisy` should have.*{message}"):
+        as_denoiser(tiny_unet())(torch.randn(shape), 5)
+
+
+@pytest.mark.parametrize("block", [nn.ModuleList([nn.Conv2d(3, 3, 1)]), torch.sin])
+def test_a_mid_block_that_is_no_layer_is_none_of_ours(block: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mid_block = block
+
+        def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x_t, 2 * x_t
+
+    noisy = torch.randn(1, 3, 8, 8)
+    assert torch.equal(as_denoiser(Net()).bottleneck(noisy, 5), 2 * noisy)
+
+
+def test_schedules_come_in_several_forms() -> None:
+    table = NoiseSchedule.cosine(10).alphas_cumprod
+    for schedule in (table, table.numpy(), diffusers.DDPMScheduler(trained_betas=(1 - table).tolist())):
+        assert as_denoiser(lambda x_t, t: x_t, schedule).schedule.num_timesteps == 10
+    for wrong in ("linear", 1000, diffusers.DDPMScheduler, diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True)):
+        with pytest.raises(ValueError, match="schedule"):
+            as_denoiser(lambda x_t, t: x_t, wrong)
+
+
+def test_autoencoders_without_a_distribution_encode_too() -> None:
+    tiny = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )  # fmt: skip
+    image = torch.rand(1, 3, 8, 8) * 2 - 1
+    encoder = LatentEncoder(tiny)
+    torch.testing.assert_close(encoder(image), tiny.encode(image).latents * tiny.config.scaling_factor)
+    with pytest.raises(ValueError, match="3 channels for this encoder, found 1"):
+        encoder(image[:, :1])

@@ -328,7 +328,7 @@ def bad(name: str) -> tuple[Tensor, Tensor]:
     [
         ("shape", r"`target` should have the shape of `restored` \(2, 3, 8, 8\), found \(2, 3, 4, 8\)"),
         ("rank", r"`restored` should have shape \(N, C, H, W\), found \(3, 8, 8\)"),
-        ("channels", "`restored` should have 3 channels.* found 1"),
+        ("channels", r"`restored` should have shape \(N, 3, H, W\).*found \(2, 1, 8, 8\)"),
         ("dtype", "`target` should be floating point, found torch.uint8"),
         ("float64", "`target` should have the dtype of `restored` torch.float32, found torch.float64"),
         ("empty", "at least one image"),
@@ -407,3 +407,94 @@ def test_a_0_to_255_image_warns_once() -> None:
     with pytest.warns(UserWarning, match=r"input_range.*\(0, 1\)"):
         loss(z, x)
     loss(z, x)  # warnings of this library are errors in these tests
+
+
+@pytest.mark.parametrize("h", [lambda u: u.mean((1, 2, 3)), lambda u: u.mean((2, 3)), lambda u: u[:, None]])
+def test_a_bottleneck_may_have_any_shape_with_a_row_for_each_image(h: object) -> None:
+    z, x = pair(3, 3, 4, 4, dtype=torch.float64, low=-1)
+    loss = DiffLoss(lambda u, t: (u, h(u)), noise_weight=0, h_space_weight=1, input_range=(-1, 1))
+    abar = NoiseSchedule.linear().alphas_cumprod[100].double()
+    expected = abar * (h(z) - h(x)).square().mean()
+    torch.testing.assert_close(loss(z, x, timestep=100), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("h", [lambda u: u.mean(), lambda u: u.transpose(0, 1)])
+def test_a_bottleneck_without_a_row_for_each_image_is_refused(h: object) -> None:
+    z, x = pair(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="bottleneck should have 2 rows"):
+        DiffLoss(lambda u, t: (u, h(u)))(z, x)
+
+
+def test_no_gradient_reaches_conditioning_or_noise() -> None:
+    text = nn.Linear(8, 8)
+    hidden = text(torch.ones(1, 4, 8))
+    loss = DiffLoss(tiny_conditional_unet(), NoiseSchedule.scaled_linear(), conditioning=hidden)
+    z, x = pair(2, 3, 8, 8)
+    noise = torch.randn(2, 3, 8, 8, requires_grad=True)
+    for _ in range(2):
+        loss(z, x, noise=noise).backward()
+    assert text.weight.grad is None
+    assert noise.grad is None
+
+
+@pytest.mark.parametrize("timestep", [-1, 1000])
+def test_timesteps_out_of_range_are_no_silence_under_compile(timestep: int) -> None:
+    torch._dynamo.reset()
+    z, x = pair(2, 3, 8, 8)
+    compiled = torch.compile(DiffLoss(linear), backend="aot_eager")
+    with pytest.raises((ValueError, IndexError, RuntimeError)):
+        compiled(z, x, timestep=torch.tensor([timestep, timestep]))
+
+
+def test_the_schedule_lies_where_the_prior_lies() -> None:
+    schedule = NoiseSchedule.linear()
+    denoiser = as_denoiser(nn.Conv2d(3, 3, 1, device="meta"), schedule)
+    assert denoiser.schedule.signal.is_meta
+    assert not schedule.signal.is_meta
+
+
+def test_images_and_prior_on_two_devices_are_refused_by_name() -> None:
+    z, x = pair(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="`restored` should be on the denoiser's device meta, found cpu"):
+        DiffLoss(tiny_unet().to("meta"))(z, x)
+
+
+def test_dtype_is_that_of_the_first_floating_weight() -> None:
+    class Quantised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.packed = nn.Parameter(torch.ones(3, dtype=torch.uint8), requires_grad=False)
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+            return self.scale * x_t
+
+    z, x = pair(2, 3, 8, 8, low=-1)
+    loss = DiffLoss(Quantised(), h_space_weight=0, input_range=(-1, 1))
+    abar = NoiseSchedule.linear().alphas_cumprod[100]
+    torch.testing.assert_close(loss(z, x, timestep=100), abar * (z - x).square().mean())
+
+
+def test_a_denoiser_that_changes_its_timesteps_changes_only_its_own() -> None:
+    def rude(x_t: Tensor, t: Tensor) -> Tensor:
+        return x_t * t.add_(1).reshape(-1, 1, 1, 1)
+
+    z, x = pair(2, 3, 4, 4, low=-1)
+    t = torch.tensor([3, 4])
+    loss = DiffLoss(rude, h_space_weight=0, input_range=(-1, 1), reduction="none")
+    abar = NoiseSchedule.linear().alphas_cumprod[t]
+    expected = abar * (t + 1) ** 2 * (z - x).square().mean((1, 2, 3))
+    torch.testing.assert_close(loss(z, x, timestep=t), expected)
+    assert t.tolist() == [3, 4]
+
+
+def test_a_sampler_that_returns_nonsense_is_named() -> None:
+    z, x = pair(2, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"sampler `timesteps` should return integers of shape \(2,\), found \(3,\)"):
+        DiffLoss(linear, timesteps=lambda n, generator: torch.zeros(3, dtype=torch.long))(z, x)
+
+
+def test_a_latent_prior_without_its_encoder_says_so() -> None:
+    z, x = pair(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="latent prior needs an `encoder`"):
+        DiffLoss(tiny_unet(in_channels=4, out_channels=4))(z, x)

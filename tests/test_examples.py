@@ -129,10 +129,11 @@ def test_quickstart_says_where_the_prior_does_not_help() -> None:
     up, down = torch.tensor([30.0, 31.0, 32.0]), torch.tensor([29.0, 30.0, 31.1])
     good = {"PSNR": up, "SSIM": up / 40, "diffusion distance": down / 1000}
     bad = {"PSNR": down, "SSIM": down / 40, "diffusion distance": up / 1000}
-    assert "WORSE" in quickstart.verdict(good, bad)
-    assert "did not help" in quickstart.verdict(good, bad)
-    assert "WORSE" not in quickstart.verdict(bad, good)
-    assert "did not help" not in quickstart.verdict(bad, good)
+    assert "WORSE" in quickstart.verdict(good, bad, 3)
+    assert "did not help" in quickstart.verdict(good, bad, 3)
+    assert "WORSE" not in quickstart.verdict(bad, good, 3)
+    assert "did not help" not in quickstart.verdict(bad, good, 3)
+    assert quickstart.verdict(good, good, 3).count("no clear change") == 3
 
 
 def test_prior_training_learns_and_resumes_exactly(tmp_path: Path) -> None:
@@ -143,15 +144,17 @@ def test_prior_training_learns_and_resumes_exactly(tmp_path: Path) -> None:
         straight.train_step(photos)
     for _ in range(3):
         first.train_step(photos)
-    first.save(tmp_path / "checkpoint.pt")
+    first.save(tmp_path / "checkpoint.pt", ["chelsea"])
     resumed = Trainer(recipe)
-    resumed.resume(tmp_path / "checkpoint.pt")
+    resumed.resume(tmp_path / "checkpoint.pt", ["chelsea"])
     for _ in range(5):
         resumed.train_step(photos)
     for one, other in zip(resumed.average.parameters(), straight.average.parameters(), strict=True):
         assert torch.equal(one, other)
     with pytest.raises(SystemExit, match="another --out"):
-        Trainer(Recipe(steps=9)).resume(tmp_path / "checkpoint.pt")
+        Trainer(Recipe(steps=9)).resume(tmp_path / "checkpoint.pt", ["chelsea"])
+    with pytest.raises(SystemExit, match="photos.*another --out"):
+        Trainer(recipe).resume(tmp_path / "checkpoint.pt", ["coffee"])
 
 
 @pytest.mark.slow

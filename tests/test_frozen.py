@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from restoreloss import FrozenNetwork, frozen
+from restoreloss.frozen import FrozenNetwork, frozen
 
 
 def network():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from examples.common.photos import HELD_OUT, TRAIN
+from examples.common.photos import photographs
 from examples.diffloss.prior_report import crops_of, linear_errors, noise_errors
 from restoreloss import DiffLoss, NoiseSchedule, as_denoiser, small_prior
 
@@ -39,10 +39,11 @@ def test_its_schedule_is_the_default_of_the_library() -> None:
 
 
 def test_it_learned_what_a_linear_filter_does_not_know() -> None:
-    schedule, crops = NoiseSchedule.linear(), crops_of(HELD_OUT, 6)
+    train, held_out = photographs(None, smallest=96)
+    schedule, crops = NoiseSchedule.linear(), crops_of(held_out.values(), 6)
     timesteps = (25, 100, 200)
     errors = noise_errors(as_denoiser(small_prior()), schedule, crops, timesteps)
-    linear = linear_errors(schedule, crops, crops_of(TRAIN, 32), timesteps)
+    linear = linear_errors(schedule, crops, crops_of(train.values(), 32), timesteps)
     told = linear_errors(schedule, crops, crops, timesteps)
     assert all(ours < 0.9 * theirs for ours, theirs in zip(errors, linear, strict=True))
     assert all(ours < 1.05 * theirs for ours, theirs in zip(errors, told, strict=True))

@@ -326,3 +326,31 @@ def test_repr_lists_weights_names_and_objectives():
     assert repr(WeightedSum({"l2": nn.MSELoss(), "inner": inner}, {"l2": 1e-3})) == (
         "WeightedSum(\n  0.001 * l2: MSELoss()\n  1 * inner: WeightedSum(\n    3 * l1: L1Loss()\n  )\n)"
     )
+
+
+def test_a_compiled_objective_runs_compiled():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(DiffLoss(lambda x_t, t: (x_t, x_t)), backend=backend)
+    terms = WeightedSum({"diff": compiled}).terms(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4))
+    assert list(terms) == ["diff"]
+    assert graphs
+
+
+def test_an_attribute_named_terms_that_is_no_method_does_not_matter():
+    class Listed(torch.nn.L1Loss):
+        terms = ("l1",)
+
+    z, x = torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4)
+    assert list(WeightedSum({"listed": Listed()}).terms(z, x)) == ["listed"]
+
+
+@pytest.mark.parametrize("objectives", [[torch.nn.L1Loss()], torch.nn.L1Loss()])
+def test_objectives_without_names_are_refused(objectives):
+    with pytest.raises(ValueError, match="mapping by name"):
+        WeightedSum(objectives)

@@ -5,11 +5,14 @@ on ``TRAIN``, and nothing in this project trains on ``HELD_OUT``.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from examples.common.folder import load_folder
 
 TRAIN = (
     "astronaut",
@@ -44,6 +47,31 @@ def load_photo(name: str) -> Tensor:
     if pixels.ndim == 2:
         pixels = np.stack([pixels] * 3, axis=-1)
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
+
+
+def photographs(folder: Path | None, *, smallest: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Photographs to train on and held-out ones, by name: the built-in split, or that of a folder of pictures.
+
+    Of a folder about every fourth picture is held out, four at most; of a single picture the right third.
+
+    Raises:
+        ValueError: If the folder holds nothing that is large enough (:func:`load_folder`).
+    """
+    if folder is None:
+        return {name: load_photo(name) for name in TRAIN}, {name: load_photo(name) for name in HELD_OUT}
+    pictures = load_folder(folder, smallest=smallest)
+    if len(pictures) == 1:
+        ((name, picture),) = pictures.items()
+        cut = picture.shape[2] * 2 // 3
+        if picture.shape[2] - cut < smallest:
+            raise ValueError(
+                f"`--images` holds one picture; to be split it should be {3 * smallest} wide, or add another."
+            )
+        return {name: picture[:, :, :cut]}, {name: picture[:, :, cut:]}
+    names = list(pictures)
+    held_out = names[:: max(2, len(names) // 4)][:4]
+    train = {name: picture for name, picture in pictures.items() if name not in held_out}
+    return train, {name: pictures[name] for name in held_out}
 
 
 def pyramid(photo: Tensor, smallest: int, scales: Sequence[float] = (1.0, 0.75, 0.5)) -> list[Tensor]:

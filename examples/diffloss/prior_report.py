@@ -9,7 +9,7 @@ network untrained and against the best linear denoiser, and draws what the prior
 
 import argparse
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,16 +19,16 @@ from scipy.fft import dctn
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.common.photos import HELD_OUT, TRAIN, grid_crops, load_photo
+from examples.common.photos import grid_crops, photographs
 from restoreloss import NoiseSchedule, as_denoiser, small_prior
 
 TIMESTEPS = (10, 25, 50, 100, 200, 400, 600, 800)
 CROP, CROPS_EACH = 64, 16
 
 
-def crops_of(photos: Sequence[str], each: int) -> Tensor:
+def crops_of(photos: Iterable[Tensor], each: int) -> Tensor:
     """Crops spread over each photograph, in [-1, 1]: (each * photographs, 3, 64, 64)."""
-    return torch.cat([grid_crops(load_photo(name), CROP, each) for name in photos]) * 2 - 1
+    return torch.cat([grid_crops(photo, CROP, each) for photo in photos]) * 2 - 1
 
 
 @torch.no_grad()
@@ -75,15 +75,15 @@ def linear_errors(
     return errors
 
 
-def report(prior: UNet2DModel, folder: Path) -> str:
+def report(prior: UNet2DModel, train: Mapping[str, Tensor], held_out: Mapping[str, Tensor], folder: Path) -> str:
     """Write ``errors.csv`` and ``samples.png`` to ``folder``; return the table."""
-    schedule, crops = NoiseSchedule.linear(), crops_of(HELD_OUT, CROPS_EACH)
+    schedule, crops = NoiseSchedule.linear(), crops_of(held_out.values(), CROPS_EACH)
     torch.manual_seed(0)
     untrained = UNet2DModel.from_config(prior.config).eval()
     columns = {
         "prior": noise_errors(as_denoiser(prior), schedule, crops),
         "untrained": noise_errors(as_denoiser(untrained), schedule, crops),
-        "linear": linear_errors(schedule, crops, crops_of(TRAIN, 64)),
+        "linear": linear_errors(schedule, crops, crops_of(train.values(), 64)),
         "linear, told": linear_errors(schedule, crops, crops),
     }
     with (folder / "errors.csv").open("w", newline="") as file:
@@ -95,8 +95,8 @@ def report(prior: UNet2DModel, folder: Path) -> str:
     for t, *row in zip(TIMESTEPS, *columns.values(), strict=True):
         lines.append(f"{t:>5}" + "".join(f"{error:>14.4f}" for error in row) + f"{row[0] / row[2]:>14.2f}")
     lines.append("linear: Wiener filter fitted to the training photographs; told: to these very crops")
-    for name in HELD_OUT:
-        errors = noise_errors(as_denoiser(prior), schedule, crops_of([name], CROPS_EACH), (10, 100, 200, 400))
+    for name, photo in held_out.items():
+        errors = noise_errors(as_denoiser(prior), schedule, crops_of([photo], CROPS_EACH), (10, 100, 200, 400))
         lines.append(f"{name + ' at t = 10, 100, 200, 400':<40}" + "".join(f"{error:>9.4f}" for error in errors))
     return "\n".join(lines)
 
@@ -133,10 +133,17 @@ def main() -> None:
         "--prior", type=Path, metavar="DIR", help="a folder train_prior wrote (default: the one that ships)"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/prior_report"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="your own pictures instead of the built-in photographs"
+    )
     args = parser.parse_args()
+    try:
+        train, held_out = photographs(args.images, smallest=96)
+    except ValueError as error:
+        raise SystemExit(f"prior_report: {error}") from None
     args.out.mkdir(parents=True, exist_ok=True)
     prior = small_prior() if args.prior is None else UNet2DModel.from_pretrained(args.prior, variant="fp16").float()
-    print(report(prior.eval(), args.out))
+    print(report(prior.eval(), train, held_out, args.out))
     print(f"\n{args.out / 'errors.csv'}\n{args.out / 'samples.png'}")
 
 

@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.common.photos import TRAIN, load_photo, pyramid, random_crops
+from examples.common.photos import photographs, pyramid, random_crops
 from examples.diffloss.prior_report import report
-from restoreloss.diffusion.schedule import NoiseSchedule
+from restoreloss import NoiseSchedule
 
 # No attention: convolutions alone carry over to images larger than the training crops.
 ARCHITECTURE: dict[str, Any] = {
@@ -100,9 +100,10 @@ class Trainer:
         self.step += 1
         return float(error.detach().mean())
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, photos: list[str]) -> None:
         state = {
             "recipe": asdict(self.recipe),
+            "photos": photos,
             "step": self.step,
             "net": self.net.state_dict(),
             "average": self.average.state_dict(),
@@ -114,10 +115,11 @@ class Trainer:
         torch.save(state, partial)
         partial.replace(path)
 
-    def resume(self, path: Path) -> None:
+    def resume(self, path: Path, photos: list[str]) -> None:
         state = torch.load(path, weights_only=True)
-        if state["recipe"] != asdict(self.recipe):
-            raise SystemExit(f"{path} was made by {state['recipe']}, not {asdict(self.recipe)}: choose another --out.")
+        for name, now in (("recipe", asdict(self.recipe)), ("photos", photos)):
+            if state[name] != now:
+                raise SystemExit(f"{path} was made with {name} {state[name]}, not {now}: choose another --out.")
         self.net.load_state_dict(state["net"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -146,6 +148,14 @@ def export(trainer: Trainer, folder: Path) -> UNet2DModel:
     return half.float().eval()
 
 
+def read_log(log: Path, step: int) -> list[list[str]]:
+    """The lines up to ``step``; what a killed run wrote beyond its last checkpoint will be written again."""
+    rows = list(csv.reader(log.read_text().splitlines())) if log.exists() else []
+    return [["step", "noise_mse", "seconds_per_step"]] + [
+        row for row in rows[1:] if len(row) == 3 and int(row[0]) <= step
+    ]
+
+
 def save_loss_curve(log: Path, path: Path) -> None:
     with log.open() as file:
         rows = list(csv.DictReader(file))
@@ -160,24 +170,28 @@ def save_loss_curve(log: Path, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/prior"), help="run directory (default: %(default)s)")
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="your own pictures instead of the built-in photographs"
+    )
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="training steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--save-every", type=int, default=250, metavar="STEPS")
     args = parser.parse_args()
+    try:
+        train, held_out = photographs(args.images, smallest=96)
+    except ValueError as error:
+        raise SystemExit(f"train_prior: {error}") from None
 
     args.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(Recipe(steps=args.steps, seed=args.seed))
     checkpoint, log = args.out / "checkpoint.pt", args.out / "training_log.csv"
     if checkpoint.exists():
-        trainer.resume(checkpoint)
-        # lines past the checkpoint will be written again
-        rows = [row for row in csv.reader(log.open()) if row[0] == "step" or int(row[0]) <= trainer.step]
-    else:
-        rows = [["step", "noise_mse", "seconds_per_step"]]
+        trainer.resume(checkpoint, sorted(train))
+    rows = read_log(log, trainer.step)
     with log.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
 
-    photos = [level for name in TRAIN for level in pyramid(load_photo(name), smallest=96)]
+    photos = [level for photo in train.values() for level in pyramid(photo, smallest=96)]
     with tqdm(total=args.steps, initial=trainer.step, desc="prior", unit="step") as progress:
         while trainer.step < args.steps:
             started, errors = time.perf_counter(), []
@@ -186,12 +200,12 @@ def main() -> None:
                 progress.update()
                 progress.set_postfix(noise_mse=f"{sum(errors) / len(errors):.4f}")
             seconds = (time.perf_counter() - started) / len(errors)
-            trainer.save(checkpoint)
+            trainer.save(checkpoint, sorted(train))
             with log.open("a", newline="") as file:
                 csv.writer(file).writerow([trainer.step, f"{sum(errors) / len(errors):.6f}", f"{seconds:.3f}"])
 
     save_loss_curve(log, args.out / "loss.png")
-    print(report(export(trainer, args.out), args.out))
+    print(report(export(trainer, args.out), train, held_out, args.out))
     print(f"\nprior, training_log.csv, errors.csv, loss.png and samples.png are in {args.out}")
 
 

@@ -5,6 +5,7 @@
 bottleneck is.
 """
 
+import copy
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss.diffusion.schedule import NoiseSchedule
+from restoreloss.diffusion.weights import reference_weight
 
 Conditioning: TypeAlias = Tensor | Mapping[str, Any]
 """A tensor for the model's one conditioning argument, or its keyword arguments; tensors of 1 or N rows."""
@@ -33,6 +35,16 @@ class _Tap:
     def __init__(self) -> None:
         self.wanted: dict[int, bool] = {}  # thread -> stop there?
         self.taken: dict[int, Tensor] = {}
+
+    @classmethod
+    def on(cls, bottleneck: nn.Module) -> "_Tap":
+        """The tap of this module: one serves every denoiser that is made of it."""
+        hooks = bottleneck._forward_hooks.values()
+        tap = next((hook for hook in hooks if isinstance(hook, cls)), None)
+        if tap is None:
+            tap = cls()
+            bottleneck.register_forward_hook(tap)
+        return tap
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         key = _thread()
@@ -54,14 +66,28 @@ def _thread() -> int:
 
 
 class Denoiser(nn.Module):
-    """A diffusion model seen as ``(x_t, t) -> noise`` with a bottleneck. Made by :func:`as_denoiser`.
+    """A diffusion model seen as ``(x_t, t) -> noise`` with a bottleneck. Usually made by :func:`as_denoiser`.
 
-    Attributes:
-        model: the wrapped model.
+    Build one directly for a model that ``as_denoiser`` cannot read: to name its bottleneck, or its ``multiple``.
+
+    Args:
+        model: called as ``model(x_t, t)``; returns a tensor, (noise, h) or an object with ``.sample``.
         schedule: the :class:`NoiseSchedule` it was trained with.
-        multiple: what height and width must be multiples of (1 where the model does not tell).
-        in_channels: the channels it reads, or None where the model does not tell.
+        conditioning: fixed for every call, see :func:`as_denoiser`.
+        conditioning_name: the keyword for a conditioning tensor; None passes it third.
+        bottleneck: the layer of ``model`` whose output is the h-space.
         has_bottleneck: True, False, or None where only a call can tell (plain callables).
+        multiple: what height and width must be multiples of.
+        in_channels: the channels it reads, or None where that is not known.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 2, stride=2), nn.ConvTranspose2d(8, 3, 2, stride=2))
+        >>> class Timeless(nn.Module):
+        ...     def forward(self, x_t, t):
+        ...         return net(x_t)
+        >>> denoiser = Denoiser(Timeless(), NoiseSchedule.linear(), bottleneck=net[0], multiple=2)
+        >>> denoiser.bottleneck(torch.ones(1, 3, 4, 4), 10).shape
+        torch.Size([1, 8, 2, 2])
     """
 
     def __init__(
@@ -83,19 +109,29 @@ class Denoiser(nn.Module):
         self.in_channels = in_channels
         self.has_bottleneck = has_bottleneck
         self._conditioning_name = conditioning_name
-        self._conditioning = conditioning
-        self._tap = _Tap() if bottleneck is not None else None
-        if bottleneck is not None and self._tap is not None:
-            bottleneck.register_forward_hook(self._tap)
+        weight = reference_weight(self)
+        if weight is not None and weight.device != schedule.signal.device:
+            self.schedule = copy.deepcopy(schedule).to(weight.device)  # once, rather than at every call
+        # fixed: no graph may lead out of it
+        self._conditioning = _map_tensors(
+            lambda v: v.detach() if weight is None else v.detach().to(weight.device), conditioning
+        )
+        self._tap = None if bottleneck is None else _Tap.on(bottleneck)
 
     def forward(self, noisy: Tensor, t: Tensor | int) -> Tensor:
-        """The predicted noise, in the shape and dtype of ``noisy``.
+        """The predicted noise.
 
         Args:
-            noisy: x_t in the range the model was trained on, shape (N, C, H, W).
+            noisy: x_t in the range the model was trained on, float (N, C, H, W).
             t: timesteps in [0, T), shape (N,), or one for all.
+
+        Returns:
+            The noise in the shape and dtype of ``noisy``, whatever the model predicts and computes in.
+
+        Raises:
+            ValueError: If the shape, the device or a timestep does not fit the model.
         """
-        t = self.expand_timestep(t, noisy)
+        t = self._check(noisy, t)
         return self._noise(self._run(noisy, t), noisy, t)
 
     def with_bottleneck(self, noisy: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
@@ -104,10 +140,10 @@ class Denoiser(nn.Module):
         Raises:
             ValueError: If the model has no bottleneck that can be found.
         """
-        t = self.expand_timestep(t, noisy)
+        t = self._check(noisy, t)
         if self._tap is None:
             output = self._run(noisy, t)
-            return self._noise(output, noisy, t), self._second(output)
+            return self._noise(output, noisy, t), self._second(output, noisy)
         output, h = self._tapped(noisy, t, stop=False)
         return self._noise(output, noisy, t), h
 
@@ -117,9 +153,9 @@ class Denoiser(nn.Module):
         Raises:
             ValueError: If the model has no bottleneck that can be found.
         """
-        t = self.expand_timestep(t, noisy)
+        t = self._check(noisy, t)
         if self._tap is None:
-            return self._second(self._run(noisy, t))
+            return self._second(self._run(noisy, t), noisy)
         return self._tapped(noisy, t, stop=True)[1]
 
     def _tapped(self, noisy: Tensor, t: Tensor, *, stop: bool) -> tuple[Any, Tensor]:
@@ -141,11 +177,11 @@ class Denoiser(nn.Module):
                 "The model ran without passing its bottleneck. If it was compiled and called before it was wrapped, "
                 "wrap it first: hooks set after the first compiled call never fire."
             )
-        return output, h
+        return output, _check_rows(h, noisy)
 
     def _run(self, noisy: Tensor, t: Tensor) -> Any:
-        weights = next(self.parameters(), None)
-        dtype = noisy.dtype if weights is None else weights.dtype
+        weight = reference_weight(self)
+        dtype = noisy.dtype if weight is None else weight.dtype
         conditioning = _rows(self._conditioning, like=noisy, dtype=dtype)
         if conditioning is None:
             return self.model(noisy.to(dtype), t)
@@ -167,14 +203,36 @@ class Denoiser(nn.Module):
             )
         return self.schedule.to_noise(prediction.to(noisy.dtype), noisy, t)
 
-    def _second(self, output: Any) -> Tensor:
+    def _second(self, output: Any, noisy: Tensor) -> Tensor:
         if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Tensor):
-            return output[1]
+            return _check_rows(output[1], noisy)
         raise ValueError(
             f"{type(self.model).__name__} has no bottleneck: expected a `mid_block` (diffusers), a `middle_block` "
             "(guided-diffusion) or a callable that returns (noise, h), found none of them. Leave the h-space out "
             "(h_space_weight=0), or return (noise, h)."
         )
+
+    def check_input(self, image: Tensor, name: str = "noisy") -> None:
+        """Raise ``ValueError`` unless ``image`` has the rank, the channels and the device that the model needs."""
+        if image.ndim != 4 or self.in_channels not in (None, image.shape[1]):
+            channels = "C" if self.in_channels is None else self.in_channels
+            hint = "; a latent prior needs an `encoder`" if self.in_channels == 4 and image.ndim == 4 else ""
+            raise ValueError(
+                f"`{name}` should have shape (N, {channels}, H, W) for this denoiser, found {tuple(image.shape)}{hint}."
+            )
+        weight = reference_weight(self)
+        if weight is not None and weight.device != image.device:
+            raise ValueError(f"`{name}` should be on the denoiser's device {weight.device}, found {image.device}.")
+
+    def _check(self, noisy: Tensor, t: Tensor | int) -> Tensor:
+        self.check_input(noisy)
+        height, width = noisy.shape[-2:]
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(
+                f"`noisy` should have height and width that are multiples of {self.multiple} for this denoiser, found "
+                f"{height}x{width}."
+            )
+        return self.expand_timestep(t, noisy)
 
     def expand_timestep(self, t: Tensor | int, noisy: Tensor) -> Tensor:
         """Timesteps of shape (N,) on the device of ``noisy``, from as many or from one.
@@ -188,7 +246,7 @@ class Denoiser(nn.Module):
             raise ValueError(
                 f"`timestep` should be one integer or {len(noisy)} of them, found a tensor of shape {tuple(t.shape)}."
             )
-        return t.reshape(-1).expand(len(noisy))
+        return t.reshape(-1).expand(len(noisy)).clone()  # a model may change its own
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Denoiser":
         super()._apply(fn, recurse)
@@ -211,8 +269,9 @@ def as_denoiser(
     ``f(x_t, t)`` that returns (noise, h)        h                   third argument, or keywords
     ============================================ =================== ==========================================
 
-    The model is neither copied, moved nor frozen. A U-Net gets one forward hook; a guided-diffusion U-Net has its own
-    activation checkpointing switched off, which fails on frozen weights.
+    The model is neither copied, moved nor frozen. Two things are done to it: a U-Net gets one forward hook, and the
+    blocks of a guided-diffusion U-Net lose their own activation checkpointing, which raises on frozen weights (the
+    numbers are the same; wrap a ``copy.deepcopy`` if you also train it).
 
     Args:
         model: one of the above. A function that closes over a network keeps that network's gradients: freeze it.
@@ -254,7 +313,7 @@ def as_denoiser(
     is_network = isinstance(inner, nn.Module)
     if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ValueError(f"`model` should be a bare network, found a {type(inner).__name__}: pass its `.module`.")
-    if is_network and hasattr(inner, "mid_block"):
+    if is_network and _is_layer(getattr(inner, "mid_block", "absent")):
         _check_diffusers_conditioning(inner, conditioning)
         if schedule is None and _is_conditional(inner):
             warnings.warn(
@@ -274,7 +333,7 @@ def as_denoiser(
             multiple=2 ** sum(downsampler is not None for downsampler in downsamplers),
             in_channels=getattr(getattr(inner, "config", None), "in_channels", None),
         )
-    if is_network and hasattr(inner, "middle_block"):
+    if is_network and _is_layer(getattr(inner, "middle_block", "absent")):
         if getattr(inner, "num_classes", None) is not None and conditioning is None:
             raise ValueError("`conditioning` should be class labels of shape (1,) or (N,) for this model, found None.")
         _bypass_own_checkpointing(inner)
@@ -284,7 +343,7 @@ def as_denoiser(
             conditioning=conditioning,
             conditioning_name="y",
             bottleneck=inner.middle_block,
-            has_bottleneck=True,
+            has_bottleneck=inner.middle_block is not None,
             multiple=2 ** sum(map(_downsamples, getattr(inner, "input_blocks", ()))),
             in_channels=getattr(inner, "in_channels", None),
         )
@@ -297,7 +356,14 @@ def as_schedule(schedule: Any) -> NoiseSchedule:
         return NoiseSchedule.linear()
     if isinstance(schedule, NoiseSchedule):
         return schedule
-    return NoiseSchedule(schedule) if isinstance(schedule, Tensor) else NoiseSchedule.from_diffusers(schedule)
+    if isinstance(schedule, Tensor) or hasattr(schedule, "__array__"):
+        return NoiseSchedule(torch.as_tensor(schedule))
+    return NoiseSchedule.from_diffusers(schedule)
+
+
+def _is_layer(block: Any) -> bool:
+    """Whether a model's ``mid_block`` is one that runs; None is a U-Net that has none."""
+    return block is None or (isinstance(block, nn.Module) and not isinstance(block, nn.ModuleList | nn.ModuleDict))
 
 
 def _is_conditional(model: Any) -> bool:
@@ -345,6 +411,12 @@ def _bypass_own_checkpointing(model: nn.Module) -> None:
     for module in model.modules():
         if callable(getattr(module, "_forward", None)):
             module.forward = module._forward  # type: ignore[assignment]
+
+
+def _check_rows(h: Tensor, noisy: Tensor) -> Tensor:
+    if h.ndim == 0 or len(h) != len(noisy):
+        raise ValueError(f"The bottleneck should have {len(noisy)} rows for this batch, found shape {tuple(h.shape)}.")
+    return h
 
 
 def _first(output: Any) -> Tensor:

@@ -78,7 +78,8 @@ class NoiseSchedule(nn.Module):
         beta_end: float = 0.02,
         prediction_type: PredictionType = "epsilon",
     ) -> "NoiseSchedule":
-        """Betas on a line: DDPM, ADM and the prior of DiffLoss."""
+        """Betas on a line from ``beta_start`` to ``beta_end``: DDPM, ADM and the prior of DiffLoss."""
+        _check_count(num_timesteps)
         betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
         return cls(torch.cumprod(1 - betas, dim=0), prediction_type=prediction_type)
 
@@ -91,7 +92,8 @@ class NoiseSchedule(nn.Module):
         beta_end: float = 0.012,
         prediction_type: PredictionType = "epsilon",
     ) -> "NoiseSchedule":
-        """Square roots of the betas on a line: latent diffusion and Stable Diffusion."""
+        """Square roots of the betas on a line between those of the ends: latent diffusion and Stable Diffusion."""
+        _check_count(num_timesteps)
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2
         return cls(torch.cumprod(1 - betas, dim=0), prediction_type=prediction_type)
 
@@ -104,7 +106,8 @@ class NoiseSchedule(nn.Module):
         max_beta: float = 0.999,
         prediction_type: PredictionType = "epsilon",
     ) -> "NoiseSchedule":
-        """Squared cosine (Nichol & Dhariwal 2021, Eq. 17), betas clipped at ``max_beta``."""
+        r""":math:`\bar\alpha` a squared cosine (Nichol & Dhariwal 2021, Eq. 17), betas clipped at ``max_beta``."""
+        _check_count(num_timesteps)
         time = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
         abar = torch.cos((time + offset) / (1 + offset) * math.pi / 2) ** 2
         betas = (1 - abar[1:] / abar[:-1]).clamp(max=max_beta)
@@ -114,19 +117,25 @@ class NoiseSchedule(nn.Module):
     def from_diffusers(cls, scheduler: Any) -> "NoiseSchedule":
         """Take ``alphas_cumprod`` and ``config.prediction_type`` from a diffusers scheduler.
 
+        Args:
+            scheduler: DDPM, DDIM, PNDM, DPM-Solver, Euler, ...: whatever has ``alphas_cumprod``.
+
+        Returns:
+            The schedule, with the scheduler's prediction type ("epsilon" where it names none).
+
         Raises:
             ValueError: If the scheduler has no ``alphas_cumprod``: flow-matching, EDM, VE and consistency schedulers
                 describe their noise by sigmas, and reading those as a variance-preserving table would be wrong.
         """
-        alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
-        if not isinstance(alphas_cumprod, Tensor):
+        alphas_cumprod, config = (getattr(scheduler, name, None) for name in ("alphas_cumprod", "config"))
+        if not isinstance(alphas_cumprod, Tensor) or getattr(config, "use_flow_sigmas", False):
             raise ValueError(
-                "`scheduler` should have a tensor `alphas_cumprod` (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), "
-                f"found {type(scheduler).__name__}, which has none. Flow-matching, EDM and consistency schedulers are "
-                "not variance preserving; wrap such a model in a callable f(x_t, t) that returns the noise."
+                "A schedule should be a NoiseSchedule, a table of `alphas_cumprod` or a diffusers scheduler that has "
+                f"one (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), found {type(scheduler).__name__}. Flow-matching, EDM "
+                "and consistency schedulers are not variance preserving; wrap such a model in a callable f(x_t, t) "
+                "that returns the noise."
             )
         # absent from config means epsilon in every diffusers scheduler
-        config = getattr(scheduler, "config", None)
         prediction_type: Any = getattr(config, "prediction_type", None) or "epsilon"
         return cls(alphas_cumprod, prediction_type=prediction_type)
 
@@ -145,7 +154,11 @@ class NoiseSchedule(nn.Module):
 
         Returns:
             x_t, same shape, mixed in float32 or higher and returned in the dtype of ``x``.
+
+        Raises:
+            ValueError: If shapes differ or a timestep does not fit.
         """
+        _check_alike(x, noise, "x", "noise")
         signal, sigma = self._levels(t, x)
         return (signal * x + sigma * noise).to(x.dtype)
 
@@ -154,7 +167,19 @@ class NoiseSchedule(nn.Module):
 
         Errors in ``noise`` come back multiplied by :math:`\sqrt{1/\bar\alpha_t - 1}`: about 160 at the last step of the
         linear schedule, and not a number where :math:`\bar\alpha_t = 0`.
+
+        Args:
+            x_t: noisy images or latents, shape (N, ...).
+            noise: the noise in them, same shape.
+            t: timesteps in [0, T), shape (N,), or one for all.
+
+        Returns:
+            The clean images, same shape and dtype as ``x_t``.
+
+        Raises:
+            ValueError: If shapes differ or a timestep does not fit.
         """
+        _check_alike(x_t, noise, "x_t", "noise")
         signal, sigma = self._levels(t, x_t)
         return ((x_t - sigma * noise) / signal).to(x_t.dtype)
 
@@ -217,8 +242,10 @@ class NoiseSchedule(nn.Module):
         if steps.ndim > 1 or steps.numel() not in (1, len(like)):
             found = tuple(steps.shape)
             raise ValueError(f"`timestep` should be one integer or {len(like)} of them, found shape {found}.")
-        steps = steps.reshape(-1, *(1,) * (like.ndim - 1))
-        return self.signal.to(like.device)[steps], self.sigma.to(like.device)[steps]
+        # index_select refuses what is out of range where check_timestep could not look; indexing would wrap -1 around
+        levels = (table.to(like.device).index_select(0, steps.reshape(-1)) for table in (self.signal, self.sigma))
+        signal, sigma = (level.reshape(-1, *(1,) * (like.ndim - 1)) for level in levels)
+        return signal, sigma
 
     def _apply(self, fn: Any, recurse: bool = True) -> "NoiseSchedule":
         # follow the device of a parent's .to()/.cuda(), never its dtype
@@ -233,3 +260,16 @@ class NoiseSchedule(nn.Module):
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
         return f"num_timesteps={self.num_timesteps}, prediction_type={self.prediction_type!r}"
+
+
+def _check_count(num_timesteps: int) -> None:
+    if not isinstance(num_timesteps, int) or num_timesteps < 1:
+        raise ValueError(f"`num_timesteps` should be a whole number above 0, found {num_timesteps!r}.")
+
+
+def _check_alike(one: Tensor, other: Tensor, name: str, other_name: str) -> None:
+    if one.shape != other.shape or not one.is_floating_point():
+        raise ValueError(
+            f"`{name}` and `{other_name}` should be floating point and of one shape, found {one.dtype} of "
+            f"{tuple(one.shape)} and {other.dtype} of {tuple(other.shape)}."
+        )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class Objective(nn.Module, ABC):
     """Compares a restored image with its target by one or more named terms. Lower is better.
 
-    A subclass writes :meth:`terms`; calling it returns their sum.
+    A subclass writes :meth:`terms`, not ``forward``; calling it returns their sum.
 
     Example:
         >>> class Gradients(Objective):
@@ -27,7 +27,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def terms(self, restored: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The weighted, differentiable terms by name."""
+        """The weighted, differentiable terms by name, scalars (or (N,) each), from two float (N, C, H, W)."""
 
     def forward(self, restored: Tensor, target: Tensor) -> Tensor:
         """The sum of :meth:`terms`."""
@@ -56,6 +56,8 @@ def named_terms(
     ``generator`` is handed on where the objective takes one.
     """
     terms = getattr(objective, "terms", None)
+    if not callable(terms) or hasattr(objective, "_orig_mod"):
+        terms = None  # torch.compile's wrapper would hand out the terms of the network it wraps, uncompiled
     function: Callable[..., Any] = objective if terms is None else terms
     # asked only when needed: reading a signature costs time, and breaks a compiled graph
     if generator is not None and _takes_generator(getattr(function, "forward", function)):

@@ -62,7 +62,10 @@ class DiffLoss(Objective):
 
     Raises:
         ValueError: At construction for options that contradict each other or the denoiser, at a call for images that
-            do not fit (shape, dtype, device, channels) or a timestep outside the schedule.
+            do not fit (shape, dtype, device, channels, an empty batch) or a timestep outside the schedule.
+
+    NaN pixels give NaN, in their own sample with ``reduction="none"``. Images clearly outside ``input_range`` warn
+    once, at the first call that is not compiled. Images of one pixel are continued by it.
 
     Example:
         >>> from diffusers import UNet2DModel
@@ -136,7 +139,7 @@ class DiffLoss(Objective):
     ) -> dict[str, Tensor]:
         """The weighted terms "noise" and "h_space"; one of weight 0 is absent. Arguments as in :meth:`forward`."""
         check_pair(restored, target)
-        if not self._range_checked and not torch.compiler.is_compiling():
+        if not (self._range_checked or torch.compiler.is_compiling() or target.is_meta):
             warn_if_out_of_range(target, self.input_range)
             self._range_checked = True
         denoiser = self._denoiser.network
@@ -144,10 +147,7 @@ class DiffLoss(Objective):
         z = self._to_model_space(restored)
         with torch.no_grad():
             x = self._to_model_space(target)
-        if denoiser.in_channels not in (None, z.shape[1]):
-            raise ValueError(
-                f"`restored` should have {denoiser.in_channels} channels for this denoiser, found {z.shape[1]}."
-            )
+        denoiser.check_input(z, "restored" if self._encoder is None else "encoder(restored)")
         size = _height_width(z)
         z, x = (fit_size(image, denoiser.multiple, self.size) for image in (z, x))
         if self.size == "resize":
@@ -184,7 +184,8 @@ class DiffLoss(Objective):
             restored: output of the restoration network, float (N, C, H, W) in ``input_range``.
             target: the clean images, same shape.
             timestep: fixes t, an integer or (N,). Default: drawn from ``timesteps``.
-            noise: fixes epsilon, in the shape of the images, or of the latents. Default: drawn from N(0, I).
+            noise: fixes epsilon, in the shape of what the denoiser sees: the images, or the latents, resized where
+                ``size="resize"`` had to. Default: drawn from N(0, I).
             generator: for what is drawn, t first, then the noise, on the generator's own device.
 
         Returns:
@@ -202,7 +203,11 @@ class DiffLoss(Objective):
 
     def _timestep(self, z: Tensor, generator: torch.Generator | None) -> Tensor:
         if callable(self.timesteps):
-            return self.timesteps(len(z), generator)
+            drawn = self.timesteps(len(z), generator)
+            if not isinstance(drawn, Tensor) or drawn.shape != (len(z),):
+                found = tuple(drawn.shape) if isinstance(drawn, Tensor) else type(drawn).__name__
+                raise ValueError(f"The sampler `timesteps` should return integers of shape ({len(z)},), found {found}.")
+            return drawn
         low, high = self.timesteps
         device = z.device if generator is None else generator.device
         return torch.randint(low, high, (len(z),), generator=generator, device=device)
@@ -221,7 +226,7 @@ class DiffLoss(Objective):
                 f"`noise` should be floating point, of shape {tuple(expected)} and on {z.device}, found {noise.dtype} "
                 f"of shape {tuple(noise.shape)} on {noise.device}."
             )
-        return fit_size(noise.to(z.dtype), multiple, "pad")
+        return fit_size(noise.detach().to(z.dtype), multiple, "pad")
 
     def _look(self, denoiser: Denoiser, noisy: Tensor, t: Tensor) -> dict[str, Tensor]:
         """What the denoiser sees, computing no more than the weights ask for."""

@@ -26,7 +26,7 @@ def distance_per_sample(prediction: Tensor, reference: Tensor, distance: Distanc
     """
     if prediction.dtype in (torch.float16, torch.bfloat16):
         prediction = prediction.float()
-    difference = (prediction - reference.to(prediction.dtype)).flatten(1)
+    difference = (prediction - reference.to(prediction.dtype)).reshape(len(prediction), -1)
     if distance == "l1":
         return difference.abs().mean(dim=1)
     squares = difference.square()

@@ -40,6 +40,8 @@ class WeightedSum(Objective):
     ) -> None:
         super().__init__()
         weights = weights or {}
+        if not isinstance(objectives, Mapping):
+            raise ValueError(f"`objectives` should be a mapping by name, found {type(objectives).__name__}.")
         if not objectives:
             raise ValueError("`objectives` should name at least one objective, found none.")
         unknown = [name for name in weights if name not in objectives]
@@ -75,6 +77,12 @@ class WeightedSum(Objective):
             restored: float (N, C, H, W).
             target: the same shape.
             generator: handed to those objectives that take one, in order.
+
+        Returns:
+            Scalars (or (N,) each, where all objectives have ``reduction="none"``), which sum to the call.
+
+        Raises:
+            ValueError: For images that do not fit, and objectives that return no tensor or different shapes.
         """
         check_pair(restored, target)
         target = target.detach()  # torch's own losses would differentiate it

@@ -53,7 +53,13 @@ class TermAudit:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What :func:`audit` found. ``print(report)`` shows the table; :meth:`to_dict` and :meth:`plot` take it further."""
+    """What :func:`audit` found: print it, index it by a term's name, iterate over its rows.
+
+    Attributes:
+        terms: a row for each term, in order.
+        first_non_finite: name of the first term with NaN or infinity, or None.
+        notes: what is to be said of the images themselves.
+    """
 
     terms: tuple[TermAudit, ...]
     first_non_finite: str | None
@@ -251,6 +257,9 @@ def calibrate(
         objectives = objectives.objectives
     if not objectives:
         raise ValueError("`objectives` should name at least one objective, found none.")
+    if not isinstance(objectives, Mapping) or not isinstance(shares, Mapping):
+        found = f"{type(objectives).__name__} and {type(shares).__name__}"
+        raise ValueError(f"`objectives` and `shares` should be mappings by name, found {found}.")
     first, *others = objectives
     if sorted(shares) != sorted(others) or not all(share > 0 for share in shares.values()) or sum(shares.values()) >= 1:
         raise ValueError(
@@ -283,7 +292,12 @@ def _weighed(objectives: Objectives) -> list[tuple[str, float, Callable[..., Ten
     if isinstance(objectives, Mapping):
         if not objectives:
             raise ValueError("`objectives` should name at least one objective, found none.")
+        for name, objective in objectives.items():
+            if not callable(objective):
+                raise ValueError(f"`objectives` should be callable, found {name!r}: {type(objective).__name__}.")
         return [(name, 1.0, objective) for name, objective in objectives.items()]
+    if not callable(objectives):
+        raise ValueError(f"`objectives` should be named in a mapping, found {type(objectives).__name__}.")
     return [(getattr(objectives, "__name__", type(objectives).__name__), 1.0, objectives)]
 
 
@@ -296,7 +310,8 @@ def _measure(objectives: Objectives, restored: Tensor, target: Tensor, draws: in
             with torch.inference_mode(False), torch.enable_grad(), _seeded(seed + draw, restored.device):
                 image = restored.detach().clone().requires_grad_()
                 started = _now(image)
-                terms = named_terms(name, objective, image, target.detach().clone())
+                # copies, which an objective may change in place
+                terms = named_terms(name, objective, image.clone(), target.detach().clone())
                 forward_seconds = (_now(image) - started) / len(terms)  # the terms share the forward pass
                 for key, term in terms.items():
                     if not isinstance(term, Tensor) or term.numel() != 1:
@@ -310,15 +325,20 @@ def _measure(objectives: Objectives, restored: Tensor, target: Tensor, draws: in
                     row.seconds.append(forward_seconds + _now(image) - started)
                     row.values.append(weight * float(term.detach()))
                     row.gradients.append(gradient)
+    for key, row in measured.items():
+        if len(row.values) != draws:
+            raise ValueError(f"`objectives` should give the same terms at every call, found {key!r} in some only.")
     return measured
 
 
 def _gradient(term: Tensor, image: Tensor) -> Tensor:
     gradient = None
     if term.requires_grad:
-        (gradient,) = torch.autograd.grad(term.sum(), image, retain_graph=True, allow_unused=True)
-    gradient = torch.zeros_like(image) if gradient is None else gradient
-    return gradient if gradient.dtype == torch.float64 else gradient.float()
+        # scaled in half precision, as a GradScaler would: a gradient that it saves must not be called dead
+        scale = 2.0**12 if image.dtype in (torch.float16, torch.bfloat16) else 1.0
+        (gradient,) = torch.autograd.grad(scale * term.sum(), image, retain_graph=True, allow_unused=True)
+        gradient = None if gradient is None else (gradient.float() if scale > 1 else gradient) / scale
+    return torch.zeros_like(image) if gradient is None else gradient
 
 
 @contextmanager
