@@ -124,7 +124,7 @@ def save_samples(prior: UNet2DModel, schedule: NoiseSchedule, crops: Tensor, pat
         axes.imshow((strip / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set_title(title, fontsize=8, loc="left", pad=2)
         axes.set_axis_off()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:

@@ -162,7 +162,7 @@ def save_loss_curve(log: Path, path: Path) -> None:
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
     axes.semilogy([int(row["step"]) for row in rows], [float(row["noise_mse"]) for row in rows])
-    axes.set(xlabel="step", ylabel="squared error of the predicted noise (training)")
+    axes.set(xlabel="step", ylabel="noise error while training")
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=130)
 
