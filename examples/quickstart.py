@@ -184,17 +184,21 @@ def save_comparison(path: Path, names: Sequence[str], columns: Mapping[str, Tens
 
 
 def save_curves(path: Path, runs: Mapping[str, Run]) -> None:
-    """Pixel loss while training, and PSNR on the held-out crops."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """Pixel loss while training, PSNR on the held-out crops, and what the prior adds to it."""
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     for (name, run), style in zip(runs.items(), ("--", "-"), strict=True):
         width = max(1, len(run.pixel) // 20)
         smooth = torch.tensor(run.pixel).unfold(0, width, 1).mean(dim=1)
         left.plot(range(width, len(run.pixel) + 1), smooth, style, label=name)
-        right.plot(list(run.psnr), list(run.psnr.values()), style, marker="o", markersize=3, label=name)
+        middle.plot(list(run.psnr), list(run.psnr.values()), style, marker="o", markersize=3, label=name)
     left.set(xlabel="step", ylabel=f"pixel loss (mean of {width})", yscale="log")
-    right.set(xlabel="step", ylabel="held-out PSNR (dB)")
-    right.legend()
+    middle.set(xlabel="step", ylabel="held-out PSNR (dB)")
+    middle.legend()
+    first, second = (run.psnr for run in runs.values())
+    right.plot(list(first), [second[step] - first[step] for step in first], "k-", marker="o", markersize=3)
+    right.axhline(0, color="gray", linewidth=0.8)
+    right.set(xlabel="step", ylabel="with minus without (dB)")
     figure.savefig(path, dpi=130)
 
 
