@@ -212,7 +212,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--noise", type=float, default=25.0, help="sigma in 1/255 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="training steps of each network (default: %(default)s)")
     parser.add_argument(
-        "--share", type=float, default=0.05, help="the prior's share of the gradient (default: %(default)s)"
+        "--share", type=float, default=0.5, help="the prior's share of the gradient (default: %(default)s)"
     )
     parser.add_argument("--weight", type=float, help="the prior's weight itself, instead of --share")
     parser.add_argument("--h-space-weight", type=float, default=0.01, help="lambda of the paper (default: %(default)s)")
