@@ -5,4 +5,7 @@ from torch import Tensor, nn
 
 def reference_weight(network: nn.Module) -> Tensor | None:
     """The first floating-point parameter (quantised ones say nothing of the input), or None."""
-    return next((parameter for parameter in network.parameters() if parameter.is_floating_point()), None)
+    for parameter in network.parameters():
+        if parameter.is_floating_point():
+            return parameter
+    return None
