@@ -232,21 +232,7 @@ class Denoiser(nn.Module):
                 f"`noisy` should have height and width that are multiples of {self.multiple} for this denoiser, found "
                 f"{height}x{width}."
             )
-        return self.expand_timestep(t, noisy)
-
-    def expand_timestep(self, t: Tensor | int, noisy: Tensor) -> Tensor:
-        """Timesteps of shape (N,) on the device of ``noisy``, from as many or from one.
-
-        Raises:
-            ValueError: If they are not integers in [0, T), or neither one nor N.
-        """
-        self.schedule.check_timestep(t)
-        t = torch.as_tensor(t, device=noisy.device).long()
-        if t.ndim > 1 or t.numel() not in (1, len(noisy)):
-            raise ValueError(
-                f"`timestep` should be one integer or {len(noisy)} of them, found a tensor of shape {tuple(t.shape)}."
-            )
-        return t.reshape(-1).expand(len(noisy)).clone()  # a model may change its own
+        return self.schedule.expand_timestep(t, noisy).clone()  # a model may change its own
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Denoiser":
         super()._apply(fn, recurse)

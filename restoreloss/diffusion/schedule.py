@@ -235,15 +235,24 @@ class NoiseSchedule(nn.Module):
         if low < 0 or high >= self.num_timesteps:
             raise ValueError(f"`timestep` should be in [0, {self.num_timesteps}), found {low if low < 0 else high}.")
 
-    def _levels(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(abar_t) and sqrt(1 - abar_t) in float32, shaped to multiply ``like`` (half precision is promoted)."""
+    def expand_timestep(self, t: Tensor | int, like: Tensor) -> Tensor:
+        """Timesteps of shape (N,) on the device of ``like``, which has N rows, from as many or from one.
+
+        Raises:
+            ValueError: If they are not integers in [0, T), or neither one nor N.
+        """
         self.check_timestep(t)
         steps = torch.as_tensor(t, device=like.device).long()
         if steps.ndim > 1 or steps.numel() not in (1, len(like)):
             found = tuple(steps.shape)
             raise ValueError(f"`timestep` should be one integer or {len(like)} of them, found shape {found}.")
+        return steps.reshape(-1).expand(len(like))
+
+    def _levels(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar_t) and sqrt(1 - abar_t) in float32, shaped to multiply ``like`` (half precision is promoted)."""
+        steps = self.expand_timestep(t, like)
         # index_select refuses what is out of range where check_timestep could not look; indexing would wrap -1 around
-        levels = (table.to(like.device).index_select(0, steps.reshape(-1)) for table in (self.signal, self.sigma))
+        levels = (table.to(like.device).index_select(0, steps) for table in (self.signal, self.sigma))
         signal, sigma = (level.reshape(-1, *(1,) * (like.ndim - 1)) for level in levels)
         return signal, sigma
 

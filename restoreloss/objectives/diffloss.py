@@ -152,7 +152,7 @@ class DiffLoss(Objective):
         z, x = (fit_size(image, denoiser.multiple, self.size) for image in (z, x))
         if self.size == "resize":
             size = _height_width(z)  # nothing to crop
-        t = denoiser.expand_timestep(self._timestep(z, generator) if timestep is None else timestep, z)
+        t = denoiser.schedule.expand_timestep(self._timestep(z, generator) if timestep is None else timestep, z)
         noise = self._draw_noise(z, generator) if noise is None else self._fit_noise(noise, z, size, denoiser.multiple)
 
         with torch.no_grad():

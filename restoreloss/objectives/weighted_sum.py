@@ -67,8 +67,10 @@ class WeightedSum(Objective):
     @property
     def objectives(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         """The objectives by name, in the order given."""
-        modules = {name: getattr(self, f"objective_{name}") for name in self.weights if name not in self._functions}
-        return {name: (self._functions | modules)[name] for name in self.weights}
+        functions = self._functions
+        return {
+            name: functions[name] if name in functions else getattr(self, f"objective_{name}") for name in self.weights
+        }
 
     def terms(self, restored: Tensor, target: Tensor, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """The weighted terms: "diff/noise" for a term of an objective that has terms, "pixel" for one that has none.

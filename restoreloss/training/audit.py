@@ -348,8 +348,9 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
         torch.default_generator.manual_seed(seed)
         if not on_cpu:
-            with torch.device(device):
-                torch.get_device_module(device).manual_seed(seed)
+            module = torch.get_device_module(device)
+            with module.device(device):
+                module.manual_seed(seed)
         yield
 
 
