@@ -64,6 +64,17 @@ class FrozenNetwork(nn.Module, Generic[Network]):
         return f"{type(self._held[0]).__name__}, {count:,} parameters, hidden"
 
 
+def bare(network: nn.Module) -> nn.Module:
+    """The network inside the wrappers of DDP, DataParallel and ``torch.compile``."""
+    while True:
+        if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            network = network.module
+        elif isinstance(getattr(network, "_orig_mod", None), nn.Module):
+            network = network._orig_mod  # type: ignore[assignment]
+        else:
+            return network
+
+
 @contextmanager
 def frozen(*networks: nn.Module) -> Iterator[None]:
     """Freeze networks for the length of a ``with`` block: no gradient into them, eval mode, statistics at rest.

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from restoreloss import DiffLoss
-from restoreloss.objectives.images import check_pair, check_range, to_unit_range, warn_if_out_of_range
+from restoreloss.images import check_pair, check_range, to_unit_range, warn_if_out_of_range
 
 RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
 SHAPE = (2, 3, 4, 4)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_denoiser, as_schedule
 from restoreloss.diffusion.latents import LatentEncoder
 from restoreloss.frozen import FrozenNetwork
+from restoreloss.images import check_pair, check_range, to_unit_range, warn_if_out_of_range
 from restoreloss.objectives.base import Objective, total
 from restoreloss.objectives.distances import (
     Distance,
@@ -22,7 +23,6 @@ from restoreloss.objectives.distances import (
     distance_per_sample,
     reduce_samples,
 )
-from restoreloss.objectives.images import check_pair, check_range, to_unit_range, warn_if_out_of_range
 from restoreloss.objectives.sizes import SizePolicy, crop_map, fit_size
 
 TimestepSampler: TypeAlias = Callable[[int, torch.Generator | None], Tensor]

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
+from restoreloss.features import FeatureExtractor
+from restoreloss.images import check_pair
 from restoreloss.objectives.base import Objective, named_terms, total
-from restoreloss.objectives.images import check_pair
 
 
 class WeightedSum(Objective):
@@ -88,6 +90,21 @@ class WeightedSum(Objective):
         """
         check_pair(restored, target)
         target = target.detach()  # torch's own losses would differentiate it
+        extractors = self._shared_extractors()
+        if not extractors:
+            return self._weighted_terms(restored, target, generator)
+        with ExitStack() as stack:
+            for extractor in extractors:
+                stack.enter_context(extractor.shared())
+            return self._weighted_terms(restored, target, generator)
+
+    def _shared_extractors(self) -> list[FeatureExtractor]:
+        """Those that several objectives look through: one pass will do for all."""
+        found = [getattr(objective, "features", None) for objective in self.objectives.values()]
+        extractors = [extractor for extractor in found if isinstance(extractor, FeatureExtractor)]
+        return [extractor for n, extractor in enumerate(extractors) if extractor in extractors[:n]]
+
+    def _weighted_terms(self, restored: Tensor, target: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
         for name, objective in self.objectives.items():
             weight = self.weights[name]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from restoreloss._optional import require
+from restoreloss.images import check_pair
 from restoreloss.objectives.base import named_terms
-from restoreloss.objectives.images import check_pair
 from restoreloss.objectives.weighted_sum import WeightedSum
 
 Objectives: TypeAlias = (

@@ -1,0 +1,1 @@
+"""Augmentations map (restored, target) to a new image."""

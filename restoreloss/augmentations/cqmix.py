@@ -1,0 +1,134 @@
+"""How is a task network kept from leaning on one sharp detail?
+
+It is trained on images of which random cells are restored and the others are the target's own.
+"""
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+
+class CQMix(nn.Module):
+    r"""Cross-quality patch mix: every cell of a grid shows the restored or the target image, by a coin.
+
+    .. math:: \text{mix}_n = M_n \odot z_n + (1 - M_n) \odot x_n, \qquad M_n(\text{cell}) \sim \text{Bernoulli}(p)
+
+    independently for each sample and cell, one mask for all channels. Labels stay what they are. The cells are as equal
+    as the pixels allow: pixel i of H belongs to row ``i * rows // H``.
+
+    Args:
+        grid: (rows, columns) of cells. The paper takes 16 cells for classification, 64 for segmentation and detection.
+        p: probability that a cell shows ``restored``.
+
+    Raises:
+        ValueError: At construction for a grid below 1 or p outside [0, 1], at a call for images that do not fit or have
+            fewer pixels on a side than the grid has cells.
+
+    Example:
+        >>> mix = CQMix(grid=(2, 2))
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> mixed, mask = mix(restored, clean, generator=generator, return_mask=True)
+        >>> torch.equal(mixed, torch.where(mask.bool(), restored, clean))
+        True
+        >>> [mixed.shape for mixed in mix([torch.rand(3, 8, 9), torch.rand(3, 5, 5)], [torch.rand(3, 8, 9)] * 2)]
+        Traceback (most recent call last):
+        ValueError: `target[1]` should have the shape of `restored[1]` (3, 5, 5), found (3, 8, 9).
+
+    Source: Kim et al., "Beyond Image Super-Resolution for Image Recognition with Task-Driven Perceptual Loss", Section
+    3.2. The authors' code enlarges the grid by a fixed factor, which fits the training sizes of the paper only.
+    """
+
+    def __init__(self, grid: tuple[int, int] = (4, 4), *, p: float = 0.5) -> None:
+        super().__init__()
+        if not isinstance(grid, Sequence) or len(grid) != 2 or not all(isinstance(n, int) and n >= 1 for n in grid):
+            raise ValueError(f"`grid` should be (rows, columns), both at least 1, found {grid!r}.")
+        if not 0 <= p <= 1:
+            raise ValueError(f"`p` should be in [0, 1], found {p}.")
+        self.grid = (grid[0], grid[1])
+        self.p = float(p)
+
+    @overload
+    def forward(self, restored: Tensor, target: Tensor, *, generator: torch.Generator | None = None) -> Tensor: ...
+    @overload
+    def forward(
+        self, restored: Sequence[Tensor], target: Sequence[Tensor], *, generator: torch.Generator | None = None
+    ) -> list[Tensor]: ...
+    @overload
+    def forward(
+        self, restored: Tensor, target: Tensor, *, generator: torch.Generator | None = None, return_mask: bool
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        restored: Sequence[Tensor],
+        target: Sequence[Tensor],
+        *,
+        generator: torch.Generator | None = None,
+        return_mask: bool,
+    ) -> tuple[list[Tensor], list[Tensor]]: ...
+
+    def forward(
+        self, restored: Any, target: Any, *, generator: torch.Generator | None = None, return_mask: bool = False
+    ) -> Any:
+        """The mixed images.
+
+        Args:
+            restored: (N, C, H, W) of any dtype, or a list of (C, H, W) of any sizes. Its gradient passes through:
+                detach it where the restoration network is not trained.
+            target: the same shape or shapes and device, of the same dtype or another floating-point one.
+            generator: for the coins, on its own device.
+            return_mask: also return the mask.
+
+        Returns:
+            The mixed images; with ``return_mask`` also a mask (N, 1, H, W) (or a list of (1, H, W)) in the dtype of the
+            images, 1 where ``restored`` was taken.
+        """
+        if isinstance(restored, Tensor) or isinstance(target, Tensor):
+            mixed, mask = self._mix("", 4, restored, target, generator)
+            return (mixed, mask.to(mixed.dtype)) if return_mask else mixed
+        if len(restored) != len(target):
+            raise ValueError(f"`target` should be as many images as `restored` ({len(restored)}), found {len(target)}.")
+        pairs = [self._mix(f"[{i}]", 3, z, x, generator) for i, (z, x) in enumerate(zip(restored, target, strict=True))]
+        images = [image for image, _ in pairs]
+        return (images, [mask.to(image.dtype) for image, mask in pairs]) if return_mask else images
+
+    def _mix(
+        self, index: str, ndim: int, restored: Tensor, target: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        for name, image in (("restored", restored), ("target", target)):
+            if not isinstance(image, Tensor) or image.ndim != ndim:
+                shape = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+                wanted = "(N, C, H, W)" if ndim == 4 else "(C, H, W)"
+                raise ValueError(f"`{name}{index}` should have shape {wanted}, found {shape}.")
+        facts: dict[str, list[Any]] = {
+            "shape": [tuple(image.shape) for image in (restored, target)],
+            "device": [image.device for image in (restored, target)],
+            # half and single precision may meet: under autocast the network's output is half
+            "dtype": [image.dtype if not image.is_floating_point() else "floating" for image in (restored, target)],
+        }
+        for fact, (expected, found) in facts.items():
+            if expected != found:
+                raise ValueError(
+                    f"`target{index}` should have the {fact} of `restored{index}` {expected}, found {found}."
+                )
+        *samples, _, height, width = restored.shape
+        rows, columns = self.grid
+        if height < rows or width < columns:
+            raise ValueError(
+                f"`grid` should have no more cells than `restored{index}` has pixels, {height}x{width}, found "
+                f"{rows}x{columns}."
+            )
+        device = restored.device if generator is None else generator.device
+        # one uniform number a cell: n cells drawn at once are the same as n drawn one after the other
+        coins = torch.rand(*samples, 1, rows, columns, generator=generator, device=device) < self.p
+        coins = coins.to(restored.device)
+        row = torch.arange(height, device=restored.device) * rows // height
+        column = torch.arange(width, device=restored.device) * columns // width
+        mask = coins[..., row, :][..., column]
+        return torch.where(mask, restored, target), mask
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        return f"grid={self.grid}, p={self.p:g}"

@@ -1,0 +1,296 @@
+"""What does a network see in an image, layer by layer?
+
+The network is borrowed, not owned: it is neither copied nor registered nor changed. It runs up to the deepest layer
+that is asked for and no further.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from restoreloss.frozen import bare
+from restoreloss.images import check_range
+
+Images: TypeAlias = Tensor | Sequence[Tensor]
+"""Float (N, C, H, W), or a list of (C, H, W) for networks that take lists (torchvision's detectors)."""
+Normalize: TypeAlias = Any
+"""How images in [0, 1] are normalised for the network; see :class:`FeatureExtractor`."""
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class FeatureExtractor:
+    """The outputs of named layers of a network, by name.
+
+    Args:
+        network: any module. Wrappers of DDP, DataParallel and ``torch.compile`` are looked through.
+        layers: names as in ``network.named_modules()``; "" is the network itself. Of a layer that returns a mapping,
+            list or tuple (a feature pyramid), "backbone" stands for all its tensors and "backbone/0" for one. Default:
+            :func:`default_layers`. A layer that runs more than once in a pass is seen at its first run.
+        normalize: "imagenet" | "model" (what a timm model states in its ``pretrained_cfg``) | torchvision weights
+            (``ResNet18_Weights.DEFAULT``) | ((mean, ...), (std, ...)) | None. A torchvision detector normalises its own
+            input: with "imagenet" or "model" it is left to.
+        input_range: what the caller's images span.
+
+    Raises:
+        ValueError: At construction for a layer that the network does not have, naming those that come near, and for a
+            normalisation that cannot be told. At a call for images that do not fit, a layer that did not run, and one
+            that returned no tensor.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> features = FeatureExtractor(resnet18(), ["layer3", "layer4"])
+        >>> {name: tuple(value.shape) for name, value in features(torch.rand(2, 3, 64, 64)).items()}
+        {'layer3': (2, 256, 4, 4), 'layer4': (2, 512, 2, 2)}
+
+    The network runs as it is found: in its mode, with its gradients. Use :func:`restoreloss.frozen` around a call to
+    keep it at rest. The pass itself is never compiled: hooks added later would be ignored by a compiled network.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: Sequence[str] | None = None,
+        *,
+        normalize: Normalize = "imagenet",
+        input_range: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"The network should be an nn.Module, found {type(network).__name__}.")
+        if isinstance(layers, str):
+            raise ValueError(f"`layers` should be a list of names, found the string {layers!r}.")
+        self.network = network
+        self.layers = tuple(default_layers(bare(network)) if layers is None else layers)
+        if not self.layers:
+            raise ValueError("`layers` should name at least one layer, found none.")
+        self.input_range = check_range(input_range)
+        self._statistics = _statistics(bare(network), normalize)
+        self._paths = _group_by_module(bare(network), self.layers)
+        self._overwritten: set[str] = set()
+        self._memo: dict[tuple[object, ...], tuple[Images, dict[str, Tensor]]] | None = None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, images: Images) -> dict[str, Tensor]:
+        """The features, in the order in which the layers are named; a container's tensors as "layer/key".
+
+        Args:
+            images: float (N, C, H, W) in ``input_range``, or a list of (C, H, W) for networks that take lists.
+        """
+        if self._memo is None:
+            return self._run(images)
+        key = self._key(images)
+        if key not in self._memo:
+            self._memo[key] = (images, self._run(images))  # holding the images keeps their id theirs
+        return self._memo[key][1]
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Within this block the same images pass through the network once, whoever asks.
+
+        Two losses on one extractor share it; :class:`~restoreloss.WeightedSum` opens the block by itself.
+        """
+        if self._memo is not None:  # already within one
+            yield
+            return
+        self._memo = {}
+        try:
+            yield
+        finally:
+            self._memo = None
+
+    def _key(self, images: Images) -> tuple[object, ...]:
+        """What the features depend on. A pass without gradient must not stand in for one that needs it."""
+        parts = [images] if isinstance(images, Tensor) else images
+        network = bare(self.network)
+        return (
+            *((id(part), None if part.is_inference() else part._version) for part in parts),
+            torch.is_grad_enabled(),
+            any(parameter.requires_grad for parameter in network.parameters()),
+            network.training,
+        )
+
+    def _run(self, images: Images) -> dict[str, Tensor]:
+        network = bare(self.network)
+        prepared = self._prepare(images, network)
+        outputs: dict[str, Any] = {}
+        versions: dict[str, list[int]] = {}
+
+        def record(path: str, *call: Any) -> None:
+            if path in outputs:
+                return
+            found = _tensors(path, call[-1])
+            if path in self._overwritten:
+                found = {name: value.clone() for name, value in found.items()}
+            outputs[path] = found
+            versions[path] = [_version(value) for value in found.values()]
+            if len(outputs) == len(self._paths):
+                raise _Reached
+
+        handles = [network.get_submodule(path).register_forward_hook(partial(record, path)) for path in self._paths]
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                network(prepared)
+        except _Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        silent = [path for path in self._paths if path not in outputs]
+        if silent:
+            raise ValueError(f"`layers` should be layers that run; the network did not call {silent}.")
+        changed = {path for path in outputs if versions[path] != [_version(v) for v in outputs[path].values()]}
+        if changed:  # by an in-place layer that follows, like VGG's ReLU: keep a copy, from now on
+            self._overwritten |= changed
+            return self._run(images)
+        return {name: value for layer in self.layers for name, value in self._select(layer, outputs).items()}
+
+    @staticmethod
+    def _select(layer: str, outputs: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        path = layer.partition("/")[0]
+        chosen = {name: value for name, value in outputs[path].items() if name == layer or name.startswith(f"{layer}/")}
+        if not chosen:
+            raise ValueError(
+                f"`layers` should name tensors that {path!r} returns, {list(outputs[path])}, found {layer!r}."
+            )
+        return chosen
+
+    def _prepare(self, images: Images, network: nn.Module) -> Any:
+        """The images as the network wants them: in [0, 1], normalised, in its dtype."""
+        if not isinstance(images, Tensor):
+            return [self._prepare(image[None], network)[0] for image in images]
+        weight = next((p for p in network.parameters() if p.is_floating_point()), images)
+        if weight.device != images.device:
+            raise ValueError(f"The images should be on the network's device {weight.device}, found {images.device}.")
+        low, high = self.input_range
+        if (low, high) != (0.0, 1.0):
+            images = (images - low) / (high - low)
+        if self._statistics is not None:
+            mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in self._statistics)
+            if images.shape[1] != mean.shape[1]:
+                raise ValueError(
+                    f"The images should have {mean.shape[1]} channels, as many as the normalisation, found "
+                    f"{images.shape[1]}."
+                )
+            images = (images - mean) / std
+        return images.to(weight.dtype)
+
+
+def default_layers(network: nn.Module) -> tuple[str, ...]:
+    """The last spatial features before the head: what a task is decided on.
+
+    ===================================== =======================================
+    torchvision and timm classifiers      the last stage before pooling ("layer4")
+    torchvision DeepLabV3, FCN, LRASPP    the backbone's deepest output
+    torchvision detectors                 the backbone's maps, "pool" excepted
+    ===================================== =======================================
+
+    Raises:
+        ValueError: For any other network.
+    """
+    children = dict(network.named_children())
+    if "backbone" in children:
+        backbone = children["backbone"]
+        pyramid = getattr(getattr(backbone, "fpn", None), "inner_blocks", None)
+        if isinstance(pyramid, nn.ModuleList):
+            return tuple(f"backbone/{level}" for level in range(len(pyramid)))
+        names = getattr(backbone, "return_layers", None)  # torchvision's IntermediateLayerGetter
+        if names is not None:
+            return (f"backbone/{'out' if 'out' in names.values() else list(names.values())[-1]}",)
+        return ("backbone",)
+    stages = getattr(network, "feature_info", None)  # timm
+    if stages and hasattr(network, "pretrained_cfg"):
+        return (stages[-1]["module"],)
+    for name in _LAST_STAGES:
+        if name in children:
+            return (name,)
+    raise ValueError(
+        f"`layers` should name the layers of {type(network).__name__}, which has no known default; its children are "
+        f"{list(children)}."
+    )
+
+
+# torchvision's names of the last stage before pooling, the telling ones first
+_LAST_STAGES = ("layer4", "trunk_output", "Mixed_7c", "inception5b", "conv5", "features", "encoder")
+
+
+class _Reached(Exception):
+    """All layers have been seen."""
+
+
+def _version(value: Tensor) -> int:
+    return 0 if value.is_inference() else value._version
+
+
+def _tensors(path: str, output: Any) -> dict[str, Tensor]:
+    """The floating-point tensors in what a layer returned."""
+    if isinstance(output, Tensor):
+        return {path: output} if output.is_floating_point() else {}
+    if isinstance(output, Mapping):
+        items = list(output.items())
+    elif isinstance(output, list | tuple):
+        items = list(enumerate(output))
+    else:
+        items = []
+    found = {name: value for key, item in items for name, value in _tensors(f"{path}/{key}", item).items()}
+    if not found and "/" not in path:
+        raise ValueError(
+            f"Layer {path!r} should return a floating-point tensor, or a mapping, list or tuple of them, found "
+            f"{type(output).__name__}."
+        )
+    return found
+
+
+def _group_by_module(network: nn.Module, layers: Sequence[str]) -> tuple[str, ...]:
+    """The modules to listen to, each once."""
+    known = dict(network.named_modules())
+    paths = dict.fromkeys(layer.partition("/")[0] for layer in layers)
+    for path in paths:
+        if path not in known:
+            near = difflib.get_close_matches(path, known, n=5, cutoff=0.4)
+            candidates = near or [name for name, _ in network.named_children()]
+            raise ValueError(
+                f"`layers` should name modules of {type(network).__name__}, found {path!r}; there is "
+                f"{', '.join(map(repr, candidates))} and more in `named_modules()`."
+            )
+    return tuple(paths)
+
+
+def _statistics(network: nn.Module, normalize: Normalize) -> tuple[Sequence[float], Sequence[float]] | None:
+    """(mean, std) of images in [0, 1], or None."""
+    by_itself = hasattr(getattr(network, "transform", None), "image_mean")  # a torchvision detector
+    named = normalize if isinstance(normalize, str) else None
+    if normalize is None or (by_itself and named in ("imagenet", "model")):
+        return None
+    if named == "imagenet":
+        return IMAGENET
+    if named == "model":
+        config = getattr(network, "pretrained_cfg", None) or {}
+        if "mean" not in config or "std" not in config:
+            raise ValueError(
+                f"`normalize` should be 'imagenet', (mean, std) or torchvision weights for {type(network).__name__}, "
+                "which does not state its own; found 'model'."
+            )
+        return config["mean"], config["std"]
+    if by_itself:
+        raise ValueError(
+            f"`normalize` should be None for {type(network).__name__}, whose `transform` normalises, found "
+            f"{normalize!r}."
+        )
+    if hasattr(normalize, "transforms"):  # torchvision weights
+        preset = normalize.transforms()
+        return preset.mean, preset.std
+    try:
+        mean, std = (tuple(float(value) for value in values) for values in normalize)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "`normalize` should be 'imagenet', 'model', None, torchvision weights or ((mean, ...), (std, ...)), found "
+            f"{normalize!r}."
+        ) from None
+    if len(mean) != len(std) or not all(value > 0 for value in std):
+        raise ValueError(f"`normalize` should have as many positive std as mean, found {normalize!r}.")
+    return mean, std

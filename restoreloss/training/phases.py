@@ -1,0 +1,310 @@
+"""Who trains, who is frozen, on which objective, in which order?
+
+A :class:`Phase` answers for one group of networks, an :class:`Alternation` runs its phases one after the other on the
+same batch. It does one step of YOUR loop:
+
+    for batch in loader:
+        logs = alternation.step(batch)
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from restoreloss.frozen import bare, frozen
+
+Batch = TypeVar("Batch")
+Mode = Literal["train", "eval"]
+Trainable: TypeAlias = nn.Module | nn.Parameter
+
+
+@dataclass(frozen=True)
+class Phase(Generic[Batch]):
+    """One part of a training step: these networks learn from this objective, all others rest.
+
+    Args:
+        name: what its logs are called.
+        trains: the networks (or single parameters) that learn, in train mode. May be wrapped by DDP.
+        objective: ``batch -> loss``, a scalar or a mapping of named scalars that are summed. Lower is better.
+        optimizers: one or several; together they hold the parameters of ``trains`` that need a gradient, no others.
+        schedulers: stepped after the optimizers.
+        frozen: networks that rest besides those that the other phases train. May contain what ``trains`` trains.
+        modes: "train" or "eval" by network or submodule, where the rule (``trains`` train, all others eval) does not
+            fit. A resting network in "train" keeps its normalisation and dropout in eval mode: torchvision's detectors
+            give their losses in train mode only.
+        max_norm: clip the gradient to this norm.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> phase = Phase("fit", [net], lambda batch: net(batch).square().mean(), optimizer, max_norm=1.0)
+    """
+
+    name: str
+    trains: Sequence[Trainable]
+    objective: Callable[[Batch], Tensor | Mapping[str, Tensor]]
+    optimizers: Optimizer | Sequence[Optimizer]
+    schedulers: LRScheduler | Sequence[LRScheduler] = ()
+    frozen: Sequence[nn.Module] = ()
+    modes: Mapping[nn.Module, Mode] = field(default_factory=dict)
+    max_norm: float | None = None
+
+
+class Alternation(Generic[Batch]):
+    """Phases that take turns on every batch (alternate training).
+
+    In a phase, every network that any phase mentions is frozen and in eval mode, but those that it trains. Afterwards,
+    also after an exception, all flags and modes are what they were.
+
+    Args:
+        phases: in order. A later phase sees what an earlier one has learned from the same batch.
+        precision: run the objectives under autocast in this dtype.
+        scaler: a ``torch.amp.GradScaler``, for float16.
+        accelerator: an ``accelerate.Accelerator`` that prepared the networks and optimizers; it then does autocast,
+            backward and clipping, and ``precision`` and ``scaler`` are its business.
+
+    Raises:
+        ValueError: For no phase, names given twice, a network that is trained and frozen by one phase, a parameter that
+            an optimizer steps though its phase does not train it, and one that is trained by no optimizer.
+
+    Example:
+        SR4IR: the restorer learns from the pixels and from what the classifier sees, then the classifier from the
+        restored images.
+
+        >>> from torchvision.models import resnet18
+        >>> restorer, classifier = nn.Conv2d(3, 3, 3, padding=1), resnet18(num_classes=2)
+        >>> tdp, pixel, task, mix = TDPLoss(classifier), nn.L1Loss(), nn.CrossEntropyLoss(), CQMix()
+        >>> def restore(batch):
+        ...     restored = restorer(batch["degraded"])
+        ...     return {"pixel": pixel(restored, batch["clean"]), "tdp": tdp(restored, batch["clean"])}
+        >>> def recognise(batch):
+        ...     restored = restorer(batch["degraded"])
+        ...     images = torch.cat([restored, batch["clean"], mix(restored, batch["clean"])])
+        ...     return task(classifier(images), batch["label"].repeat(3))
+        >>> training = Alternation([
+        ...     Phase("restorer", [restorer], restore, torch.optim.AdamW(restorer.parameters(), lr=1e-4)),
+        ...     Phase("classifier", [classifier], recognise, torch.optim.SGD(classifier.parameters(), lr=3e-2)),
+        ... ])
+        >>> degraded, clean = torch.rand(2, 2, 3, 32, 32)
+        >>> batch = {"degraded": degraded, "clean": clean, "label": torch.tensor([0, 1])}
+        >>> list(training.step(batch))
+        ['restorer/pixel', 'restorer/tdp', 'classifier/loss']
+
+    Source: Kim et al., "Beyond Image Super-Resolution for Image Recognition with Task-Driven Perceptual Loss", Section
+    3.3 and Eq. 3.
+    """
+
+    def __init__(
+        self,
+        phases: Sequence[Phase[Batch]],
+        *,
+        precision: torch.dtype | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        accelerator: Any = None,
+    ) -> None:
+        if not phases:
+            raise ValueError("`phases` should hold at least one phase, found none.")
+        names = [phase.name for phase in phases]
+        if len(set(names)) < len(names):
+            raise ValueError(f"`phases` should have names of their own, found {names}.")
+        if accelerator is not None and (precision is not None or scaler is not None):
+            raise ValueError("`precision` and `scaler` should be left to the `accelerator`, found both.")
+        self.phases = tuple(phases)
+        self._precision = precision
+        self._scaler = scaler
+        self._accelerator = accelerator
+        mentioned = [module for phase in phases for module in (*phase.trains, *phase.frozen)]
+        self._networks = [bare(module) for module in mentioned if isinstance(module, nn.Module)]
+        self._loose = {module for module in mentioned if isinstance(module, nn.Parameter)}
+        for phase in phases:
+            _check(phase)
+
+    def step(self, *micro_batches: Batch) -> dict[str, Tensor]:
+        """Every phase once: its gradient over the batch, and a step of its optimizers.
+
+        Args:
+            micro_batches: one batch, or several of equal size whose gradients are averaged (accumulation). Every phase
+                sees all of them before the next begins, so that the result is that of one large batch.
+
+        Returns:
+            Detached scalars "phase/term" ("phase/loss" for an objective without terms), mean over the micro-batches,
+            and "phase/grad_norm" before clipping, where the phase clips. Reading them is the only synchronisation.
+
+        Raises:
+            ValueError: For no batch, and an objective that gives no scalar or no gradient.
+        """
+        if not micro_batches:
+            raise ValueError("`micro_batches` should be at least one batch, found none.")
+        logs: dict[str, Tensor] = {}
+        for phase in self.phases:
+            with self.roles(phase):
+                logs.update((f"{phase.name}/{key}", value) for key, value in self._run(phase, micro_batches).items())
+        return logs
+
+    @contextmanager
+    def roles(self, phase: Phase[Batch]) -> Iterator[None]:
+        """The flags and modes of one phase, for the length of a ``with`` block."""
+        trained = [bare(item) if isinstance(item, nn.Module) else item for item in phase.trains]
+        flags = {p: p.requires_grad for p in (*_parameters(phase.trains), *self._loose)}
+        with frozen(*self._networks):
+            try:
+                for parameter in self._loose:
+                    parameter.requires_grad_(False)
+                for parameter in _parameters(phase.trains):
+                    parameter.requires_grad_(flags[parameter])
+                for item in trained:
+                    if isinstance(item, nn.Module):
+                        item.train()
+                learning = {m for item in trained if isinstance(item, nn.Module) for m in item.modules()}
+                for module, mode in phase.modes.items():
+                    for part in bare(module).modules():
+                        at_rest = part not in learning and isinstance(part, _NormBase | _DropoutNd)
+                        part.training = mode == "train" and not at_rest
+                yield
+            finally:
+                for parameter, flag in flags.items():
+                    parameter.requires_grad_(flag)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all optimizers, schedulers and the scaler; the networks are yours to save."""
+        state: dict[str, Any] = {
+            phase.name: {
+                "optimizers": [optimizer.state_dict() for optimizer in _listed(phase.optimizers)],
+                "schedulers": [scheduler.state_dict() for scheduler in _listed(phase.schedulers)],
+            }
+            for phase in self.phases
+        }
+        return {"phases": state, "scaler": None if self._scaler is None else self._scaler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What :meth:`state_dict` gave, into the same phases."""
+        names = [phase.name for phase in self.phases]
+        if list(state["phases"]) != names:
+            raise ValueError(f"`state` should be of the phases {names}, found {list(state['phases'])}.")
+        for phase in self.phases:
+            saved = state["phases"][phase.name]
+            for key, parts in (("optimizers", _listed(phase.optimizers)), ("schedulers", _listed(phase.schedulers))):
+                for part, values in zip(parts, saved[key], strict=True):
+                    part.load_state_dict(values)
+        if self._scaler is not None and state["scaler"] is not None:
+            self._scaler.load_state_dict(state["scaler"])
+
+    def _run(self, phase: Phase[Batch], micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+        optimizers = _listed(phase.optimizers)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        logs: dict[str, Tensor] = {}
+        for number, batch in enumerate(micro_batches, start=1):
+            with ExitStack() as stack:
+                if number < len(micro_batches):  # DDP need not average before the last
+                    for item in phase.trains:
+                        if isinstance(item, nn.parallel.DistributedDataParallel):
+                            stack.enter_context(item.no_sync())
+                with self._autocast(phase):
+                    terms = _terms(phase.name, phase.objective(batch))
+                    loss = torch.stack(list(terms.values())).sum() / len(micro_batches)
+                if not loss.requires_grad:
+                    raise ValueError(
+                        f"The objective of phase {phase.name!r} should depend on what the phase trains, found a loss "
+                        "without gradient."
+                    )
+                self._backward(loss)
+            for key, value in terms.items():
+                logs[key] = logs.get(key, 0) + value.detach() / len(micro_batches)
+        if phase.max_norm is not None:
+            logs["grad_norm"] = self._clip(phase, phase.max_norm)
+        for optimizer in optimizers:
+            if self._scaler is None:
+                optimizer.step()
+            else:
+                self._scaler.step(optimizer)
+        if self._scaler is not None:
+            self._scaler.update()
+        for scheduler in _listed(phase.schedulers):
+            scheduler.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()  # the next phase needs the memory, not these gradients
+        return logs
+
+    def _autocast(self, phase: Phase[Batch]) -> AbstractContextManager[Any]:
+        if self._accelerator is not None:
+            context: AbstractContextManager[Any] = self._accelerator.autocast()
+            return context
+        if self._precision is None:
+            return nullcontext()
+        return torch.autocast(_parameters(phase.trains)[0].device.type, self._precision)
+
+    def _backward(self, loss: Tensor) -> None:
+        if self._accelerator is not None:
+            self._accelerator.backward(loss)
+        elif self._scaler is not None:
+            self._scaler.scale(loss).backward()
+        else:
+            loss.backward()
+
+    def _clip(self, phase: Phase[Batch], max_norm: float) -> Tensor:
+        parameters = [p for p in _parameters(phase.trains) if p.requires_grad]
+        if self._accelerator is not None:
+            norm: Tensor = self._accelerator.clip_grad_norm_(parameters, max_norm)
+            return norm
+        if self._scaler is not None:
+            for optimizer in _listed(phase.optimizers):
+                self._scaler.unscale_(optimizer)
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+def _check(phase: Phase[Any]) -> None:
+    if not phase.trains:
+        raise ValueError(f"`trains` of phase {phase.name!r} should name at least one network, found none.")
+    rests = {bare(module) for module in phase.frozen}
+    if any(isinstance(item, nn.Module) and bare(item) in rests for item in phase.trains):
+        raise ValueError(f"`frozen` of phase {phase.name!r} should not name a network that it trains.")
+    if any(mode not in ("train", "eval") for mode in phase.modes.values()):
+        raise ValueError(
+            f"`modes` of phase {phase.name!r} should be 'train' or 'eval', found {[*phase.modes.values()]}."
+        )
+    if not _listed(phase.optimizers):
+        raise ValueError(f"`optimizers` of phase {phase.name!r} should be at least one, found none.")
+    stepped = {
+        p for optimizer in _listed(phase.optimizers) for group in optimizer.param_groups for p in group["params"]
+    }
+    trained = set(_parameters(phase.trains))
+    if stepped - trained:
+        raise ValueError(
+            f"`optimizers` of phase {phase.name!r} should hold parameters of `trains` only, found "
+            f"{len(stepped - trained)} others."
+        )
+    forgotten = sum(parameter.requires_grad for parameter in trained - stepped)
+    if forgotten:
+        raise ValueError(
+            f"`optimizers` of phase {phase.name!r} should hold all parameters of `trains` that need a gradient, found "
+            f"{forgotten} in none: name the submodules that train, or freeze the rest."
+        )
+
+
+def _terms(name: str, result: Any) -> Mapping[str, Tensor]:
+    terms = result if isinstance(result, Mapping) else {"loss": result}
+    if not terms or not all(isinstance(value, Tensor) and value.ndim == 0 for value in terms.values()):
+        found = {key: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for key, v in terms.items()}
+        raise ValueError(f"The objective of phase {name!r} should return a scalar, or scalars by name, found {found}.")
+    return terms
+
+
+def _parameters(items: Sequence[Trainable]) -> list[nn.Parameter]:
+    """The parameters of networks and single ones, each once."""
+    found: dict[nn.Parameter, None] = {}
+    for item in items:
+        found.update(dict.fromkeys(item.parameters() if isinstance(item, nn.Module) else [item]))
+    return list(found)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Sequence) else [value]
