@@ -51,7 +51,7 @@ class TDPLoss(Objective):
         (True, None, ['layer4'])
 
     Source: Kim et al., "Beyond Image Super-Resolution for Image Recognition with Task-Driven Perceptual Loss", Eq. 2;
-    mean-reduced as in the authors' code, which computes the features of the target with a graph and runs the network
+    mean-reduced as in the authors' code, which has a copy of every task network that returns its features, and runs it
     to its end.
     """
 

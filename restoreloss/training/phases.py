@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -38,8 +39,8 @@ class Phase(Generic[Batch]):
         schedulers: stepped after the optimizers.
         frozen: networks that rest besides those that the other phases train. May contain what ``trains`` trains.
         modes: "train" or "eval" by network or submodule, where the rule (``trains`` train, all others eval) does not
-            fit. A resting network in "train" keeps its normalisation and dropout in eval mode: torchvision's detectors
-            give their losses in train mode only.
+            fit: torchvision's detectors give their losses in train mode only. A resting network in "train" keeps its
+            batch, instance and dropout layers in eval mode; what else draws or counts in train mode will do so.
         max_norm: clip the gradient to this norm.
 
     Example:
@@ -121,11 +122,16 @@ class Alternation(Generic[Batch]):
         self._precision = precision
         self._scaler = scaler
         self._accelerator = accelerator
-        mentioned = [module for phase in phases for module in (*phase.trains, *phase.frozen)]
-        self._networks = [bare(module) for module in mentioned if isinstance(module, nn.Module)]
-        self._loose = {module for module in mentioned if isinstance(module, nn.Parameter)}
+        if getattr(accelerator, "gradient_accumulation_steps", 1) != 1:
+            raise ValueError(
+                "`accelerator` should have gradient_accumulation_steps=1, found "
+                f"{accelerator.gradient_accumulation_steps}: give `step` several micro-batches instead."
+            )
         for phase in phases:
             _check(phase)
+        mentioned = [item for phase in phases for item in (*phase.trains, *phase.frozen, *phase.modes)]
+        self._networks = [item for item in mentioned if isinstance(item, nn.Module)]
+        self._loose = {item for item in mentioned if isinstance(item, nn.Parameter)}
 
     def step(self, *micro_batches: Batch) -> dict[str, Tensor]:
         """Every phase once: its gradient over the batch, and a step of its optimizers.
@@ -154,7 +160,11 @@ class Alternation(Generic[Batch]):
         """The flags and modes of one phase, for the length of a ``with`` block."""
         trained = [bare(item) if isinstance(item, nn.Module) else item for item in phase.trains]
         flags = {p: p.requires_grad for p in (*_parameters(phase.trains), *self._loose)}
-        with frozen(*self._networks):
+        with ExitStack() as stack:
+            for network in self._networks:
+                if isinstance(network, DistributedDataParallel) and network not in phase.trains:
+                    stack.enter_context(_resting(network))
+            stack.enter_context(frozen(*map(bare, self._networks)))
             try:
                 for parameter in self._loose:
                     parameter.requires_grad_(False)
@@ -186,9 +196,14 @@ class Alternation(Generic[Batch]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What :meth:`state_dict` gave, into the same phases."""
-        names = [phase.name for phase in self.phases]
-        if list(state["phases"]) != names:
-            raise ValueError(f"`state` should be of the phases {names}, found {list(state['phases'])}.")
+        expected, found = (
+            {name: [len(phase["optimizers"]), len(phase["schedulers"])] for name, phase in saved["phases"].items()}
+            for saved in (self.state_dict(), state)
+        )
+        if expected != found:
+            raise ValueError(
+                f"`state` should be of these phases, each with optimizers and schedulers, {expected}, found {found}."
+            )
         for phase in self.phases:
             saved = state["phases"][phase.name]
             for key, parts in (("optimizers", _listed(phase.optimizers)), ("schedulers", _listed(phase.schedulers))):
@@ -206,7 +221,7 @@ class Alternation(Generic[Batch]):
             with ExitStack() as stack:
                 if number < len(micro_batches):  # DDP need not average before the last
                     for item in phase.trains:
-                        if isinstance(item, nn.parallel.DistributedDataParallel):
+                        if isinstance(item, DistributedDataParallel):
                             stack.enter_context(item.no_sync())
                 with self._autocast(phase):
                     terms = _terms(phase.name, phase.objective(batch))
@@ -261,12 +276,21 @@ class Alternation(Generic[Batch]):
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
+@contextmanager
+def _resting(network: DistributedDataParallel) -> Iterator[None]:
+    """A DDP network that runs without a backward pass to its weights: else it would wait for one."""
+    broadcasts = network.require_forward_param_sync
+    with network.no_sync():
+        yield
+    network.require_forward_param_sync = broadcasts
+
+
 def _check(phase: Phase[Any]) -> None:
     if not phase.trains:
         raise ValueError(f"`trains` of phase {phase.name!r} should name at least one network, found none.")
-    rests = {bare(module) for module in phase.frozen}
-    if any(isinstance(item, nn.Module) and bare(item) in rests for item in phase.trains):
-        raise ValueError(f"`frozen` of phase {phase.name!r} should not name a network that it trains.")
+    learning = {part for item in phase.trains if isinstance(item, nn.Module) for part in item.modules()}
+    if any(bare(module) in learning for module in phase.frozen):
+        raise ValueError(f"`frozen` of phase {phase.name!r} should name nothing that it trains.")
     if any(mode not in ("train", "eval") for mode in phase.modes.values()):
         raise ValueError(
             f"`modes` of phase {phase.name!r} should be 'train' or 'eval', found {[*phase.modes.values()]}."
@@ -295,6 +319,8 @@ def _terms(name: str, result: Any) -> Mapping[str, Tensor]:
     if not terms or not all(isinstance(value, Tensor) and value.ndim == 0 for value in terms.values()):
         found = {key: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for key, v in terms.items()}
         raise ValueError(f"The objective of phase {name!r} should return a scalar, or scalars by name, found {found}.")
+    if "grad_norm" in terms:
+        raise ValueError(f"The objective of phase {name!r} should not call a term 'grad_norm', the name of the norm.")
     return terms
 
 
