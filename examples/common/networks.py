@@ -1,0 +1,277 @@
+"""Which restoration and task networks do the recipes train?
+
+The ones of the papers (EDSR, SwinIR; ResNet18, DeepLabV3 and Faster R-CNN on MobileNetV3), any that spandrel reads from
+a file, any classifier of timm, and small ones that train on two cores.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import MultiScaleRoIAlign
+
+from examples.common.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+
+class EDSR(nn.Module):
+    """Residual blocks at low resolution, then PixelShuffle (Lim et al., "Enhanced Deep Residual Networks", baseline).
+
+    Args:
+        scale: 1, 2, 3, 4 or 8.
+        features: channels of the body.
+        blocks: residual blocks.
+        light: enlarge by one PixelShuffle straight to the picture and add the bilinearly enlarged input: a small one
+            is fast and need only learn the detail.
+    """
+
+    def __init__(self, scale: int, *, features: int = 64, blocks: int = 16, light: bool = False) -> None:
+        super().__init__()
+        factors = {1: (), 2: (2,), 3: (3,), 4: (2, 2), 8: (2, 2, 2)}
+        if scale not in factors:
+            raise ValueError(f"`scale` should be one of {tuple(factors)}, found {scale}.")
+        self.scale, self.light = scale, light
+        self.head = nn.Conv2d(3, features, 3, padding=1)
+        self.body = nn.Sequential(*(_ResidualBlock(features) for _ in range(blocks)))
+        self.after_body = nn.Conv2d(features, features, 3, padding=1)
+        if light:
+            self.upsample = nn.Sequential(_enlarge(features, 3, scale))
+            self.tail: nn.Module = nn.Identity()
+        else:
+            self.upsample = nn.Sequential(*(_enlarge(features, features, factor) for factor in factors[scale]))
+            self.tail = nn.Conv2d(features, 3, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, 3, H, W) in [0, 1] to (N, 3, scale H, scale W)."""
+        centred = image - 0.5
+        features = self.head(centred)
+        features = features + self.after_body(self.body(features))
+        restored: Tensor = self.tail(self.upsample(features))
+        base = F.interpolate(centred, scale_factor=float(self.scale), mode="bilinear") if self.light else 0
+        return restored + base + 0.5
+
+
+def _enlarge(inputs: int, outputs: int, factor: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, outputs * factor**2, 3, padding=1), nn.PixelShuffle(factor))
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(features, features, 3, padding=1)
+        self.conv2 = nn.Conv2d(features, features, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual: Tensor = self.conv2(self.conv1(x).relu())
+        return x + residual
+
+
+def restorer(name: str, scale: int, weights: Path | None = None) -> nn.Module:
+    """A restoration network that enlarges by ``scale``.
+
+    Args:
+        name: "edsr" | "edsr-small" | "swinir" | "swinir-light" | "file" (whatever spandrel finds in ``weights``).
+        scale: of the super-resolution.
+        weights: a state dict, or for "file" any checkpoint that spandrel reads.
+
+    Raises:
+        ValueError: For an unknown name, and weights of another scale.
+    """
+    if name == "file":
+        from spandrel import ImageModelDescriptor, ModelLoader
+
+        if weights is None:
+            raise ValueError("`s_weights` should be a checkpoint for the restorer 'file', found None.")
+        described = ModelLoader(device="cpu").load_from_file(weights)
+        if not isinstance(described, ImageModelDescriptor) or described.scale != scale:
+            raise ValueError(f"`s_weights` should be a network of scale {scale}, found {described}.")
+        model: nn.Module = described.model
+        return model.requires_grad_(True)
+    if name not in _RESTORERS:
+        raise ValueError(f"`restorer` should be one of {(*_RESTORERS, 'file')}, found {name!r}.")
+    network = _RESTORERS[name](scale)
+    if weights is not None:
+        network.load_state_dict(_load(weights))
+    return network
+
+
+def _swinir(scale: int, **size: Any) -> nn.Module:
+    from spandrel.architectures.SwinIR import SwinIR
+
+    network: nn.Module = SwinIR(upscale=scale, window_size=8, mlp_ratio=2, img_size=64, **size)
+    return network
+
+
+_RESTORERS: dict[str, Callable[[int], nn.Module]] = {
+    "edsr": EDSR,
+    "edsr-small": lambda scale: EDSR(scale, features=24, blocks=4, light=True),
+    "swinir": lambda scale: _swinir(scale, embed_dim=180, depths=[6] * 6, num_heads=[6] * 6, upsampler="pixelshuffle"),
+    "swinir-light": lambda scale: _swinir(
+        scale, embed_dim=60, depths=[6] * 4, num_heads=[6] * 4, upsampler="pixelshuffledirect"
+    ),
+}
+
+
+class SmallBackbone(nn.Sequential):
+    """A stem of stride 2 and three residual stages, two of them of stride 2: 3 channels to the last of ``widths``."""
+
+    def __init__(
+        self, widths: tuple[int, int, int, int] = (12, 16, 32, 48), strides: tuple[int, ...] = (1, 2, 2)
+    ) -> None:
+        stem, *stages = widths
+        layers: OrderedDict[str, nn.Module] = OrderedDict(
+            stem=nn.Sequential(nn.Conv2d(3, stem, 5, 2, 2, bias=False), nn.BatchNorm2d(stem), nn.ReLU(inplace=True))
+        )
+        for number, (width, stride) in enumerate(zip(stages, strides, strict=True), start=1):
+            layers[f"stage{number}"] = _BasicBlock(stem, width, stride)
+            stem = width
+        super().__init__(layers)
+        self.out_channels = stem
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = (self.residual(x) + self.shortcut(x)).relu()
+        return result
+
+
+class SmallClassifier(nn.Module):
+    """57 thousand parameters: :class:`SmallBackbone`, global average, one linear layer."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = SmallBackbone()
+        self.fc = nn.Linear(self.backbone.out_channels, num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, 3, H, W) to logits (N, num_classes)."""
+        logits: Tensor = self.fc(self.backbone(image).mean(dim=(2, 3)))
+        return logits
+
+
+class SmallSegmenter(nn.Module):
+    """:class:`SmallBackbone` of stride 4, a 1x1 classifier, bilinear enlargement; returns {"out": logits}."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = SmallBackbone(strides=(1, 2, 1))
+        self.classifier = nn.Conv2d(self.backbone.out_channels, num_classes, 1)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) to logits (N, num_classes, H, W)."""
+        logits = self.classifier(self.backbone(image))
+        return {"out": F.interpolate(logits, size=image.shape[2:], mode="bilinear", align_corners=False)}
+
+
+def small_detector(num_classes: int) -> FasterRCNN:
+    """Faster R-CNN of torchvision on :class:`SmallBackbone`, for pictures of about 48 pixels with a few objects."""
+    return FasterRCNN(
+        SmallBackbone(),
+        min_size=48,
+        max_size=96,
+        rpn_anchor_generator=AnchorGenerator(sizes=((16, 24, 32),), aspect_ratios=((1.0,),)),
+        box_roi_pool=MultiScaleRoIAlign(featmap_names=["0"], output_size=5, sampling_ratio=2),
+        box_head=nn.Sequential(nn.Flatten(), nn.Linear(48 * 25, 64), nn.ReLU()),
+        box_predictor=_BoxPredictor(64, num_classes),
+        rpn_pre_nms_top_n_train=64,
+        rpn_post_nms_top_n_train=32,
+        rpn_pre_nms_top_n_test=64,
+        rpn_post_nms_top_n_test=16,
+        rpn_batch_size_per_image=32,
+        box_batch_size_per_image=16,
+        box_detections_per_img=5,
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    )
+
+
+class _BoxPredictor(nn.Module):
+    def __init__(self, inputs: int, num_classes: int) -> None:
+        super().__init__()
+        self.cls_score = nn.Linear(inputs, num_classes)
+        self.bbox_pred = nn.Linear(inputs, 4 * num_classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cls_score(x), self.bbox_pred(x)
+
+
+def recogniser(name: str, task: Task, num_classes: int) -> nn.Module:
+    """A task network; those of torchvision and timm start from ImageNet where its weights can be had, and it says so.
+
+    Args:
+        name: "small" | "paper" (ResNet18, DeepLabV3 or Faster R-CNN on MobileNetV3) | "timm/NAME" for classifiers.
+        task: what it reads.
+        num_classes: of detection and segmentation with the background.
+    """
+    if name == "small":
+        builders: dict[str, Callable[[int], nn.Module]] = {
+            "classification": SmallClassifier,
+            "segmentation": SmallSegmenter,
+            "detection": small_detector,
+        }
+        return builders[task](num_classes)
+    if name == "paper":
+        return _with_weights_if_possible(
+            f"the {task} network", lambda weights: _of_the_paper(task, num_classes, weights)
+        )
+    if name.startswith("timm/") and task == "classification":
+        import timm
+
+        def build(weights: bool) -> nn.Module:
+            network: nn.Module = timm.create_model(
+                name.removeprefix("timm/"), pretrained=weights, num_classes=num_classes
+            )
+            return network
+
+        return _with_weights_if_possible(name, build)
+    raise ValueError(f"`recogniser` should be 'small', 'paper' or, for classification, 'timm/NAME', found {name!r}.")
+
+
+def _of_the_paper(task: Task, num_classes: int, weights: bool) -> nn.Module:
+    from torchvision.models import MobileNet_V3_Large_Weights, ResNet18_Weights, resnet18
+    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn
+    from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
+
+    if task == "classification":
+        classifier: nn.Module = resnet18(weights=ResNet18_Weights.DEFAULT if weights else None)
+        classifier.fc = nn.Linear(512, num_classes)
+        return classifier
+    backbone = MobileNet_V3_Large_Weights.DEFAULT if weights else None
+    build = deeplabv3_mobilenet_v3_large if task == "segmentation" else fasterrcnn_mobilenet_v3_large_fpn
+    network: nn.Module = build(weights=None, weights_backbone=backbone, num_classes=num_classes)
+    return network
+
+
+def _with_weights_if_possible(what: str, build: Callable[[bool], nn.Module]) -> nn.Module:
+    try:
+        network = build(True)
+    except (URLError, OSError, RuntimeError) as error:  # no network, no space, no such weights
+        logger.warning("%s starts from scratch: its ImageNet weights cannot be had (%s)", what, error)
+        return build(False)
+    logger.info("%s starts from ImageNet weights", what)
+    return network
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
