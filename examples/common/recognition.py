@@ -1,0 +1,90 @@
+"""How is a task network trained and judged, whatever its task?"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+from torchvision.transforms.v2.functional import normalize
+
+from examples.common.tasks import IGNORED, Task
+from restoreloss.features import IMAGENET
+
+
+class Recognition:
+    """What a task asks of its network: a loss, predictions, a score in percent.
+
+    Images are float in [0, 1], (N, 3, H, W), or a list of (3, H, W) for detection; they are normalised here, unless the
+    network does it (torchvision's detectors).
+    """
+
+    def __init__(self, task: Task, class_names: Sequence[str]) -> None:
+        self.task: Task = task
+        self.class_names = tuple(class_names)
+
+    def check(self, targets: Any) -> None:
+        """Raise ``ValueError`` for a label that is no class."""
+        labels = [target["labels"] for target in targets] if self.task == "detection" else [targets]
+        lowest = 1 if self.task == "detection" else 0
+        for values in labels:
+            known = values[values != IGNORED] if self.task == "segmentation" else values
+            if known.numel() and not (lowest <= int(known.min()) and int(known.max()) < len(self.class_names)):
+                raise ValueError(
+                    f"Labels should be from {lowest} to {len(self.class_names) - 1}, found {int(known.min())} to "
+                    f"{int(known.max())}."
+                )
+
+    def loss(self, network: nn.Module, images: Any, targets: Any) -> Tensor:
+        """The task loss; torchvision's detectors give theirs in train mode only."""
+        if len(images) != len(targets):
+            raise ValueError(f"`targets` should be as many as `images` ({len(images)}), found {len(targets)}.")
+        if self.task == "detection":
+            losses = network(list(images), targets)
+            if not isinstance(losses, dict):
+                raise ValueError("A detector should be in train mode to give its losses, found eval mode.")
+            return torch.stack(list(losses.values())).sum()
+        logits = self._logits(network, images)
+        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED if self.task == "segmentation" else -100)
+
+    @torch.no_grad()
+    def predict(self, network: nn.Module, images: Any) -> Any:
+        """Classes (N,) or (N, H, W), or a list of {"boxes", "labels", "scores"}. The network should be in eval mode."""
+        if self.task == "detection":
+            return network(list(images))
+        return self._logits(network, images).argmax(dim=1)
+
+    def metric(self) -> Metric:
+        """An empty metric of torchmetrics: accuracy, mean IoU or the mAP of COCO, of this process alone."""
+        if self.task == "classification":
+            return MulticlassAccuracy(len(self.class_names), average="micro", sync_on_compute=False)
+        if self.task == "segmentation":
+            return MulticlassJaccardIndex(len(self.class_names), ignore_index=IGNORED, sync_on_compute=False)
+        from torchmetrics.detection import MeanAveragePrecision
+
+        return MeanAveragePrecision(sync_on_compute=False)
+
+    @staticmethod
+    def score(metric: Metric) -> float:
+        """What the metric has seen, in percent."""
+        value = metric.compute()
+        return 100 * float(value["map"] if isinstance(value, dict) else value)
+
+    def describe(self, prediction: Any) -> str:
+        """A few words for a caption: the class, the classes of a map, or the surest box."""
+        if self.task == "classification":
+            return self.class_names[int(prediction)]
+        if self.task == "segmentation":
+            present = [int(label) for label in prediction.unique() if 0 < label < len(self.class_names)]
+            return ", ".join(self.class_names[label] for label in present[:2]) or self.class_names[0]
+        if not len(prediction["labels"]):
+            return "nothing"
+        best = int(prediction["scores"].argmax()) if "scores" in prediction else 0
+        return self.class_names[int(prediction["labels"][best])]
+
+    def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
+        output = network(normalize(images, list(IMAGENET[0]), list(IMAGENET[1])))
+        logits: Tensor = output["out"] if isinstance(output, dict) else output
+        return logits

@@ -1,0 +1,81 @@
+"""What does a data set of pictures with labels look like, whatever the task?
+
+A sample is (image, target): the image a float (3, H, W) tensor in [0, 1], the target
+
+============== ==============================================================================================
+classification the class, an int64 tensor of shape ()
+segmentation   the class of every pixel, int64 (H, W); ``IGNORED`` is counted nowhere
+detection      {"boxes": float (M, 4), x1 y1 x2 y2 in pixels, "labels": int64 (M,), from 1; 0 is background}
+============== ==============================================================================================
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Task = Literal["classification", "segmentation", "detection"]
+IGNORED = 255
+
+
+class TaskData(Protocol):
+    """A map-style data set of one task. A sample that cannot be read is None, after a warning that names it."""
+
+    task: Task
+    class_names: tuple[str, ...]
+    """By label; of detection, the first is "background"."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> tuple[Tensor, Any] | None: ...
+
+
+class InMemory:
+    """Pictures that are at hand as tensors.
+
+    Args:
+        task: how ``targets`` are read.
+        class_names: by label; of detection, the first is "background".
+        images: float (N, 3, H, W) in [0, 1].
+        targets: N of them, as the module says.
+    """
+
+    def __init__(self, task: Task, class_names: Sequence[str], images: Tensor, targets: Sequence[Any] | Tensor) -> None:
+        if len(images) != len(targets):
+            raise ValueError(f"`targets` should be as many as `images` ({len(images)}), found {len(targets)}.")
+        self.task: Task = task
+        self.class_names = tuple(class_names)
+        self.images, self.targets = images, targets
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        return self.images[index], self.targets[index]
+
+
+def collate(samples: Sequence[tuple[Tensor, Any] | None]) -> tuple[Any, Any]:
+    """A batch: stacked tensors, or lists for detection, whose pictures differ in size. Unreadable samples drop out."""
+    read = [sample for sample in samples if sample is not None]
+    if not read:
+        raise ValueError(f"None of the {len(samples)} samples of a batch could be read.")
+    images, targets = zip(*read, strict=True)
+    if isinstance(targets[0], dict):
+        return list(images), list(targets)
+    return torch.stack(images), torch.stack(targets)
+
+
+def each(function: Callable[[Tensor], Tensor], pictures: Any) -> Any:
+    """A function of (N, C, H, W) on a batch, or on each picture of a list."""
+    if isinstance(pictures, Tensor):
+        return function(pictures)
+    return [function(picture[None])[0] for picture in pictures]
+
+
+def to_device(value: Any, device: torch.device | str) -> Any:
+    """Tensors, also in lists, tuples and mappings, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return type(value)(to_device(item, device) for item in value)

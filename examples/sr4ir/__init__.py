@@ -1,0 +1,1 @@
+"""SR4IR: super-resolution for image recognition, its baselines and ablations."""

@@ -1,0 +1,76 @@
+"""Which pictures does a run train and test on?"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from examples.common.tasks import TaskData
+from examples.sr4ir.config import Config
+
+TEST_SEED = 1_000_003
+"""Added to a seed for test pictures."""
+
+
+def datasets(config: Config) -> tuple[TaskData, TaskData]:
+    """Training and test data.
+
+    Raises:
+        ValueError: For a data set that lacks its ``root`` or does not know the task.
+    """
+    seed = config.seed if config.data_seed is None else config.data_seed
+    if config.data == "generated":
+        from examples.common.generated import generated
+
+        size = config.size or 48
+        return (
+            generated(config.task, config.train_count, seed, size=size, contrast=config.contrast),
+            generated(config.task, config.test_count, seed + TEST_SEED, size=size, contrast=config.contrast),
+        )
+    if config.data == "photos":
+        from examples.common.photo_textures import photo_textures
+
+        size = config.size or 48
+        return (
+            photo_textures(config.task, "train", config.train_count, seed, size=size),
+            photo_textures(config.task, "test", config.test_count, seed + TEST_SEED, size=size),
+        )
+    from examples.common.datasets import cub200, stanford_cars, voc2012
+
+    if config.root is None:
+        raise ValueError(f"`root` should be the folder of the data set {config.data!r}, found None.")
+    size = config.size or (480 if config.data == "voc2012" else 224)
+    if config.data == "voc2012":
+        if config.task == "classification":
+            raise ValueError("`task` should be 'segmentation' or 'detection' for voc2012, found 'classification'.")
+        return (
+            voc2012(config.root, "train", config.task, size=size),
+            voc2012(config.root, "test", config.task, size=size),
+        )
+    if config.task != "classification":
+        raise ValueError(f"`task` should be 'classification' for {config.data}, found {config.task!r}.")
+    load = cub200 if config.data == "cub200" else stanford_cars
+    return load(config.root, "train", size=size), load(config.root, "test", size=size)
+
+
+def on_grid(hr: Any, targets: Any, multiple: int) -> tuple[Any, Any]:
+    """Pictures cut at the right and at the bottom to multiples of the scale; masks and boxes with them.
+
+    A box that is cut away altogether is dropped.
+    """
+    if isinstance(hr, Tensor):
+        height, width = (side // multiple * multiple for side in hr.shape[2:])
+        if height == hr.shape[2] and width == hr.shape[3]:
+            return hr, targets
+        return hr[:, :, :height, :width], targets[:, :height, :width] if targets.ndim == 3 else targets
+    cut = [_cut(picture, target, multiple) for picture, target in zip(hr, targets, strict=True)]
+    return [picture for picture, _ in cut], [target for _, target in cut]
+
+
+def _cut(picture: Tensor, target: dict[str, Tensor], multiple: int) -> tuple[Tensor, dict[str, Tensor]]:
+    height, width = (side // multiple * multiple for side in picture.shape[1:])
+    if (height, width) == tuple(picture.shape[1:]):
+        return picture, target
+    boxes = target["boxes"].minimum(torch.tensor([width, height, width, height], dtype=target["boxes"].dtype))
+    left = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    return picture[:, :height, :width], {"boxes": boxes[left], "labels": target["labels"][left]}

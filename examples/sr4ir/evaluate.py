@@ -1,0 +1,158 @@
+"""How well are restored pictures read, and how like the HR pictures are they, in pixels and to the eyes of others?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped, unused-ignore]
+from safetensors.torch import load_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from examples.common.degrade import low_resolution
+from examples.common.networks import recogniser
+from examples.common.recognition import Recognition
+from examples.common.run_directory import RunDirectory
+from examples.common.tasks import TaskData, collate, each, to_device
+from examples.sr4ir.config import Config
+from examples.sr4ir.data import on_grid
+from restoreloss import FeatureExtractor, frozen
+
+BATCH, SAMPLES = 50, 8
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Networks trained on HR pictures in runs of their own; None where the config names none."""
+
+    fixed_hr: nn.Module | None
+    judge: nn.Module | None
+    foreign: nn.Module | None
+
+    @classmethod
+    def load(cls, config: Config, device: torch.device) -> "Judges":
+        """Read them from the run directories that the config names."""
+        paths = (config.fixed_hr, config.judge, config.foreign)
+        return cls(*(None if path is None else load_recogniser(path).to(device) for path in paths))
+
+
+def load_recogniser(run: Path) -> nn.Module:
+    """The recogniser of a finished run, frozen, in eval mode.
+
+    Raises:
+        ValueError: If there is no finished run.
+    """
+    config, results = run / "config.yaml", run / "results.json"
+    if not config.exists() or not results.exists():
+        raise ValueError(f"{run} should be the directory of a finished run, found no results.json in it.")
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    classes = RunDirectory(run, settings, main=False).results or {}
+    network = recogniser(settings["recogniser"], settings["task"], int(classes["num_classes"]))
+    load_model(network, run / "recogniser.safetensors")
+    return network.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def evaluate(
+    data: TaskData,
+    recognition: Recognition,
+    config: Config,
+    read: Callable[[Any, Any], Any],
+    trained: list[nn.Module],
+    recogniser: nn.Module | None,
+    judges: Judges,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """All figures of one run on the test pictures.
+
+    Args:
+        data: test pictures.
+        recognition: the task.
+        config: scale and blur of the LR pictures.
+        read: (hr, lr) -> the pictures that are read.
+        trained: the networks of the run, in eval mode meanwhile.
+        recogniser: the run's own, or None if it trained none.
+        judges: fixed networks that read the same pictures.
+
+    Returns:
+        The figures: "score" and "score_on_hr" of the recogniser, "fixed_hr" and "judge" of the others, in percent;
+        "judge_distance", L1 between the judge's features of what was read and of HR, relative to HR's; "psnr" in dB and
+        "ssim", for what is not HR itself. And some pictures: "lr", "restored", "hr", "predictions", "truth".
+    """
+    readers = {"score": recogniser, "score_on_hr": recogniser, "fixed_hr": judges.fixed_hr, "judge": judges.judge}
+    present = {name: network for name, network in readers.items() if network is not None}
+    metrics = {name: recognition.metric() for name in present}
+    likeness, sheet = _Likeness(judges.judge), _Sheet()
+    device = next(p.device for network in trained for p in network.parameters())
+    batches: DataLoader[Any] = DataLoader(data, BATCH, collate_fn=collate, num_workers=config.workers)  # type: ignore[arg-type]
+    with frozen(*trained):
+        for pictures, targets in batches:
+            recognition.check(targets)
+            hr, targets = on_grid(pictures, targets, config.scale)
+            hr = to_device(hr, device)
+            lr = each(lambda picture: low_resolution(picture, config.scale, blur=config.blur), hr)
+            seen = read(hr, lr)
+            found = {
+                name: to_device(recognition.predict(network, hr if name == "score_on_hr" else seen), "cpu")
+                for name, network in present.items()
+            }
+            for name, predictions in found.items():
+                metrics[name].update(predictions, targets)
+            likeness.update(seen, hr)
+            first = next(iter(found.values()), None)
+            truth = [recognition.describe(target) for target in targets[:SAMPLES]]
+            captions = [""] * len(truth) if first is None else [recognition.describe(one) for one in first[:SAMPLES]]
+            sheet.update(lr, seen, hr, captions, truth)
+    figures = {name: recognition.score(metric) for name, metric in metrics.items()}
+    return figures | likeness.figures(), sheet.samples()
+
+
+class _Likeness:
+    """How like HR the pictures are: means over pictures."""
+
+    def __init__(self, judge: nn.Module | None) -> None:
+        self.features = None if judge is None else FeatureExtractor(judge)
+        self.values: dict[str, list[Tensor]] = {}
+
+    def update(self, seen: Any, hr: Any) -> None:
+        stacked = isinstance(hr, Tensor)
+        for z, x in [(seen, hr)] if stacked else zip(seen, hr, strict=True):
+            if self.features is not None:
+                found, wanted = (self.features(images if stacked else [images]) for images in (z, x))
+                gaps = torch.stack([(found[name] - wanted[name]).abs().flatten(1).mean(1) for name in found])
+                sizes = torch.stack([wanted[name].abs().flatten(1).mean(1) for name in found])
+                self._keep("judge_distance", gaps.sum(0) / sizes.sum(0))
+            if seen is not hr:
+                z, x = (images if stacked else images[None] for images in (z, x))
+                psnr = peak_signal_noise_ratio(z, x, data_range=1.0, reduction="none", dim=(1, 2, 3))
+                self._keep("psnr", psnr)
+                self._keep("ssim", structural_similarity_index_measure(z, x, data_range=1.0, reduction="none"))
+
+    def figures(self) -> dict[str, float]:
+        return {name: float(torch.cat(values).mean()) for name, values in self.values.items()}
+
+    def _keep(self, name: str, values: Any) -> None:
+        self.values.setdefault(name, []).append(values.reshape(-1))
+
+
+class _Sheet:
+    """The first pictures, of one size, to be looked at."""
+
+    def __init__(self) -> None:
+        self.pictures: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.words: list[tuple[str, str]] = []
+
+    def update(self, lr: Any, seen: Any, hr: Any, captions: list[str], truth: list[str]) -> None:
+        for number, words in enumerate(zip(captions, truth, strict=True)):
+            picture = tuple(images[number].cpu() for images in (lr, seen, hr))
+            same = not self.pictures or picture[2].shape == self.pictures[0][2].shape
+            if same and len(self.pictures) < SAMPLES:
+                self.pictures.append(picture)  # type: ignore[arg-type]
+                self.words.append(words)
+
+    def samples(self) -> dict[str, Any]:
+        lr, seen, hr = (torch.stack(images) for images in zip(*self.pictures, strict=True))
+        predictions, truth = (list(words) for words in zip(*self.words, strict=True))
+        return {"lr": lr, "restored": seen, "hr": hr, "predictions": predictions, "truth": truth}

@@ -1,0 +1,122 @@
+"""Do the claims of SR4IR hold where two cores can test them? All runs of docs/sr4ir.md.
+
+    python -m examples.sr4ir.experiment table --out runs/sr4ir --data generated --seeds 1 2 3 4 5
+    python -m examples.sr4ir.report runs/sr4ir/table
+
+Every run is one of ``examples.sr4ir.train``. Finished ones are not done again: the same command goes on after a stop.
+"""
+
+import argparse
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.sr4ir.config import Config, MethodName
+from examples.sr4ir.train import Trainer
+
+ALL: tuple[MethodName, ...] = (
+    "oracle", "l_to_t", "s_to_t", "joint", "no_tdp", "sr4ir", "tdp_joint", "tdp_detached", "no_cqmix", "sr_only",
+    "hr_only", "fixed_task", "t_to_s", "tdsr", "l_to_t_3x", "s_to_t_3x", "fixed_foreign",
+)  # fmt: skip
+MAIN: tuple[MethodName, ...] = ("oracle", "l_to_t", "s_to_t", "joint", "no_tdp", "no_cqmix", "sr4ir")
+WARM: tuple[MethodName, ...] = (*MAIN, "t_to_s", "l_to_t_3x", "s_to_t_3x")
+OTHER = {"generated": "photos", "photos": "generated"}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs below one folder that share the networks to start from and the judges."""
+
+    out: Path
+    base: Config
+
+    def prepare(self, seed: int, method: MethodName) -> dict[str, Path]:
+        """The networks that a run needs: S trained on pixels, H on HR, a judge of another seed, one of other data."""
+        base, steps = self.base, 500
+        plan = {
+            "pretrained": replace(base, method="pretrain", seed=seed, steps=steps),
+            "hr": replace(base, method="oracle", seed=seed, steps=steps),
+            "judge": replace(base, method="oracle", seed=seed + 1000, steps=2 * steps),
+        }
+        if method == "fixed_foreign":
+            plan["foreign"] = replace(base, method="oracle", seed=seed, steps=steps, data=OTHER[base.data])  # type: ignore[arg-type]
+        folder = self.out / "prepared" / f"{base.task}_{base.data}_x{base.scale}{_harder(base)}" / f"seed{seed}"
+        for name, config in plan.items():
+            Trainer(replace(config, out=folder / name)).run()
+        return {name: folder / name for name in plan}
+
+    def run(self, name: str, seed: int, method: MethodName, **changes: Any) -> None:
+        """One run, from the prepared networks."""
+        ready = self.prepare(seed, method)
+        config = replace(
+            self.base, method=method, seed=seed, out=self.out / name / f"seed{seed}", s_weights=ready["pretrained"],
+            h_weights=ready["hr"], fixed_hr=ready["hr"], judge=ready["judge"], foreign=ready.get("foreign"), **changes,
+        )  # fmt: skip
+        results = Trainer(config).run()
+        logging.info("%s seed %d: %s", name, seed, {key: round(value, 2) for key, value in results.items()})
+
+
+def _harder(config: Config) -> str:
+    plain = Config(out=Path())
+    names = ("contrast", "blur")
+    return "".join(f"_{name}{getattr(config, name)}" for name in names if getattr(config, name) != getattr(plain, name))
+
+
+def table(out: Path, base: Config, seeds: list[int], starts: list[str]) -> None:
+    """The methods of the paper's tables on one data set."""
+    experiment = Experiment(out, base)
+    for seed, start in itertools.product(seeds, starts):
+        methods = MAIN if base.task != "classification" else ALL if start == "scratch" else WARM
+        for method in methods:
+            name = f"table/{base.task}_{base.data}_x{base.scale}{_harder(base)}_{start}/{method}"
+            experiment.run(name, seed, method, start=start)
+
+
+def cqmix(out: Path, base: Config, seeds: list[int], starts: list[str]) -> None:
+    """Where CQMix pays: length of the training, cells of the grid, share of the loss."""
+    experiment = Experiment(out, base)
+    for seed, start in itertools.product(seeds, starts):
+        for name, method, changes in _cqmix_grid():
+            folder = f"cqmix/{base.task}_{base.data}_x{base.scale}_{start}/{name}"
+            experiment.run(folder, seed, method, start=start, **changes)
+
+
+def _cqmix_grid() -> Iterator[tuple[str, MethodName, dict[str, Any]]]:
+    for steps in (250, 500, 1500):
+        yield f"no_cqmix_{steps}", "no_cqmix", {"steps": steps}
+        yield f"sr4ir_{steps}", "sr4ir", {"steps": steps}
+    for cells in (2, 8, 16):
+        yield f"grid_{cells}", "sr4ir", {"grid": cells}
+    yield "more_cqmix", "more_cqmix", {}
+    yield "no_tdp_no_cqmix", "no_tdp_no_cqmix", {}
+    yield "no_tdp", "no_tdp", {}
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("study", choices=["table", "cqmix"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--task", default="classification", choices=["classification", "segmentation", "detection"])
+    parser.add_argument("--data", default="generated", choices=list(OTHER))
+    parser.add_argument("--scale", type=int, default=4)
+    parser.add_argument("--blur", type=float, default=0.0, help="before the reduction, in pixels")
+    parser.add_argument("--contrast", type=float, nargs=2, default=[0.03, 0.08], help="of the generated textures")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--starts", nargs="+", default=["scratch", "hr"], choices=["scratch", "hr"])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # runs side by side, and figures that do not depend on the number of cores
+    base = Config(
+        out=arguments.out, task=arguments.task, data=arguments.data, scale=arguments.scale, blur=arguments.blur,
+        contrast=tuple(arguments.contrast), cpu=True,
+    )  # fmt: skip
+    {"table": table, "cqmix": cqmix}[arguments.study](arguments.out, base, arguments.seeds, arguments.starts)
+
+
+if __name__ == "__main__":
+    main()

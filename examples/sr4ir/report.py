@@ -1,0 +1,367 @@
+"""Which training method is best, by how much, and is it more than chance?
+
+    python -m examples.sr4ir.report runs/sr4ir --out runs/sr4ir_report
+
+Every folder below the first that holds ``config.yaml`` (task, method, scale, data, start, seed, restorer) and
+``results.json`` (numbers such as score, psnr, seconds) is a finished run. Runs are grouped by task, data, scale, start
+and restorer; within a group the methods are compared over the seeds, each by itself and, seed by seed, with the
+reference. Out come report.md, table.csv, bars.png and, of runs that left ``samples.pt``, a sheet of pictures per group.
+"""
+
+import argparse
+import csv
+import json
+import logging
+import math
+import re
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml  # type: ignore[import-untyped, unused-ignore]
+from matplotlib.figure import Figure
+from scipy.stats import t as student_t
+
+METHODS = (
+    "oracle",
+    "l_to_t",
+    "s_to_t",
+    "t_to_s",
+    "joint",
+    "tdsr",
+    "no_tdp",
+    "sr_only",
+    "hr_only",
+    "no_cqmix",
+    "fixed_task",
+    "fixed_foreign",
+    "tdp_joint",
+    "sr4ir",
+)
+METRICS = {
+    "score": 1,
+    "score_on_hr": 1,
+    "fixed_hr": 1,
+    "judge": 1,
+    "judge_distance": 3,
+    "psnr": 2,
+    "ssim": 4,
+    "seconds": 0,
+}
+"""Decimals in the tables; of other numbers, three."""
+NO_METRICS = ("num_classes",)
+PICTURES = 5
+
+logger = logging.getLogger(__name__)
+
+
+class Group(NamedTuple):
+    """Runs that differ in method and seed alone."""
+
+    task: str
+    data: str
+    scale: int
+    start: str
+    restorer: str
+
+    def __str__(self) -> str:
+        return f"{self.task}, {self.data}, x{self.scale}, start {self.start}, {self.restorer}"
+
+    @property
+    def slug(self) -> str:
+        """A file name."""
+        return re.sub(r"[^\w.-]+", "-", f"{self.task}_{self.data}_x{self.scale}_{self.start}_{self.restorer}")
+
+
+class Run(NamedTuple):
+    """One finished run: where it lies and the numbers it ended with."""
+
+    folder: Path
+    numbers: Mapping[str, float]
+
+
+Methods = Mapping[str, Mapping[int, Run]]
+"""The runs of a group by method, in the order of the tables, and seed."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One number of each seed."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation; None of a single seed."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval of the mean (Student's t); None of a single seed."""
+        if self.std is None:
+            return None
+        n = len(self.values)
+        half = float(student_t.ppf(0.975, n - 1)) * self.std / math.sqrt(n)
+        return self.mean - half, self.mean + half
+
+
+def read_runs(root: Path) -> dict[Group, Methods]:
+    """The finished runs below ``root``. What is unfinished or cannot be read is named in a warning and left out."""
+    groups: dict[Group, dict[str, dict[int, Run]]] = {}
+    for folder in sorted({path.parent for name in ("config.yaml", "results.json") for path in root.rglob(name)}):
+        try:
+            group, method, seed, run = read_run(folder)
+            seeds = groups.setdefault(group, {}).setdefault(method, {})
+            if seed in seeds:
+                raise ValueError(f"{method} with seed {seed} is already that of {seeds[seed].folder}")
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            logger.warning("%s skipped: %s", folder, " ".join(str(error).split()))
+            continue
+        seeds[seed] = run
+    order = {method: index for index, method in enumerate(METHODS)}
+    return {
+        group: {
+            method: dict(sorted(groups[group][method].items()))
+            for method in sorted(groups[group], key=lambda name: (order.get(name, len(order)), name))
+        }
+        for group in sorted(groups)
+    }
+
+
+def read_run(folder: Path) -> tuple[Group, str, int, Run]:
+    """Group, method, seed and numbers of a finished run; ValueError says why it is none."""
+    for name in ("config.yaml", "results.json"):
+        if not (folder / name).exists():
+            raise ValueError(f"no {name}" + (": unfinished" if name == "results.json" else ""))
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or not isinstance(results, dict):
+        raise ValueError("config.yaml and results.json should each hold names and values")
+    for key, kind in {**Group.__annotations__, "method": str, "seed": int}.items():
+        if not isinstance(config.get(key), kind):
+            raise ValueError(f"`{key}` of config.yaml should be {kind.__name__}, found {config.get(key)!r}")
+    numbers = {
+        name: float(value)
+        for name, value in results.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    }
+    if not numbers:
+        raise ValueError("results.json holds no number")
+    return Group(*(config[key] for key in Group._fields)), config["method"], config["seed"], Run(folder, numbers)
+
+
+def measured(runs: Mapping[int, Run], metric: str) -> Sample:
+    """``metric`` of the runs that measured it."""
+    return Sample(tuple(run.numbers[metric] for run in runs.values() if metric in run.numbers))
+
+
+def paired(reference: Mapping[int, Run], other: Mapping[int, Run], metric: str) -> Sample:
+    """``metric`` of the reference minus that of the other, seed by seed, over the seeds that both have."""
+    pairs = [(reference[seed].numbers, other[seed].numbers) for seed in reference if seed in other]
+    return Sample(tuple(a[metric] - b[metric] for a, b in pairs if metric in a and metric in b))
+
+
+def metrics_of(methods: Methods) -> list[str]:
+    """The names measured by any run: the known ones first, then the others."""
+    found = {name for runs in methods.values() for run in runs.values() for name in run.numbers}
+    return [name for name in METRICS if name in found] + sorted(found - METRICS.keys() - set(NO_METRICS))
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def mean_table(methods: Methods) -> str:
+    """Mean and standard deviation over the seeds."""
+
+    def cell(runs: Mapping[int, Run], metric: str) -> str:
+        sample, d = measured(runs, metric), METRICS.get(metric, 3)
+        if not sample.values:
+            return ""
+        spread = "" if sample.std is None else f" ± {sample.std:.{d}f}"
+        return f"{sample.mean:.{d}f}{spread}" + count(sample, len(runs))
+
+    metrics = metrics_of(methods)
+    rows = [[method, str(len(runs)), *(cell(runs, metric) for metric in metrics)] for method, runs in methods.items()]
+    return markdown(["method", "seeds", *metrics], rows)
+
+
+def difference_table(methods: Methods, reference: str) -> str:
+    """Paired differences with their 95 % confidence intervals."""
+
+    def cell(runs: Mapping[int, Run], metric: str, seeds: int) -> str:
+        sample, d = paired(methods[reference], runs, metric), METRICS.get(metric, 3)
+        if not sample.values:
+            return ""
+        interval = "" if sample.interval is None else " [{:+.{d}f}, {:+.{d}f}]".format(*sample.interval, d=d)
+        return f"{sample.mean:+.{d}f}{interval}" + count(sample, seeds)
+
+    metrics = [metric for metric in metrics_of(methods) if measured(methods[reference], metric).values]
+    rows = []
+    for method, runs in methods.items():
+        if method != reference:
+            seeds = len(methods[reference].keys() & runs.keys())
+            rows.append([f"{reference} - {method}", str(seeds), *(cell(runs, metric, seeds) for metric in metrics)])
+    return markdown(["difference", "common seeds", *metrics], rows)
+
+
+def count(sample: Sample, expected: int) -> str:
+    """How many seeds a cell rests on, where that is not what its row says."""
+    return "" if len(sample.values) == expected else f" (n={len(sample.values)})"
+
+
+def report(groups: Mapping[Group, Methods], reference: str, sheets: Mapping[Group, Path]) -> str:
+    """The whole report as Markdown."""
+    parts = ["# SR4IR: methods compared"]
+    for group, methods in groups.items():
+        parts += [f"## {group}", "Mean ± standard deviation over the seeds.", mean_table(methods)]
+        if reference not in methods:
+            parts.append(f"No finished run of {reference} here, so no differences.")
+        elif len(methods) > 1:
+            parts += [
+                f"{reference} minus each other method with the same seed: mean and 95 % confidence interval "
+                "(Student's t; not corrected for the number of comparisons).",
+                difference_table(methods, reference),
+            ]
+        if group in sheets:
+            parts.append(f"![pictures]({sheets[group].name})")
+    return "\n\n".join([*parts, "![score by method](bars.png)"]) + "\n"
+
+
+def table_rows(groups: Mapping[Group, Methods], reference: str) -> Iterator[dict[str, Any]]:
+    """One row per group, method and metric; what a single seed cannot say is left empty."""
+    for group, methods in groups.items():
+        for method, runs in methods.items():
+            for metric in metrics_of({method: runs}):
+                sample = measured(runs, metric)
+                difference = paired(methods.get(reference, {}) if method != reference else {}, runs, metric)
+                low, high = difference.interval or (None, None)
+                yield {
+                    **group._asdict(),
+                    "method": method,
+                    "metric": metric,
+                    "n": len(sample.values),
+                    "mean": sample.mean,
+                    "std": sample.std,
+                    "reference": reference,
+                    "pairs": len(difference.values),
+                    "difference": difference.mean if difference.values else None,
+                    "low": low,
+                    "high": high,
+                }
+
+
+def save_bars(path: Path, groups: Mapping[Group, Methods], reference: str) -> None:
+    """The score of every method: mean, standard deviation, and each seed as a dot. One panel per group."""
+    columns = min(3, len(groups))
+    lengths = [len(methods) for methods in groups.values()]
+    most = [max(lengths[first : first + columns]) for first in range(0, len(lengths), columns)]
+    heights = [1.1 + 0.32 * length for length in most]
+    figure = Figure(figsize=(5 * columns, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(most), columns, squeeze=False, height_ratios=heights).flat
+    for number, ((group, methods), axes) in enumerate(zip(groups.items(), panels, strict=False)):
+        scores = {method: measured(runs, "score") for method, runs in methods.items()}
+        scores = {method: sample for method, sample in scores.items() if sample.values}
+        for y, (method, sample) in enumerate(scores.items()):
+            color = "tab:orange" if method == reference else "tab:blue"
+            axes.barh(y, sample.mean, xerr=sample.std, color=color, alpha=0.6, capsize=3)
+            axes.plot(sample.values, [y + 0.25] * len(sample.values), "o", color="white", mec="black", markersize=4)
+        axes.set_yticks(range(len(scores)), list(scores))
+        axes.set_ylim(most[number // columns] - 0.4, -0.6)  # bars of one thickness
+        axes.set_title(str(group), fontsize=9)
+        axes.set_xlabel("score: mean, standard deviation, seeds")
+        axes.grid(axis="x", alpha=0.3)
+    for axes in panels:
+        axes.set_axis_off()
+    figure.savefig(path, dpi=130)
+
+
+def read_samples(methods: Methods) -> dict[str, dict[str, Any]]:
+    """samples.pt of the lowest seed that all methods which left one have in common, by method."""
+    left = {
+        method: {seed: run.folder / "samples.pt" for seed, run in runs.items() if (run.folder / "samples.pt").exists()}
+        for method, runs in methods.items()
+    }
+    left = {method: files for method, files in left.items() if files}
+    common = set.intersection(*(set(files) for files in left.values())) if left else set()
+    if left and not common:
+        logger.warning("no picture sheet: %s have samples.pt of no common seed", ", ".join(left))
+    samples: dict[str, dict[str, Any]] = {}
+    for method, files in left.items() if common else ():
+        try:
+            found = torch.load(files[min(common)], map_location="cpu", weights_only=True)
+            sizes = {len(found[key]) for key in ("lr", "restored", "hr", "predictions", "truth")}
+            if len(sizes) > 1:
+                raise ValueError(f"its parts should be as many, found {sorted(sizes)}")
+            first = next(iter(samples.values()), found)
+            if found["truth"] != first["truth"] or not torch.equal(found["hr"], first["hr"]):
+                raise ValueError(f"its pictures are not those of {next(iter(samples))}")
+        except Exception as error:  # of a damaged file torch raises nearly anything
+            logger.warning("%s skipped: %s", files[min(common)], str(error).partition("\n")[0] or type(error).__name__)
+        else:
+            samples[method] = found
+    return samples
+
+
+def save_sheet(path: Path, samples: Mapping[str, Mapping[str, Any]]) -> None:
+    """Test pictures by row: LR, every method's restored picture with what the task network read in it, HR."""
+    first = next(iter(samples.values()))
+    columns = {"LR": first["lr"], **{method: found["restored"] for method, found in samples.items()}, "HR": first["hr"]}
+    rows = min(PICTURES, len(first["truth"]))
+    figure = Figure(figsize=(1.3 * len(columns), 1.5 * rows + 0.3), layout="constrained")
+    grid = figure.subplots(rows, len(columns), squeeze=False)
+    for row, panels in enumerate(grid):
+        truth = first["truth"][row]
+        for axes, (title, images) in zip(panels, columns.items(), strict=True):
+            axes.imshow(images[row].float().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            if title in samples:
+                if prediction := samples[title]["predictions"][row]:  # empty where no network read it
+                    mark, color = ("✓", "green") if prediction == truth else ("✗", "red")
+                    axes.set_xlabel(f"{mark} {prediction}", color=color, fontsize=8)
+            elif title == "HR":
+                axes.set_xlabel(truth, fontsize=8)
+            if row == 0:
+                axes.set_title(title, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, metavar="RUNS", help="folder with the runs, at any depth")
+    parser.add_argument("--out", type=Path, default=Path("runs/sr4ir_report"), help="(default: %(default)s)")
+    parser.add_argument("--reference", default="sr4ir", help="the method the others are compared with")
+    args = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    groups = read_runs(args.runs)
+    if not groups:
+        raise SystemExit(f"report: no finished run (config.yaml and results.json) below {args.runs}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    sheets = {}
+    for group, methods in groups.items():
+        if samples := read_samples(methods):
+            sheets[group] = args.out / f"sheet_{group.slug}.png"
+            save_sheet(sheets[group], samples)
+    save_bars(args.out / "bars.png", groups, args.reference)
+    rows = list(table_rows(groups, args.reference))
+    with (args.out / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    text = report(groups, args.reference, sheets)
+    (args.out / "report.md").write_text(text, encoding="utf-8")
+    print(text)
+    for name in ("report.md", "table.csv", "bars.png", *(sheet.name for sheet in sheets.values())):
+        print(args.out / name)
+
+
+if __name__ == "__main__":
+    main()
