@@ -168,7 +168,7 @@ def voc2012(root: Path, split: Split, task: VocTask, *, size: int = 480) -> Fold
     Segmentation, 1,464 training pictures: the short side is resized to 0.5 to 2 times ``size`` * 520 / 480, flipped or
     not; then ``size`` x ``size`` at random, padded where that is more than the picture has (black, ``IGNORED`` in the
     mask). 1,449 test pictures: the long side is reduced to ``size`` where it is above, the mask alike, without padding
-    or crop. They differ in size, so ``collate`` stacks them one at a time.
+    or crop. They differ in size: read them in batches of one.
 
     Detection, 5,717 training pictures: the long side is reduced to ``size`` where it is above, flipped or not, without
     the boxes marked difficult. 5,823 test pictures: the same without flip and with all boxes.
@@ -222,13 +222,8 @@ def _folder(root: Path, name: str, files: Sequence[str]) -> Path:
     folder = next(path for i in range(len(parts) + 1) if (path := root.joinpath(*parts[i:])).is_dir())
     for file in files:
         if not (folder / file).is_file():
-            nearest = max(
-                (
-                    next(path for path in wanted.parents if path.is_dir())
-                    for wanted in (folder / file, root / name / file)
-                ),
-                key=lambda path: len(path.parts),
-            )
+            above = [path for wanted in (folder / file, root / name / file) for path in wanted.parents if path.is_dir()]
+            nearest = max(above, key=lambda path: len(path.parts))
             inside = sorted(path.name for path in nearest.iterdir())
             found = ", ".join(inside[:8]) + (f" and {len(inside) - 8} more" if len(inside) > 8 else "")
             raise ValueError(

@@ -2,7 +2,8 @@
 
 Drawn ones: a smooth background with band noise, one to three plain shapes, and on top an object whose class is its
 texture. Shape, colour, size and place say nothing about the class, and all textures live in the same band of
-frequencies, about the highest that a picture reduced by four can hold and above. Every picture has a label, a mask and a box.
+frequencies, about the highest that a picture reduced by four can hold and above. Every picture has a label, a mask
+and a box.
 """
 
 from functools import lru_cache

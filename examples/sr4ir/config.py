@@ -27,7 +27,7 @@ class Config:
         train_count: training pictures of "generated" and "photos".
         test_count: test pictures of "generated" and "photos".
         data_seed: of "generated" and "photos"; the default is ``seed``.
-        contrast: of the textures of "generated", lowest and highest standard deviation.
+        contrast: of the textures of "generated", lowest and highest amplitude.
         scale: of the super-resolution.
         blur: standard deviation of a Gaussian blur before the reduction (Table S5).
         restorer: "edsr", "edsr-small", "swinir", "swinir-light", or "file" for what spandrel finds in ``s_weights``.
@@ -69,7 +69,7 @@ class Config:
     train_count: int = 1500
     test_count: int = 1000
     data_seed: int | None = None
-    contrast: tuple[float, float] = (0.03, 0.08)
+    contrast: tuple[float, float] = (0.045, 0.12)
     scale: int = 4
     blur: float = 0.0
     restorer: str = "edsr-small"

@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--data", default="generated", choices=list(OTHER))
     parser.add_argument("--scale", type=int, default=4)
     parser.add_argument("--blur", type=float, default=0.0, help="before the reduction, in pixels")
-    parser.add_argument("--contrast", type=float, nargs=2, default=[0.03, 0.08], help="of the generated textures")
+    parser.add_argument("--contrast", type=float, nargs=2, default=[0.045, 0.12], help="of the generated textures")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--starts", nargs="+", default=["scratch", "hr"], choices=["scratch", "hr"])
     arguments = parser.parse_args()
