@@ -14,6 +14,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from examples.sr4ir.config import Config, MethodName
 from examples.sr4ir.data import datasets, on_grid
 from examples.sr4ir.methods import METHODS
 from examples.sr4ir.train import Trainer, rate
+from tests.test_datasets import filled, make_cars, make_cub, make_mask, make_voc, note
 
 ROOT = Path(__file__).parents[1]
 TINY = Config(out=Path(), steps=4, batch=4, train_count=20, test_count=12, save_every=2, cpu=True)
@@ -210,6 +212,28 @@ def test_a_label_that_is_no_class_is_named() -> None:
     Recognition("detection", names).check([{"labels": torch.empty(0, dtype=torch.long)}])
     with pytest.raises(ValueError, match="`targets` should be as many as `images`"):
         Recognition("classification", names).loss(torch.nn.Identity(), torch.rand(2, 3, 4, 4), torch.tensor([1]))
+
+
+@pytest.mark.parametrize(
+    ("data", "task", "make"),
+    [
+        ("cub200", "classification", make_cub),
+        ("cars", "classification", make_cars),
+        ("voc2012", "segmentation", make_voc),
+        ("voc2012", "detection", make_voc),
+    ],
+)
+def test_data_sets_on_disk(data: Any, task: Any, make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make(tmp_path)
+    if data == "voc2012":  # test pictures of unequal size, and one that is broken
+        Image.new("RGB", (50, 36)).save(folder / "JPEGImages" / "w.jpg")
+        make_mask(folder / "SegmentationClass" / "w.png", filled((6, 10, 16, 25), 3, (50, 36)))
+        note(folder / "Annotations" / "w.xml", size=(50, 36))
+        (folder / "JPEGImages" / "b.jpg").write_bytes(b"nothing")
+    config = replace(TINY, out=tmp_path / "run", data=data, task=task, root=tmp_path, size=32, batch=3)
+    results = Trainer(config).run()
+    assert all(math.isfinite(value) for value in results.values())
+    assert ("b.jpg" in caplog.text) == (data == "voc2012")
 
 
 def test_pictures_without_a_box_train_a_detector() -> None:

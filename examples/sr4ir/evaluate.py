@@ -16,7 +16,7 @@ from examples.common.degrade import low_resolution
 from examples.common.networks import recogniser
 from examples.common.recognition import Recognition
 from examples.common.run_directory import RunDirectory
-from examples.common.tasks import TaskData, collate, each, to_device
+from examples.common.tasks import InMemory, TaskData, collate, each, to_device
 from examples.sr4ir.config import Config
 from examples.sr4ir.data import on_grid
 from restoreloss import FeatureExtractor, frozen
@@ -86,7 +86,9 @@ def evaluate(
     metrics = {name: recognition.metric() for name in present}
     likeness, sheet = _Likeness(judges.judge), _Sheet()
     device = next(p.device for network in trained for p in network.parameters())
-    batches: DataLoader[Any] = DataLoader(data, BATCH, collate_fn=collate, num_workers=config.workers)  # type: ignore[arg-type]
+    # segmentation pictures on disk differ in size, and are not cropped for a test
+    batch = BATCH if isinstance(data, InMemory) else 1 if data.task == "segmentation" else 16
+    batches: DataLoader[Any] = DataLoader(data, batch, collate_fn=collate, num_workers=config.workers)  # type: ignore[arg-type]
     with frozen(*trained):
         for pictures, targets in batches:
             recognition.check(targets)

@@ -45,7 +45,7 @@ class Experiment:
         }
         if method == "fixed_foreign":
             plan["foreign"] = replace(base, method="oracle", seed=seed, steps=steps, data=OTHER[base.data])  # type: ignore[arg-type]
-        folder = self.out / "prepared" / f"{base.task}_{base.data}_x{base.scale}{_harder(base)}" / f"seed{seed}"
+        folder = self.out / "prepared" / _setting(base) / f"seed{seed}"
         for name, config in plan.items():
             Trainer(replace(config, out=folder / name)).run()
         return {name: folder / name for name in plan}
@@ -61,10 +61,12 @@ class Experiment:
         logging.info("%s seed %d: %s", name, seed, {key: round(value, 2) for key, value in results.items()})
 
 
-def _harder(config: Config) -> str:
+def _setting(config: Config) -> str:
+    """Names what is compared with what: a folder of runs."""
     plain = Config(out=Path())
-    names = ("contrast", "blur")
-    return "".join(f"_{name}{getattr(config, name)}" for name in names if getattr(config, name) != getattr(plain, name))
+    contrast = "" if config.contrast == plain.contrast else "_contrast{:g}-{:g}".format(*config.contrast)
+    blur = f"_blur{config.blur:g}" if config.blur else ""
+    return f"{config.task}_{config.data}_x{config.scale}{contrast}{blur}"
 
 
 def table(out: Path, base: Config, seeds: list[int], starts: list[str]) -> None:
@@ -73,8 +75,7 @@ def table(out: Path, base: Config, seeds: list[int], starts: list[str]) -> None:
     for seed, start in itertools.product(seeds, starts):
         methods = MAIN if base.task != "classification" else ALL if start == "scratch" else WARM
         for method in methods:
-            name = f"table/{base.task}_{base.data}_x{base.scale}{_harder(base)}_{start}/{method}"
-            experiment.run(name, seed, method, start=start)
+            experiment.run(f"table/{_setting(base)}_{start}/{method}", seed, method, start=start)
 
 
 def cqmix(out: Path, base: Config, seeds: list[int], starts: list[str]) -> None:
@@ -82,8 +83,7 @@ def cqmix(out: Path, base: Config, seeds: list[int], starts: list[str]) -> None:
     experiment = Experiment(out, base)
     for seed, start in itertools.product(seeds, starts):
         for name, method, changes in _cqmix_grid():
-            folder = f"cqmix/{base.task}_{base.data}_x{base.scale}_{start}/{name}"
-            experiment.run(folder, seed, method, start=start, **changes)
+            experiment.run(f"cqmix/{_setting(base)}_{start}/{name}", seed, method, start=start, **changes)
 
 
 def _cqmix_grid() -> Iterator[tuple[str, MethodName, dict[str, Any]]]:

@@ -64,6 +64,8 @@ class Trainer:
     """One run: networks, stages, checkpoints, evaluation."""
 
     def __init__(self, config: Config) -> None:
+        if config.method == "tdp_joint" and config.task == "detection":
+            raise ValueError("`task` should not be 'detection' for tdp_joint: a detector in training asks for targets.")
         self.config = config
         self.method: Method = METHODS[config.method]
         self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.cpu)
@@ -71,7 +73,6 @@ class Trainer:
         main = self.accelerator.is_main_process
         if main:
             logger.info("%s on %s, %d processes", config.method, self.device, self.accelerator.num_processes)
-        self.run_directory = RunDirectory(config.out, _plain(config), main=main, ignore=("save_every", "workers"))
         torch.manual_seed(chance(config.seed))
         self.train_data, self.test_data = datasets(config)
         self.recognition = Recognition(self.train_data.task, self.train_data.class_names)
@@ -89,15 +90,13 @@ class Trainer:
         self.s: nn.Module = self.accelerator.prepare(s) if trains_s else s.to(self.device)
         self.h: nn.Module = self.accelerator.prepare(h) if trains_h else h.to(self.device)
 
-        if config.method == "tdp_joint" and config.task == "detection":
-            raise ValueError(
-                "`task` should not be 'detection' for tdp_joint: a detector in training hides its features."
-            )
         self.judges = Judges.load(config, self.device)
         cells = config.grid or (4 if config.task == "classification" else 8)
         self.cqmix = CQMix((cells, cells), p=config.mix)
         self.tdp = self._tdp() if "tdp" in self.method.restorer_terms else None
         self.stages = self._stages()
+        # last, so that what is refused leaves no folder
+        self.run_directory = RunDirectory(config.out, _plain(config), main=main, ignore=("save_every", "workers"))
 
     def run(self) -> dict[str, Any]:
         """Train what is left, evaluate, write the results; nothing of a finished run is done again."""
