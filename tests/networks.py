@@ -12,6 +12,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 Factory = TypeVar("Factory", bound=Callable[..., nn.Module])
 
@@ -221,3 +224,64 @@ class GuidedUNet(nn.Module):
 def guided_unet(**options: Any) -> GuidedUNet:
     """About 50k parameters. ``options`` are GuidedUNet's."""
     return GuidedUNet(**options)
+
+
+class Recogniser(nn.Module):
+    """A classifier with all that could disturb a borrower, or be disturbed by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.stage = nn.Sequential(
+            nn.Dropout(0.5), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+        )
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.stage(self.stem(images)).mean(dim=(2, 3)))
+
+
+class Pyramid(nn.Module):
+    """A backbone as torchvision's detectors want it."""
+
+    out_channels = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Recogniser()
+        self.fpn = FeaturePyramidNetwork([8, 8], self.out_channels)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        low = self.body.stem(images)
+        return self.fpn({"0": low, "1": self.body.stage(low)})
+
+
+def _in_training(network: nn.Module) -> nn.Module:
+    """In train mode, with statistics that are not those of any batch."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.3)
+            module.running_var.uniform_(0.5, 2)
+    return network.train()
+
+
+@_same_weights_every_time
+def live_recogniser() -> nn.Module:
+    """1k parameters, in the middle of its training: batch norm, dropout, in-place ReLU."""
+    return _in_training(Recogniser())
+
+
+@_same_weights_every_time
+def live_detector(size: int = 16) -> nn.Module:
+    """3k parameters, a torchvision detector in the middle of its training; images are resized to ``size``."""
+    return _in_training(
+        FasterRCNN(
+            Pyramid(),
+            min_size=size,
+            max_size=2 * size,
+            rpn_anchor_generator=AnchorGenerator(((4,), (8,)), ((1.0,),) * 2),
+            box_roi_pool=MultiScaleRoIAlign(["0", "1"], 2, 1),
+            box_head=nn.Flatten(),
+            box_predictor=nn.Linear(32, 2),
+        )
+    )

@@ -7,8 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restoreloss import DiffLoss, NoiseSchedule, Objective, WeightedSum
-from tests.networks import guided_unet, tiny_autoencoder, tiny_conditional_unet, tiny_unet
+from restoreloss import DiffLoss, FeatureExtractor, NoiseSchedule, Objective, TDPLoss, WeightedSum
+from tests.networks import (
+    guided_unet,
+    live_detector,
+    live_recogniser,
+    tiny_autoencoder,
+    tiny_conditional_unet,
+    tiny_unet,
+)
 
 SHAPE = (4, 3, 8, 8)
 
@@ -40,6 +47,28 @@ def all_terms() -> WeightedSum:
     return WeightedSum(objectives, weights={"diff": 0.1})
 
 
+def two_looks_through_one_network() -> WeightedSum:
+    shared = FeatureExtractor(live_recogniser(), ["stem.1", "stage"])
+    looks = {"near": TDPLoss(shared, ["stem.1"], distance="rms"), "far": TDPLoss(shared, ["stage"])}
+    return WeightedSum({"pixel": nn.L1Loss(), **looks}, weights={"near": 0.5})
+
+
+# look through a network that somebody else is training
+LIVE = [
+    Case("TDPLoss-l1", lambda: TDPLoss(live_recogniser(), ["stage"])),
+    Case("TDPLoss-mse", lambda: TDPLoss(live_recogniser(), ["stage"], distance="mse")),
+    Case("TDPLoss-rms", lambda: TDPLoss(live_recogniser(), ["stage"], distance="rms")),
+    Case("TDPLoss-l2", lambda: TDPLoss(live_recogniser(), ["stage"], distance="l2")),
+    # the in-place ReLU overwrites what "stem.1" returns
+    Case(
+        "TDPLoss-layers",
+        lambda: TDPLoss(
+            live_recogniser(), ["stage", "stem.1", "head"], layer_weights={"stem.1": 0.1, "stage": 2, "head": 1}
+        ),
+    ),
+    Case("TDPLoss-detector", lambda: TDPLoss(live_detector())),
+    Case("WeightedSum-shared", two_looks_through_one_network),
+]
 CASES = [
     Case("DiffLoss-mse", lambda: DiffLoss(unet_with_dropout())),
     Case("DiffLoss-rms", lambda: DiffLoss(unet_with_dropout(), distance="rms")),
@@ -58,6 +87,7 @@ CASES = [
         lambda: DiffLoss(tiny_unet(in_channels=4, out_channels=4), encoder=tiny_autoencoder(), distance="rms"),
     ),
     Case("WeightedSum", all_terms),
+    *LIVE,
 ]
 
 
@@ -70,3 +100,9 @@ def images(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = SHAPE) -
 def networks(module: nn.Module) -> list[nn.Module]:
     """The networks that an objective holds but hides."""
     return [network for part in module.modules() for network in getattr(part, "_held", ())]
+
+
+def live_networks(module: nn.Module) -> list[nn.Module]:
+    """The networks that an objective looks through and does not own, each once."""
+    extractors = [getattr(part, "features", None) for part in module.modules()]
+    return list(dict.fromkeys(one.network for one in extractors if isinstance(one, FeatureExtractor)))

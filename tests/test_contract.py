@@ -5,7 +5,9 @@ import inspect
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ from torch import Tensor, nn
 
 import restoreloss
 from restoreloss import Objective
-from tests.objectives import CASES, SHAPE, Case, images, networks
+from tests.objectives import CASES, LIVE, SHAPE, Case, images, live_networks, networks
 
 every_objective = pytest.mark.parametrize("case", CASES, ids=str)
+every_live = pytest.mark.parametrize("case", LIVE, ids=str)
 ROOT = Path(__file__).parents[1]
 
 
@@ -157,9 +160,11 @@ def test_compiles_to_the_same_numbers(case: Case) -> None:
     torch._dynamo.reset()
     objective, (z, x) = case.build(), images()
     expected = value_and_gradient(objective, z, x)
+    before = [condition(network) for network in live_networks(objective)]
     compiled = torch.compile(objective, backend="aot_eager")
     for one, other in zip(value_and_gradient(compiled, z, x), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+    assert [condition(network) for network in live_networks(objective)] == before
 
 
 def test_compiled_networks_stay_in_eval_mode() -> None:
@@ -177,9 +182,9 @@ def test_deepcopy_and_pickle_go_on_alone(case: Case) -> None:
     objective, (z, x) = case.build(), images()
     expected = value_and_gradient(objective, z, x)
     for copied in (copy.deepcopy(objective), pickle.loads(pickle.dumps(objective))):
-        for network in networks(objective):
-            for p in network.parameters():
-                assert all(p is not q for other in networks(copied) for q in other.parameters())
+        theirs = {p for network in networks(copied) + live_networks(copied) for p in network.parameters()}
+        for network in networks(objective) + live_networks(objective):
+            assert theirs and not theirs & set(network.parameters())
         for one, other in zip(value_and_gradient(copied, z, x), expected, strict=True):
             assert torch.equal(one, other)
 
@@ -196,6 +201,145 @@ def test_target_may_be_single_precision_where_the_network_ran_in_half(case: Case
     z, x = images()
     value, gradient = value_and_gradient(case.build(), z.bfloat16(), x)
     assert value.isfinite() and gradient.dtype == torch.bfloat16 and gradient.any()
+
+
+def condition(network: nn.Module) -> dict[str, Any]:
+    """All that a borrower has to leave as it was."""
+    parts, parameters = list(network.modules()), list(network.parameters())
+    return {
+        "parts": parts,
+        "modes": [part.training for part in parts],
+        "attributes": [sorted(vars(part)) for part in parts],
+        "hooks": [len(hooks) for part in parts for name, hooks in vars(part).items() if name.endswith("_hooks")],
+        "parameters": [id(p) for p in parameters],
+        "flags": [p.requires_grad for p in parameters],
+        "gradients": [None if p.grad is None else p.grad.tolist() for p in parameters],
+        "values": {name: value.tolist() for name, value in network.state_dict().items()},
+    }
+
+
+def leave_mixed(network: nn.Module) -> None:
+    """Part at rest and part frozen, in the middle of accumulating gradients."""
+    for n, part in enumerate(network.modules()):
+        part.training = n % 2 == 0
+    for n, p in enumerate(network.parameters()):
+        p.requires_grad_(n % 3 > 0)
+        p.grad = torch.full_like(p, 0.5) if n % 4 else None
+    norms = {part.training for part in network.modules() if isinstance(part, nn.BatchNorm2d)}
+    assert norms == {True, False}
+
+
+USES: dict[str, Callable[[Objective, Tensor, Tensor], object]] = {
+    "call": lambda objective, z, x: objective(z, x),
+    "terms": lambda objective, z, x: objective.terms(z, x),
+    "backward": lambda objective, z, x: objective(z, x).backward(),
+    "without gradient": torch.no_grad()(lambda objective, z, x: objective(z, x)),
+    "for evaluation": torch.inference_mode()(lambda objective, z, x: objective(z.detach(), x)),
+}
+
+
+@every_live
+@pytest.mark.parametrize("use", USES)
+def test_live_networks_are_left_as_they_were(case: Case, use: str) -> None:
+    objective, (z, x) = case.build(), images()
+    (network,) = live_networks(objective)
+    leave_mixed(network)
+    before = condition(network)
+    for _ in range(2):
+        USES[use](objective, z, x)
+        assert condition(network) == before
+
+
+@every_live
+@pytest.mark.parametrize("failing", ["target", "restored"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_live_networks_are_left_as_they_were_when_they_fail(
+    case: Case, failing: str, error: type[BaseException]
+) -> None:
+    objective, (z, x) = case.build(), images()
+    expected = value_and_gradient(objective, z, x)
+    (network,) = live_networks(objective)
+    leave_mixed(network)
+
+    def fail(module: nn.Module, args: object) -> None:
+        if torch.is_grad_enabled() == (failing == "restored"):
+            raise error("out of memory, say")
+
+    conv = next(part for part in network.modules() if isinstance(part, nn.Conv2d))
+    handle = conv.register_forward_pre_hook(fail)
+    before = condition(network)
+    with pytest.raises(error, match="out of memory"):
+        objective(z, x)
+    assert condition(network) == before
+    assert torch.is_grad_enabled()
+    handle.remove()
+    for one, other in zip(value_and_gradient(objective, z, x), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@every_live
+def test_live_networks_are_left_as_they_were_when_images_are_refused(case: Case) -> None:
+    objective, (z, x) = case.build(), images()
+    (network,) = live_networks(objective)
+    leave_mixed(network)
+    before = condition(network)
+    for wrong in (x[:, :, :3], x[0], x.long(), x.double(), x.to("meta")):
+        with pytest.raises(ValueError, match="restored|target"):
+            objective(z, wrong)
+    with pytest.raises(ValueError, match="device"):
+        objective(z.to("meta"), x.to("meta"))
+    assert condition(network) == before
+
+
+@every_live
+def test_live_networks_are_not_part_of_the_loss(case: Case) -> None:
+    objective, (z, x) = case.build(), images()
+    (network,) = live_networks(objective)
+    leave_mixed(network)
+    before = condition(network)
+    parent = nn.Sequential(objective)
+    assert not set(network.modules()) & set(parent.modules())
+    assert not list(parent.parameters()) and not list(parent.buffers()) and not parent.state_dict()
+    for change in (parent.train, parent.eval, parent.double, parent.requires_grad_, parent.zero_grad):
+        change()
+        assert condition(network) == before
+    for flag in (True, False):
+        parent.train(flag).requires_grad_(flag)
+        assert objective(z, x) > 0 and condition(network) == before
+
+
+@every_live
+def test_live_networks_are_looked_through_as_they_are_now(case: Case) -> None:
+    objective, (z, x) = case.build(), images()
+    (network,) = live_networks(objective)
+    before = objective(z, x)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.mul_(2)
+    assert objective(z, x) > 1.5 * before
+    with torch.no_grad():
+        for p in network.parameters():
+            p.zero_()
+    assert {float(value) for name, value in objective.terms(z, x).items() if name != "pixel"} == {0.0}
+
+
+@every_live
+def test_live_networks_rest_while_they_are_looked_through(case: Case) -> None:
+    results = []
+    for rest in (lambda network: network.train(), leave_mixed, lambda network: network.eval().requires_grad_(False)):
+        objective, (z, x) = case.build(), images()
+        (network,) = live_networks(objective)
+        rest(network)
+        state = torch.get_rng_state()
+        results.append(value_and_gradient(objective, z, x, seed=len(results)))
+        torch.manual_seed(len(results) - 1)
+        expected = torch.get_rng_state()
+        torch.manual_seed(len(results) - 1)
+        objective(z, x)
+        assert torch.equal(torch.get_rng_state(), expected)
+        torch.set_rng_state(state)
+    for result in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
 
 
 def test_two_processes_give_what_one_gives() -> None:

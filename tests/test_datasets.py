@@ -343,6 +343,8 @@ def test_test_masks_keep_their_shape(tmp_path: Path) -> None:
     assert image.shape == (3, 15, 20) and torch.equal(mask, torch.from_numpy(values[::2, ::2].copy()).long())
     whole = read_picture(folder / "JPEGImages/v.jpg")[None]
     torch.testing.assert_close(image, F.interpolate(whole, (15, 20), mode="bilinear", antialias=True)[0])
+    image, mask = drawn(voc2012(tmp_path, "test", "segmentation", size=32), 0, 0)  # the long side counts
+    assert image.shape == (3, 24, 32) and mask.shape == (24, 32)
     draw(folder / "JPEGImages/v.jpg", size=(30, 41))  # upright; 30 / 41 * 20 = 14.6
     make_mask(folder / "SegmentationClass/v.png", filled(SMALL, 1, size=(30, 41)))
     image, mask = drawn(voc2012(tmp_path, "test", "segmentation", size=20), 0, 0)

@@ -45,6 +45,7 @@ BACKGROUNDS: dict[str, Window] = {
 CLASSES = tuple(PHOTOS)
 CUT, GAP = 0.55, 8
 """Where a window is cut, as a share of its width, and how many columns are left out there."""
+CONTRAST = 0.15
 SMALLEST = 24
 
 
@@ -132,7 +133,7 @@ def _pasted(
     rng: np.random.Generator, split: Split, labels: Sequence[int], size: int
 ) -> tuple[Floats, dict[str, torch.Tensor]]:
     name = tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
-    picture = _standard(_crop(rng, name, split, size), np.ones((size, size), np.bool_), contrast=0.09)
+    picture = _standard(_crop(rng, name, split, size), np.ones((size, size), np.bool_), contrast=CONTRAST / 2)
     taken = np.zeros((size, size), np.bool_)
     boxes = []
     for label in labels[: int(rng.integers(1, 3))]:
@@ -171,7 +172,7 @@ def _crop(rng: np.random.Generator, name: str, split: Split, size: int) -> Float
     return np.fliplr(crop) if rng.integers(2) else crop
 
 
-def _standard(crop: Floats, mask: Mask, contrast: float = 0.18) -> Floats:
+def _standard(crop: Floats, mask: Mask, contrast: float = CONTRAST) -> Floats:
     """The crop with mean 0.5 and standard deviation ``contrast`` within the mask."""
     inside = crop[mask]
     result: Floats = (crop - inside.mean()) / (inside.std() + 1e-3) * contrast + 0.5

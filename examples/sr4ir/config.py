@@ -69,7 +69,7 @@ class Config:
     train_count: int = 1500
     test_count: int = 1000
     data_seed: int | None = None
-    contrast: tuple[float, float] = (0.045, 0.12)
+    contrast: tuple[float, float] = (0.035, 0.1)
     scale: int = 4
     blur: float = 0.0
     restorer: str = "edsr-small"

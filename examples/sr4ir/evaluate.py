@@ -151,7 +151,7 @@ class _Sheet:
             picture = tuple(images[number].cpu() for images in (lr, seen, hr))
             same = not self.pictures or picture[2].shape == self.pictures[0][2].shape
             if same and len(self.pictures) < SAMPLES:
-                self.pictures.append(picture)  # type: ignore[arg-type]
+                self.pictures.append(picture)
                 self.words.append(words)
 
     def samples(self) -> dict[str, Any]:

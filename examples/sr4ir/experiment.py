@@ -69,20 +69,22 @@ def _setting(config: Config) -> str:
     return f"{config.task}_{config.data}_x{config.scale}{contrast}{blur}"
 
 
-def table(out: Path, base: Config, seeds: list[int], starts: list[str]) -> None:
+def table(out: Path, base: Config, seeds: list[int], starts: list[str], methods: list[MethodName] | None) -> None:
     """The methods of the paper's tables on one data set."""
     experiment = Experiment(out, base)
     for seed, start in itertools.product(seeds, starts):
-        methods = MAIN if base.task != "classification" else ALL if start == "scratch" else WARM
-        for method in methods:
+        usual = MAIN if base.task != "classification" else ALL if start == "scratch" else WARM
+        for method in methods or usual:
             experiment.run(f"table/{_setting(base)}_{start}/{method}", seed, method, start=start)
 
 
-def cqmix(out: Path, base: Config, seeds: list[int], starts: list[str]) -> None:
+def cqmix(out: Path, base: Config, seeds: list[int], starts: list[str], names: list[str] | None) -> None:
     """Where CQMix pays: length of the training, cells of the grid, share of the loss."""
     experiment = Experiment(out, base)
     for seed, start in itertools.product(seeds, starts):
         for name, method, changes in _cqmix_grid():
+            if names and name not in names:
+                continue
             experiment.run(f"cqmix/{_setting(base)}_{start}/{name}", seed, method, start=start, **changes)
 
 
@@ -106,16 +108,18 @@ def main() -> None:
     parser.add_argument("--data", default="generated", choices=list(OTHER))
     parser.add_argument("--scale", type=int, default=4)
     parser.add_argument("--blur", type=float, default=0.0, help="before the reduction, in pixels")
-    parser.add_argument("--contrast", type=float, nargs=2, default=[0.045, 0.12], help="of the generated textures")
+    parser.add_argument("--contrast", type=float, nargs=2, default=[0.035, 0.1], help="of the generated textures")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--starts", nargs="+", default=["scratch", "hr"], choices=["scratch", "hr"])
+    parser.add_argument("--methods", nargs="+", help="of the table, or names of the runs of cqmix; the default is all")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # runs side by side, and figures that do not depend on the number of cores
     base = Config(
         out=arguments.out, task=arguments.task, data=arguments.data, scale=arguments.scale, blur=arguments.blur,
         contrast=tuple(arguments.contrast), cpu=True,
     )  # fmt: skip
-    {"table": table, "cqmix": cqmix}[arguments.study](arguments.out, base, arguments.seeds, arguments.starts)
+    study = {"table": table, "cqmix": cqmix}[arguments.study]
+    study(arguments.out, base, arguments.seeds, arguments.starts, arguments.methods)
 
 
 if __name__ == "__main__":
