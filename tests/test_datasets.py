@@ -435,6 +435,15 @@ def test_pictures_of_other_colours(mode: str, layout: Any) -> None:
         assert torch.equal(image[0], image[1]) == (mode == "L")
 
 
+def test_white_stays_white(tmp_path: Path) -> None:
+    folder = make_voc(tmp_path)
+    Image.new("RGB", (40, 30), "white").save(folder / "JPEGImages/a.jpg")
+    data = voc2012(tmp_path, "train", "segmentation", size=48)
+    for seed in range(20):
+        image, mask = drawn(data, 0, seed)
+        assert image.max() <= 1 and image[:, mask != IGNORED].min() > 0.999
+
+
 def test_batches(layout: Any) -> None:
     root, _, load = layout
     data = load(root)

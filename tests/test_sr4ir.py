@@ -229,7 +229,8 @@ def test_data_sets_on_disk(data: Any, task: Any, make: Any, tmp_path: Path, capl
         Image.new("RGB", (50, 36)).save(folder / "JPEGImages" / "w.jpg")
         make_mask(folder / "SegmentationClass" / "w.png", filled((6, 10, 16, 25), 3, (50, 36)))
         note(folder / "Annotations" / "w.xml", size=(50, 36))
-        (folder / "JPEGImages" / "b.jpg").write_bytes(b"nothing")
+        for name in ("b", "v"):
+            (folder / "JPEGImages" / f"{name}.jpg").write_bytes(b"nothing")
     config = replace(TINY, out=tmp_path / "run", data=data, task=task, root=tmp_path, size=32, batch=3)
     results = Trainer(config).run()
     assert all(math.isfinite(value) for value in results.values())

@@ -54,11 +54,14 @@ class InMemory:
         return self.images[index], self.targets[index]
 
 
-def collate(samples: Sequence[tuple[Tensor, Any] | None]) -> tuple[Any, Any]:
-    """A batch: stacked tensors, or lists for detection, whose pictures differ in size. Unreadable samples drop out."""
+def collate(samples: Sequence[tuple[Tensor, Any] | None]) -> tuple[Any, Any] | None:
+    """A batch: stacked tensors, or lists for detection, whose pictures differ in size.
+
+    Unreadable samples drop out; None if there is no other.
+    """
     read = [sample for sample in samples if sample is not None]
     if not read:
-        raise ValueError(f"None of the {len(samples)} samples of a batch could be read.")
+        return None
     images, targets = zip(*read, strict=True)
     if isinstance(targets[0], dict):
         return list(images), list(targets)

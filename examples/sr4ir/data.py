@@ -39,7 +39,7 @@ def datasets(config: Config) -> tuple[TaskData, TaskData]:
 
     if config.root is None:
         raise ValueError(f"`root` should be the folder of the data set {config.data!r}, found None.")
-    size = config.size or (480 if config.data == "voc2012" else 224)
+    size = config.size or {"classification": 224, "segmentation": 480, "detection": 500}[config.task]
     if config.data == "voc2012":
         if config.task == "classification":
             raise ValueError("`task` should be 'segmentation' or 'detection' for voc2012, found 'classification'.")

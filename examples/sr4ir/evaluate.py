@@ -90,7 +90,10 @@ def evaluate(
     batch = BATCH if isinstance(data, InMemory) else 1 if data.task == "segmentation" else 16
     batches: DataLoader[Any] = DataLoader(data, batch, collate_fn=collate, num_workers=config.workers)  # type: ignore[arg-type]
     with frozen(*trained):
-        for pictures, targets in batches:
+        for pictures_and_targets in batches:
+            if pictures_and_targets is None:  # none could be read
+                continue
+            pictures, targets = pictures_and_targets
             recognition.check(targets)
             hr, targets = on_grid(pictures, targets, config.scale)
             hr = to_device(hr, device)

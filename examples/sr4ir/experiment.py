@@ -118,7 +118,7 @@ def main() -> None:
         out=arguments.out, task=arguments.task, data=arguments.data, scale=arguments.scale, blur=arguments.blur,
         contrast=tuple(arguments.contrast), cpu=True,
     )  # fmt: skip
-    study = {"table": table, "cqmix": cqmix}[arguments.study]
+    study = table if arguments.study == "table" else cqmix
     study(arguments.out, base, arguments.seeds, arguments.starts, arguments.methods)
 
 

@@ -124,9 +124,11 @@ class Trainer:
         )  # fmt: skip
         hide = not self.accelerator.is_main_process
         with tqdm(total=stage.steps, initial=first_step, desc=stage.name, unit="step", disable=hide) as progress:
-            for step, (hr, targets) in enumerate(
-                loader(self.train_data, batches, workers=config.workers), start=first_step + 1
-            ):
+            read = loader(self.train_data, batches, workers=config.workers)
+            for step, pictures_and_targets in enumerate(read, start=first_step + 1):
+                if pictures_and_targets is None:
+                    raise ValueError(f"Of the batch of step {step} no picture could be read.")
+                hr, targets = pictures_and_targets
                 batch = self._batch(hr, targets, step - 1, stage.steps)
                 started = time.perf_counter()
                 logs = stage.alternation.step(batch)
