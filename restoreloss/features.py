@@ -6,7 +6,7 @@ that is asked for and no further.
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -62,17 +62,21 @@ class FeatureExtractor:
     ) -> None:
         if not isinstance(network, nn.Module):
             raise ValueError(f"The network should be an nn.Module, found {type(network).__name__}.")
-        if isinstance(layers, str):
-            raise ValueError(f"`layers` should be a list of names, found the string {layers!r}.")
+        if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers or ()):
+            raise ValueError(f"`layers` should be a list of names, found {layers!r}.")
         self.network = network
         self.layers = tuple(default_layers(bare(network)) if layers is None else layers)
         if not self.layers:
             raise ValueError("`layers` should name at least one layer, found none.")
+        wholes = {layer for layer in self.layers if "/" not in layer}
+        twice = [n for n in self.layers if self.layers.count(n) > 1 or ("/" in n and n.partition("/")[0] in wholes)]
+        if twice:
+            raise ValueError(f"`layers` should name every tensor once, found {twice} twice.")
         self.input_range = check_range(input_range)
         self._statistics = _statistics(bare(network), normalize)
         self._paths = _group_by_module(bare(network), self.layers)
         self._overwritten: set[str] = set()
-        self._memo: dict[tuple[object, ...], tuple[Images, dict[str, Tensor]]] | None = None
+        self._memo: dict[tuple[object, ...], tuple[tuple[Tensor, ...], dict[str, Tensor]]] | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, images: Images) -> dict[str, Tensor]:
@@ -83,9 +87,12 @@ class FeatureExtractor:
         """
         if self._memo is None:
             return self._run(images)
-        key = self._key(images)
+        parts = (images,) if isinstance(images, Tensor) else tuple(images)
+        if any(part.is_inference() for part in parts):  # it would not show if they were changed
+            return self._run(images)
+        key = self._key(parts)
         if key not in self._memo:
-            self._memo[key] = (images, self._run(images))  # holding the images keeps their id theirs
+            self._memo[key] = (parts, self._run(images))  # holding the images keeps their id theirs
         return self._memo[key][1]
 
     @contextmanager
@@ -103,12 +110,11 @@ class FeatureExtractor:
         finally:
             self._memo = None
 
-    def _key(self, images: Images) -> tuple[object, ...]:
+    def _key(self, images: tuple[Tensor, ...]) -> tuple[object, ...]:
         """What the features depend on. A pass without gradient must not stand in for one that needs it."""
-        parts = [images] if isinstance(images, Tensor) else images
         network = bare(self.network)
         return (
-            *((id(part), None if part.is_inference() else part._version) for part in parts),
+            *((id(image), image._version) for image in images),
             torch.is_grad_enabled(),
             any(parameter.requires_grad for parameter in network.parameters()),
             network.training,
@@ -124,22 +130,22 @@ class FeatureExtractor:
             if path in outputs:
                 return
             found = _tensors(path, call[-1])
-            if path in self._overwritten:
-                found = {name: value.clone() for name, value in found.items()}
-            outputs[path] = found
+            last = len(outputs) + 1 == len(self._paths)
+            # a pass in train mode cannot be repeated, and inference tensors do not tell that they were overwritten
+            keeps = not last and (path in self._overwritten or network.training or torch.is_inference_mode_enabled())
+            outputs[path] = found = {name: value.clone() if keeps else value for name, value in found.items()}
             versions[path] = [_version(value) for value in found.values()]
-            if len(outputs) == len(self._paths):
+            if last:
                 raise _Reached
 
-        handles = [network.get_submodule(path).register_forward_hook(partial(record, path)) for path in self._paths]
-        try:
-            with torch.compiler.set_stance("force_eager"):
-                network(prepared)
-        except _Reached:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as stack:
+            for path in self._paths:
+                handle = network.get_submodule(path).register_forward_hook(partial(record, path))
+                stack.callback(handle.remove)
+            stack.enter_context(_one_arithmetic())
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(suppress(_Reached))
+            network(prepared)
         silent = [path for path in self._paths if path not in outputs]
         if silent:
             raise ValueError(f"`layers` should be layers that run; the network did not call {silent}.")
@@ -163,9 +169,12 @@ class FeatureExtractor:
         """The images as the network wants them: in [0, 1], normalised, in its dtype."""
         if not isinstance(images, Tensor):
             return [self._prepare(image[None], network)[0] for image in images]
+        if not images.is_floating_point():
+            raise ValueError(f"The images should be floating point, found {images.dtype}.")
         weight = next((p for p in network.parameters() if p.is_floating_point()), images)
         if weight.device != images.device:
             raise ValueError(f"The images should be on the network's device {weight.device}, found {images.device}.")
+        images = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
         low, high = self.input_range
         if (low, high) != (0.0, 1.0):
             images = (images - low) / (high - low)
@@ -220,6 +229,17 @@ _LAST_STAGES = ("layer4", "trunk_output", "Mixed_7c", "inception5b", "conv5", "f
 
 class _Reached(Exception):
     """All layers have been seen."""
+
+
+@contextmanager
+def _one_arithmetic() -> Iterator[None]:
+    """Attention by the same kernels with and without gradient: torch's fast path for inference rounds otherwise."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _version(value: Tensor) -> int:
@@ -281,8 +301,10 @@ def _statistics(network: nn.Module, normalize: Normalize) -> tuple[Sequence[floa
             f"`normalize` should be None for {type(network).__name__}, whose `transform` normalises, found "
             f"{normalize!r}."
         )
-    if hasattr(normalize, "transforms"):  # torchvision weights
+    if hasattr(normalize, "transforms") and not isinstance(normalize, type):  # torchvision weights
         preset = normalize.transforms()
+        if not hasattr(preset, "mean"):
+            raise ValueError(f"`normalize` should be weights that state their mean and std, found {normalize}.")
         return preset.mean, preset.std
     try:
         mean, std = (tuple(float(value) for value in values) for values in normalize)

@@ -75,6 +75,9 @@ class TDPLoss(Objective):
             self.features = task
             self.layers = tuple(task.layers if layers is None else layers)
             unknown = [layer for layer in self.layers if layer not in task.layers]
+            if normalize != "imagenet" or tuple(input_range) != (0.0, 1.0):
+                name = "normalize" if normalize != "imagenet" else "input_range"
+                raise ValueError(f"`{name}` should be given to the shared extractor, found it given to the loss.")
             if unknown or not self.layers:
                 raise ValueError(f"`layers` should be of the shared extractor, {list(task.layers)}, found {unknown}.")
         else:
@@ -119,12 +122,19 @@ class TDPLoss(Objective):
             with torch.no_grad():
                 seen_in_target = self.features(target)
             seen_in_restored = self.features(restored)
+        images = [restored] if isinstance(restored, Tensor) else restored
+        needs_gradient = torch.is_grad_enabled() and any(image.requires_grad for image in images)
         for name, reference in seen_in_target.items():
             found = seen_in_restored.get(name, reference[:0])
             if found.shape != reference.shape:
                 raise ValueError(
                     f"Layer {name!r} should return one shape for both images, found {tuple(found.shape)} for "
                     f"`restored` and {tuple(reference.shape)} for `target`."
+                )
+            if needs_gradient and not found.requires_grad:
+                raise ValueError(
+                    f"Layer {name!r} should pass a gradient to `restored`, found none: it is detached, or within "
+                    "reentrant activation checkpointing (use `use_reentrant=False`)."
                 )
         return seen_in_restored, seen_in_target
 
