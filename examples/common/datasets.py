@@ -89,8 +89,8 @@ class FolderData:
 def cub200(root: Path, split: Split, *, size: int = 224) -> FolderData:
     """Birds of 200 species: 5,994 training and 5,794 test pictures.
 
-    Training: a random part of the picture, resized to ``size``, flipped or not. Test: the short side resized to
-    256/224 of ``size``, then the middle ``size`` x ``size``.
+    The short side is resized to 256/224 of ``size``; of that, training sees ``size`` x ``size`` at random, flipped or
+    not, and the test the middle.
 
     Args:
         root: contains CUB_200_2011 with images.txt, image_class_labels.txt, train_test_split.txt, classes.txt and
@@ -165,10 +165,9 @@ def stanford_cars(root: Path, split: Split, *, size: int = 224) -> FolderData:
 def voc2012(root: Path, split: Split, task: VocTask, *, size: int = 480) -> FolderData:
     """Everyday pictures with objects of 20 classes; its validation part is the test here, as in the papers.
 
-    Segmentation, 1,464 training pictures: the short side is resized to 0.5 to 2 times ``size`` * 520 / 480, flipped or
-    not; then ``size`` x ``size`` at random, padded where that is more than the picture has (black, ``IGNORED`` in the
-    mask). 1,449 test pictures: the long side is reduced to ``size`` where it is above, the mask alike, without padding
-    or crop. They differ in size: read them in batches of one.
+    Segmentation: the short side is resized to 520/480 of ``size``, the mask alike. The 1,464 training pictures are
+    cropped to ``size`` x ``size`` at random, flipped or not; the 1,449 test pictures stay whole and so differ in size:
+    read them in batches of one.
 
     Detection, 5,717 training pictures: the long side is reduced to ``size`` where it is above, flipped or not, without
     the boxes marked difficult. 5,823 test pictures: the same without flip and with all boxes.
@@ -347,12 +346,8 @@ def _boxes(file: Path, size: tuple[int, int], *, difficult: bool) -> dict[str, A
 
 
 def _classification(train: bool, size: int) -> Callable[[Any, Any], tuple[Any, Any]]:
-    steps = (
-        [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-        if train
-        else [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
-    )
-    return partial(_of_image, v2.Compose(steps))
+    steps = [v2.RandomCrop(size), v2.RandomHorizontalFlip()] if train else [v2.CenterCrop(size)]
+    return partial(_of_image, v2.Compose([v2.Resize(round(size * 256 / 224)), *steps]))
 
 
 def _of_image(transform: Callable[[Any], Any], image: Any, target: Any) -> tuple[Any, Any]:
@@ -360,16 +355,8 @@ def _of_image(transform: Callable[[Any], Any], image: Any, target: Any) -> tuple
 
 
 def _segmentation(train: bool, size: int) -> Callable[[Any, Any], tuple[Any, Any]]:
-    if not train:
-        return partial(_of_mask, partial(_at_most, size))
-    base = size * 520 / 480
-    fill = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
-    steps = [
-        v2.RandomResize(max(1, round(0.5 * base)), round(2 * base) + 1),  # the last is not drawn
-        v2.RandomHorizontalFlip(),
-        v2.RandomCrop(size, pad_if_needed=True, fill=fill),
-    ]
-    return partial(_of_mask, v2.Compose(steps))
+    steps = [v2.RandomCrop(size), v2.RandomHorizontalFlip()] if train else []
+    return partial(_of_mask, v2.Compose([v2.Resize(round(size * 520 / 480)), *steps]))
 
 
 def _of_mask(transform: Callable[[Any, Any], tuple[Any, Any]], image: Any, mask: Any) -> tuple[Any, Tensor]:
