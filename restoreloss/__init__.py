@@ -5,14 +5,17 @@
 """
 
 from restoreloss.augmentations.cqmix import CQMix
+from restoreloss.augmentations.mixtures import MixtureA, MixtureB
+from restoreloss.blocks.wavelet import WaveletColorFix
 from restoreloss.diffusion.denoisers import Denoiser, as_denoiser
+from restoreloss.diffusion.partial import denoise, partial_diffusion, short_steps
 from restoreloss.diffusion.prior import small_prior
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.features import FeatureExtractor
 from restoreloss.frozen import frozen
 from restoreloss.objectives.base import Objective
 from restoreloss.objectives.diffloss import DiffLoss
-from restoreloss.objectives.task_features import TDPLoss
+from restoreloss.objectives.task_features import FeatureMatchingLoss, HLFLoss, TDPLoss
 from restoreloss.objectives.weighted_sum import WeightedSum
 from restoreloss.training.audit import AuditReport, TermAudit, audit, calibrate
 from restoreloss.training.phases import Alternation, Phase
@@ -26,15 +29,23 @@ __all__ = [
     "Denoiser",
     "DiffLoss",
     "FeatureExtractor",
+    "FeatureMatchingLoss",
+    "HLFLoss",
+    "MixtureA",
+    "MixtureB",
     "NoiseSchedule",
     "Objective",
     "Phase",
     "TDPLoss",
     "TermAudit",
+    "WaveletColorFix",
     "WeightedSum",
     "as_denoiser",
     "audit",
     "calibrate",
+    "denoise",
     "frozen",
+    "partial_diffusion",
+    "short_steps",
     "small_prior",
 ]

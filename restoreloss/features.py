@@ -96,6 +96,40 @@ class FeatureExtractor:
         return self._memo[key][1]
 
     @contextmanager
+    def recording(self) -> Iterator[dict[str, Tensor]]:
+        """Within this block the network's own next forward pass, in full and in its own mode, leaves its features here.
+
+        So that one pass serves a task loss and a loss on features. After the block the mapping holds them, as calling
+        the extractor would return them; your images are then yours to normalise.
+
+        Raises:
+            ValueError: At the end of the block, if a layer did not run or returned no tensor.
+
+        Example:
+            >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+            >>> with FeatureExtractor(network, ["1"]).recording() as features:
+            ...     logits = network(torch.rand(2, 3, 8, 8))
+            >>> features["1"].shape
+            torch.Size([2, 4, 6, 6])
+        """
+        features: dict[str, Tensor] = {}
+        outputs: dict[str, dict[str, Tensor]] = {}
+
+        def record(path: str, *call: Any) -> None:
+            if path not in outputs:
+                # a copy where a later layer may write into it
+                outputs[path] = {name: value.clone() for name, value in _tensors(path, call[-1]).items()}
+
+        network = bare(self.network)
+        with ExitStack() as stack:
+            for path in self._paths:
+                handle = network.get_submodule(path).register_forward_hook(partial(record, path))
+                stack.callback(handle.remove)
+            yield features
+        self._check_ran(outputs)
+        features.update(self._chosen(outputs))
+
+    @contextmanager
     def shared(self) -> Iterator[None]:
         """Within this block the same images pass through the network once, whoever asks.
 
@@ -146,13 +180,22 @@ class FeatureExtractor:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(suppress(_Reached))
             network(prepared)
-        silent = [path for path in self._paths if path not in outputs]
-        if silent:
-            raise ValueError(f"`layers` should be layers that run; the network did not call {silent}.")
+        self._check_ran(outputs)
         changed = {path for path in outputs if versions[path] != [_version(v) for v in outputs[path].values()]}
         if changed:  # by an in-place layer that follows, like VGG's ReLU: keep a copy, from now on
             self._overwritten |= changed
             return self._run(images)
+        return self._chosen(outputs)
+
+    def _check_ran(self, outputs: dict[str, Any]) -> None:
+        silent = [path for path in self._paths if path not in outputs]
+        if silent:
+            raise ValueError(
+                f"`layers` should be layers that run; the network did not call {silent} (or it is compiled and does "
+                "not tell)."
+            )
+
+    def _chosen(self, outputs: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: value for layer in self.layers for name, value in self._select(layer, outputs).items()}
 
     @staticmethod

@@ -183,6 +183,43 @@ class NoiseSchedule(nn.Module):
         signal, sigma = self._levels(t, x_t)
         return ((x_t - sigma * noise) / signal).to(x_t.dtype)
 
+    def posterior(self, x_t: Tensor, x0: Tensor, t: Tensor | int, previous: Tensor | int) -> tuple[Tensor, Tensor]:
+        r"""Mean and standard deviation of :math:`q(x_s \mid x_t, x_0)` for any s = ``previous`` <= t.
+
+        .. math:: \mu = \frac{\sqrt{\bar\alpha_s}\,\beta}{1 - \bar\alpha_t} x_0
+            + \frac{\sqrt{\alpha}\,(1 - \bar\alpha_s)}{1 - \bar\alpha_t} x_t, \qquad
+            \sigma^2 = \frac{1 - \bar\alpha_s}{1 - \bar\alpha_t} \beta, \qquad
+            \alpha = 1 - \beta = \bar\alpha_t / \bar\alpha_s
+
+        With s = t - 1 it is the posterior of DDPM, with larger strides that of a chain of fewer timesteps.
+
+        Args:
+            x_t: noisy images or latents, shape (N, ...).
+            x0: the clean ones, or a guess of them, same shape.
+            t: timesteps in [0, T), shape (N,), or one for all.
+            previous: less noisy timesteps, likewise.
+
+        Returns:
+            The mean in the dtype of ``x_t``, and the standard deviation of shape (N, 1, ...) in float32 or higher.
+
+        Raises:
+            ValueError: If shapes differ or a timestep does not fit.
+
+        Source: Ho et al. 2020 (Eqs. 6, 7); Nichol & Dhariwal 2021 (Section 4) for strides.
+        """
+        _check_alike(x_t, x0, "x_t", "x0")
+        if isinstance(t, int) and isinstance(previous, int) and previous > t:
+            raise ValueError(f"`previous` should be at most `t` ({t}), found {previous}.")
+        signal, sigma = self._levels(t, x_t)
+        signal_s, sigma_s = self._levels(previous, x_t)
+        # abar_s - abar_t, twice: each form loses its digits where the other keeps them
+        fallen = torch.where(
+            signal > sigma, (sigma - sigma_s) * (sigma + sigma_s), (signal_s - signal) * (signal_s + signal)
+        )
+        beta, variance = fallen / signal_s**2, sigma**2
+        mean = signal_s * beta / variance * x0 + signal / signal_s * sigma_s**2 / variance * x_t
+        return mean.to(x_t.dtype), (beta / variance).sqrt() * sigma_s
+
     def to_noise(
         self, output: Tensor, x_t: Tensor, t: Tensor | int, *, prediction_type: PredictionType | None = None
     ) -> Tensor:

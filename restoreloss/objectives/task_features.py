@@ -1,12 +1,19 @@
-"""Does the restored image look like the target to the network that will read it?"""
+"""Does the restored image look like the target to the network that will read it?
 
-from collections.abc import Mapping, Sequence
+:class:`TDPLoss` asks one network, in the middle of its training; :class:`HLFLoss` asks also the network that it was
+before. :class:`FeatureMatchingLoss` keeps the one near the other, and trains the network, not the image.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from restoreloss.features import FeatureExtractor, Images, Normalize
-from restoreloss.frozen import bare, frozen
+from restoreloss.frozen import FrozenNetwork, bare, frozen
 from restoreloss.images import check_pair, warn_if_out_of_range
 from restoreloss.objectives.base import Objective, total
 from restoreloss.objectives.distances import Distance, Reduction, check_choice, distance_per_sample, reduce_samples
@@ -71,18 +78,7 @@ class TDPLoss(Objective):
         check_choice("reduction", reduction, Reduction)
         self.distance: Distance = distance
         self.reduction: Reduction = reduction
-        if isinstance(task, FeatureExtractor):
-            self.features = task
-            self.layers = tuple(task.layers if layers is None else layers)
-            unknown = [layer for layer in self.layers if layer not in task.layers]
-            if normalize != "imagenet" or tuple(input_range) != (0.0, 1.0):
-                name = "normalize" if normalize != "imagenet" else "input_range"
-                raise ValueError(f"`{name}` should be given to the shared extractor, found it given to the loss.")
-            if unknown or not self.layers:
-                raise ValueError(f"`layers` should be of the shared extractor, {list(task.layers)}, found {unknown}.")
-        else:
-            self.features = FeatureExtractor(task, layers, normalize=normalize, input_range=input_range)
-            self.layers = self.features.layers
+        self.features, self.layers = _extractor(task, layers, normalize, input_range)
         self.layer_weights = _layer_weights(self.layers, layer_weights)
         self._range_checked = False
 
@@ -93,14 +89,7 @@ class TDPLoss(Objective):
             warn_if_out_of_range(pairs[0][1], self.features.input_range)
             self._range_checked = True
         seen_in_restored, seen_in_target = self._look(restored, target)
-        terms = {}
-        for layer in self.layers:
-            names = [name for name in seen_in_target if name == layer or name.startswith(f"{layer}/")]
-            for name in names:
-                values = distance_per_sample(seen_in_restored[name], seen_in_target[name], self.distance)
-                weight = self.layer_weights[layer] / len(names)
-                terms[name] = weight * reduce_samples(values, self.reduction)
-        return terms
+        return _distances(seen_in_restored, seen_in_target, self.layer_weights, self.distance, self.reduction)
 
     def forward(self, restored: Images, target: Images) -> Tensor:
         """The loss.
@@ -124,13 +113,8 @@ class TDPLoss(Objective):
             seen_in_restored = self.features(restored)
         images = [restored] if isinstance(restored, Tensor) else restored
         needs_gradient = torch.is_grad_enabled() and any(image.requires_grad for image in images)
-        for name, reference in seen_in_target.items():
-            found = seen_in_restored.get(name, reference[:0])
-            if found.shape != reference.shape:
-                raise ValueError(
-                    f"Layer {name!r} should return one shape for both images, found {tuple(found.shape)} for "
-                    f"`restored` and {tuple(reference.shape)} for `target`."
-                )
+        _check_shapes(seen_in_restored, seen_in_target, "restored", "target")
+        for name, found in seen_in_restored.items():
             if needs_gradient and not found.requires_grad:
                 raise ValueError(
                     f"Layer {name!r} should pass a gradient to `restored`, found none: it is detached, or within "
@@ -140,8 +124,270 @@ class TDPLoss(Objective):
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
-        weights = ", ".join(f"{weight:g} * {layer}" for layer, weight in self.layer_weights.items())
-        return f"{type(bare(self.features.network)).__name__}: {weights}, distance={self.distance!r}"
+        return f"{_seen_by(self.features, self.layer_weights)}, distance={self.distance!r}"
+
+
+class HLFLoss(Objective):
+    r"""High-level feature loss: the TDP loss in the task network and in the one it began as.
+
+    .. math:: L = \tfrac12 \big( d(H(z), H(x)) + d(H_{HQ}(z), H_{HQ}(x)) \big) \quad\text{(Eq. 7)}
+
+    where z is the restored and x the target image, H the task network in training and :math:`H_{HQ}` the same network
+    trained on high-quality images, both at their ``layers`` and weighed as in :class:`TDPLoss`. The gradient reaches z
+    and nothing else.
+
+    H is borrowed, as in :class:`TDPLoss`. :math:`H_{HQ}` is frozen for good, follows ``.to()`` and appears in no
+    ``parameters()`` or ``state_dict()`` of the loss.
+
+    Args:
+        task: H, or a :class:`FeatureExtractor` of it.
+        reference: :math:`H_{HQ}`, another network than H (``copy.deepcopy(task)`` before training), or a
+            :class:`FeatureExtractor` of it. What it sees in the targets is computed once for all losses within
+            ``extractor.shared()``.
+        layers: of both networks, as for :class:`TDPLoss`.
+        normalize: of both networks, as for :class:`TDPLoss`.
+        distance: "l1" | "mse" | "rms" | "l2", per sample.
+        layer_weights: by layer name, as for :class:`TDPLoss`.
+        reduction: over samples: "mean" | "sum" | "none" (returns (N,)).
+        input_range: what YOUR images span.
+
+    Raises:
+        ValueError: As :class:`TDPLoss`, and at construction where both networks are one.
+
+    Example:
+        >>> import copy
+        >>> from torchvision.models import resnet18
+        >>> classifier = resnet18(num_classes=10)
+        >>> loss = HLFLoss(classifier, copy.deepcopy(classifier))
+        >>> list(loss.terms(torch.rand(2, 3, 40, 40), torch.rand(2, 3, 40, 40)))
+        ['task/layer4', 'reference/layer4']
+
+    Source: Kim et al., "Exploiting Diffusion Prior for Task-driven Image Restoration", Eq. 7. The authors' code has
+    the features of the targets with a graph.
+    """
+
+    def __init__(
+        self,
+        task: nn.Module | FeatureExtractor,
+        reference: nn.Module | FeatureExtractor,
+        layers: Sequence[str] | None = None,
+        *,
+        normalize: Normalize = "imagenet",
+        distance: Distance = "l1",
+        layer_weights: Mapping[str, float] | None = None,
+        reduction: Reduction = "mean",
+        input_range: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        super().__init__()
+        _check_two(task, reference, "task", "reference")
+        self.task, self.reference = (
+            TDPLoss(
+                network, layers, normalize=normalize, distance=distance, layer_weights=layer_weights,
+                reduction=reduction, input_range=input_range,
+            )
+            for network in (task, reference)
+        )  # fmt: skip
+        self._reference = FrozenNetwork(self.reference.features.network)
+
+    def terms(self, restored: Images, target: Images) -> dict[str, Tensor]:
+        """Half the weighted distance at each layer, as "task/layer" and "reference/layer"."""
+        _ = self._reference.network  # at rest, whatever was done to it
+        return {
+            f"{name}/{layer}": value / 2
+            for name, loss in (("task", self.task), ("reference", self.reference))
+            for layer, value in loss.terms(restored, target).items()
+        }
+
+    def forward(self, restored: Images, target: Images) -> Tensor:
+        """The loss; arguments and result as in :meth:`TDPLoss.forward`."""
+        return total(self.terms(restored, target))
+
+
+class FeatureMatchingLoss(Objective):
+    r"""Keep what a task network sees in restored images near what its teacher sees in the high-quality ones.
+
+    .. math:: L = \sum_k w_k\, d\big(H_k(z), H_{HQ,k}(x)\big) \quad\text{(Eq. 9)}
+
+    The gradient reaches the weights of the student H, and neither the images nor the teacher :math:`H_{HQ}`, which is
+    frozen for good, follows ``.to()`` and appears in no ``parameters()`` or ``state_dict()`` of the loss. The student
+    is borrowed: it runs in the mode it is in, and its batch-norm statistics stay what they are.
+
+    The student usually reads the same images for its task loss. One pass then does for both:
+
+        with matching.student.recording() as seen:
+            logits = student(normalize(images))
+        loss = cross_entropy(logits, labels) + alpha * matching(seen, clean)
+
+    Args:
+        student: H, the network in training, or a :class:`FeatureExtractor` of it.
+        teacher: :math:`H_{HQ}`, another network, or a :class:`FeatureExtractor` of it.
+        layers: of both networks, as for :class:`TDPLoss`.
+        normalize: of both networks, as for :class:`TDPLoss`.
+        distance: "l1" | "mse" | "rms" | "l2", per sample.
+        layer_weights: by layer name, as for :class:`TDPLoss`.
+        reduction: over samples: "mean" | "sum" | "none" (returns (N,)).
+        input_range: what YOUR images span.
+
+    Raises:
+        ValueError: As :class:`TDPLoss`, and at construction where both networks are one.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> student, teacher = resnet18(num_classes=10), resnet18(num_classes=10)
+        >>> matching = FeatureMatchingLoss(student, teacher)
+        >>> matching(torch.rand(2, 3, 40, 40), torch.rand(2, 3, 40, 40)).backward()
+        >>> student.conv1.weight.grad is not None, teacher.conv1.weight.grad
+        (True, None)
+
+    Source: Kim et al., "Exploiting Diffusion Prior for Task-driven Image Restoration", Eq. 9.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module | FeatureExtractor,
+        teacher: nn.Module | FeatureExtractor,
+        layers: Sequence[str] | None = None,
+        *,
+        normalize: Normalize = "imagenet",
+        distance: Distance = "l1",
+        layer_weights: Mapping[str, float] | None = None,
+        reduction: Reduction = "mean",
+        input_range: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        super().__init__()
+        _check_two(student, teacher, "student", "teacher")
+        check_choice("distance", distance, Distance)
+        check_choice("reduction", reduction, Reduction)
+        self.distance: Distance = distance
+        self.reduction: Reduction = reduction
+        self.student, self.layers = _extractor(student, layers, normalize, input_range)
+        self.teacher, _ = _extractor(teacher, layers, normalize, input_range)
+        self._teacher = FrozenNetwork(self.teacher.network)
+        self.layer_weights = _layer_weights(self.layers, layer_weights)
+
+    def terms(self, student_images: Images | Mapping[str, Tensor], teacher_images: Images) -> dict[str, Tensor]:
+        """The weighted distance at each layer, by its name. Arguments as in :meth:`forward`."""
+        seen, wanted = self._look(student_images, teacher_images)
+        return _distances(seen, wanted, self.layer_weights, self.distance, self.reduction)
+
+    def forward(self, student_images: Images | Mapping[str, Tensor], teacher_images: Images) -> Tensor:
+        """The loss.
+
+        Args:
+            student_images: what the student reads, float (N, C, H, W) in ``input_range`` or a list of (C, H, W); or
+                what it has seen in them, from ``student.recording()``.
+            teacher_images: the high-quality images of the same samples, in the same order.
+
+        Returns:
+            A scalar, or (N,) with ``reduction="none"``, in float32 or higher.
+        """
+        return total(self.terms(student_images, teacher_images))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _look(
+        self, student_images: Images | Mapping[str, Tensor], teacher_images: Images
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        _ = self._teacher.network  # at rest, whatever was done to it
+        with torch.no_grad():
+            wanted = self.teacher(teacher_images)
+        if isinstance(student_images, Mapping):
+            missing = [name for name in wanted if name not in student_images]
+            if missing:
+                raise ValueError(
+                    f"`student_images` should hold features of {list(wanted)}, found {list(student_images)}: they are "
+                    "there at the end of the block of `recording()`."
+                )
+            seen = {name: student_images[name] for name in wanted}
+        else:
+            pairs = _pairs(student_images, teacher_images)
+            unwatched = (
+                pairs[0][0].detach() if isinstance(student_images, Tensor) else [z[0].detach() for z, _ in pairs]
+            )
+            with _statistics_at_rest(bare(self.student.network)):
+                seen = self.student(unwatched)
+        _check_shapes(seen, wanted, "student_images", "teacher_images")
+        return seen, wanted
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        return f"{_seen_by(self.student, self.layer_weights)}, distance={self.distance!r}"
+
+
+@contextmanager
+def _statistics_at_rest(network: nn.Module) -> Iterator[None]:
+    """Batch normalisation in train mode uses the batch, as ever, and remembers nothing of it."""
+    counting = [m for m in network.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    try:
+        for module in counting:
+            module.track_running_stats = False
+        yield
+    finally:
+        for module in counting:
+            module.track_running_stats = True
+
+
+def _check_two(one: Any, other: Any, name: str, other_name: str) -> None:
+    """Raise unless the networks are two that share no weights."""
+    networks = [bare(x.network if isinstance(x, FeatureExtractor) else x) for x in (one, other)]
+    if not all(isinstance(network, nn.Module) for network in networks):
+        return  # told by the extractor
+    if set(networks[0].parameters()) & set(networks[1].parameters()) or networks[0] is networks[1]:
+        raise ValueError(
+            f"`{other_name}` should be another network than `{name}`, found one that shares its weights: it is frozen, "
+            f"give `copy.deepcopy({name})`."
+        )
+
+
+def _extractor(
+    network: nn.Module | FeatureExtractor,
+    layers: Sequence[str] | None,
+    normalize: Normalize,
+    input_range: tuple[float, float],
+) -> tuple[FeatureExtractor, tuple[str, ...]]:
+    """The extractor and which of its layers are meant."""
+    if not isinstance(network, FeatureExtractor):
+        extractor = FeatureExtractor(network, layers, normalize=normalize, input_range=input_range)
+        return extractor, extractor.layers
+    chosen = tuple(network.layers if layers is None else layers)
+    unknown = [layer for layer in chosen if layer not in network.layers]
+    if normalize != "imagenet" or tuple(input_range) != (0.0, 1.0):
+        name = "normalize" if normalize != "imagenet" else "input_range"
+        raise ValueError(f"`{name}` should be given to the shared extractor, found it given to the loss.")
+    if unknown or not chosen:
+        raise ValueError(f"`layers` should be of the shared extractor, {list(network.layers)}, found {unknown}.")
+    return network, chosen
+
+
+def _distances(
+    seen: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    layer_weights: Mapping[str, float],
+    distance: Distance,
+    reduction: Reduction,
+) -> dict[str, Tensor]:
+    """The weighted distance of each tensor; those of one layer share its weight."""
+    terms = {}
+    for layer, layer_weight in layer_weights.items():
+        names = [name for name in wanted if name == layer or name.startswith(f"{layer}/")]
+        for name in names:
+            values = distance_per_sample(seen[name], wanted[name], distance)
+            terms[name] = layer_weight / len(names) * reduce_samples(values, reduction)
+    return terms
+
+
+def _check_shapes(seen: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str, other_name: str) -> None:
+    for layer, reference in wanted.items():
+        found = seen.get(layer, reference[:0])
+        if found.shape != reference.shape:
+            raise ValueError(
+                f"Layer {layer!r} should return one shape for both images, found {tuple(found.shape)} for `{name}` and "
+                f"{tuple(reference.shape)} for `{other_name}`."
+            )
+
+
+def _seen_by(features: FeatureExtractor, layer_weights: Mapping[str, float]) -> str:
+    weights = ", ".join(f"{weight:g} * {layer}" for layer, weight in layer_weights.items())
+    return f"{type(bare(features.network)).__name__}: {weights}"
 
 
 def _layer_weights(layers: Sequence[str], given: Mapping[str, float] | None) -> dict[str, float]:

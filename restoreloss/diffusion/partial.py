@@ -1,0 +1,166 @@
+"""How does a diffusion model restore a picture in a few steps, beginning from the picture and not from noise?
+
+A picture that has lost its detail is made noisy up to a small timestep, which buries what is wrong with it and keeps
+what is right, and is then denoised in one or a few long strides.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from restoreloss.diffusion.schedule import NoiseSchedule
+
+PredictsNoise: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""``(x_t, t) -> noise`` with t of shape (N,): a :class:`~restoreloss.Denoiser`, or your own function of a network."""
+
+
+def short_steps(t_p: int = 200, n: int = 1) -> list[int]:
+    r"""The n timesteps that a partial diffusion goes through, the noisiest first.
+
+    .. math:: T_n = \big[t_p,\ \lfloor t_p (n-1)/n \rfloor,\ \dots,\ \lfloor t_p / n \rfloor\big]
+
+    Args:
+        t_p: the timestep up to which pictures are made noisy, at least 1.
+        n: how many steps, from 1 to ``t_p``.
+
+    Raises:
+        ValueError: For numbers that are not whole, or out of these bounds.
+
+    Example:
+        >>> short_steps(200, 4)
+        [200, 150, 100, 50]
+
+    Source: Kim et al., "Exploiting Diffusion Prior for Task-driven Image Restoration", Section 3.2 and Algorithm S1.
+    """
+    for name, value in (("t_p", t_p), ("n", n)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{name}` should be a whole number of at least 1, found {value!r}.")
+    if n > t_p:
+        raise ValueError(f"`n` should be at most `t_p` ({t_p}), found {n}.")
+    return [t_p * k // n for k in range(n, 0, -1)]
+
+
+def partial_diffusion(
+    denoiser: PredictsNoise,
+    x: Tensor,
+    steps: int | Tensor | Sequence[int],
+    schedule: NoiseSchedule | None = None,
+    *,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Make images or latents noisy up to the first of ``steps``, then :func:`denoise` them through all of them.
+
+    .. math:: x_t = \sqrt{\bar\alpha_t}\, x + \sqrt{1 - \bar\alpha_t}\, \epsilon \quad\text{(Eq. 4)}, \qquad
+        \hat x_0 = \frac{x_t - \sqrt{1 - \bar\alpha_t}\, \epsilon_\theta(x_t, t)}{\sqrt{\bar\alpha_t}}
+        \quad\text{(Eq. 5, for one step)}
+
+    Gradients reach ``x`` and the denoiser's weights as in any forward pass. Training wants one step, of a timestep that
+    is drawn for each sample; several steps keep the activations of each: run them under ``torch.no_grad()``, as
+    Algorithm S1 does.
+
+    Args:
+        denoiser: ``(x_t, t) -> noise``.
+        x: images or latents of a first restoration, float (N, ...), in the range the denoiser was trained on.
+        steps: those of :func:`short_steps`; or one, as an integer or a tensor of one for each sample (N,).
+        schedule: of the denoiser; by default the one it carries.
+        noise: standard normal, shape of ``x``; drawn by default.
+        generator: for the noise, here and between the steps.
+
+    Returns:
+        The denoised images or latents, shape and dtype of ``x``.
+
+    Raises:
+        ValueError: For no steps, steps that do not fall or leave the schedule, shapes that differ, and no schedule.
+
+    Example:
+        >>> schedule = NoiseSchedule.scaled_linear()
+        >>> perfect = lambda x_t, t: schedule.to_noise(latents, x_t, t, prediction_type="sample")
+        >>> latents = torch.rand(2, 4, 8, 8)
+        >>> restored = partial_diffusion(perfect, latents, short_steps(200, 4), schedule)
+        >>> torch.allclose(restored, latents, atol=1e-4)
+        True
+
+    Source: Kim et al., "Exploiting Diffusion Prior for Task-driven Image Restoration", Eqs. 4 and 5, whose alpha is the
+    cumulative product (its Eq. 1 and Algorithm S1 say so). Timesteps count from 0, as in all of this library.
+    """
+    schedule = _schedule(denoiser, schedule)
+    if noise is None:
+        noise = _noise(x, generator)
+    x_t = schedule.add_noise(x, noise, _listed(steps, schedule)[0])
+    return denoise(denoiser, x_t, steps, schedule, generator=generator)
+
+
+def denoise(
+    denoiser: PredictsNoise,
+    x_t: Tensor,
+    steps: int | Tensor | Sequence[int],
+    schedule: NoiseSchedule | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""From noisy images or latents to clean ones, in the given steps.
+
+    At each step the clean image is predicted; at all but the last one, the next noisy one is drawn from
+    :math:`q(x_s \mid x_t, \hat x_0)` of the chain that has these steps only (:meth:`NoiseSchedule.posterior`). With
+    ``short_steps(T - 1, 50)`` on pure noise it is the usual DDPM sampler of 50 steps.
+
+    Args:
+        denoiser: ``(x_t, t) -> noise``.
+        x_t: noisy up to the first of ``steps``, float (N, ...).
+        steps: falling timesteps; or one, as an integer or a tensor (N,).
+        schedule: of the denoiser; by default the one it carries.
+        generator: for the noise between the steps.
+
+    Returns:
+        The last prediction of the clean image, shape and dtype of ``x_t``.
+
+    Raises:
+        ValueError: As :func:`partial_diffusion`.
+
+    Example:
+        >>> schedule = NoiseSchedule.scaled_linear()
+        >>> denoise(lambda x_t, t: torch.zeros_like(x_t), torch.ones(1, 4, 8, 8), 999, schedule).mean() > 14
+        tensor(True)
+
+    Source: Kim et al., "Exploiting Diffusion Prior for Task-driven Image Restoration", Algorithm S1, lines 15-20.
+    """
+    schedule = _schedule(denoiser, schedule)
+    listed = _listed(steps, schedule)
+    for step, following in zip(listed, [*listed[1:], None], strict=True):
+        t = schedule.expand_timestep(step, x_t)
+        x0 = schedule.predict_x0(x_t, denoiser(x_t, t), t)
+        if following is None:
+            break
+        mean, deviation = schedule.posterior(x_t, x0, t, following)
+        x_t = (mean + deviation * _noise(x_t, generator)).to(x_t.dtype)
+    return x0
+
+
+def _schedule(denoiser: PredictsNoise, schedule: NoiseSchedule | None) -> NoiseSchedule:
+    found = getattr(denoiser, "schedule", None) if schedule is None else schedule
+    if not isinstance(found, NoiseSchedule):
+        raise ValueError(
+            "`schedule` should be the NoiseSchedule that the denoiser was trained with, found "
+            f"{type(schedule).__name__} and a denoiser that carries none."
+        )
+    return found
+
+
+def _listed(steps: int | Tensor | Sequence[int], schedule: NoiseSchedule) -> list[int | Tensor]:
+    listed: list[int | Tensor] = [steps] if isinstance(steps, int | Tensor) else list(steps)
+    if not listed:
+        raise ValueError("`steps` should be at least one timestep, found none.")
+    for step in listed:
+        schedule.check_timestep(step)
+    if not all(int(t) > int(s) for t, s in itertools.pairwise(listed)):
+        raise ValueError(f"`steps` should fall, found {listed}.")
+    return listed
+
+
+def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = like.device if generator is None else generator.device
+    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
