@@ -208,7 +208,8 @@ def blur(images: Tensor, kernel: Tensor) -> Tensor:
     size = padded.shape[-2:]
     # a product of spectra: a kernel of 41 x 41 costs 1,681 products a pixel otherwise
     spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(kernel, s=size)
-    return torch.fft.irfft2(spectrum, s=size)[..., rows - 1 :, columns - 1 :]
+    blurred: Tensor = torch.fft.irfft2(spectrum, s=size)
+    return blurred[..., rows - 1 :, columns - 1 :]
 
 
 def shrink(images: Tensor, scale: float) -> Tensor:
