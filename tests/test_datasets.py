@@ -15,12 +15,12 @@ from scipy.io import savemat
 from torch import Tensor
 
 from examples.common.batches import Batches, loader
+from examples.common.data import datasets
 from examples.common.datasets import VOC_CLASSES, FolderData, cub200, stanford_cars, voc2012
 from examples.common.folder import read_picture
 from examples.common.recognition import Recognition
 from examples.common.tasks import IGNORED, collate
 from examples.sr4ir.config import Config
-from examples.sr4ir.data import datasets
 
 RED, BLUE = (255, 0, 0), (30, 60, 200)
 Box = tuple[int, int, int, int]
@@ -223,7 +223,7 @@ def test_the_recipe_reads_them(layout: Any, request: pytest.FixtureRequest) -> N
     name = request.node.callspec.params["layout"]
     data = {"cub": "cub200", "cars": "cars"}.get(name, "voc2012")
     task = name if data == "voc2012" else "classification"
-    train, test = datasets(Config(out=Path(), data=data, task=task, root=root, size=32))
+    train, test = datasets(Config(out=Path(), data=data, task=task, root=root, size=32), 1)
     for split, found in (("train", train), ("test", test)):
         image, target = drawn(load(root, split), 0, 5)
         found_image, found_target = drawn(found, 0, 5)

@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from examples.common.batches import Batches, chance, loader
+from examples.common.data import datasets, on_grid
 from examples.common.degrade import low_resolution
 from examples.common.networks import EDSR, recogniser, restorer
 from examples.common.recognition import Recognition
 from examples.common.tasks import Task
 from examples.sr4ir import train
 from examples.sr4ir.config import Config, MethodName
-from examples.sr4ir.data import datasets, on_grid
 from examples.sr4ir.methods import METHODS
 from examples.sr4ir.train import Trainer, rate
 from tests.test_datasets import filled, make_cars, make_cub, make_mask, make_voc, note
@@ -66,7 +66,7 @@ def test_every_method_runs_and_trains_whom_it_says(method: str, tmp_path: Path, 
     assert all(math.isfinite(value) for value in results.values())
     assert (tmp_path / "run" / "samples" / "test.png").exists()
     torch.manual_seed(chance(TINY.seed))
-    datasets(TINY)
+    datasets(TINY, 1)
     start = EDSR(4, features=24, blocks=4, light=True).state_dict()
     assert equal(weights(tmp_path / "run"), start) == (not described.restorer_terms)
 

@@ -1,10 +1,47 @@
-"""How does a picture lose its detail? Low-resolution pictures as the papers make them."""
+"""How does a picture lose its detail? Low-resolution and degraded pictures as the papers make them."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
+
+from examples.common.batches import chance
+from examples.common.options import DataOptions
+from examples.common.tasks import each
+from restoreloss import MixtureA, MixtureB
+
+Degrade = Callable[[Any, int], Any]
+"""(pictures, number of the first) -> degraded pictures, in which the number decides all chance."""
+
+
+def degradation(options: DataOptions, *seed: int) -> Degrade:
+    """What the options do to pictures.
+
+    Raises:
+        ValueError: For a mixture with a scale: it keeps the size.
+    """
+    if options.degradation == "bicubic":
+        return lambda pictures, _: each(lambda x: low_resolution(x, options.scale, blur=options.blur), pictures)
+    if options.scale != 1:
+        raise ValueError(f"`scale` should be 1 for {options.degradation}, which keeps the size, found {options.scale}.")
+    extent = options.mixture_extent
+    if options.degradation == "mixture_a":
+        mixture_a = MixtureA(1 + 7 * extent)
+        return lambda pictures, _: each(mixture_a, pictures)
+    mixture_b = MixtureB(sigma=(min(0.1, 8 * extent), 8 * extent), scale=(1, 1 + 15 * extent))
+
+    def degrade(pictures: Any, first: int) -> Any:
+        degraded = [
+            mixture_b(picture[None], generator=torch.Generator().manual_seed(chance(*seed, first + number)))[0]
+            for number, picture in enumerate(pictures)
+        ]
+        return torch.stack(degraded) if isinstance(pictures, Tensor) else degraded
+
+    return degrade
 
 
 def low_resolution(picture: Tensor, scale: int, *, blur: float = 0.0) -> Tensor:

@@ -4,32 +4,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from examples.common.tasks import Task
+from examples.common.options import DataOptions, RunOptions
 
 MethodName = Literal[
     "oracle", "l_to_t", "s_to_t", "t_to_s", "joint", "sr4ir", "no_tdp", "sr_only", "hr_only", "no_cqmix",
-    "fixed_foreign", "fixed_task", "tdp_joint", "tdsr", "pretrain", "l_to_t_3x", "s_to_t_3x", "tdp_detached",
+    "fixed_foreign", "fixed_task", "tdp_joint", "tdsr", "rsrssn", "pretrain", "l_to_t_3x", "s_to_t_3x", "tdp_detached",
     "no_tdp_no_cqmix", "more_cqmix",
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(DataOptions, RunOptions):
     """One run. The defaults train on two cores in about a minute.
 
     Attributes:
-        out: the run directory; a killed run goes on there.
         method: one of examples/sr4ir/methods.py.
-        task: what is read in the pictures.
-        data: "generated" and "photos" are made on the spot; the others are read from ``root``.
-        root: of the data set on disk.
-        size: of the training pictures, in pixels; the default is the data set's own.
-        train_count: training pictures of "generated" and "photos".
-        test_count: test pictures of "generated" and "photos".
-        data_seed: of "generated" and "photos"; the default is ``seed``.
-        contrast: of the textures of "generated", lowest and highest amplitude.
-        scale: of the super-resolution.
-        blur: standard deviation of a Gaussian blur before the reduction (Table S5).
         restorer: "edsr", "edsr-small", "swinir", "swinir-light", or "file" for what spandrel finds in ``s_weights``.
         s_weights: weights the restorer starts from: a file, or a run directory.
         recogniser: "small", "paper" or, for classification, "timm/NAME".
@@ -41,37 +30,17 @@ class Config:
         mix: share of restored pixels in CQMix.
         separate: one pass of the recogniser for each kind of input, as in the authors' code, instead of one for their
             concatenation, as in the paper. Batch normalisation tells them apart.
-        steps: of every phase.
-        batch: pictures a step, of all processes together.
         s_lr: learning rate of the restorer (AdamW without weight decay).
         h_optimizer: "sgd" (momentum 0.9, weight decay 1e-4) or "adamw".
         h_lr: its learning rate.
         h_warm_up: steps in which the recogniser's learning rate rises linearly.
         restart: fraction of the training after which the cosine of both learning rates begins anew.
-        max_norm: clip the gradients to this norm.
-        seed: of everything.
-        precision: of accelerate's autocast.
-        cpu: keep off the accelerator.
-        workers: processes that read pictures.
-        save_every: steps between checkpoints.
-        eval_every: steps between evaluations on the test pictures; 0 for the end only.
         fixed_hr: run directory of an "oracle" that also judges the restored pictures (and is "task" to fixed_task).
         judge: another one, of another seed, never used in training.
         foreign: run directory of an "oracle" on other data, for fixed_foreign.
     """
 
-    out: Path
     method: MethodName = "sr4ir"
-    task: Task = "classification"
-    data: Literal["generated", "photos", "cub200", "cars", "voc2012"] = "generated"
-    root: Path | None = None
-    size: int | None = None
-    train_count: int = 1500
-    test_count: int = 1000
-    data_seed: int | None = None
-    contrast: tuple[float, float] = (0.035, 0.1)
-    scale: int = 4
-    blur: float = 0.0
     restorer: str = "edsr-small"
     s_weights: Path | None = None
     recogniser: str = "small"
@@ -82,20 +51,11 @@ class Config:
     grid: int | None = None
     mix: float = 0.5
     separate: bool = False
-    steps: int = 500
-    batch: int = 16
     s_lr: float = 1e-3
     h_optimizer: Literal["sgd", "adamw"] = "adamw"
     h_lr: float = 2e-3
     h_warm_up: int = 0
     restart: float = 0.1
-    max_norm: float | None = None
-    seed: int = 1
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    cpu: bool = False
-    workers: int = 0
-    save_every: int = 250
-    eval_every: int = 0
     fixed_hr: Path | None = None
     judge: Path | None = None
     foreign: Path | None = None

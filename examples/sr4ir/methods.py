@@ -66,6 +66,8 @@ METHODS: dict[str, Method] = {
     "tdp_joint": Method(_TOGETHER, _TDP, ("sr",), begins=_TENTH),  # (C)
     # Table 7: TDSR-0.01
     "tdsr": Method(_IN_TURN, {"pixel": 1.0, "task": 0.01}, ("sr",), begins={"task": 1 / 3}),
+    # EDTR's baseline RSRSSN: end to end, features 0.1 and task 1
+    "rsrssn": Method(_TOGETHER, {"pixel": 1.0, "tdp": 0.1, "task": 1.0}, ("sr",)),
     # not in the paper: a restorer for the others to start from; the same number of pictures for H as SR4IR gives it; a
     # TDP loss without gradient; neither TDP nor CQMix; SR4IR with twice the share of CQMix
     "pretrain": Method(_S, _PIXEL),

@@ -9,29 +9,26 @@ resumes a killed run. Several processes: ``python -m torch.distributed.run --npr
 
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
-from examples.common.batches import Batches, chance, loader
-from examples.common.degrade import low_resolution
+from examples.common.batches import chance
+from examples.common.data import TEST_SEED, datasets, on_grid
+from examples.common.degrade import degradation
+from examples.common.evaluation import Judges, evaluate, load_recogniser
 from examples.common.networks import recogniser, restorer
+from examples.common.recipe import Recipe, Stage
 from examples.common.recognition import Recognition
-from examples.common.run_directory import RunDirectory
 from examples.common.tasks import each, to_device
 from examples.sr4ir.config import Config
-from examples.sr4ir.data import datasets, on_grid
-from examples.sr4ir.evaluate import Judges, evaluate
 from examples.sr4ir.methods import METHODS, Method
 from restoreloss import Alternation, CQMix, FeatureExtractor, Phase, TDPLoss
 from restoreloss.frozen import bare
@@ -51,30 +48,19 @@ class Batch:
     chance: torch.Generator
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Steps with one :class:`~restoreloss.Alternation`."""
-
-    name: str
-    alternation: Alternation[Batch]
-    steps: int
-
-
-class Trainer:
-    """One run: networks, stages, checkpoints, evaluation."""
+class Trainer(Recipe[Batch]):
+    """One run: networks, stages, evaluation."""
 
     def __init__(self, config: Config) -> None:
-        if config.method == "tdp_joint" and config.task == "detection":
-            raise ValueError("`task` should not be 'detection' for tdp_joint: a detector in training asks for targets.")
+        if config.task == "detection" and config.method in ("tdp_joint", "rsrssn"):
+            raise ValueError(
+                f"`task` should not be 'detection' for {config.method}: a detector in training asks for targets."
+            )
+        super().__init__(config)
+        self.title = config.method
         self.config = config
         self.method: Method = METHODS[config.method]
-        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.cpu)
-        self.device = self.accelerator.device
-        main = self.accelerator.is_main_process
-        if main:
-            logger.info("%s on %s, %d processes", config.method, self.device, self.accelerator.num_processes)
-        torch.manual_seed(chance(config.seed))
-        self.train_data, self.test_data = datasets(config)
+        self.train_data, self.test_data = datasets(config, config.seed)
         self.recognition = Recognition(self.train_data.task, self.train_data.class_names)
         classes = len(self.train_data.class_names)
 
@@ -89,68 +75,20 @@ class Trainer:
         trains_s, trains_h = bool(self.method.restorer_terms), bool(self.method.recogniser_inputs)
         self.s: nn.Module = self.accelerator.prepare(s) if trains_s else s.to(self.device)
         self.h: nn.Module = self.accelerator.prepare(h) if trains_h else h.to(self.device)
+        self.networks = {"restorer": self.s, "recogniser": self.h}
 
-        self.judges = Judges.load(config, self.device)
+        self.judges = Judges.load(config.fixed_hr, config.judge, self.device)
         cells = config.grid or (4 if config.task == "classification" else 8)
         self.cqmix = CQMix((cells, cells), p=config.mix)
         self.tdp = self._tdp() if "tdp" in self.method.restorer_terms else None
-        self.stages = self._stages()
-        # last, so that what is refused leaves no folder
-        self.run_directory = RunDirectory(config.out, _plain(config), main=main, ignore=("save_every", "workers"))
+        self.degrade = degradation(config, config.seed)
+        self.begin(self._stages())
 
-    def run(self) -> dict[str, Any]:
-        """Train what is left, evaluate, write the results; nothing of a finished run is done again."""
-        if (done := self.run_directory.results) is not None:
-            return done
-        state = self.run_directory.load()
-        first_stage, first_step, seconds = 0, 0, 0.0
-        if state is not None:
-            bare(self.s).load_state_dict(state["restorer"])
-            bare(self.h).load_state_dict(state["recogniser"])
-            first_stage, first_step, seconds = state["stage"], state["stage_step"], state["seconds"]
-            self.stages[first_stage].alternation.load_state_dict(state["alternation"])
-            logger.info("goes on after step %d", state["step"])
-        for number in range(first_stage, len(self.stages)):
-            seconds = self._train(number, first_step if number == first_stage else 0, seconds)
-        return self._finish(seconds)
-
-    def _train(self, number: int, first_step: int, seconds: float) -> float:
-        """One stage, from ``first_step``; returns the seconds spent in steps so far."""
-        config, stage = self.config, self.stages[number]
-        before = sum(earlier.steps for earlier in self.stages[:number])
-        batches = Batches(
-            len(self.train_data), config.batch, seed=config.seed, first=first_step, last=stage.steps,
-            rank=self.accelerator.process_index, processes=self.accelerator.num_processes,
-        )  # fmt: skip
-        hide = not self.accelerator.is_main_process
-        with tqdm(total=stage.steps, initial=first_step, desc=stage.name, unit="step", disable=hide) as progress:
-            read = loader(self.train_data, batches, workers=config.workers)
-            for step, pictures_and_targets in enumerate(read, start=first_step + 1):
-                if pictures_and_targets is None:
-                    raise ValueError(f"Of the batch of step {step} no picture could be read.")
-                hr, targets = pictures_and_targets
-                batch = self._batch(hr, targets, step - 1, stage.steps)
-                started = time.perf_counter()
-                logs = stage.alternation.step(batch)
-                seconds += time.perf_counter() - started
-                progress.update()
-                last = step == stage.steps
-                if step % 50 == 0 or last:
-                    values = {name: float(value) for name, value in logs.items()}
-                    self.run_directory.log(before + step, values)
-                    progress.set_postfix({name.rpartition("/")[2]: f"{value:.3f}" for name, value in values.items()})
-                if config.eval_every and (before + step) % config.eval_every == 0 and not hide:
-                    results, _ = self._evaluate()
-                    self.run_directory.log(before + step, {f"test/{name}": value for name, value in results.items()})
-                if step % config.save_every == 0 or (last and number + 1 < len(self.stages)):
-                    self._save(number, step, before + step, seconds)
-        return seconds
-
-    def _batch(self, hr: Any, targets: Any, step: int, steps: int) -> Batch:
-        """What the phases see. All chance in a step comes from the seed and the step."""
+    def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
+        """HR and LR pictures on the device, and a generator for the step."""
         self.recognition.check(targets)
         config, rank = self.config, self.accelerator.process_index
-        hr, targets = on_grid(hr, targets, config.scale)
+        hr, targets = on_grid(pictures, targets, config.scale)
         torch.manual_seed(chance(config.seed, step, rank))  # a detector draws its samples from the global generator
         generator = torch.Generator().manual_seed(chance(config.seed, step))
         # every process draws its part of the coins of the whole batch
@@ -158,10 +96,10 @@ class Trainer:
         hr, targets = to_device((hr, targets), self.device)
         if isinstance(hr, Tensor):
             hr = hr.to(memory_format=torch.channels_last)
-        lr = each(lambda picture: low_resolution(picture, config.scale, blur=config.blur), hr)
+        lr = self.degrade(hr, step * config.batch + rank * len(hr))
         return Batch(hr, lr, targets, step / steps, generator)
 
-    def _stages(self) -> list[Stage]:
+    def _stages(self) -> list[Stage[Batch]]:
         build: dict[str, Callable[[], Phase[Batch]]] = {
             "restorer": lambda: self._phase("restorer", [self.s], self._restorer_terms),
             "recogniser": lambda: self._phase("recogniser", [self.h], self._recogniser_loss),
@@ -232,7 +170,7 @@ class Trainer:
             seen, wanted = self.tdp.features(restored), self.tdp.features(batch.hr)
             weights = self.tdp.layer_weights
             distances = [weights.get(name, 1 / len(seen)) * F.l1_loss(seen[name], wanted[name]) for name in seen]
-            terms["tdp"] = self.config.tdp_weight * torch.stack(distances).sum()
+            terms["tdp"] = self.method.restorer_terms["tdp"] * self.config.tdp_weight * torch.stack(distances).sum()
         terms["task"] = self._task_loss({"hr": batch.hr, "sr": restored}, batch)
         return terms
 
@@ -258,24 +196,12 @@ class Trainer:
                 raise ValueError("`fixed_hr` should be the run directory of an oracle for 'fixed_task', found None.")
             return TDPLoss(self.judges.fixed_hr, config.layers)
         if self.method.features == "foreign":
-            if self.judges.foreign is None:
+            if config.foreign is None:
                 raise ValueError(
                     "`foreign` should be the run directory of an oracle on other data for 'fixed_foreign', found None."
                 )
-            return TDPLoss(self.judges.foreign)
+            return TDPLoss(load_recogniser(config.foreign).to(self.device))
         return TDPLoss(FeatureExtractor(self.h, config.layers))
-
-    def _save(self, stage: int, stage_step: int, step: int, seconds: float) -> None:
-        alternation, number, done = self.stages[stage].alternation, stage, stage_step
-        if stage_step == self.stages[stage].steps and stage + 1 < len(self.stages):
-            alternation, number, done = self.stages[stage + 1].alternation, stage + 1, 0
-        self.run_directory.save(
-            {
-                "step": step, "stage": number, "stage_step": done, "seconds": seconds,
-                "restorer": bare(self.s).state_dict(), "recogniser": bare(self.h).state_dict(),
-                "alternation": alternation.state_dict(),
-            }
-        )  # fmt: skip
 
     def _read(self, hr: Any, lr: Any) -> Any:
         """What H reads in the end, as a file would hold it."""
@@ -285,24 +211,15 @@ class Trainer:
             return bilinear(lr, self.config.scale)
         return each(_unit, restore(bare(self.s), lr))
 
-    def _evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
-        networks = [bare(self.s), bare(self.h)]
-        reader = networks[1] if self.method.recogniser_inputs else None
-        return evaluate(self.test_data, self.recognition, self.config, self._read, networks, reader, self.judges)
-
-    def _finish(self, seconds: float) -> dict[str, Any]:
-        self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return {}
-        for name, network in (("restorer", self.s), ("recogniser", self.h)):
-            save_model(bare(network), str(self.config.out / f"{name}.safetensors"))
-        results, samples = self._evaluate()
-        torch.save(samples, self.config.out / "samples.pt")
-        rows = [samples["lr"], samples["restored"], samples["hr"]]
-        self.run_directory.grid("test", [row[:8] for row in rows])
-        done = {**results, "seconds": seconds, "num_classes": len(self.recognition.class_names)}
-        self.run_directory.finish(done)
-        return done
+    def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
+        """All figures on the test pictures, and some of these."""
+        config, networks = self.config, [bare(self.s), bare(self.h)]
+        figures, samples = evaluate(
+            self.test_data, self.recognition, degrade=degradation(config, config.seed, TEST_SEED), read=self._read,
+            trained=networks, recogniser=networks[1] if self.method.recogniser_inputs else None, judges=self.judges,
+            multiple=config.scale, workers=config.workers,
+        )  # fmt: skip
+        return {**figures, "num_classes": len(self.recognition.class_names)}, samples
 
 
 def restore(network: nn.Module, lr: Any) -> Any:
@@ -341,11 +258,6 @@ def _unit(picture: Tensor) -> Tensor:
 def _file(path: Path | None, name: str) -> Path | None:
     """The file of a run directory, or the file that was named."""
     return path / name if path is not None and path.is_dir() else path
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
-    return {**plain, "contrast": list(config.contrast), "out": config.out.name}
 
 
 def main() -> None:

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from examples.common.degrade import low_resolution
+from examples.common.data import on_grid
+from examples.common.degrade import Degrade
 from examples.common.networks import recogniser
 from examples.common.recognition import Recognition
 from examples.common.run_directory import RunDirectory
-from examples.common.tasks import InMemory, TaskData, collate, each, to_device
-from examples.sr4ir.config import Config
-from examples.sr4ir.data import on_grid
+from examples.common.tasks import InMemory, TaskData, collate, to_device
 from restoreloss import FeatureExtractor, frozen
 
 BATCH, SAMPLES = 50, 8
@@ -26,17 +25,15 @@ BATCH, SAMPLES = 50, 8
 
 @dataclass(frozen=True)
 class Judges:
-    """Networks trained on HR pictures in runs of their own; None where the config names none."""
+    """Networks trained on HR pictures in runs of their own; None where there is none."""
 
     fixed_hr: nn.Module | None
     judge: nn.Module | None
-    foreign: nn.Module | None
 
     @classmethod
-    def load(cls, config: Config, device: torch.device) -> "Judges":
-        """Read them from the run directories that the config names."""
-        paths = (config.fixed_hr, config.judge, config.foreign)
-        return cls(*(None if path is None else load_recogniser(path).to(device) for path in paths))
+    def load(cls, fixed_hr: Path | None, judge: Path | None, device: torch.device) -> "Judges":
+        """Read them from their run directories."""
+        return cls(*(None if path is None else load_recogniser(path).to(device) for path in (fixed_hr, judge)))
 
 
 def load_recogniser(run: Path) -> nn.Module:
@@ -59,22 +56,27 @@ def load_recogniser(run: Path) -> nn.Module:
 def evaluate(
     data: TaskData,
     recognition: Recognition,
-    config: Config,
+    *,
+    degrade: Degrade,
     read: Callable[[Any, Any], Any],
     trained: list[nn.Module],
     recogniser: nn.Module | None,
     judges: Judges,
+    multiple: int = 1,
+    workers: int = 0,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """All figures of one run on the test pictures.
 
     Args:
         data: test pictures.
         recognition: the task.
-        config: scale and blur of the LR pictures.
+        degrade: (hr, number of the first) -> lr.
         read: (hr, lr) -> the pictures that are read.
         trained: the networks of the run, in eval mode meanwhile.
         recogniser: the run's own, or None if it trained none.
         judges: fixed networks that read the same pictures.
+        multiple: of the sides; what is beyond is cut away.
+        workers: processes that read pictures.
 
     Returns:
         The figures: "score" and "score_on_hr" of the recogniser, "fixed_hr" and "judge" of the others, in percent;
@@ -88,16 +90,18 @@ def evaluate(
     device = next(p.device for network in trained for p in network.parameters())
     # segmentation pictures on disk differ in size, and are not cropped for a test
     batch = BATCH if isinstance(data, InMemory) else 1 if data.task == "segmentation" else 16
-    batches: DataLoader[Any] = DataLoader(data, batch, collate_fn=collate, num_workers=config.workers)  # type: ignore[arg-type]
+    batches: DataLoader[Any] = DataLoader(data, batch, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
+    count = 0
     with frozen(*trained):
         for pictures_and_targets in batches:
             if pictures_and_targets is None:  # none could be read
                 continue
             pictures, targets = pictures_and_targets
             recognition.check(targets)
-            hr, targets = on_grid(pictures, targets, config.scale)
+            hr, targets = on_grid(pictures, targets, multiple)
             hr = to_device(hr, device)
-            lr = each(lambda picture: low_resolution(picture, config.scale, blur=config.blur), hr)
+            lr = degrade(hr, count)
+            count += len(hr)
             seen = read(hr, lr)
             found = {
                 name: to_device(recognition.predict(network, hr if name == "score_on_hr" else seen), "cpu")

@@ -5,20 +5,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from examples.common.options import DataOptions
 from examples.common.tasks import TaskData
-from examples.sr4ir.config import Config
 
 TEST_SEED = 1_000_003
 """Added to a seed for test pictures."""
 
 
-def datasets(config: Config) -> tuple[TaskData, TaskData]:
-    """Training and test data.
+def datasets(config: DataOptions, seed: int) -> tuple[TaskData, TaskData]:
+    """Training and test data; those made on the spot are a function of ``seed``, or of ``data_seed``.
 
     Raises:
         ValueError: For a data set that lacks its ``root`` or does not know the task.
     """
-    seed = config.seed if config.data_seed is None else config.data_seed
+    seed = seed if config.data_seed is None else config.data_seed
     if config.data == "generated":
         from examples.common.generated import generated
 

@@ -1,0 +1,84 @@
+"""Which options do all recipes share? Each recipe's Config adds its own, and fills in its defaults."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from examples.common.tasks import Task
+
+Degradation = Literal["bicubic", "mixture_a", "mixture_b"]
+DataName = Literal["generated", "photos", "cub200", "cars", "voc2012"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a run goes.
+
+    Attributes:
+        out: the run directory; a killed run goes on there.
+        steps: of every phase.
+        batch: pictures a step, of all processes together.
+        max_norm: clip the gradients to this norm.
+        seed: of everything.
+        precision: of accelerate's autocast.
+        cpu: keep off the accelerator.
+        workers: processes that read pictures.
+        save_every: steps between checkpoints.
+        eval_every: steps between evaluations on the test pictures; 0 for the end only.
+    """
+
+    out: Path
+    steps: int = 500
+    batch: int = 16
+    max_norm: float | None = None
+    seed: int = 1
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    cpu: bool = False
+    workers: int = 0
+    save_every: int = 250
+    eval_every: int = 0
+
+    def plain(self) -> dict[str, Any]:
+        """What decides the result, as plain values for config.yaml."""
+        return {**_plain(asdict(self)), "out": self.out.name}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which pictures, and what happened to them.
+
+    Attributes:
+        task: what is read in the pictures.
+        data: "generated" and "photos" are made on the spot; the others are read from ``root``.
+        root: of the data set on disk.
+        size: of the training pictures, in pixels; the default is the data set's own.
+        train_count: training pictures of "generated" and "photos".
+        test_count: test pictures of "generated" and "photos".
+        data_seed: of "generated" and "photos"; the default is ``seed``.
+        contrast: of the textures of "generated", lowest and highest amplitude.
+        degradation: "bicubic" reduction by ``scale``, or the mixtures of EDTR, which keep the size.
+        scale: of the super-resolution.
+        blur: standard deviation of a Gaussian blur before a bicubic reduction (SR4IR, Table S5).
+        mixture_extent: of the mixtures' blur and reduction, as a fraction of what the paper does to 512 pixels.
+    """
+
+    task: Task = "classification"
+    data: DataName = "generated"
+    root: Path | None = None
+    size: int | None = None
+    train_count: int = 1500
+    test_count: int = 1000
+    data_seed: int | None = None
+    contrast: tuple[float, float] = (0.035, 0.1)
+    degradation: Degradation = "bicubic"
+    scale: int = 4
+    blur: float = 0.0
+    mixture_extent: float = 1.0
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,155 @@
+"""What do all recipes do alike? Steps with checkpoints, resume, logs, and an evaluation at the end.
+
+A recipe builds its networks and stages, says what a batch is and how to evaluate; this base runs them on accelerate.
+"""
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_model
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from examples.common.batches import Batches, chance, loader
+from examples.common.options import RunOptions
+from examples.common.run_directory import RunDirectory
+from examples.common.tasks import TaskData
+from restoreloss import Alternation
+from restoreloss.frozen import bare
+
+logger = logging.getLogger(__name__)
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class Stage(Generic[Batch]):
+    """Steps with one :class:`~restoreloss.Alternation`."""
+
+    name: str
+    alternation: Alternation[Batch]
+    steps: int
+
+
+class Recipe(ABC, Generic[Batch]):
+    """One run. A subclass calls :meth:`begin` at the end of its ``__init__``.
+
+    Attributes:
+        title: what the run is called in the log.
+        networks: what is saved, by the name of its file.
+        train_data: what is read.
+    """
+
+    title: str
+    networks: Mapping[str, nn.Module]
+    train_data: TaskData
+
+    def __init__(self, config: RunOptions) -> None:
+        self.options = config
+        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.cpu)
+        self.device = self.accelerator.device
+        self.main = self.accelerator.is_main_process
+        torch.manual_seed(chance(config.seed))
+
+    def begin(self, stages: list[Stage[Batch]]) -> None:
+        """Open the run directory; last, so that what is refused leaves no folder."""
+        self.stages = stages
+        if self.main:
+            logger.info("%s on %s, %d processes", self.title, self.device, self.accelerator.num_processes)
+        self.run_directory = RunDirectory(
+            self.options.out, self.options.plain(), main=self.main, ignore=("save_every", "workers")
+        )
+
+    @abstractmethod
+    def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
+        """What the phases see. All chance in a step comes from the seed and the step."""
+
+    @abstractmethod
+    def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
+        """Figures, and tensors for samples.pt: rows of pictures for a grid under "lr", "restored", "hr"."""
+
+    def read(self, first: int, last: int) -> Iterator[Any]:
+        """(pictures, targets) of steps ``first`` to ``last``, this process's part; None where none could be read."""
+        config = self.options
+        batches = Batches(
+            len(self.train_data), config.batch, seed=config.seed, first=first, last=last,
+            rank=self.accelerator.process_index, processes=self.accelerator.num_processes,
+        )  # fmt: skip
+        return iter(loader(self.train_data, batches, workers=config.workers))
+
+    def run(self) -> dict[str, Any]:
+        """Train what is left, evaluate, write the results; nothing of a finished run is done again."""
+        if (done := self.run_directory.results) is not None:
+            return done
+        state = self.run_directory.load()
+        first_stage, first_step, seconds = 0, 0, 0.0
+        if state is not None:
+            for name, network in self.networks.items():
+                bare(network).load_state_dict(state["networks"][name])
+            first_stage, first_step, seconds = state["stage"], state["stage_step"], state["seconds"]
+            self.stages[first_stage].alternation.load_state_dict(state["alternation"])
+            logger.info("goes on after step %d", state["step"])
+        for number in range(first_stage, len(self.stages)):
+            seconds = self._train(number, first_step if number == first_stage else 0, seconds)
+        return self._finish(seconds)
+
+    def _train(self, number: int, first_step: int, seconds: float) -> float:
+        """One stage, from ``first_step``; returns the seconds spent in steps so far."""
+        config, stage = self.options, self.stages[number]
+        before = sum(earlier.steps for earlier in self.stages[:number])
+        with tqdm(
+            total=stage.steps, initial=first_step, desc=stage.name, unit="step", disable=not self.main
+        ) as progress:
+            for step, read in enumerate(self.read(first_step, stage.steps), start=first_step + 1):
+                if read is None:
+                    raise ValueError(f"Of the batch of step {step} no picture could be read.")
+                pictures, targets = read
+                batch = self.batch(pictures, targets, step - 1, stage.steps)
+                started = time.perf_counter()
+                logs = stage.alternation.step(batch)
+                seconds += time.perf_counter() - started
+                progress.update()
+                last = step == stage.steps
+                if step % 50 == 0 or last:
+                    values = {name: float(value) for name, value in logs.items()}
+                    self.run_directory.log(before + step, values)
+                    progress.set_postfix({name.rpartition("/")[2]: f"{value:.3f}" for name, value in values.items()})
+                if config.eval_every and (before + step) % config.eval_every == 0 and self.main:
+                    figures, _ = self.evaluate()
+                    self.run_directory.log(before + step, {f"test/{name}": value for name, value in figures.items()})
+                if step % config.save_every == 0 or (last and number + 1 < len(self.stages)):
+                    self._save(number, step, before + step, seconds)
+        return seconds
+
+    def _save(self, stage: int, stage_step: int, step: int, seconds: float) -> None:
+        number, done = (stage + 1, 0) if stage_step == self.stages[stage].steps else (stage, stage_step)
+        if number == len(self.stages):  # the next thing is to finish
+            number, done = stage, stage_step
+        self.run_directory.save(
+            {
+                "step": step, "stage": number, "stage_step": done, "seconds": seconds,
+                "networks": {name: bare(network).state_dict() for name, network in self.networks.items()},
+                "alternation": self.stages[number].alternation.state_dict(),
+            }
+        )  # fmt: skip
+
+    def _finish(self, seconds: float) -> dict[str, Any]:
+        self.accelerator.wait_for_everyone()
+        if not self.main:
+            return {}
+        for name, network in self.networks.items():
+            save_model(bare(network), str(self.options.out / f"{name}.safetensors"))
+        figures, samples = self.evaluate()
+        torch.save(samples, self.options.out / "samples.pt")
+        rows = [value for value in samples.values() if isinstance(value, Tensor) and value.ndim == 4]
+        if rows:
+            self.run_directory.grid("test", [row[:8] for row in rows])
+        done = {**figures, "seconds": seconds}
+        self.run_directory.finish(done)
+        return done

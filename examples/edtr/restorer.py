@@ -1,0 +1,307 @@
+"""How does a latent diffusion model restore a picture for another network to read, in one step or a few?"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from examples.common.tiles import tiled
+from restoreloss import NoiseSchedule, WaveletColorFix, denoise, partial_diffusion, short_steps
+from restoreloss.diffusion.partial import PredictsNoise
+from restoreloss.frozen import FrozenNetwork
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Hint:
+    """A degraded picture, restored for the pixels: what the diffusion begins from and is told."""
+
+    picture: Tensor
+    """(N, 3, H, W) in [0, 1]."""
+    latents: Tensor
+    """(N, c, h, w)."""
+
+
+class EDTR(nn.Module):
+    """A pre-restoration network, an autoencoder, a diffusion model in its latents and a ControlNet that is told what
+    the pre-restoration found.
+
+    The ControlNet and the decoder train. All else is frozen and in no ``parameters()`` or ``state_dict()``.
+
+    Args:
+        pre: any network (N, 3, H, W) -> (N, 3, H, W) in [0, 1], trained on pixels; ``nn.Identity()`` to do without.
+        vae: its mode is what pictures in [-1, 1] are encoded to.
+        unet: the diffusion model. None removes it (Table 2, 7): the latents are then the hint plus a projection of what
+            the ControlNet returns.
+        controlnet: :func:`latent_controlnet` of ``unet``; its hint is latents, of the size of the noisy ones.
+        prompt: the embedded empty prompt (1, L, D).
+        schedule: of the diffusion model.
+        t_p: timestep up to which the pre-restored latents are made noisy; None begins from pure noise instead.
+        n: denoising steps of :meth:`restore`.
+        color_fix: take the low frequencies from the pre-restored picture (Eq. 6).
+    """
+
+    prompt: Tensor
+
+    def __init__(
+        self,
+        pre: nn.Module,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel | None,
+        controlnet: ControlNetModel,
+        prompt: Tensor,
+        schedule: NoiseSchedule,
+        *,
+        t_p: int | None = 200,
+        n: int = 1,
+        color_fix: bool = True,
+    ) -> None:
+        super().__init__()
+        self.controlnet = controlnet
+        self.decoder = nn.ModuleList(part for part in (vae.post_quant_conv, vae.decoder) if part is not None)
+        encoder = nn.ModuleList(part for part in (vae.encoder, vae.quant_conv) if part is not None)
+        self._pre, self._encoder = FrozenNetwork(pre), FrozenNetwork(encoder)
+        self._unet = None if unet is None else FrozenNetwork(unet)
+        self._vae = (vae,)  # its parts are registered above
+        self.projection = nn.ModuleList(_projections(controlnet, vae.config.latent_channels) if unet is None else ())
+        self.register_buffer("prompt", prompt, persistent=False)
+        self.schedule = schedule
+        self.from_noise = t_p is None
+        self.t_p = schedule.num_timesteps - 1 if t_p is None else t_p
+        self.schedule.check_timestep(self.t_p)
+        self.n = n
+        self.color_fix = WaveletColorFix() if color_fix else None
+        levels = len(controlnet.config.block_out_channels) - 1
+        self.latent_factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.multiple: int = self.latent_factor * 2**levels
+        self.timesteps(n)
+
+    def timesteps(self, n: int | None = None) -> list[int]:
+        """The n timesteps of a restoration, the noisiest first."""
+        return short_steps(self.t_p, self.n if n is None else n)
+
+    @torch.no_grad()
+    def hint(self, degraded: Tensor) -> Hint:
+        """Pre-restoration and encoding (Eq. 3), without graph.
+
+        Raises:
+            ValueError: For sides that the networks cannot halve often enough; :meth:`restore` pads.
+        """
+        if degraded.shape[2] % self.multiple or degraded.shape[3] % self.multiple:
+            raise ValueError(
+                f"Pictures should have sides that are multiples of {self.multiple}, found {tuple(degraded.shape)}; "
+                "`restore` pads them."
+            )
+        picture = self._pre.network(degraded)
+        return Hint(picture, self.encode(picture))
+
+    @torch.no_grad()
+    def encode(self, picture: Tensor) -> Tensor:
+        """Latents of pictures in [0, 1], the mode of the posterior."""
+        _ = self._encoder.network
+        vae = self._vae[0]
+        latents: Tensor = vae.encode(2 * picture - 1).latent_dist.mode() * vae.config.scaling_factor
+        return latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures in [0, 1], more or less."""
+        vae = self._vae[0]
+        picture: Tensor = vae.decode(latents / vae.config.scaling_factor).sample
+        return (picture + 1) / 2
+
+    def forward(
+        self,
+        hint: Hint,
+        steps: int | Tensor | Sequence[int],
+        *,
+        noise: Tensor,
+        latents: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        noise_only: bool = False,
+    ) -> Tensor:
+        """The picture that ``steps`` lead to, (N, 3, H, W), in [0, 1] more or less.
+
+        Args:
+            hint: from :meth:`hint`.
+            steps: :meth:`timesteps`, or one for each sample (N,), as in training.
+            noise: standard normal, shape of the latents.
+            latents: what is made noisy first; by default the hint's (partial diffusion, Eq. 4), or nothing if this
+                restorer begins from pure noise.
+            generator: for the noise between the steps.
+            noise_only: return the predicted noise of one step instead (Eq. 2).
+        """
+        if self._unet is None:
+            return self._finish(hint.latents + self._projected(hint), hint)
+        predicts = self._denoiser(hint)
+        if latents is None and not self.from_noise:
+            latents = hint.latents
+        if noise_only:
+            assert latents is not None
+            assert isinstance(steps, Tensor)
+            return predicts(self.schedule.add_noise(latents, noise, steps), steps)
+        if latents is None:
+            return self._finish(denoise(predicts, noise, steps, self.schedule, generator=generator), hint)
+        found = partial_diffusion(predicts, latents, steps, self.schedule, noise=noise, generator=generator)
+        return self._finish(found, hint)
+
+    def _denoiser(self, hint: Hint) -> PredictsNoise:
+        """``(z_t, t) -> noise``, told the hint."""
+        assert self._unet is not None
+        unet = self._unet.network
+
+        def predict(z_t: Tensor, t: Tensor) -> Tensor:
+            prompt = self.prompt.expand(len(z_t), -1, -1)
+            residuals, middle = self.controlnet(z_t, t, prompt, controlnet_cond=hint.latents, return_dict=False)
+            output = unet(
+                z_t, t, prompt, down_block_additional_residuals=residuals, mid_block_additional_residual=middle
+            ).sample
+            return self.schedule.to_noise(output, z_t, t)
+
+        return predict
+
+    @torch.no_grad()
+    def restore(
+        self,
+        degraded: Tensor,
+        *,
+        n: int | None = None,
+        generator: torch.Generator | None = None,
+        smallest: int = 0,
+        tile: int | None = None,
+    ) -> Tensor:
+        """Restored pictures in [0, 1] of any size.
+
+        Args:
+            degraded: (N, 3, H, W) in [0, 1].
+            n: denoising steps.
+            generator: for the noise, on any device.
+            smallest: pad smaller sides to this, and cut the result back. The paper pads to 512.
+            tile: restore larger pictures in overlapping tiles of this size.
+        """
+        if tile is not None and max(degraded.shape[2:]) > tile:
+
+            def whole(part: Tensor) -> Tensor:
+                return self.restore(part, n=n, generator=generator, smallest=smallest)
+
+            return tiled(whole, degraded, tile=tile, overlap=tile // 4)
+        height, width = degraded.shape[2:]
+        sides = (-(-max(side, smallest) // self.multiple) * self.multiple for side in (height, width))
+        more_down, more_right = (side - have for side, have in zip(sides, (height, width), strict=True))
+        hint = self.hint(F.pad(degraded, (0, more_right, 0, more_down), mode="replicate"))
+        device = degraded.device if generator is None else generator.device
+        noise = torch.randn(hint.latents.shape, generator=generator, device=device).to(hint.latents)
+        restored: Tensor = self(hint, self.timesteps(n), noise=noise, generator=generator)
+        return restored[..., :height, :width].clamp(0, 1)
+
+    def _projected(self, hint: Hint) -> Tensor:
+        prompt = self.prompt.expand(len(hint.latents), -1, -1)
+        residuals, middle = self.controlnet(
+            hint.latents, self.t_p, prompt, controlnet_cond=hint.latents, return_dict=False
+        )
+        size = hint.latents.shape[2:]
+        parts = [
+            F.interpolate(project(part), size=size, mode="nearest")
+            for project, part in zip(self.projection, (*residuals, middle), strict=True)
+        ]
+        return torch.stack(parts).sum(0)
+
+    def _finish(self, latents: Tensor, hint: Hint) -> Tensor:
+        picture = self.decode(latents)
+        if self.color_fix is not None:
+            picture = self.color_fix(picture, hint.picture)
+        return picture
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: Path | str,
+        pre: nn.Module,
+        *,
+        trained: Path | None = None,
+        t_p: int | None = 200,
+        n: int = 1,
+        color_fix: bool = True,
+        prior: bool = True,
+    ) -> "EDTR":
+        """Of a folder in the layout of Stable Diffusion: vae/, unet/, scheduler/, and text_encoder/ with tokenizer/ or
+        prompt.safetensors.
+
+        Args:
+            path: the folder, or a name on the hub that diffusers downloads.
+            pre: the pre-restoration network.
+            trained: what :meth:`save_trained` wrote; else the ControlNet is a copy of the diffusion model.
+            t_p: as above.
+            n: as above.
+            color_fix: as above.
+            prior: False leaves the diffusion model out.
+
+        Raises:
+            ValueError: If a part of it is missing.
+        """
+        if Path(path).is_dir():
+            for part in ("vae", "unet", "scheduler"):
+                if not (Path(path) / part).is_dir():
+                    raise ValueError(f"{path} should hold {part}/ as diffusers saves it, found no such folder.")
+        unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet")
+        vae = AutoencoderKL.from_pretrained(path, subfolder="vae")
+        schedule = NoiseSchedule.from_diffusers(DDPMScheduler.from_pretrained(path, subfolder="scheduler"))
+        model = cls(
+            pre, vae, unet if prior else None, latent_controlnet(unet), empty_prompt(path), schedule,
+            t_p=t_p, n=n, color_fix=color_fix,
+        )  # fmt: skip
+        if trained is not None:
+            if not trained.is_file():
+                raise ValueError(f"`trained` should be the weights of an EDTR, found no file {trained}.")
+            model.load_state_dict(load_file(trained))
+        return model
+
+    def save_trained(self, file: Path) -> None:
+        """The ControlNet and the decoder, as safetensors."""
+        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, file)
+
+
+def latent_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
+    """A copy of the diffusion model's encoder that reads latents as its hint, silent at first.
+
+    The paper's code joins the hint to the noisy latents before the first convolution, by weights that begin at zero;
+    here diffusers embeds it with two convolutions and adds it after the first one.
+    """
+    channels = unet.config.in_channels
+    return ControlNetModel.from_unet(
+        unet, conditioning_channels=channels, conditioning_embedding_out_channels=(unet.config.block_out_channels[0],)
+    )
+
+
+def empty_prompt(path: Path | str) -> Tensor:
+    """The embedded empty prompt (1, L, D) of a folder in the layout of Stable Diffusion."""
+    stored = Path(path) / "prompt.safetensors"
+    if stored.is_file():
+        return load_file(stored)["prompt"]
+    try:
+        from transformers import CLIPTextModel, CLIPTokenizer
+    except ImportError as error:
+        raise ImportError(
+            "The empty prompt of a Stable Diffusion needs transformers: pip install 'restoreloss[examples]'."
+        ) from error
+    if Path(path).is_dir() and not (Path(path) / "text_encoder").is_dir():
+        raise ValueError(f"{path} should hold text_encoder/ and tokenizer/, or prompt.safetensors, found neither.")
+    tokenizer: Any = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
+    encoder: Any = CLIPTextModel.from_pretrained(path, subfolder="text_encoder").eval()
+    tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+    with torch.no_grad():
+        prompt: Tensor = encoder(tokens.input_ids).last_hidden_state
+    return prompt
+
+
+def _projections(controlnet: ControlNetModel, channels: int) -> list[nn.Module]:
+    """To latents, from each residual that the ControlNet returns."""
+    inputs = [block.out_channels for block in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block)]
+    return [nn.Conv2d(width, channels, 1) for width in inputs]
