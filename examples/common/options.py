@@ -40,7 +40,7 @@ class RunOptions:
 
     def plain(self) -> dict[str, Any]:
         """What decides the result, as plain values for config.yaml."""
-        return {**_plain(asdict(self)), "out": self.out.name}
+        return {**plain_values(asdict(self)), "out": self.out.name}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +76,10 @@ class DataOptions:
     mixture_extent: float = 1.0
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
+    """As a YAML file holds it."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_values(item) for item in value]
     return str(value) if isinstance(value, Path) else value

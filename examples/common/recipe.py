@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -20,20 +20,28 @@ from examples.common.batches import Batches, chance, loader
 from examples.common.options import RunOptions
 from examples.common.run_directory import RunDirectory
 from examples.common.tasks import TaskData
-from restoreloss import Alternation
 from restoreloss.frozen import bare
 
 logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
+AnyBatch = TypeVar("AnyBatch", contravariant=True)
+
+
+class Steps(Protocol[AnyBatch]):
+    """What trains: an :class:`~restoreloss.Alternation`, or several."""
+
+    def step(self, batch: AnyBatch, /) -> dict[str, Tensor]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None: ...
 
 
 @dataclass(frozen=True)
 class Stage(Generic[Batch]):
-    """Steps with one :class:`~restoreloss.Alternation`."""
+    """A number of steps of the same kind."""
 
     name: str
-    alternation: Alternation[Batch]
+    alternation: Steps[Batch]
     steps: int
 
 
@@ -75,13 +83,17 @@ class Recipe(ABC, Generic[Batch]):
         """Figures, and tensors for samples.pt: rows of pictures for a grid under "lr", "restored", "hr"."""
 
     def read(self, first: int, last: int) -> Iterator[Any]:
-        """(pictures, targets) of steps ``first`` to ``last``, this process's part; None where none could be read."""
+        """(pictures, targets) of steps ``first`` to ``last``; None where none could be read."""
+        return self.load(self.train_data, first, last)
+
+    def load(self, data: TaskData, first: int, last: int) -> Iterator[Any]:
+        """Of the batches ``first`` to ``last`` of a data set, the part of this process."""
         config = self.options
         batches = Batches(
-            len(self.train_data), config.batch, seed=config.seed, first=first, last=last,
+            len(data), config.batch, seed=config.seed, first=first, last=last,
             rank=self.accelerator.process_index, processes=self.accelerator.num_processes,
         )  # fmt: skip
-        return iter(loader(self.train_data, batches, workers=config.workers))
+        return iter(loader(data, batches, workers=config.workers))
 
     def run(self) -> dict[str, Any]:
         """Train what is left, evaluate, write the results; nothing of a finished run is done again."""

@@ -165,6 +165,11 @@ class RunDirectory:
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
 
 
+def file_in(path: Path | None, name: str) -> Path | None:
+    """The file of a run directory, or the file that was named."""
+    return path / name if path is not None and path.is_dir() else path
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` once it is whole and on the disk."""

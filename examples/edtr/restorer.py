@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from examples.common.tiles import tiled
 from restoreloss import NoiseSchedule, WaveletColorFix, denoise, partial_diffusion, short_steps
-from restoreloss.diffusion.partial import PredictsNoise
+from restoreloss.diffusion.partial import Generators, PredictsNoise, standard_normal
 from restoreloss.frozen import FrozenNetwork
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class EDTR(nn.Module):
         *,
         noise: Tensor,
         latents: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         noise_only: bool = False,
     ) -> Tensor:
         """The picture that ``steps`` lead to, (N, 3, H, W), in [0, 1] more or less.
@@ -167,13 +167,24 @@ class EDTR(nn.Module):
 
         return predict
 
+    def noise(self, hint: Hint, generator: Generators = None) -> Tensor:
+        """Standard normal, shape of the hint's latents."""
+        return standard_normal(hint.latents, generator)
+
+    def enable_checkpointing(self) -> None:
+        """Compute activations again in the backward pass, to save memory."""
+        self.controlnet.enable_gradient_checkpointing()
+        self._vae[0].enable_gradient_checkpointing()
+        if self._unet is not None:
+            self._unet.network.enable_gradient_checkpointing()
+
     @torch.no_grad()
     def restore(
         self,
         degraded: Tensor,
         *,
         n: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         smallest: int = 0,
         tile: int | None = None,
     ) -> Tensor:
@@ -192,14 +203,9 @@ class EDTR(nn.Module):
                 return self.restore(part, n=n, generator=generator, smallest=smallest)
 
             return tiled(whole, degraded, tile=tile, overlap=tile // 4)
-        height, width = degraded.shape[2:]
-        sides = (-(-max(side, smallest) // self.multiple) * self.multiple for side in (height, width))
-        more_down, more_right = (side - have for side, have in zip(sides, (height, width), strict=True))
-        hint = self.hint(F.pad(degraded, (0, more_right, 0, more_down), mode="replicate"))
-        device = degraded.device if generator is None else generator.device
-        noise = torch.randn(hint.latents.shape, generator=generator, device=device).to(hint.latents)
-        restored: Tensor = self(hint, self.timesteps(n), noise=noise, generator=generator)
-        return restored[..., :height, :width].clamp(0, 1)
+        hint = self.hint(together(degraded, self.multiple, smallest))
+        restored: Tensor = self(hint, self.timesteps(n), noise=self.noise(hint, generator), generator=generator)
+        return restored[..., : degraded.shape[2], : degraded.shape[3]].clamp(0, 1)
 
     def _projected(self, hint: Hint) -> Tensor:
         prompt = self.prompt.expand(len(hint.latents), -1, -1)
@@ -266,6 +272,32 @@ class EDTR(nn.Module):
     def save_trained(self, file: Path) -> None:
         """The ControlNet and the decoder, as safetensors."""
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, file)
+
+
+def together(pictures: Tensor | Sequence[Tensor], multiple: int, smallest: int = 0) -> Tensor:
+    """Pictures as one batch: continued by their last pixels, to the right and below, to one size.
+
+    Args:
+        pictures: (N, 3, H, W), or (3, H, W) of any sizes.
+        multiple: of the sides.
+        smallest: side.
+    """
+    height, width = (
+        -(-max(smallest, *(picture.shape[dim] for picture in pictures)) // multiple) * multiple for dim in (1, 2)
+    )
+    return torch.cat(
+        [
+            F.pad(picture[None], (0, width - picture.shape[2], 0, height - picture.shape[1]), mode="replicate")
+            for picture in pictures
+        ]
+    )
+
+
+def apart(pictures: Tensor, like: Any) -> Any:
+    """One batch cut to the sizes, and in the form, of what :func:`together` was given."""
+    if isinstance(like, Tensor):
+        return pictures[..., : like.shape[2], : like.shape[3]]
+    return [picture[:, : one.shape[1], : one.shape[2]] for picture, one in zip(pictures, like, strict=True)]
 
 
 def latent_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:

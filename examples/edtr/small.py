@@ -12,7 +12,7 @@ def small_autoencoder(width: int = 16) -> AutoencoderKL:
         block_out_channels=(width, 2 * width),
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=8,
+        norm_num_groups=4,
         mid_block_add_attention=False,
     )
 
@@ -26,7 +26,7 @@ def small_unet(width: int = 32) -> UNet2DConditionModel:
         up_block_types=("UpBlock2D", "UpBlock2D"),
         block_out_channels=(width, 2 * width),
         layers_per_block=1,
-        norm_num_groups=8,
+        norm_num_groups=4,
         cross_attention_dim=8,
         attention_head_dim=4,
     )

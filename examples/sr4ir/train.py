@@ -11,7 +11,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from examples.common.evaluation import Judges, evaluate, load_recogniser
 from examples.common.networks import recogniser, restorer
 from examples.common.recipe import Recipe, Stage
 from examples.common.recognition import Recognition
+from examples.common.run_directory import file_in
 from examples.common.tasks import each, to_device
 from examples.sr4ir.config import Config
 from examples.sr4ir.methods import METHODS, Method
@@ -64,7 +64,7 @@ class Trainer(Recipe[Batch]):
         self.recognition = Recognition(self.train_data.task, self.train_data.class_names)
         classes = len(self.train_data.class_names)
 
-        s = restorer(config.restorer, config.scale, _file(config.s_weights, "restorer.safetensors"))
+        s = restorer(config.restorer, config.scale, file_in(config.s_weights, "restorer.safetensors"))
         h = recogniser(config.recogniser, config.task, classes)
         if config.start == "hr":
             if config.h_weights is None:
@@ -253,11 +253,6 @@ def _pixel(restored: Any, hr: Any) -> Tensor:
 
 def _unit(picture: Tensor) -> Tensor:
     return picture.clamp(0, 1)
-
-
-def _file(path: Path | None, name: str) -> Path | None:
-    """The file of a run directory, or the file that was named."""
-    return path / name if path is not None and path.is_dir() else path
 
 
 def main() -> None:

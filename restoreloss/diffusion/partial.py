@@ -16,6 +16,9 @@ from restoreloss.diffusion.schedule import NoiseSchedule
 PredictsNoise: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """``(x_t, t) -> noise`` with t of shape (N,): a :class:`~restoreloss.Denoiser`, or your own function of a network."""
 
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+"""One generator, on any device, or one for each sample, so that a sample's noise does not depend on its batch."""
+
 
 def short_steps(t_p: int = 200, n: int = 1) -> list[int]:
     r"""The n timesteps that a partial diffusion goes through, the noisiest first.
@@ -50,7 +53,7 @@ def partial_diffusion(
     schedule: NoiseSchedule | None = None,
     *,
     noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> Tensor:
     r"""Make images or latents noisy up to the first of ``steps``, then :func:`denoise` them through all of them.
 
@@ -68,7 +71,7 @@ def partial_diffusion(
         steps: those of :func:`short_steps`; or one, as an integer or a tensor of one for each sample (N,).
         schedule: of the denoiser; by default the one it carries.
         noise: standard normal, shape of ``x``; drawn by default.
-        generator: for the noise, here and between the steps.
+        generator: for the noise, here and between the steps; one, or one for each sample.
 
     Returns:
         The denoised images or latents, shape and dtype of ``x``.
@@ -89,7 +92,7 @@ def partial_diffusion(
     """
     schedule = _schedule(denoiser, schedule)
     if noise is None:
-        noise = _noise(x, generator)
+        noise = standard_normal(x, generator)
     x_t = schedule.add_noise(x, noise, _listed(steps, schedule)[0])
     return denoise(denoiser, x_t, steps, schedule, generator=generator)
 
@@ -100,7 +103,7 @@ def denoise(
     steps: int | Tensor | Sequence[int],
     schedule: NoiseSchedule | None = None,
     *,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> Tensor:
     r"""From noisy images or latents to clean ones, in the given steps.
 
@@ -113,7 +116,7 @@ def denoise(
         x_t: noisy up to the first of ``steps``, float (N, ...).
         steps: falling timesteps; or one, as an integer or a tensor (N,).
         schedule: of the denoiser; by default the one it carries.
-        generator: for the noise between the steps.
+        generator: for the noise between the steps; one, or one for each sample.
 
     Returns:
         The last prediction of the clean image, shape and dtype of ``x_t``.
@@ -136,7 +139,7 @@ def denoise(
         if following is None:
             break
         mean, deviation = schedule.posterior(x_t, x0, t, following)
-        x_t = (mean + deviation * _noise(x_t, generator)).to(x_t.dtype)
+        x_t = (mean + deviation * standard_normal(x_t, generator)).to(x_t.dtype)
     return x0
 
 
@@ -161,6 +164,15 @@ def _listed(steps: int | Tensor | Sequence[int], schedule: NoiseSchedule) -> lis
     return listed
 
 
-def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+def standard_normal(like: Tensor, generator: Generators = None) -> Tensor:
+    """Noise in the shape, dtype and device of ``like``.
+
+    Raises:
+        ValueError: If there are several generators and not one for each sample.
+    """
+    if isinstance(generator, Sequence):
+        if len(generator) != len(like):
+            raise ValueError(f"`generator` should be one, or one for each of {len(like)}, found {len(generator)}.")
+        return torch.cat([standard_normal(x, one) for x, one in zip(like.split(1), generator, strict=True)])
     device = like.device if generator is None else generator.device
     return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)

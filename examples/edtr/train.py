@@ -1,0 +1,329 @@
+"""How is a diffusion model trained so that a task network reads what it restores? EDTR, Algorithm S1 of its paper.
+
+    python -m examples.edtr.prepare --out runs/prepared     # task network on HQ, pre-restoration, latent diffusion
+    python -m examples.edtr.train --prepared runs/prepared --out runs/edtr
+    python -m examples.edtr.train --config examples/edtr/configs/cub_b.yaml --root DATA --prior SD --out runs/cub
+
+Every option of examples/edtr/config.py may stand in the YAML file or on the command line, which wins. The same command
+resumes a killed run. Several processes: ``python -m torch.distributed.run --nproc_per_node 8 -m examples.edtr.train``.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml  # type: ignore[import-untyped, unused-ignore]
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from examples.common.batches import chance
+from examples.common.data import TEST_SEED, datasets
+from examples.common.degrade import degradation
+from examples.common.evaluation import Judges, evaluate, load_recogniser
+from examples.common.networks import restorer
+from examples.common.options import DataOptions, plain_values
+from examples.common.recipe import Recipe, Stage
+from examples.common.recognition import Recognition
+from examples.common.run_directory import file_in
+from examples.common.tasks import Task, TaskData, to_device
+from examples.edtr.config import Config
+from examples.edtr.methods import METHODS, Method
+from examples.edtr.restorer import EDTR, Hint, apart, together
+from restoreloss import Alternation, FeatureExtractor, FeatureMatchingLoss, HLFLoss, Objective, Phase, TDPLoss
+from restoreloss.frozen import bare
+
+TASKS: tuple[Task, ...] = ("classification", "segmentation", "detection")
+ALPHA: dict[Task, float] = {"classification": 1.0, "segmentation": 0.5, "detection": 0.2}
+"""Weight of the FM loss (Section S2)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """HQ pictures in two halves, and what became of the first one.
+
+    Attributes:
+        task: whose turn it is.
+        first: (N/2, 3, H, W), or a list of (3, H, W) for detection: what the restorer trains on, and H reads restored.
+        second: the others, which H reads as they are.
+        targets: of the first half, then of the second.
+        hint: of the first half, padded to one size.
+        chance: a generator for each picture of the first half.
+    """
+
+    task: Task
+    first: Any
+    second: Any
+    targets: Any
+    hint: Hint
+    chance: list[torch.Generator]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A task and its network: in training (H) and as it was on HQ pictures (H_HQ)."""
+
+    recognition: Recognition
+    network: nn.Module
+    reference: FeatureExtractor
+    hlf: Objective | None
+    matching: FeatureMatchingLoss
+    alpha: float
+    train_data: TaskData
+    test_data: TaskData
+
+
+class Trainer(Recipe[Batch]):
+    """One run: networks, phases, evaluation."""
+
+    def __init__(self, config: Config) -> None:
+        config = _with_prepared(config)
+        super().__init__(config)
+        self.config, self.title = config, config.method
+        self.method: Method = METHODS[config.method]
+        tasks = TASKS if config.all_in_one else (config.task,)
+        if len(config.references) != len(tasks):
+            raise ValueError(
+                f"`references` should be the run directories of oracles for {', '.join(tasks)}, found "
+                f"{len(config.references)}."
+            )
+        self.degrade = degradation(config, config.seed)
+        self.restorer = self._edtr()
+        self.edtr: nn.Module = self.accelerator.prepare(self.restorer)
+        self.readers = {task: self._reader(task, path) for task, path in zip(tasks, config.references, strict=True)}
+        self.networks = {"edtr": self.edtr, **{f"recogniser_{t}": reader.network for t, reader in self.readers.items()}}
+        self.judge = Judges.load(None, config.judge, self.device).judge
+        self.begin([Stage(" + ".join(("edtr", *tasks)), _InTurn(self._alternations(), self.readers), config.steps)])
+
+    def read(self, first: int, last: int) -> Iterator[Any]:
+        """The batches of several tasks take turns."""
+        count = len(self.readers)
+        every = [
+            self.load(reader.train_data, *(-(-(step - turn) // count) for step in (first, last)))
+            for turn, reader in enumerate(self.readers.values())
+        ]
+        for step in range(first, last):
+            yield next(every[step % count])
+
+    def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
+        """The first half is degraded, pre-restored and encoded here, once for both phases (line 5)."""
+        config, rank = self.config, self.accelerator.process_index
+        task = list(self.readers)[step % len(self.readers)]
+        self.readers[task].recognition.check(targets)
+        if len(pictures) < 2:
+            raise ValueError(f"`batch` should be at least 2 pictures for each process, found {len(pictures)}.")
+        torch.manual_seed(chance(config.seed, step, rank))  # a detector draws its samples from the global generator
+        # every second picture, so that several processes restore what one would
+        first, second = pictures[0::2], pictures[1::2]
+        targets = (
+            torch.cat([targets[0::2], targets[1::2]]) if isinstance(targets, Tensor) else targets[0::2] + targets[1::2]
+        )
+        first, second, targets = to_device((first, second, targets), self.device)
+        numbers = [step * config.batch + rank * len(pictures) + 2 * place for place in range(len(first))]
+        degraded = [self.degrade(first[place : place + 1], number)[0] for place, number in enumerate(numbers)]
+        hint = self.restorer.hint(together(degraded, self.restorer.multiple, config.smallest))
+        generators = [torch.Generator().manual_seed(chance(config.seed, 1, number)) for number in numbers]
+        return Batch(task, first, second, targets, hint, generators)
+
+    def _edtr(self) -> EDTR:
+        config, method = self.config, self.method
+        if config.prior is None or config.pre is None:
+            raise ValueError("`prior` and `pre` should be given, or `prepared`, a folder that holds both, found None.")
+        pre = restorer(config.restorer, 1, file_in(config.pre, "restorer.safetensors")) if method.pre else nn.Identity()
+        edtr = EDTR.from_pretrained(
+            config.prior, pre, t_p=config.t_p if method.partial else None, color_fix=method.color_fix,
+            n=config.long_steps if method.long else config.n, prior=method.prior,
+        )  # fmt: skip
+        if config.checkpointing:
+            edtr.enable_checkpointing()
+        if not method.decoder or method.hlf is None:  # predicting noise does not reach the decoder
+            edtr.decoder.requires_grad_(False)
+        return edtr
+
+    def _reader(self, task: Task, path: Path) -> Reader:
+        config = self.config
+        train_data, test_data = datasets(replace(config, task=task), config.seed)
+        reference = load_recogniser(path).to(self.device)
+        network: nn.Module = self.accelerator.prepare(copy.deepcopy(reference).requires_grad_(True))
+        student, teacher = FeatureExtractor(network, config.layers), FeatureExtractor(reference, config.layers)
+        looks: dict[Any, Objective] = {
+            "both": HLFLoss(student, teacher), "task": TDPLoss(student), "reference": TDPLoss(teacher),
+        }  # fmt: skip
+        return Reader(
+            Recognition(task, train_data.class_names), network, teacher, looks.get(self.method.hlf),
+            FeatureMatchingLoss(student, teacher), ALPHA[task] if config.alpha is None else config.alpha,
+            train_data, test_data,
+        )  # fmt: skip
+
+    def _alternations(self) -> dict[Task, Alternation[Batch]]:
+        config, count = self.config, len(self.readers)
+        trained = [parameter for parameter in self.edtr.parameters() if parameter.requires_grad]
+        edtr = self._schedule(torch.optim.AdamW(trained, lr=config.lr, weight_decay=0), config.steps)
+        alternations = {}
+        for turn, (task, reader) in enumerate(self.readers.items()):
+            weights = reader.network.parameters()
+            optimizer: torch.optim.Optimizer
+            if config.h_optimizer == "adamw":
+                optimizer = torch.optim.AdamW(weights, lr=config.h_lr)
+            else:
+                optimizer = torch.optim.SGD(weights, lr=config.h_lr, momentum=0.9, weight_decay=1e-4)
+            recogniser = self._schedule(optimizer, -(-(config.steps - turn) // count))
+            alternations[task] = Alternation(
+                [
+                    Phase("edtr", [self.edtr], self._restorer_terms, *edtr, max_norm=config.max_norm),
+                    Phase(task, [reader.network], self._recogniser_terms, *recogniser, max_norm=config.max_norm),
+                ],
+                accelerator=self.accelerator,
+            )
+        return alternations
+
+    def _schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        """A cosine to 0."""
+        scheduler = LambdaLR(optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * min(1.0, k / max(1, steps)))))
+        return self.accelerator.prepare(optimizer), scheduler
+
+    def _restorer_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """Lines 6-11: the one-step result of a random timestep (Eq. 7), or the noise in HQ latents (Eq. 2)."""
+        edtr, hlf = self.restorer, self.readers[batch.task].hlf
+        timesteps = range(edtr.schedule.num_timesteps) if hlf is None else edtr.timesteps()
+        drawn = [int(torch.randint(len(timesteps), (), generator=generator)) for generator in batch.chance]
+        t = torch.tensor([timesteps[number] for number in drawn], device=self.device)
+        noise = edtr.noise(batch.hint, batch.chance)
+        clean = None
+        if hlf is None or not self.method.partial:
+            clean = edtr.encode(together(batch.first, edtr.multiple, self.config.smallest))
+        found = self.edtr(batch.hint, t, noise=noise, latents=clean, noise_only=hlf is None)
+        if hlf is None:
+            return {"noise": F.mse_loss(found, noise)}
+        return hlf.terms(apart(found, batch.first), batch.first)
+
+    def _recogniser_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """Lines 12-22: the task on n-step results and HQ pictures (Eq. 8), seen as the teacher sees HQ (Eq. 9)."""
+        edtr, reader = self.restorer, self.readers[batch.task]
+        with torch.no_grad():
+            noise = edtr.noise(batch.hint, batch.chance)
+            restored = edtr(batch.hint, edtr.timesteps(), noise=noise, generator=batch.chance).clamp(0, 1)
+        restored = apart(restored, batch.first)
+        images = torch.cat([restored, batch.second]) if isinstance(restored, Tensor) else restored + batch.second
+        with reader.matching.student.recording() as seen:
+            terms = {"task": reader.recognition.loss(reader.network, images, batch.targets)}
+        if self.method.matching:
+            terms["matching"] = reader.alpha * self._matching(reader, seen, batch)
+        return terms
+
+    @staticmethod
+    def _matching(reader: Reader, seen: dict[str, Tensor], batch: Batch) -> Tensor:
+        """The FM loss, half by half: the teacher has seen the first for the HLF loss."""
+        if not isinstance(batch.first, Tensor):
+            whole: Tensor = reader.matching(seen, [*batch.first, *batch.second])
+            return whole
+        half, count = len(batch.first), len(batch.targets)
+        first: Tensor = reader.matching({name: value[:half] for name, value in seen.items()}, batch.first)
+        second: Tensor = reader.matching({name: value[half:] for name, value in seen.items()}, batch.second)
+        return (half * first + (count - half) * second) / count
+
+    def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
+        """All figures on the test pictures, and some of these; of several tasks, pictures of the first."""
+        every: dict[str, float] = {}
+        sheets = []
+        for task in self.readers:
+            figures, sheet = self.evaluate_task(task)
+            every.update(figures if len(self.readers) == 1 else {f"{task}_{key}": v for key, v in figures.items()})
+            sheets.append(sheet)
+        return every, sheets[0]
+
+    def evaluate_task(
+        self, task: Task, *, n: int | None = None, seed: int = 0
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """The figures of one task, with n denoising steps and the noise of a seed."""
+        config, reader, edtr = self.config, self.readers[task], self.restorer
+        generator = torch.Generator().manual_seed(chance(config.seed, 2, seed))
+
+        def read(_: Any, lq: Any) -> Any:
+            if isinstance(lq, Tensor):
+                return edtr.restore(lq, n=n, generator=generator, smallest=config.smallest)
+            return [edtr.restore(x[None], n=n, generator=generator, smallest=config.smallest)[0] for x in lq]
+
+        judge = self.judge if len(self.readers) == 1 else None
+        figures, samples = evaluate(
+            reader.test_data, reader.recognition, degrade=degradation(config, config.seed, TEST_SEED), read=read,
+            trained=[edtr, bare(reader.network)], recogniser=bare(reader.network),
+            judges=Judges(bare(reader.reference.network), judge), workers=config.workers,
+        )  # fmt: skip
+        return {**figures, "num_classes": len(reader.recognition.class_names)}, samples
+
+
+class _InTurn:
+    """The alternations of several tasks: each batch goes to that of its task."""
+
+    def __init__(self, alternations: dict[Task, Alternation[Batch]], readers: dict[Task, Reader]) -> None:
+        self.alternations, self.readers = alternations, readers
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        with self.readers[batch.task].reference.shared():  # H_HQ sees every picture once
+            return self.alternations[batch.task].step(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {task: alternation.state_dict() for task, alternation in self.alternations.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for task, alternation in self.alternations.items():
+            alternation.load_state_dict(state[task])
+
+
+def _with_prepared(config: Config) -> Config:
+    """What ``prepared`` holds, where the config names nothing else.
+
+    Raises:
+        ValueError: If it is not what examples.edtr.prepare leaves behind.
+    """
+    if config.prepared is None:
+        return config
+    folder = config.prepared
+    tasks = TASKS if config.all_in_one else (config.task,)
+    found = {
+        "prior": config.prior or folder / "prior",
+        "pre": config.pre or folder / "pre",
+        "references": config.references or [folder / f"{task}_hq" for task in tasks],
+        "judge": config.judge or (None if config.all_in_one else folder / f"{config.task}_judge"),
+    }
+    for path in (folder / "prior", folder / "pre", *(folder / f"{task}_hq" for task in tasks)):
+        if not path.is_dir():
+            raise ValueError(f"`prepared` should be what examples.edtr.prepare wrote, found no {path}.")
+    before = yaml.safe_load((folder / "pre" / "config.yaml").read_text(encoding="utf-8"))
+    now = plain_values(asdict(config))
+    for option in (field.name for field in fields(DataOptions) if field.name != "task"):
+        if before[option] != now[option]:
+            raise ValueError(
+                f"`{option}` should be {before[option]!r}, as the networks in {folder} were trained with, found "
+                f"{now[option]!r}."
+            )
+    return replace(config, **found)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    from jsonargparse import ArgumentParser
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", action="config", help="YAML file of these options")
+    parser.add_class_arguments(Config)
+    arguments = parser.parse_args()
+    arguments.pop("config", None)
+    try:
+        results = Trainer(Config(**arguments.as_dict())).run()
+    except ValueError as error:
+        parser.error(str(error))
+    for name, value in results.items():
+        print(f"{name:15} {value:.3f}")
+    print(f"in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
