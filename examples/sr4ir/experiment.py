@@ -37,15 +37,15 @@ class Experiment:
 
     def prepare(self, seed: int, method: MethodName) -> dict[str, Path]:
         """The networks that a run needs: S trained on pixels, H on HR, a judge of another seed, one of other data."""
-        base, steps = self.base, 500
+        base = replace(self.base, steps=Config(out=self.out).steps)
         plan = {
-            "pretrained": replace(base, method="pretrain", seed=seed, steps=steps),
-            "hr": replace(base, method="oracle", seed=seed, steps=steps),
-            "judge": replace(base, method="oracle", seed=seed + 1000, steps=2 * steps),
+            "pretrained": replace(base, method="pretrain", seed=seed),
+            "hr": replace(base, method="oracle", seed=seed),
+            "judge": replace(base, method="oracle", seed=seed + 1000, steps=2 * base.steps),
         }
         if method == "fixed_foreign":
-            plan["foreign"] = replace(base, method="oracle", seed=seed, steps=steps, data=OTHER[base.data])  # type: ignore[arg-type]
-        folder = self.out / "prepared" / _setting(base) / f"seed{seed}"
+            plan["foreign"] = replace(base, method="oracle", seed=seed, data=OTHER[base.data])  # type: ignore[arg-type]
+        folder = self.out / "prepared" / _setting(base)  # the same for runs of any length / f"seed{seed}"
         for name, config in plan.items():
             Trainer(replace(config, out=folder / name)).run()
         return {name: folder / name for name in plan}
@@ -66,7 +66,8 @@ def _setting(config: Config) -> str:
     plain = Config(out=Path())
     contrast = "" if config.contrast == plain.contrast else "_contrast{:g}-{:g}".format(*config.contrast)
     blur = f"_blur{config.blur:g}" if config.blur else ""
-    return f"{config.task}_{config.data}_x{config.scale}{contrast}{blur}"
+    steps = "" if config.steps == plain.steps else f"_{config.steps}steps"
+    return f"{config.task}_{config.data}_x{config.scale}{contrast}{blur}{steps}"
 
 
 def table(out: Path, base: Config, seeds: list[int], starts: list[str], methods: list[MethodName] | None) -> None:
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=4)
     parser.add_argument("--blur", type=float, default=0.0, help="before the reduction, in pixels")
     parser.add_argument("--contrast", type=float, nargs=2, default=[0.035, 0.1], help="of the generated textures")
+    parser.add_argument("--steps", type=int, default=500, help="of the methods that are compared")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--starts", nargs="+", default=["scratch", "hr"], choices=["scratch", "hr"])
     parser.add_argument("--methods", nargs="+", help="of the table, or names of the runs of cqmix; the default is all")
@@ -116,7 +118,7 @@ def main() -> None:
     torch.set_num_threads(1)  # runs side by side, and figures that do not depend on the number of cores
     base = Config(
         out=arguments.out, task=arguments.task, data=arguments.data, scale=arguments.scale, blur=arguments.blur,
-        contrast=tuple(arguments.contrast), cpu=True,
+        contrast=tuple(arguments.contrast), steps=arguments.steps, cpu=True,
     )  # fmt: skip
     study = table if arguments.study == "table" else cqmix
     study(arguments.out, base, arguments.seeds, arguments.starts, arguments.methods)
