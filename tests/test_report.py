@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from examples.common import report as module
+from examples.common.report import METHODS, main, read_runs
 from examples.common.run_directory import RunDirectory
-from examples.sr4ir import report as module
-from examples.sr4ir.report import METHODS, main, read_runs
 
 T_975 = {1: 12.706204736, 2: 4.302652730, 3: 3.182446305}  # of Student's t, from a printed table
 GENERATED = {"task": "classification", "data": "generated", "scale": 4, "start": "scratch", "restorer": "edsr-small"}
@@ -140,15 +140,18 @@ def test_cells_on_fewer_seeds_say_so(tmp_path: Path) -> None:
 def test_methods_and_groups_have_one_order(tmp_path: Path) -> None:
     for method in (*sorted(METHODS), "zebra", "ant"):
         finished(tmp_path, method, 1, {"score": 1.0})
-    changes = ({"task": "detection"}, {"data": "photos/ü"}, {"scale": 8}, {"start": "hr"}, {"restorer": "swinir"})
+    changes: tuple[dict[str, Any], ...] = (
+        {"task": "detection"}, {"data": "photos/ü"}, {"scale": 8}, {"start": "hr"}, {"restorer": "swinir"},
+        {"degradation": "mixture_b", "mixture_extent": 0.2}, {"contrast": [0.1, 0.2]}, {"steps": 1000},
+    )  # fmt: skip
     for number, change in enumerate(changes):
         finished(tmp_path / str(number), "sr4ir", 1, {"score": 1.0}, {**GENERATED, **change})
     groups = read_runs(tmp_path)
-    assert len(groups) == 6
+    assert len(groups) == 9
     (methods,) = [methods for group, methods in groups.items() if str(group) == TITLE]
     assert list(methods) == [*METHODS, "ant", "zebra"]
-    assert list(groups) == sorted(groups)
-    assert len({group.slug for group in groups}) == 6
+    assert list(groups) == sorted(groups, key=str)
+    assert len({group.slug for group in groups}) == 9
     assert not any("/" in group.slug for group in groups)
     assert {len(methods) for group, methods in groups.items() if str(group) != TITLE} == {1}
 
@@ -181,7 +184,7 @@ def test_unfinished_and_corrupt_runs_are_named_and_skipped(tmp_path: Path, caplo
     bare = finished(tmp_path, "joint", 6, good)
     (bare / "config.yaml").unlink()
     expected[bare] = "no config.yaml"
-    expected[finished(tmp_path, "joint", 7, good, {**GENERATED, "scale": "4"})] = "`scale` of config.yaml should be int"
+    expected[finished(tmp_path, "joint", 7, good, {**GENERATED, "task": 4})] = "`task` of config.yaml should be str"
     bytes_only = finished(tmp_path, "joint", 8, good)
     (bytes_only / "results.json").write_bytes(b"\xff\xfe")
     expected[bytes_only] = "decode"
@@ -233,7 +236,7 @@ def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         leave_samples(folder / "seed1", right, truth) if method != "oracle" else None
     main([str(runs), "--out", str(tmp_path / "out")])
     out = tmp_path / "out"
-    names = ["bars.png", "report.md", "sheet_classification_generated_x4_scratch_edsr-small.png", "table.csv"]
+    names = ["bars.png", "report.md", "sheet_classification-generated-x4-start-scratch-edsr-small.png", "table.csv"]
     assert sorted(path.name for path in out.iterdir()) == names
     printed = capsys.readouterr().out
     assert all(str(out / name) in printed for name in names)
@@ -348,3 +351,18 @@ def test_runs_without_samples_have_no_sheet(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bars.png", "report.md", "table.csv"]
     assert "pictures" not in (tmp_path / "out" / "report.md").read_text()
     assert json.loads(next((tmp_path / "runs").rglob("results.json")).read_text())["num_classes"] == 10
+
+
+def test_runs_of_one_method_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for name, steps in (("short", 250), ("long", 1000)):
+        for seed in (1, 2):
+            run = RunDirectory(
+                tmp_path / name / f"seed{seed}", {**GENERATED, "method": "sr4ir", "seed": seed, "steps": steps}
+            )
+            run.finish({"score": steps / 10 + seed})
+    assert [list(methods) for methods in read_runs(tmp_path).values()] == [["sr4ir"], ["sr4ir"]]
+    (methods,) = read_runs(tmp_path, by_folder=True).values()
+    assert {name: [run.numbers["score"] for run in runs.values()] for name, runs in methods.items()} == {
+        "long": [101, 102],
+        "short": [26, 27],
+    }

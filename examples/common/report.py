@@ -1,11 +1,14 @@
 """Which training method is best, by how much, and is it more than chance?
 
-    python -m examples.sr4ir.report runs/sr4ir --out runs/sr4ir_report
+    python -m examples.common.report runs/sr4ir --out runs/sr4ir_report
+    python -m examples.common.report runs/edtr --reference edtr --out runs/edtr_report
 
-Every folder below the first that holds ``config.yaml`` (task, method, scale, data, start, seed, restorer) and
-``results.json`` (numbers such as score, psnr, seconds) is a finished run. Runs are grouped by task, data, scale, start
-and restorer; within a group the methods are compared over the seeds, each by itself and, seed by seed, with the
-reference. Out come report.md, table.csv, bars.png and, of runs that left ``samples.pt``, a sheet of pictures per group.
+Every folder below the first that holds ``config.yaml`` (task, data, method, seed and other settings) and
+``results.json`` (numbers such as score, psnr, seconds) is a finished run. Runs that agree in task, data, degradation,
+contrast, scale, start, restorer and steps are a group; within it the methods are compared over the seeds, each by
+itself and, seed by seed, with the reference. With ``--by folder`` a method is called after the folder that its seeds
+lie in: for runs of one method that differ in an option. Out come report.md, table.csv, bars.png and, of runs that left
+``samples.pt``, a sheet of pictures per group.
 """
 
 import argparse
@@ -26,21 +29,11 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
 METHODS = (
-    "oracle",
-    "l_to_t",
-    "s_to_t",
-    "t_to_s",
-    "joint",
-    "tdsr",
-    "no_tdp",
-    "sr_only",
-    "hr_only",
-    "no_cqmix",
-    "fixed_task",
-    "fixed_foreign",
-    "tdp_joint",
-    "sr4ir",
-)
+    "oracle", "l_to_t", "s_to_t", "t_to_s", "joint", "tdsr", "rsrssn", "no_tdp", "sr_only", "hr_only", "no_cqmix",
+    "fixed_task", "fixed_foreign", "tdp_joint", "sr4ir", "conventional", "hlf_long", "hlf_from_noise", "no_pre",
+    "no_hlf", "no_fm", "no_prior", "only_task", "only_reference", "frozen_decoder", "no_color_fix", "edtr",
+)  # fmt: skip
+"""In the order of the tables."""
 METRICS = {
     "score": 1,
     "score_on_hr": 1,
@@ -59,21 +52,37 @@ logger = logging.getLogger(__name__)
 
 
 class Group(NamedTuple):
-    """Runs that differ in method and seed alone."""
+    """Runs that differ in method and seed alone; None is what their recipe does not know."""
 
     task: str
     data: str
-    scale: int
-    start: str
-    restorer: str
+    scale: int | None = None
+    start: str | None = None
+    restorer: str | None = None
+    degradation: str | None = None
+    mixture_extent: float | None = None
+    contrast: str | None = None
+    steps: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.task}, {self.data}, x{self.scale}, start {self.start}, {self.restorer}"
+        mixed = self.degradation not in (None, "bicubic")
+        words = [
+            ("{}", self.task),
+            ("{}", self.data),
+            ("{}", self.degradation if mixed else None),
+            ("extent {}", self.mixture_extent if mixed else None),
+            ("x{}", None if mixed else self.scale),
+            ("contrast {}", self.contrast if self.data == "generated" else None),
+            ("start {}", self.start),
+            ("{}", self.restorer),
+            ("{} steps", self.steps),
+        ]
+        return ", ".join(form.format(value) for form, value in words if value is not None)
 
     @property
     def slug(self) -> str:
         """A file name."""
-        return re.sub(r"[^\w.-]+", "-", f"{self.task}_{self.data}_x{self.scale}_{self.start}_{self.restorer}")
+        return re.sub(r"[^\w.-]+", "-", str(self))
 
 
 class Run(NamedTuple):
@@ -112,12 +121,17 @@ class Sample:
         return self.mean - half, self.mean + half
 
 
-def read_runs(root: Path) -> dict[Group, Methods]:
-    """The finished runs below ``root``. What is unfinished or cannot be read is named in a warning and left out."""
+def read_runs(root: Path, *, by_folder: bool = False) -> dict[Group, Methods]:
+    """The finished runs below ``root``. What is unfinished or cannot be read is named in a warning and left out.
+
+    With ``by_folder`` runs are called after the folder above them, not after their method, whatever their steps.
+    """
     groups: dict[Group, dict[str, dict[int, Run]]] = {}
     for folder in sorted({path.parent for name in ("config.yaml", "results.json") for path in root.rglob(name)}):
         try:
             group, method, seed, run = read_run(folder)
+            if by_folder:
+                group, method = group._replace(steps=None), folder.parent.name
             seeds = groups.setdefault(group, {}).setdefault(method, {})
             if seed in seeds:
                 raise ValueError(f"{method} with seed {seed} is already that of {seeds[seed].folder}")
@@ -131,7 +145,7 @@ def read_runs(root: Path) -> dict[Group, Methods]:
             method: dict(sorted(groups[group][method].items()))
             for method in sorted(groups[group], key=lambda name: (order.get(name, len(order)), name))
         }
-        for group in sorted(groups)
+        for group in sorted(groups, key=str)
     }
 
 
@@ -144,9 +158,12 @@ def read_run(folder: Path) -> tuple[Group, str, int, Run]:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     if not isinstance(config, dict) or not isinstance(results, dict):
         raise ValueError("config.yaml and results.json should each hold names and values")
-    for key, kind in {**Group.__annotations__, "method": str, "seed": int}.items():
+    for key, kind in {"task": str, "data": str, "method": str, "seed": int}.items():
         if not isinstance(config.get(key), kind):
             raise ValueError(f"`{key}` of config.yaml should be {kind.__name__}, found {config.get(key)!r}")
+    settings: dict[str, Any] = {key: config.get(key) for key in Group._fields}
+    if settings["contrast"] is not None:
+        settings["contrast"] = " to ".join(map(str, settings["contrast"]))
     numbers = {
         name: float(value)
         for name, value in results.items()
@@ -154,7 +171,7 @@ def read_run(folder: Path) -> tuple[Group, str, int, Run]:
     }
     if not numbers:
         raise ValueError("results.json holds no number")
-    return Group(*(config[key] for key in Group._fields)), config["method"], config["seed"], Run(folder, numbers)
+    return Group(**settings), config["method"], config["seed"], Run(folder, numbers)
 
 
 def measured(runs: Mapping[int, Run], metric: str) -> Sample:
@@ -220,7 +237,7 @@ def count(sample: Sample, expected: int) -> str:
 
 def report(groups: Mapping[Group, Methods], reference: str, sheets: Mapping[Group, Path]) -> str:
     """The whole report as Markdown."""
-    parts = ["# SR4IR: methods compared"]
+    parts = ["# Methods compared"]
     for group, methods in groups.items():
         parts += [f"## {group}", "Mean ± standard deviation over the seeds.", mean_table(methods)]
         if reference not in methods:
@@ -337,11 +354,12 @@ def save_sheet(path: Path, samples: Mapping[str, Mapping[str, Any]]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, metavar="RUNS", help="folder with the runs, at any depth")
-    parser.add_argument("--out", type=Path, default=Path("runs/sr4ir_report"), help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/report"), help="(default: %(default)s)")
     parser.add_argument("--reference", default="sr4ir", help="the method the others are compared with")
+    parser.add_argument("--by", choices=["method", "folder"], default="method", help="what runs are called after")
     args = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
-    groups = read_runs(args.runs)
+    groups = read_runs(args.runs, by_folder=args.by == "folder")
     if not groups:
         raise SystemExit(f"report: no finished run (config.yaml and results.json) below {args.runs}")
     args.out.mkdir(parents=True, exist_ok=True)
