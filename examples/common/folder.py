@@ -1,6 +1,7 @@
 """Which pictures in this folder can be trained on, and why not the others?"""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,7 @@ def load_folder(folder: Path, *, smallest: int) -> dict[str, Tensor]:
     if not folder.is_dir():
         raise ValueError(f"`--images` should be a folder of pictures, found {folder}.")
     pictures = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
-        name = str(path.relative_to(folder))
-        try:
-            picture = read_picture(path)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            logger.warning("%s skipped: %s", name, str(error).replace(str(path), "it") or type(error).__name__)
-            continue
+    for name, picture in read_folder(folder):
         if min(picture.shape[1:]) < smallest:
             logger.warning(
                 "%s skipped: %dx%d pixels, at least %d wanted on each side",
@@ -42,6 +37,18 @@ def load_folder(folder: Path, *, smallest: int) -> dict[str, Tensor]:
             f"`--images` should hold a picture of at least {smallest}x{smallest} pixels, found none in {folder}."
         )
     return pictures
+
+
+def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Path relative to the folder, and picture, one after the other; what cannot be read is named in a warning."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
+        name = str(path.relative_to(folder))
+        try:
+            picture = read_picture(path)
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            logger.warning("%s skipped: %s", name, str(error).replace(str(path), "it") or type(error).__name__)
+        else:
+            yield name, picture
 
 
 def read_picture(path: Path) -> Tensor:

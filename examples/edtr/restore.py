@@ -1,0 +1,89 @@
+"""How are a folder's pictures restored by a trained EDTR?
+
+    python -m examples.edtr.restore --run runs/edtr PICTURES OUT
+    python -m examples.edtr.restore --run runs/edtr --n 4 --tile 512 --seed 7 PICTURES OUT
+
+Every picture below the folder is written to OUT under its name, as PNG. What cannot be read is named and skipped.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml  # type: ignore[import-untyped, unused-ignore]
+from safetensors.torch import load_model
+from torch import nn
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from examples.common.batches import chance
+from examples.common.folder import read_folder
+from examples.common.networks import restorer
+from examples.common.run_directory import file_in
+from examples.edtr.methods import METHODS
+from examples.edtr.restorer import EDTR
+
+logger = logging.getLogger(__name__)
+
+
+def load_run(run: Path) -> EDTR:
+    """The restorer of a finished run of examples.edtr.train, in eval mode.
+
+    Raises:
+        ValueError: If the folder is none.
+    """
+    for name in ("config.yaml", "edtr.safetensors"):
+        if not (run / name).is_file():
+            raise ValueError(f"{run} should be a finished run of examples.edtr.train, found no {name} in it.")
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    method = METHODS[settings["method"]]
+    edtr = EDTR.from_pretrained(
+        settings["prior"],
+        restorer(settings["restorer"], 1, file_in(Path(settings["pre"]), "restorer.safetensors"))
+        if method.pre
+        else nn.Identity(),
+        t_p=settings["t_p"] if method.partial else None,
+        n=settings["long_steps"] if method.long else settings["n"],
+        color_fix=method.color_fix,
+        prior=method.prior,
+    )
+    load_model(edtr, run / "edtr.safetensors")
+    return edtr.eval().requires_grad_(False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--run", type=Path, required=True, help="of examples.edtr.train")
+    parser.add_argument("--n", type=int, help="denoising steps; the default is what it was trained for")
+    parser.add_argument("--tile", type=int, default=512, help="side above which pictures are restored in tiles")
+    parser.add_argument("--smallest", type=int, default=0, help="pad smaller sides; 512 for Stable Diffusion")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        edtr = load_run(options.run).to(options.device)
+        edtr.timesteps(options.n)
+        if not options.pictures.is_dir():
+            raise ValueError(f"`pictures` should be a folder, found {options.pictures}.")
+    except ValueError as error:
+        parser.error(str(error))
+    done = -1
+    for done, (name, picture) in enumerate(tqdm(read_folder(options.pictures), unit="picture")):
+        generator = torch.Generator().manual_seed(chance(options.seed, done))
+        restored = edtr.restore(
+            picture[None].to(options.device), n=options.n, generator=generator, smallest=options.smallest,
+            tile=options.tile,
+        )  # fmt: skip
+        file = (options.out / name).with_suffix(".png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_image(restored, file)
+    logger.info("%d pictures restored, in %s", done + 1, options.out)
+
+
+if __name__ == "__main__":
+    main()
