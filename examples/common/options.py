@@ -1,6 +1,6 @@
 """Which options do all recipes share? Each recipe's Config adds its own, and fills in its defaults."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +74,11 @@ class DataOptions:
     scale: int = 4
     blur: float = 0.0
     mixture_extent: float = 1.0
+
+
+def shared(config: Any) -> dict[str, Any]:
+    """The options that all recipes share, of the config of one, to make that of another."""
+    return {option.name: getattr(config, option.name) for kind in (RunOptions, DataOptions) for option in fields(kind)}
 
 
 def plain_values(value: Any) -> Any:

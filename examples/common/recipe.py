@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_model
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -110,6 +110,17 @@ class Recipe(ABC, Generic[Batch]):
         for number in range(first_stage, len(self.stages)):
             seconds = self._train(number, first_step if number == first_stage else 0, seconds)
         return self._finish(seconds)
+
+    def load_finished(self) -> None:
+        """The networks of the finished run in this directory.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if self.run_directory.results is None:
+            raise ValueError(f"{self.options.out} should hold a finished run, found no results.json in it.")
+        for name, network in self.networks.items():
+            load_model(bare(network), self.options.out / f"{name}.safetensors")
 
     def _train(self, number: int, first_step: int, seconds: float) -> float:
         """One stage, from ``first_step``; returns the seconds spent in steps so far."""

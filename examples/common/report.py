@@ -29,9 +29,10 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
 METHODS = (
-    "oracle", "l_to_t", "s_to_t", "t_to_s", "joint", "tdsr", "rsrssn", "no_tdp", "sr_only", "hr_only", "no_cqmix",
-    "fixed_task", "fixed_foreign", "tdp_joint", "sr4ir", "conventional", "hlf_long", "hlf_from_noise", "no_pre",
-    "no_hlf", "no_fm", "no_prior", "only_task", "only_reference", "frozen_decoder", "no_color_fix", "edtr",
+    "oracle", "no_restoration", "pre_restoration", "l_to_t", "s_to_t", "t_to_s", "joint", "tdsr", "rsrssn", "no_tdp",
+    "sr_only", "hr_only", "no_cqmix", "fixed_task", "fixed_foreign", "tdp_joint", "sr4ir", "conventional", "hlf_long",
+    "hlf_from_noise", "no_pre", "no_hlf", "no_fm", "no_prior", "only_task", "only_reference", "frozen_decoder",
+    "no_color_fix", "edtr", "edtr_1", "edtr_4",
 )  # fmt: skip
 """In the order of the tables."""
 METRICS = {
@@ -124,14 +125,14 @@ class Sample:
 def read_runs(root: Path, *, by_folder: bool = False) -> dict[Group, Methods]:
     """The finished runs below ``root``. What is unfinished or cannot be read is named in a warning and left out.
 
-    With ``by_folder`` runs are called after the folder above them, not after their method, whatever their steps.
+    With ``by_folder`` runs are called after the folder above them, not after their method, whatever start and steps.
     """
     groups: dict[Group, dict[str, dict[int, Run]]] = {}
     for folder in sorted({path.parent for name in ("config.yaml", "results.json") for path in root.rglob(name)}):
         try:
             group, method, seed, run = read_run(folder)
             if by_folder:
-                group, method = group._replace(steps=None), folder.parent.name
+                group, method = group._replace(start=None, steps=None), folder.parent.name
             seeds = groups.setdefault(group, {}).setdefault(method, {})
             if seed in seeds:
                 raise ValueError(f"{method} with seed {seed} is already that of {seeds[seed].folder}")

@@ -15,7 +15,7 @@ On large pictures the prior is Stable Diffusion: ``--train_prior false`` here, a
 """
 
 import logging
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from examples.common.batches import chance
 from examples.common.data import datasets
-from examples.common.options import DataOptions, Degradation, RunOptions
+from examples.common.options import DataOptions, Degradation, RunOptions, shared
 from examples.common.recipe import Recipe, Stage
 from examples.common.tasks import Task, collate, to_device
 from examples.edtr.restorer import together
@@ -190,9 +190,9 @@ class Config(DataOptions, RunOptions):
 
 def prepare(config: Config) -> None:
     """Train what is not there yet."""
-    shared = {f.name: getattr(config, f.name) for parent in (DataOptions, RunOptions) for f in fields(parent)}
+    options = shared(config)
     for task in config.tasks:
-        settings = TaskConfig(**{**shared, "task": task}, recogniser=config.recogniser, restorer=config.restorer)
+        settings = TaskConfig(**{**options, "task": task}, recogniser=config.recogniser, restorer=config.restorer)
         TaskTrainer(replace(settings, method="oracle", out=config.out / f"{task}_hq")).run()
         judge = replace(settings, method="oracle", out=config.out / f"{task}_judge", seed=config.seed + 1000)
         TaskTrainer(replace(judge, steps=2 * config.steps)).run()
@@ -200,7 +200,9 @@ def prepare(config: Config) -> None:
     TaskTrainer(replace(first, method="pretrain", out=config.out / "pre")).run()
     if config.train_prior and not (config.out / "prior" / "prompt.safetensors").exists():
         prior = PriorTrainer(
-            PriorConfig(**{**shared, "task": config.tasks[0], "out": config.out / "prior", "steps": config.prior_steps})
+            PriorConfig(
+                **{**options, "task": config.tasks[0], "out": config.out / "prior", "steps": config.prior_steps}
+            )
         )
         prior.run()
         if prior.main:

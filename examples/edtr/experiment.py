@@ -1,0 +1,149 @@
+"""Do the claims of EDTR hold where two cores can test them? All runs of docs/edtr.md.
+
+    python -m examples.edtr.experiment prior --out runs/edtr
+    python -m examples.edtr.experiment table --out runs/edtr --seeds 1 2 3
+    python -m examples.edtr.experiment ablations --out runs/edtr --seeds 1 2 3
+    python -m examples.common.report runs/edtr/table --by folder --reference edtr_1
+    python -m examples.edtr.experiment steps --out runs/edtr        # of trained networks: n, and the noise (S4)
+
+Finished runs are not done again: the same command goes on after a stop.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.common.options import shared
+from examples.edtr.config import Config
+from examples.edtr.prepare import Config as PrepareConfig
+from examples.edtr.prepare import PriorConfig, PriorTrainer, prepare
+from examples.edtr.train import Trainer
+from examples.sr4ir.config import Config as TaskConfig
+from examples.sr4ir.train import Trainer as TaskTrainer
+
+logger = logging.getLogger(__name__)
+
+PRIOR_SEED = 100
+BASELINES: Mapping[str, Any] = {
+    "no_restoration": "l_to_t", "pre_restoration": "s_to_t", "tdsr": "tdsr", "rsrssn": "rsrssn", "sr4ir": "sr4ir",
+}  # fmt: skip
+MAIN: Mapping[str, dict[str, Any]] = {"edtr_1": {"n": 1}, "edtr_4": {"n": 4}}
+ABLATIONS: Mapping[str, dict[str, Any]] = {
+    name: {"method": name}
+    for name in (
+        "no_pre", "hlf_from_noise", "no_hlf", "no_fm", "no_prior", "only_task", "only_reference", "frozen_decoder",
+        "no_color_fix", "conventional", "hlf_long",
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs below one folder that share their pictures, their prior and what else they begin with."""
+
+    out: Path
+    base: Config
+
+    def prior(self) -> Path:
+        """One diffusion model for all seeds, of pictures of its own, as a hub's would be."""
+        plain = PriorConfig(out=self.out / "prior")
+        settings = shared(self.base)
+        settings |= {"steps": plain.steps, "seed": PRIOR_SEED, "train_count": 4000, "out": plain.out}
+        trainer = PriorTrainer(PriorConfig(**settings))
+        trainer.run()
+        if not (plain.out / "prompt.safetensors").exists():
+            trainer.save_pretrained()
+        return plain.out
+
+    def prepared(self, seed: int) -> Path:
+        """Task networks on HQ pictures and the pre-restoration network."""
+        settings = shared(self.base)
+        folder = self.out / "prepared" / setting(self.base) / f"seed{seed}"
+        settings |= {"out": folder, "seed": seed, "steps": 500}
+        prepare(PrepareConfig(**settings, tasks=[self.base.task], train_prior=False))
+        return folder
+
+    def run(self, name: str, seed: int) -> None:
+        """One run by the name of its folder."""
+        base, ready = replace(self.base, seed=seed), self.prepared(seed)
+        out = self.out / "table" / setting(base) / name / f"seed{seed}"
+        if name in BASELINES:
+            reference = ready / f"{base.task}_hq"
+            config = TaskConfig(
+                **{**shared(base), "out": out}, method=BASELINES[name], start="hr", h_weights=reference, h_lr=base.h_lr,
+                s_weights=ready / "pre", fixed_hr=reference, judge=ready / f"{base.task}_judge",
+            )  # fmt: skip
+            results = TaskTrainer(config).run()
+        else:
+            changes = {**MAIN, **ABLATIONS}[name]
+            results = Trainer(replace(base, out=out, prior=self.prior(), prepared=ready, **changes)).run()
+        logger.info("%s seed %d: %s", name, seed, {key: round(value, 2) for key, value in results.items()})
+
+    def steps(self, seed: int, numbers: list[int], noises: int) -> dict[str, Any]:
+        """Of trained networks: the score by denoising steps (Table 3), and over several draws of noise (Table S4)."""
+        found: dict[str, Any] = {}
+        for name, changes in MAIN.items():
+            out = self.out / "table" / setting(self.base) / name / f"seed{seed}"
+            config = replace(self.base, seed=seed, out=out, prior=self.prior(), prepared=self.prepared(seed), **changes)
+            trainer = Trainer(config)
+            trainer.load_finished()
+            for n in numbers:
+                found[f"{name}, {n} steps"] = trainer.evaluate_task(config.task, n=n)[0]
+            draws = [trainer.evaluate_task(config.task, seed=number)[0] for number in range(noises)]
+            found[f"{name}, deviation over noise"] = {
+                key: statistics.stdev(draw[key] for draw in draws) for key in ("score", "psnr", "judge_distance")
+            }
+        return found
+
+
+def setting(config: Config) -> str:
+    """What is compared with what: the name of a folder."""
+    return f"{config.task}_{config.data}_{config.degradation}_extent{config.mixture_extent:g}"
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=["prior", "table", "ablations", "steps"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--task", default="classification", choices=["classification", "segmentation", "detection"])
+    parser.add_argument("--data", default="generated", choices=["generated", "photos"])
+    parser.add_argument("--degradation", default="mixture_b", choices=["mixture_a", "mixture_b"])
+    parser.add_argument("--extent", type=float, default=0.25, help="of blur and reduction; 1 is the paper's, at 512")
+    parser.add_argument("--contrast", type=float, nargs=2, default=[0.07, 0.18], help="of the generated textures")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--long_steps", type=int, default=20, help="where the paper takes 50")
+    parser.add_argument("--test_count", type=int, default=500)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--names", nargs="+", help="folders of the table; the default is all")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # runs side by side, and figures that do not depend on the number of cores
+    base = Config(
+        out=arguments.out, task=arguments.task, data=arguments.data, degradation=arguments.degradation,
+        mixture_extent=arguments.extent, contrast=tuple(arguments.contrast), steps=arguments.steps,
+        long_steps=arguments.long_steps, test_count=arguments.test_count, cpu=True,
+    )  # fmt: skip
+    experiment = Experiment(arguments.out, base)
+    if arguments.study == "prior":
+        experiment.prior()
+        return
+    names = [*BASELINES, *MAIN] if arguments.study == "table" else list(ABLATIONS)
+    for seed in arguments.seeds:
+        if arguments.study == "steps":
+            found = experiment.steps(seed, [1, 4, 20, 50], 10)
+            print(json.dumps(found, indent=1))
+            (arguments.out / f"steps_{setting(base)}_seed{seed}.json").write_text(json.dumps(found, indent=1))
+            continue
+        for name in arguments.names or names:
+            experiment.run(name, seed)
+
+
+if __name__ == "__main__":
+    main()
