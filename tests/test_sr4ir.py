@@ -24,7 +24,7 @@ from examples.common.degrade import low_resolution
 from examples.common.networks import EDSR, recogniser, restorer
 from examples.common.recognition import Recognition
 from examples.common.tasks import Task
-from examples.sr4ir import train
+from examples.sr4ir import experiment, train
 from examples.sr4ir.config import Config, MethodName
 from examples.sr4ir.methods import METHODS
 from examples.sr4ir.train import Trainer, rate
@@ -335,3 +335,31 @@ def test_without_imagenet_weights_it_says_so(monkeypatch: pytest.MonkeyPatch, ca
         network = recogniser("paper", "classification", 7)
     assert "starts from scratch" in caplog.text
     assert network(torch.rand(1, 3, 64, 64)).shape == (1, 7)
+
+
+def test_an_experiment_prepares_every_seed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[Config] = []
+
+    class Noted:
+        def __init__(self, config: Config) -> None:
+            configs.append(config)
+
+        def run(self) -> dict[str, Any]:
+            return {}
+
+    monkeypatch.setattr(experiment, "Trainer", Noted)
+    for steps in (500, 1000):
+        base = replace(TINY, out=tmp_path, steps=steps)
+        experiment.table(tmp_path, base, [1, 2], ["scratch", "hr"], ["l_to_t", "fixed_foreign"])
+    folders: dict[Path, Config] = {}
+    for config in configs:
+        known = folders.setdefault(config.out, config)
+        assert known == config  # one folder, one run
+    prepared = [config for out, config in folders.items() if "prepared" in out.parts]
+    assert len(prepared) == 2 * 4 and {config.steps for config in prepared} == {500, 1000}
+    compared = [config for out, config in folders.items() if "table" in out.parts]
+    assert len(compared) == 2 * 2 * 2 * 2
+    for config in compared:
+        seeds = {folders[path].seed for path in (config.s_weights, config.h_weights, config.fixed_hr) if path}
+        assert seeds == {config.seed} and config.judge is not None
+        assert folders[config.judge].seed == config.seed + 1000

@@ -45,7 +45,7 @@ class Experiment:
         }
         if method == "fixed_foreign":
             plan["foreign"] = replace(base, method="oracle", seed=seed, data=OTHER[base.data])  # type: ignore[arg-type]
-        folder = self.out / "prepared" / _setting(base)  # the same for runs of any length / f"seed{seed}"
+        folder = self.out / "prepared" / _setting(base) / f"seed{seed}"
         for name, config in plan.items():
             Trainer(replace(config, out=folder / name)).run()
         return {name: folder / name for name in plan}
