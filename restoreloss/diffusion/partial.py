@@ -154,7 +154,7 @@ def _schedule(denoiser: PredictsNoise, schedule: NoiseSchedule | None) -> NoiseS
 
 
 def _listed(steps: int | Tensor | Sequence[int], schedule: NoiseSchedule) -> list[int | Tensor]:
-    listed: list[int | Tensor] = [steps] if isinstance(steps, int | Tensor) else list(steps)
+    listed: list[int | Tensor] = list(steps) if isinstance(steps, Sequence) else [steps]
     if not listed:
         raise ValueError("`steps` should be at least one timestep, found none.")
     for step in listed:

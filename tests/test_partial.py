@@ -1,0 +1,218 @@
+"""Partial diffusion and its few steps, against the formulas of the paper and Bayes' rule."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from restoreloss import NoiseSchedule, denoise, partial_diffusion, short_steps
+from restoreloss.diffusion.partial import standard_normal
+
+SCHEDULE = NoiseSchedule.scaled_linear()
+SCHEDULES = [NoiseSchedule.linear(), SCHEDULE, NoiseSchedule.cosine()]
+
+
+def perfect(x: Tensor, schedule: NoiseSchedule = SCHEDULE) -> Any:
+    """A denoiser that knows the answer."""
+    return lambda x_t, t: schedule.to_noise(x, x_t, t, prediction_type="sample")
+
+
+def normal(*shape: int, seed: int = 0, **options: Any) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **options)
+
+
+@given(st.integers(1, 1000).flatmap(lambda t_p: st.tuples(st.just(t_p), st.integers(1, t_p))))
+def test_short_steps(both: tuple[int, int]) -> None:
+    t_p, n = both
+    assert short_steps(t_p, n) == [math.floor(t_p * (n - j) / n + 1e-9) for j in range(n)]
+    assert len(set(short_steps(t_p, n))) == n and short_steps(t_p, n)[-1] >= 1
+
+
+def test_the_steps_of_the_paper() -> None:
+    assert short_steps() == [200]
+    assert short_steps(200, 4) == [200, 150, 100, 50]
+    assert short_steps(200, 3) == [200, 133, 66]
+
+
+@pytest.mark.parametrize(("t_p", "n"), [(200, 0), (200, -1), (200, 201), (0, 1), (200.0, 1), (200, True), ("200", 1)])
+def test_steps_that_cannot_be(t_p: Any, n: Any) -> None:
+    with pytest.raises(ValueError, match="`(n|t_p)` should be"):
+        short_steps(t_p, n)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("t", "s"), [(1, 0), (5, 4), (200, 150), (200, 50), (999, 998), (999, 1), (500, 499)])
+def test_the_posterior_is_that_of_two_gaussians(schedule: NoiseSchedule, t: int, s: int) -> None:
+    """q(x_s | x_t, x_0) ~ q(x_t | x_s) q(x_s | x_0), both Gaussian in x_s: precisions add."""
+    abar_t, abar_s = (float(schedule.alphas_cumprod.double()[k]) for k in (t, s))
+    alpha = abar_t / abar_s
+    x_t, x0 = normal(2, 3, dtype=torch.float64), normal(2, 3, seed=1, dtype=torch.float64)
+    precision = alpha / (1 - alpha) + 1 / (1 - abar_s)
+    mean = (math.sqrt(alpha) * x_t / (1 - alpha) + math.sqrt(abar_s) * x0 / (1 - abar_s)) / precision
+    found, deviation = schedule.posterior(x_t, x0, t, s)
+    # the table is float32, and the difference of two neighbours in it loses digits in this test
+    torch.testing.assert_close(found, mean, rtol=5e-3, atol=5e-4)
+    torch.testing.assert_close(deviation.double(), torch.full((2, 1), precision**-0.5).double(), rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("make", [NoiseSchedule.linear, NoiseSchedule.scaled_linear])
+def test_the_posterior_keeps_its_digits_at_both_ends(make: Any) -> None:
+    ends = {NoiseSchedule.linear: (1e-4, 0.02, 1), NoiseSchedule.scaled_linear: (0.00085**0.5, 0.012**0.5, 2)}
+    first, last, power = next(value for key, value in ends.items() if key.__name__ == make.__name__)
+    abar = torch.cumprod(1 - torch.linspace(first, last, 1000, dtype=torch.float64) ** power, 0)
+    x_t, x0 = normal(1, 3, dtype=torch.float64), normal(1, 3, seed=1, dtype=torch.float64)
+    for t, s in ((1, 0), (2, 1), (10, 9), (998, 997), (999, 998)):
+        beta = 1 - abar[t] / abar[s]
+        mean = (abar[s].sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - abar[s]) * x_t) / (1 - abar[t])
+        found, deviation = make().posterior(x_t, x0, t, s)
+        torch.testing.assert_close(found, mean, rtol=1e-5, atol=1e-6)
+        wanted = (beta * (1 - abar[s]) / (1 - abar[t])).sqrt().reshape(1, 1)
+        torch.testing.assert_close(deviation.double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_strides_lead_to_the_same_marginals() -> None:
+    """If x_t is q(x_t | x_0), a draw of the posterior is q(x_s | x_0)."""
+    x0 = torch.full((200_000, 1), 0.7, dtype=torch.float64)
+    x_t = SCHEDULE.add_noise(x0, normal(len(x0), 1, dtype=torch.float64), 200)
+    for t, s in ((200, 120), (120, 40)):
+        mean, deviation = SCHEDULE.posterior(x_t, x0, t, s)
+        x_t = mean + deviation * normal(len(x0), 1, seed=s, dtype=torch.float64)
+        abar = float(SCHEDULE.alphas_cumprod[s])
+        assert abs(float(x_t.mean()) - math.sqrt(abar) * 0.7) < 0.005
+        assert abs(float(x_t.std()) - math.sqrt(1 - abar)) < 0.005
+
+
+def test_the_posterior_of_no_stride_is_the_point_itself() -> None:
+    x_t, x0 = normal(2, 3), normal(2, 3, seed=1)
+    mean, deviation = SCHEDULE.posterior(x_t, x0, 50, 50)
+    torch.testing.assert_close(mean, x_t)
+    assert deviation.abs().max() == 0
+
+
+def test_the_posterior_refuses_what_does_not_fit() -> None:
+    x = normal(2, 3)
+    with pytest.raises(ValueError, match="`previous` should be at most `t`"):
+        SCHEDULE.posterior(x, x, 50, 51)
+    with pytest.raises(ValueError, match="`x_t` and `x0`"):
+        SCHEDULE.posterior(x, x[:1], 50, 20)
+    with pytest.raises(ValueError, match="1000"):
+        SCHEDULE.posterior(x, x, 1000, 20)
+    mean, _ = SCHEDULE.posterior(x.bfloat16(), x.bfloat16(), torch.tensor([50, 60]), torch.tensor([20, 10]))
+    assert mean.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_step_is_equation_5(schedule: NoiseSchedule) -> None:
+    x, noise, t = normal(2, 3, 4, 5), normal(2, 3, 4, 5, seed=1), torch.tensor([200, 33])
+    abar = schedule.alphas_cumprod.double()[t].reshape(2, 1, 1, 1)
+    x_t = abar.sqrt() * x + (1 - abar).sqrt() * noise
+    expected = (x_t - (1 - abar).sqrt() * x_t.tanh()) / abar.sqrt()
+    found = partial_diffusion(lambda z, _: z.tanh(), x, t, schedule, noise=noise)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_several_steps_are_lines_13_to_20() -> None:
+    steps = short_steps(200, 4)
+    x, start = normal(2, 3, 4, 4, dtype=torch.float64), normal(2, 3, 4, 4, seed=1, dtype=torch.float64)
+    drawn = torch.Generator().manual_seed(2)
+    found = partial_diffusion(
+        lambda z, t: 0.3 * z + t.view(-1, 1, 1, 1) / 1e3, x, steps, SCHEDULE, noise=start, generator=drawn
+    )
+    again = torch.Generator().manual_seed(2)
+    abar = SCHEDULE.alphas_cumprod.double()
+    z = abar[200].sqrt() * x + (1 - abar[200]).sqrt() * start
+    for t, s in zip(steps, [*steps[1:], 0], strict=True):
+        x0 = (z - (1 - abar[t]).sqrt() * (0.3 * z + t / 1e3)) / abar[t].sqrt()
+        if s:
+            beta = 1 - abar[t] / abar[s]
+            mean = (abar[s].sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - abar[s]) * z) / (1 - abar[t])
+            noise = torch.randn(x.shape, generator=again, dtype=torch.float64)
+            z = mean + (beta * (1 - abar[s]) / (1 - abar[t])).sqrt() * noise
+    torch.testing.assert_close(found, x0, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 20])
+def test_who_knows_the_answer_gives_it(n: int) -> None:
+    x = normal(2, 4, 3, 3)
+    torch.testing.assert_close(partial_diffusion(perfect(x), x, short_steps(200, n), SCHEDULE), x, atol=1e-5, rtol=1e-5)
+
+
+def test_a_denoiser_brings_its_schedule() -> None:
+    class Carries:
+        schedule = SCHEDULE
+
+        def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+            return torch.zeros_like(x_t)
+
+    x = normal(1, 1, 2, 2)
+    found = denoise(Carries(), x, 10)
+    torch.testing.assert_close(found, x / SCHEDULE.alphas_cumprod[10].sqrt())
+    with pytest.raises(ValueError, match="`schedule` should be the NoiseSchedule"):
+        denoise(lambda x_t, t: x_t, x, 10)
+
+
+def test_gradients_reach_the_images_and_the_denoiser() -> None:
+    weight = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    x = normal(2, 1, 2, 2, dtype=torch.float64).requires_grad_()
+    noise = normal(2, 1, 2, 2, seed=1, dtype=torch.float64)
+
+    def through(x: Tensor, weight: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return partial_diffusion(
+            lambda z, _: weight * z, x, short_steps(200, 3), SCHEDULE, noise=noise, generator=generator
+        )
+
+    assert torch.autograd.gradcheck(through, (x, weight))
+    with torch.no_grad():
+        assert not through(x, weight).requires_grad
+
+
+def test_every_sample_may_have_its_own_generator() -> None:
+    def restored(x: Tensor, generators: Any) -> Tensor:
+        return partial_diffusion(lambda z, _: z.tanh(), x, short_steps(200, 3), SCHEDULE, generator=generators)
+
+    x = normal(3, 2, 4, 4)
+    together = restored(x, [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)])
+    for number, seed in enumerate((5, 6, 7)):
+        alone = restored(x[number : number + 1], torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(together[number : number + 1], alone)
+    one = [restored(x, torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*one)
+    with pytest.raises(ValueError, match="one for each of 3"):
+        standard_normal(x, [torch.Generator()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    x = normal(2, 1, 4, 4).to(dtype)
+    found = partial_diffusion(perfect(x), x, short_steps(200, 4), SCHEDULE)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), x.double(), atol=1e-5 if dtype == torch.float64 else 0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([], "at least one timestep"),
+        ([50, 100], "should fall"),
+        ([100, 100], "should fall"),
+        ([1000], "1000"),
+        (-1, "-1"),
+        (2.5, "integer"),
+        (torch.tensor([1, 2, 3]), "shape"),
+    ],
+)
+def test_steps_that_do_not_fit(steps: Any, message: str) -> None:
+    x = normal(2, 1, 2, 2)
+    with pytest.raises((ValueError, TypeError), match=message):
+        partial_diffusion(perfect(x), x, steps, SCHEDULE)
+
+
+def test_noise_of_another_shape_is_refused() -> None:
+    x = normal(2, 1, 2, 2)
+    with pytest.raises(ValueError, match="`x` and `noise`"):
+        partial_diffusion(perfect(x), x, 100, SCHEDULE, noise=x[:1])
