@@ -323,9 +323,14 @@ def _group_by_module(network: nn.Module, layers: Sequence[str]) -> tuple[str, ..
     return tuple(paths)
 
 
+def normalizes_itself(network: nn.Module) -> bool:
+    """Whether this is a detector of torchvision."""
+    return hasattr(getattr(network, "transform", None), "image_mean")
+
+
 def _statistics(network: nn.Module, normalize: Normalize) -> tuple[Sequence[float], Sequence[float]] | None:
     """(mean, std) of images in [0, 1], or None."""
-    by_itself = hasattr(getattr(network, "transform", None), "image_mean")  # a torchvision detector
+    by_itself = normalizes_itself(network)
     named = normalize if isinstance(normalize, str) else None
     if normalize is None or (by_itself and named in ("imagenet", "model")):
         return None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restoreloss import DiffLoss, FeatureExtractor, NoiseSchedule, Objective, TDPLoss, WeightedSum
+from restoreloss import DiffLoss, FeatureExtractor, HLFLoss, NoiseSchedule, Objective, TDPLoss, WeightedSum
 from tests.networks import (
     guided_unet,
     live_detector,
@@ -68,6 +68,8 @@ LIVE = [
     ),
     Case("TDPLoss-detector", lambda: TDPLoss(live_detector())),
     Case("WeightedSum-shared", two_looks_through_one_network),
+    Case("HLFLoss-l1", lambda: HLFLoss(live_recogniser(), live_recogniser(), ["stage"])),
+    Case("HLFLoss-rms", lambda: HLFLoss(live_recogniser(), live_recogniser(), ["stage"], distance="rms")),
 ]
 CASES = [
     Case("DiffLoss-mse", lambda: DiffLoss(unet_with_dropout())),
@@ -105,4 +107,5 @@ def networks(module: nn.Module) -> list[nn.Module]:
 def live_networks(module: nn.Module) -> list[nn.Module]:
     """The networks that an objective looks through and does not own, each once."""
     extractors = [getattr(part, "features", None) for part in module.modules()]
-    return list(dict.fromkeys(one.network for one in extractors if isinstance(one, FeatureExtractor)))
+    found = dict.fromkeys(one.network for one in extractors if isinstance(one, FeatureExtractor))
+    return [network for network in found if network not in networks(module)]

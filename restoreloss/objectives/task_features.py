@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from restoreloss.features import FeatureExtractor, Images, Normalize
+from restoreloss.features import FeatureExtractor, Images, Normalize, normalizes_itself
 from restoreloss.frozen import FrozenNetwork, bare, frozen
 from restoreloss.images import check_pair, warn_if_out_of_range
 from restoreloss.objectives.base import Objective, total
@@ -300,10 +300,16 @@ class FeatureMatchingLoss(Objective):
             seen = {name: student_images[name] for name in wanted}
         else:
             pairs = _pairs(student_images, teacher_images)
+            network = bare(self.student.network)
+            if network.training and normalizes_itself(network):
+                raise ValueError(
+                    f"{type(network).__name__} in train mode asks for boxes: `student_images` should be what it has "
+                    "seen in its training pass, from `student.recording()`, found images."
+                )
             unwatched = (
                 pairs[0][0].detach() if isinstance(student_images, Tensor) else [z[0].detach() for z, _ in pairs]
             )
-            with _statistics_at_rest(bare(self.student.network)):
+            with _statistics_at_rest(network):
                 seen = self.student(unwatched)
         _check_shapes(seen, wanted, "student_images", "teacher_images")
         return seen, wanted
