@@ -9,12 +9,13 @@ from torch import Tensor
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def check_pair(restored: Tensor, target: Tensor) -> None:
+def check_pair(restored: Tensor, target: Tensor, *, names: tuple[str, str] = ("restored", "target")) -> None:
     """Raise ``ValueError`` unless both are float (N, C, H, W) of one shape and device, and not empty.
 
     Half and single precision may meet (under autocast the network's output is half); float64 meets float64 only.
     """
-    for name, image in (("restored", restored), ("target", target)):
+    one, other = names
+    for name, image in ((one, restored), (other, target)):
         if not isinstance(image, Tensor):
             raise ValueError(f"`{name}` should be a tensor, found {type(image).__name__}.")
         if image.ndim != 4:
@@ -28,12 +29,12 @@ def check_pair(restored: Tensor, target: Tensor) -> None:
             raise ValueError(f"`{name}` should hold at least one image and one pixel, found {tuple(image.shape)}.")
     if restored.shape != target.shape:
         raise ValueError(
-            f"`target` should have the shape of `restored` {tuple(restored.shape)}, found {tuple(target.shape)}."
+            f"`{other}` should have the shape of `{one}` {tuple(restored.shape)}, found {tuple(target.shape)}."
         )
     if restored.device != target.device:
-        raise ValueError(f"`target` should be on the device of `restored` {restored.device}, found {target.device}.")
+        raise ValueError(f"`{other}` should be on the device of `{one}` {restored.device}, found {target.device}.")
     if restored.dtype != target.dtype and torch.float64 in (restored.dtype, target.dtype):
-        raise ValueError(f"`target` should have the dtype of `restored` {restored.dtype}, found {target.dtype}.")
+        raise ValueError(f"`{other}` should have the dtype of `{one}` {restored.dtype}, found {target.dtype}.")
 
 
 def check_range(input_range: tuple[float, float]) -> tuple[float, float]:
@@ -54,7 +55,7 @@ def to_unit_range(image: Tensor, input_range: tuple[float, float]) -> Tensor:
     return (image - (low + high) / 2) * (2 / (high - low))
 
 
-def warn_if_out_of_range(target: Tensor, input_range: tuple[float, float]) -> None:
+def warn_if_out_of_range(target: Tensor, input_range: tuple[float, float], *, name: str = "target") -> None:
     """Warn where ``target`` can hardly span ``input_range``. Reads two numbers from the device: call it once."""
     low, high = input_range
     span = high - low
@@ -64,7 +65,7 @@ def warn_if_out_of_range(target: Tensor, input_range: tuple[float, float]) -> No
     inside = darkest < brightest and (low < 0 <= darkest or (span > 2 and brightest - low <= span / 100))
     if outside or inside:
         warnings.warn(
-            f"`target` spans [{darkest:.4g}, {brightest:.4g}] while `input_range` says ({low:g}, {high:g}). If your "
+            f"`{name}` spans [{darkest:.4g}, {brightest:.4g}] while `input_range` says ({low:g}, {high:g}). If your "
             "images have another range, give it as `input_range`; this is said once.",
             stacklevel=2,
         )

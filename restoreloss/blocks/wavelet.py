@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,7 @@ class WaveletColorFix(nn.Module):
     def _low(self, image: Tensor) -> Tensor:
         if self.wavelet is not None:
             rows, columns = (
-                _approximation(size, self.wavelet, self.levels).to(image.device, image.dtype)
+                torch.from_numpy(_approximation(size, self.wavelet, self.levels)).to(image.device, image.dtype)
                 for size in image.shape[-2:]
             )
             with torch.autocast(image.device.type, enabled=False):
@@ -106,8 +107,11 @@ def _blur(image: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def _approximation(size: int, wavelet: str, levels: int) -> Tensor:
-    """The matrix (size, size) of a transform along one axis, all details dropped, and back."""
+def _approximation(size: int, wavelet: str, levels: int) -> Any:
+    """The matrix (size, size) of a transform along one axis, all details dropped, and back.
+
+    An array: a tensor that was made in inference mode would be of no use to a gradient later.
+    """
     import numpy as np
     import pywt
 
@@ -115,7 +119,7 @@ def _approximation(size: int, wavelet: str, levels: int) -> Tensor:
         warnings.simplefilter("ignore")  # a small image has a level that is all border, which is as it should be
         approximation, *details = pywt.wavedec(np.eye(size), wavelet, level=levels, axis=0)
         matrix = pywt.waverec([approximation, *(np.zeros_like(d) for d in details)], wavelet, axis=0)
-    return torch.from_numpy(matrix[:size].copy())
+    return matrix[:size].copy()
 
 
 def _wide(image: Tensor, name: str) -> Tensor:

@@ -91,6 +91,8 @@ def partial_diffusion(
     cumulative product (its Eq. 1 and Algorithm S1 say so). Timesteps count from 0, as in all of this library.
     """
     schedule = _schedule(denoiser, schedule)
+    if not x.is_floating_point():
+        raise ValueError(f"`x` should be floating point, found {x.dtype}.")
     if noise is None:
         noise = standard_normal(x, generator)
     x_t = schedule.add_noise(x, noise, _listed(steps, schedule)[0])

@@ -187,6 +187,7 @@ class HLFLoss(Objective):
             )
             for network in (task, reference)
         )  # fmt: skip
+        self.reference._range_checked = True  # the task's look at the same images has said it
         self._reference = FrozenNetwork(self.reference.features.network)
 
     def terms(self, restored: Images, target: Images) -> dict[str, Tensor]:
@@ -261,9 +262,10 @@ class FeatureMatchingLoss(Objective):
         self.distance: Distance = distance
         self.reduction: Reduction = reduction
         self.student, self.layers = _extractor(student, layers, normalize, input_range)
-        self.teacher, _ = _extractor(teacher, layers, normalize, input_range)
+        self.teacher, _ = _extractor(teacher, self.layers, normalize, input_range)
         self._teacher = FrozenNetwork(self.teacher.network)
         self.layer_weights = _layer_weights(self.layers, layer_weights)
+        self._range_checked = False
 
     def terms(self, student_images: Images | Mapping[str, Tensor], teacher_images: Images) -> dict[str, Tensor]:
         """The weighted distance at each layer, by its name. Arguments as in :meth:`forward`."""
@@ -288,8 +290,14 @@ class FeatureMatchingLoss(Objective):
         self, student_images: Images | Mapping[str, Tensor], teacher_images: Images
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         _ = self._teacher.network  # at rest, whatever was done to it
+        first = teacher_images if isinstance(teacher_images, Tensor) else teacher_images[0]
+        if not (self._range_checked or first.is_meta):
+            warn_if_out_of_range(first, self.teacher.input_range, name="teacher_images")
+            self._range_checked = True
         with torch.no_grad():
-            wanted = self.teacher(teacher_images)
+            found = self.teacher(teacher_images)
+        # a shared extractor may watch more layers
+        wanted = {name: value for name, value in found.items() if {name, name.partition("/")[0]} & set(self.layers)}
         if isinstance(student_images, Mapping):
             missing = [name for name in wanted if name not in student_images]
             if missing:
@@ -299,7 +307,7 @@ class FeatureMatchingLoss(Objective):
                 )
             seen = {name: student_images[name] for name in wanted}
         else:
-            pairs = _pairs(student_images, teacher_images)
+            pairs = _pairs(student_images, teacher_images, ("student_images", "teacher_images"))
             network = bare(self.student.network)
             if network.training and normalizes_itself(network):
                 raise ValueError(
@@ -323,13 +331,16 @@ class FeatureMatchingLoss(Objective):
 def _statistics_at_rest(network: nn.Module) -> Iterator[None]:
     """Batch normalisation in train mode uses the batch, as ever, and remembers nothing of it."""
     counting = [m for m in network.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    held = [(module.running_mean, module.running_var) for module in counting]
     try:
         for module in counting:
             module.track_running_stats = False
+            module.running_mean = module.running_var = None  # instance normalisation does not ask whether to track
         yield
     finally:
-        for module in counting:
+        for module, (mean, var) in zip(counting, held, strict=True):
             module.track_running_stats = True
+            module.running_mean, module.running_var = mean, var
 
 
 def _check_two(one: Any, other: Any, name: str, other_name: str) -> None:
@@ -408,16 +419,18 @@ def _layer_weights(layers: Sequence[str], given: Mapping[str, float] | None) -> 
     return weights
 
 
-def _pairs(restored: Images, target: Images) -> list[tuple[Tensor, Tensor]]:
+def _pairs(
+    restored: Images, target: Images, names: tuple[str, str] = ("restored", "target")
+) -> list[tuple[Tensor, Tensor]]:
     """The images as batches to be checked: one of (N, C, H, W), or N of (1, C, H, W)."""
     if isinstance(restored, Tensor) or isinstance(target, Tensor):
-        check_pair(restored, target)  # type: ignore[arg-type]
+        check_pair(restored, target, names=names)  # type: ignore[arg-type]
         return [(restored, target)]  # type: ignore[list-item]
     if len(restored) != len(target) or not restored:
         raise ValueError(
-            f"`target` should be as many images as `restored`, at least 1, found {len(target)} and {len(restored)}."
+            f"`{names[1]}` should be as many images as `{names[0]}`, at least 1, found {len(target)} and {len(restored)}."
         )
     pairs = [(z[None], x[None]) for z, x in zip(restored, target, strict=True)]
     for z, x in pairs:
-        check_pair(z, x)
+        check_pair(z, x, names=names)
     return pairs

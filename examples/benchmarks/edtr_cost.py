@@ -1,0 +1,168 @@
+"""What does an iteration of EDTR cost, next to the same iteration written without a thought?
+
+    python -m examples.benchmarks.edtr_cost
+
+Both update the restorer by the HLF loss, then the task network by its task and the FM loss (Algorithm S1), on the same
+pictures and noise; pre-restoration and encoding are done once, and the task network reads its batch once, in both.
+Written plainly, the HLF loss runs both task networks to their end with their weights in the graph, the features of HQ
+pictures carry a graph too, and the teacher sees the HQ pictures once more for the FM loss. Time is measured in turn,
+round after round; the ratio is the median over the rounds. Memory is the growth of the process's peak during two
+iterations, each variant in a process of its own. The gradients must be equal, or the benchmark fails.
+"""
+
+import argparse
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import resnet18
+from torchvision.transforms.v2.functional import normalize
+from tqdm import tqdm
+
+from examples.edtr.restorer import EDTR, Hint, latent_controlnet
+from examples.edtr.small import small_autoencoder, small_prompt, small_unet
+from restoreloss import FeatureExtractor, FeatureMatchingLoss, HLFLoss, NoiseSchedule
+from restoreloss.features import IMAGENET
+
+VARIANTS = ("plain", "ours")
+Iteration = Callable[[], tuple[list[Tensor], list[Tensor]]]
+"""Gives the gradients of the restorer and of the task network."""
+
+
+def networks() -> tuple[EDTR, nn.Module, nn.Module]:
+    """A small restorer, a ResNet18 in training and another one that was trained before."""
+    torch.manual_seed(0)
+    unet = small_unet(24)
+    schedule = NoiseSchedule.scaled_linear()
+    edtr = EDTR(nn.Identity(), small_autoencoder(12), unet, latent_controlnet(unet), small_prompt(), schedule)
+    return edtr, resnet18(num_classes=200).train(), resnet18(num_classes=200).eval()
+
+
+def iteration(variant: str, batch: int, size: int) -> Iteration:
+    edtr, task, reference = networks()
+    generator = torch.Generator().manual_seed(1)
+    first, second, degraded = torch.rand(3, batch // 2, 3, size, size, generator=generator)
+    labels = torch.randint(200, (batch,), generator=generator)
+    noise = torch.randn(edtr.hint(degraded).latents.shape, generator=generator)
+    t = torch.full((len(first),), 200)
+
+    def scaled(images: Tensor) -> Tensor:
+        result: Tensor = normalize(images, list(IMAGENET[0]), list(IMAGENET[1]))
+        return result
+
+    def gradients(network: nn.Module) -> list[Tensor]:
+        return [p.grad for p in network.parameters() if p.grad is not None]
+
+    def read(hint: Hint) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([edtr(hint, [200], noise=noise), second])
+
+    student, teacher = FeatureExtractor(task), FeatureExtractor(reference)
+    hlf, matching = HLFLoss(student, teacher), FeatureMatchingLoss(student, teacher)
+
+    def ours() -> tuple[list[Tensor], list[Tensor]]:
+        edtr.zero_grad()
+        task.zero_grad()
+        hint = edtr.hint(degraded)
+        with teacher.shared():
+            hlf(edtr(hint, t, noise=noise), first).backward()
+            of_restorer = gradients(edtr)
+            images = read(hint)
+            with student.recording() as seen:
+                logits = task(scaled(images))
+            half = {name: (value[: len(first)], value[len(first) :]) for name, value in seen.items()}
+            parts = [
+                matching({name: value[k] for name, value in half.items()}, hq) for k, hq in enumerate((first, second))
+            ]
+            (F.cross_entropy(logits, labels) + (parts[0] + parts[1]) / 2).backward()
+        return of_restorer, gradients(task)
+
+    def run(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        kept: list[Tensor] = []
+        hook = network.get_submodule("layer4").register_forward_hook(lambda *call: kept.append(call[-1]))
+        logits = network(scaled(images))
+        hook.remove()
+        return kept[0], logits
+
+    def plain() -> tuple[list[Tensor], list[Tensor]]:
+        for network in (edtr, task, reference):
+            network.zero_grad()
+        reference.requires_grad_(True)
+        hint = edtr.hint(degraded)
+        restored = edtr(hint, t, noise=noise)
+        task.eval()
+        losses = [F.l1_loss(run(network, restored)[0], run(network, first)[0]) for network in (task, reference)]
+        ((losses[0] + losses[1]) / 2).backward()
+        of_restorer = gradients(edtr)
+        task.zero_grad()
+        task.train()
+        features, logits = run(task, read(hint))
+        wanted = run(reference, torch.cat([first, second]))[0].detach()
+        (F.cross_entropy(logits, labels) + F.l1_loss(features, wanted)).backward()
+        return of_restorer, gradients(task)
+
+    return ours if variant == "ours" else plain
+
+
+def peak(variant: str, batch: int, size: int, answer: "multiprocessing.Queue[float]") -> None:
+    """MiB by which two iterations raise the peak of this process."""
+    torch.set_num_threads(1)
+    step = iteration(variant, batch, size)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    step()
+    answer.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def memory_of_each(batch: int, size: int) -> dict[str, float]:
+    """MiB by variant. To be called while this process is small: a child's peak starts from its parent's."""
+    context, memory = multiprocessing.get_context("spawn"), {}
+    # glibc then gives freed tensors back at once, so that the peak is theirs and not the heap's fragmentation
+    with patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": "65536"}):
+        for variant in tqdm(VARIANTS, desc="memory"):
+            answer: multiprocessing.Queue[float] = context.Queue()
+            process = context.Process(target=peak, args=(variant, batch, size, answer))
+            process.start()
+            memory[variant] = answer.get(timeout=600)
+            process.join()
+    return memory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="half of it is restored (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=64, help="of the pictures (default: %(default)s)")
+    args = parser.parse_args()
+    memory = memory_of_each(args.batch, args.size)
+    steps = {variant: iteration(variant, args.batch, args.size) for variant in VARIANTS}
+    found = {variant: [[g.clone() for g in part] for part in step()] for variant, step in steps.items()}
+    gaps = []
+    for mine, theirs in zip(found["ours"], found["plain"], strict=True):
+        one, other = (torch.cat([g.flatten() for g in part]) for part in (mine, theirs))
+        gaps.append(float((one - other).norm() / other.norm()))
+    ratios = []
+    for _ in tqdm(range(args.rounds), desc="rounds"):
+        times = []
+        for variant in VARIANTS:
+            started = time.perf_counter()
+            steps[variant]()
+            times.append(time.perf_counter() - started)
+        ratios.append(times[1] / times[0])
+    print(f"{args.batch} pictures of {args.size}x{args.size}, ResNet18, small prior; {args.rounds} rounds\n")
+    print(f"time, ours / plain                {statistics.median(ratios):.2f}")
+    print(f"peak memory, ours / plain         {memory['ours'] / memory['plain']:.2f}")
+    print(f"gradients differ by               {gaps[0]:.1e} (restorer), {gaps[1]:.1e} (task network)")
+    if max(gaps) > 1e-3:
+        raise SystemExit("Both iterations should give the same gradients.")
+
+
+if __name__ == "__main__":
+    main()
