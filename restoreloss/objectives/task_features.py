@@ -290,37 +290,40 @@ class FeatureMatchingLoss(Objective):
         self, student_images: Images | Mapping[str, Tensor], teacher_images: Images
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         _ = self._teacher.network  # at rest, whatever was done to it
+        seen = student_images if isinstance(student_images, Mapping) else self._see(student_images, teacher_images)
+        with torch.no_grad():
+            found = self.teacher(teacher_images)
         first = teacher_images if isinstance(teacher_images, Tensor) else teacher_images[0]
         if not (self._range_checked or first.is_meta):
             warn_if_out_of_range(first, self.teacher.input_range, name="teacher_images")
             self._range_checked = True
-        with torch.no_grad():
-            found = self.teacher(teacher_images)
         # a shared extractor may watch more layers
-        wanted = {name: value for name, value in found.items() if {name, name.partition("/")[0]} & set(self.layers)}
-        if isinstance(student_images, Mapping):
-            missing = [name for name in wanted if name not in student_images]
-            if missing:
-                raise ValueError(
-                    f"`student_images` should hold features of {list(wanted)}, found {list(student_images)}: they are "
-                    "there at the end of the block of `recording()`."
-                )
-            seen = {name: student_images[name] for name in wanted}
-        else:
-            pairs = _pairs(student_images, teacher_images, ("student_images", "teacher_images"))
-            network = bare(self.student.network)
-            if network.training and normalizes_itself(network):
-                raise ValueError(
-                    f"{type(network).__name__} in train mode asks for boxes: `student_images` should be what it has "
-                    "seen in its training pass, from `student.recording()`, found images."
-                )
-            unwatched = (
-                pairs[0][0].detach() if isinstance(student_images, Tensor) else [z[0].detach() for z, _ in pairs]
+        wanted = {
+            name: value
+            for name, value in found.items()
+            if any(name == layer or name.startswith(f"{layer}/") for layer in self.layers)
+        }
+        missing = [name for name in wanted if name not in seen]
+        if missing:
+            raise ValueError(
+                f"`student_images` should hold features of {list(wanted)}, found {list(seen)}: they are "
+                "there at the end of the block of `recording()`."
             )
-            with _statistics_at_rest(network):
-                seen = self.student(unwatched)
+        seen = {name: seen[name] for name in wanted}
         _check_shapes(seen, wanted, "student_images", "teacher_images")
         return seen, wanted
+
+    def _see(self, student_images: Images, teacher_images: Images) -> dict[str, Tensor]:
+        pairs = _pairs(student_images, teacher_images, ("student_images", "teacher_images"))
+        network = bare(self.student.network)
+        if network.training and normalizes_itself(network):
+            raise ValueError(
+                f"{type(network).__name__} in train mode asks for boxes: `student_images` should be what it has "
+                "seen in its training pass, from `student.recording()`, found images."
+            )
+        unwatched = pairs[0][0].detach() if isinstance(student_images, Tensor) else [z[0].detach() for z, _ in pairs]
+        with _statistics_at_rest(network):
+            return self.student(unwatched)
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
@@ -428,7 +431,8 @@ def _pairs(
         return [(restored, target)]  # type: ignore[list-item]
     if len(restored) != len(target) or not restored:
         raise ValueError(
-            f"`{names[1]}` should be as many images as `{names[0]}`, at least 1, found {len(target)} and {len(restored)}."
+            f"`{names[1]}` should be as many images as `{names[0]}`, at least 1, found {len(target)} and "
+            f"{len(restored)}."
         )
     pairs = [(z[None], x[None]) for z, x in zip(restored, target, strict=True)]
     for z, x in pairs:
