@@ -151,6 +151,7 @@ class FeatureExtractor:
             *((id(image), image._version) for image in images),
             torch.is_grad_enabled(),
             any(parameter.requires_grad for parameter in network.parameters()),
+            sum(weight._version for weight in (*network.parameters(), *network.buffers()) if not weight.is_inference()),
             network.training,
         )
 
@@ -212,8 +213,11 @@ class FeatureExtractor:
         """The images as the network wants them: in [0, 1], normalised, in its dtype."""
         if not isinstance(images, Tensor):
             return [self._prepare(image[None], network)[0] for image in images]
-        if not images.is_floating_point():
-            raise ValueError(f"The images should be floating point, found {images.dtype}.")
+        if images.ndim != 4 or not images.is_floating_point():
+            raise ValueError(
+                f"The images should be float (N, C, H, W), or a list of (C, H, W), found {images.dtype} of "
+                f"{tuple(images.shape)}."
+            )
         weight = next((p for p in network.parameters() if p.is_floating_point()), images)
         if weight.device != images.device:
             raise ValueError(f"The images should be on the network's device {weight.device}, found {images.device}.")
@@ -267,7 +271,9 @@ def default_layers(network: nn.Module) -> tuple[str, ...]:
 
 
 # torchvision's names of the last stage before pooling, the telling ones first
-_LAST_STAGES = ("layer4", "trunk_output", "Mixed_7c", "inception5b", "conv5", "features", "encoder")
+_LAST_STAGES = (
+    "layer4", "trunk_output", "Mixed_7c", "inception5b", "conv5", "features", "encoder", "blocks", "layers",
+)  # fmt: skip
 
 
 class _Reached(Exception):

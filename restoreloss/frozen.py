@@ -92,6 +92,9 @@ def frozen(*networks: nn.Module) -> Iterator[None]:
         >>> image.grad is not None, network[0].weight.grad is None, network.training
         (True, True, True)
     """
+    for network in networks:
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"`networks` should be modules, one argument each, found {type(network).__name__}.")
     modes = {module: module.training for network in networks for module in network.modules()}
     flags = {parameter: parameter.requires_grad for network in networks for parameter in network.parameters()}
     try:

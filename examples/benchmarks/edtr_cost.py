@@ -162,6 +162,8 @@ def main() -> None:
     print(f"gradients differ by               {gaps[0]:.1e} (restorer), {gaps[1]:.1e} (task network)")
     if max(gaps) > 1e-3:
         raise SystemExit("Both iterations should give the same gradients.")
+    if statistics.median(ratios) > 0.85 or memory["ours"] > 0.8 * memory["plain"]:
+        raise SystemExit("An iteration should take at most 0.85 of the plain one's time and 0.8 of its memory.")
 
 
 if __name__ == "__main__":

@@ -7,18 +7,17 @@ from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
-from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from examples.common.data import on_grid
 from examples.common.degrade import Degrade
-from examples.common.networks import recogniser
-from examples.common.recognition import Recognition
+from examples.common.networks import load_weights, recogniser
+from examples.common.recognition import Recognition, features_of
 from examples.common.run_directory import RunDirectory
 from examples.common.tasks import InMemory, TaskData, collate, to_device
-from restoreloss import FeatureExtractor, frozen
+from restoreloss import frozen
 
 BATCH, SAMPLES = 50, 8
 
@@ -47,8 +46,8 @@ def load_recogniser(run: Path) -> nn.Module:
         raise ValueError(f"{run} should be the directory of a finished run, found no results.json in it.")
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     classes = RunDirectory(run, settings, main=False).results or {}
-    network = recogniser(settings["recogniser"], settings["task"], int(classes["num_classes"]))
-    load_model(network, run / "recogniser.safetensors")
+    network = recogniser(settings["recogniser"], settings["task"], int(classes["num_classes"]), pretrained=False)
+    load_weights(network, run / "recogniser.safetensors")
     return network.eval().requires_grad_(False)
 
 
@@ -122,7 +121,7 @@ class _Likeness:
     """How like HR the pictures are: means over pictures."""
 
     def __init__(self, judge: nn.Module | None) -> None:
-        self.features = None if judge is None else FeatureExtractor(judge)
+        self.features = None if judge is None else features_of(judge)
         self.values: dict[str, list[Tensor]] = {}
 
     def update(self, seen: Any, hr: Any) -> None:

@@ -13,6 +13,7 @@ from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -91,7 +92,10 @@ def restorer(name: str, scale: int, weights: Path | None = None) -> nn.Module:
 
         if weights is None:
             raise ValueError("`s_weights` should be a checkpoint for the restorer 'file', found None.")
-        described = ModelLoader(device="cpu").load_from_file(weights)
+        try:
+            described = ModelLoader(device="cpu").load_from_file(weights)
+        except Exception as error:  # each architecture has errors of its own
+            raise ValueError(f"`s_weights` should be a checkpoint that spandrel reads: {weights}: {error}") from error
         if not isinstance(described, ImageModelDescriptor) or described.scale != scale:
             raise ValueError(f"`s_weights` should be a network of scale {scale}, found {described}.")
         model: nn.Module = described.model
@@ -100,7 +104,7 @@ def restorer(name: str, scale: int, weights: Path | None = None) -> nn.Module:
         raise ValueError(f"`restorer` should be one of {(*_RESTORERS, 'file')}, found {name!r}.")
     network = _RESTORERS[name](scale)
     if weights is not None:
-        network.load_state_dict(_load(weights))
+        load_weights(network, weights)
     return network
 
 
@@ -215,13 +219,14 @@ class _BoxPredictor(nn.Module):
         return self.cls_score(x), self.bbox_pred(x)
 
 
-def recogniser(name: str, task: Task, num_classes: int) -> nn.Module:
+def recogniser(name: str, task: Task, num_classes: int, *, pretrained: bool = True) -> nn.Module:
     """A task network; those of torchvision and timm start from ImageNet where its weights can be had, and it says so.
 
     Args:
         name: "small" | "paper" (ResNet18, DeepLabV3 or Faster R-CNN on MobileNetV3) | "timm/NAME" for classifiers.
         task: what it reads.
         num_classes: of detection and segmentation with the background.
+        pretrained: False where other weights will follow.
     """
     if name == "small":
         builders: dict[str, Callable[[int], nn.Module]] = {
@@ -232,10 +237,13 @@ def recogniser(name: str, task: Task, num_classes: int) -> nn.Module:
         return builders[task](num_classes)
     if name == "paper":
         return _with_weights_if_possible(
-            f"the {task} network", lambda weights: _of_the_paper(task, num_classes, weights)
+            f"the {task} network", lambda weights: _of_the_paper(task, num_classes, weights), pretrained
         )
     if name.startswith("timm/") and task == "classification":
         import timm
+
+        if not timm.is_model(name.removeprefix("timm/")):
+            raise ValueError(f"`recogniser` should be a model of timm, found {name!r}.")
 
         def build(weights: bool) -> nn.Module:
             network: nn.Module = timm.create_model(
@@ -243,7 +251,7 @@ def recogniser(name: str, task: Task, num_classes: int) -> nn.Module:
             )
             return network
 
-        return _with_weights_if_possible(name, build)
+        return _with_weights_if_possible(name, build, pretrained)
     raise ValueError(f"`recogniser` should be 'small', 'paper' or, for classification, 'timm/NAME', found {name!r}.")
 
 
@@ -262,7 +270,9 @@ def _of_the_paper(task: Task, num_classes: int, weights: bool) -> nn.Module:
     return network
 
 
-def _with_weights_if_possible(what: str, build: Callable[[bool], nn.Module]) -> nn.Module:
+def _with_weights_if_possible(what: str, build: Callable[[bool], nn.Module], pretrained: bool) -> nn.Module:
+    if not pretrained:
+        return build(False)
     try:
         network = build(True)
     except (URLError, OSError, RuntimeError) as error:  # no network, no space, no such weights
@@ -272,6 +282,20 @@ def _with_weights_if_possible(what: str, build: Callable[[bool], nn.Module]) -> 
     return network
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
+def load_weights(network: nn.Module, path: Path) -> None:
+    """A state dict from a file of safetensors or of torch, into a network.
+
+    Raises:
+        ValueError: If the file is not there, cannot be read, or is of another network.
+    """
+    if not path.is_file():
+        raise ValueError(f"The weights of {type(network).__name__} should be in {path}, found no such file.")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(state)
+    except Exception as error:  # of a damaged file torch raises nearly anything
+        cause = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} should hold weights of this {type(network).__name__}: {cause}") from error

@@ -8,10 +8,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -60,7 +62,12 @@ class Recipe(ABC, Generic[Batch]):
 
     def __init__(self, config: RunOptions) -> None:
         self.options = config
-        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.cpu)
+        for name in ("steps", "batch", "save_every"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"`{name}` should be at least 1, found {getattr(config, name)}.")
+        # the other processes wait while one evaluates
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.cpu, kwargs_handlers=[patience])
         self.device = self.accelerator.device
         self.main = self.accelerator.is_main_process
         torch.manual_seed(chance(config.seed))

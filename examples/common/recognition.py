@@ -11,7 +11,19 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 from torchvision.transforms.v2.functional import normalize
 
 from examples.common.tasks import IGNORED, Task
-from restoreloss.features import IMAGENET
+from restoreloss.features import IMAGENET, FeatureExtractor
+from restoreloss.frozen import bare
+
+
+def statistics(network: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation that a network wants: its own (timm), or those of ImageNet."""
+    own = getattr(bare(network), "pretrained_cfg", None) or {}
+    return (own["mean"], own["std"]) if "mean" in own and "std" in own else IMAGENET
+
+
+def features_of(network: nn.Module, layers: Sequence[str] | None = None) -> FeatureExtractor:
+    """What a network sees in images in [0, 1], normalised as it is trained here."""
+    return FeatureExtractor(network, layers, normalize="imagenet" if statistics(network) is IMAGENET else "model")
 
 
 class Recognition:
@@ -85,6 +97,7 @@ class Recognition:
         return self.class_names[int(prediction["labels"][best])]
 
     def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
-        output = network(normalize(images, list(IMAGENET[0]), list(IMAGENET[1])))
+        mean, std = statistics(network)
+        output = network(normalize(images, list(mean), list(std)))
         logits: Tensor = output["out"] if isinstance(output, dict) else output
         return logits

@@ -29,7 +29,7 @@ from examples.common.evaluation import Judges, evaluate, load_recogniser
 from examples.common.networks import restorer
 from examples.common.options import DataOptions, plain_values
 from examples.common.recipe import Recipe, Stage
-from examples.common.recognition import Recognition
+from examples.common.recognition import Recognition, features_of
 from examples.common.run_directory import file_in
 from examples.common.tasks import Task, TaskData, to_device
 from examples.edtr.config import Config
@@ -150,7 +150,7 @@ class Trainer(Recipe[Batch]):
         train_data, test_data = datasets(replace(config, task=task), config.seed)
         reference = load_recogniser(path).to(self.device)
         network: nn.Module = self.accelerator.prepare(copy.deepcopy(reference).requires_grad_(True))
-        student, teacher = FeatureExtractor(network, config.layers), FeatureExtractor(reference, config.layers)
+        student, teacher = features_of(network, config.layers), features_of(reference, config.layers)
         looks: dict[Any, Objective] = {
             "both": HLFLoss(student, teacher), "task": TDPLoss(student), "reference": TDPLoss(teacher),
         }  # fmt: skip

@@ -37,7 +37,8 @@ class Config(DataOptions, RunOptions):
         restart: fraction of the training after which the cosine of both learning rates begins anew.
         fixed_hr: run directory of an "oracle" that also judges the restored pictures (and is "task" to fixed_task).
         judge: another one, of another seed, never used in training.
-        foreign: run directory of an "oracle" on other data, for fixed_foreign.
+        foreign: for fixed_foreign, the run directory of an "oracle" on other data, or "imagenet" (torchvision's
+            ResNet18).
     """
 
     method: MethodName = "sr4ir"

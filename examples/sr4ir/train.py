@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -23,14 +22,14 @@ from examples.common.batches import chance
 from examples.common.data import TEST_SEED, datasets, on_grid
 from examples.common.degrade import degradation
 from examples.common.evaluation import Judges, evaluate, load_recogniser
-from examples.common.networks import recogniser, restorer
+from examples.common.networks import load_weights, recogniser, restorer
 from examples.common.recipe import Recipe, Stage
-from examples.common.recognition import Recognition
+from examples.common.recognition import Recognition, features_of
 from examples.common.run_directory import file_in
 from examples.common.tasks import each, to_device
 from examples.sr4ir.config import Config
 from examples.sr4ir.methods import METHODS, Method
-from restoreloss import Alternation, CQMix, FeatureExtractor, Phase, TDPLoss
+from restoreloss import Alternation, CQMix, Phase, TDPLoss
 from restoreloss.frozen import bare
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,8 @@ class Batch:
     targets: Any
     progress: float
     """Of this stage, from 0 to 1."""
-    chance: torch.Generator
+    coins: list[torch.Generator]
+    """For each mixture that the recogniser reads."""
 
 
 class Trainer(Recipe[Batch]):
@@ -65,11 +65,11 @@ class Trainer(Recipe[Batch]):
         classes = len(self.train_data.class_names)
 
         s = restorer(config.restorer, config.scale, file_in(config.s_weights, "restorer.safetensors"))
-        h = recogniser(config.recogniser, config.task, classes)
+        h = recogniser(config.recogniser, config.task, classes, pretrained=config.start == "scratch")
         if config.start == "hr":
             if config.h_weights is None:
                 raise ValueError("`h_weights` should be the run directory of an oracle for `start` 'hr', found None.")
-            load_model(h, config.h_weights / "recogniser.safetensors")
+            load_weights(h, config.h_weights / "recogniser.safetensors")
         s, h = s.to(memory_format=torch.channels_last), h.to(memory_format=torch.channels_last)
         # a network that does not train has nothing for DDP to average
         trains_s, trains_h = bool(self.method.restorer_terms), bool(self.method.recogniser_inputs)
@@ -80,6 +80,7 @@ class Trainer(Recipe[Batch]):
         self.judges = Judges.load(config.fixed_hr, config.judge, self.device)
         cells = config.grid or (4 if config.task == "classification" else 8)
         self.cqmix = CQMix((cells, cells), p=config.mix)
+        self._mixtures = self.method.recogniser_inputs.count("mix")
         self.tdp = self._tdp() if "tdp" in self.method.restorer_terms else None
         self.degrade = degradation(config, config.seed)
         self.begin(self._stages())
@@ -90,14 +91,15 @@ class Trainer(Recipe[Batch]):
         config, rank = self.config, self.accelerator.process_index
         hr, targets = on_grid(pictures, targets, config.scale)
         torch.manual_seed(chance(config.seed, step, rank))  # a detector draws its samples from the global generator
-        generator = torch.Generator().manual_seed(chance(config.seed, step))
-        # every process draws its part of the coins of the whole batch
-        torch.rand(rank * len(hr) * self.cqmix.grid[0] * self.cqmix.grid[1], generator=generator)
+        seeds = [(config.seed, step), *((config.seed, step, k) for k in range(1, self._mixtures))]
+        coins = [torch.Generator().manual_seed(chance(*seed)) for seed in seeds]
+        for generator in coins:  # every process draws its part of the coins of the whole batch
+            torch.rand(rank * len(hr) * self.cqmix.grid[0] * self.cqmix.grid[1], generator=generator)
         hr, targets = to_device((hr, targets), self.device)
         if isinstance(hr, Tensor):
             hr = hr.to(memory_format=torch.channels_last)
         lr = self.degrade(hr, step * config.batch + rank * len(hr))
-        return Batch(hr, lr, targets, step / steps, generator)
+        return Batch(hr, lr, targets, step / steps, coins)
 
     def _stages(self) -> list[Stage[Batch]]:
         build: dict[str, Callable[[], Phase[Batch]]] = {
@@ -176,8 +178,9 @@ class Trainer(Recipe[Batch]):
 
     def _task_loss(self, made: dict[str, Any], batch: Batch) -> Tensor:
         """The mean task loss over this method's inputs."""
+        coins = iter(batch.coins)
         parts = [
-            self.cqmix(made["sr"], batch.hr, generator=batch.chance) if name == "mix" else made[name]
+            self.cqmix(made["sr"], batch.hr, generator=next(coins)) if name == "mix" else made[name]
             for name in self.method.recogniser_inputs
         ]
         if self.config.separate:
@@ -190,21 +193,26 @@ class Trainer(Recipe[Batch]):
         return term in self.method.restorer_terms and batch.progress >= self.method.begins.get(term, 0.0)
 
     def _tdp(self) -> TDPLoss:
-        config = self.config
-        if self.method.features == "task":
-            if self.judges.fixed_hr is None:
-                raise ValueError("`fixed_hr` should be the run directory of an oracle for 'fixed_task', found None.")
-            return TDPLoss(self.judges.fixed_hr, config.layers)
-        if self.method.features == "foreign":
+        config, features = self.config, self.method.features
+        if features == "foreign":
             if config.foreign is None:
                 raise ValueError(
-                    "`foreign` should be the run directory of an oracle on other data for 'fixed_foreign', found None."
+                    "`foreign` should be the run directory of an oracle on other data, or 'imagenet', for "
+                    "'fixed_foreign', found None."
                 )
-            return TDPLoss(load_recogniser(config.foreign).to(self.device))
-        return TDPLoss(FeatureExtractor(self.h, config.layers))
+            if str(config.foreign) == "imagenet":
+                from torchvision.models import ResNet18_Weights, resnet18
+
+                return TDPLoss(resnet18(weights=ResNet18_Weights.DEFAULT).to(self.device))
+            return TDPLoss(features_of(load_recogniser(config.foreign).to(self.device)))
+        if features == "task":
+            if self.judges.fixed_hr is None:
+                raise ValueError("`fixed_hr` should be the run directory of an oracle for 'fixed_task', found None.")
+            return TDPLoss(features_of(self.judges.fixed_hr, config.layers))
+        return TDPLoss(features_of(self.h, config.layers))
 
     def _read(self, hr: Any, lr: Any) -> Any:
-        """What H reads in the end, as a file would hold it."""
+        """What H reads in the end; what S made, in [0, 1]."""
         if self.method.reads == "hr":
             return hr
         if self.method.reads == "bilinear":

@@ -88,6 +88,9 @@ class CQMix(nn.Module):
         if isinstance(restored, Tensor) or isinstance(target, Tensor):
             mixed, mask = self._mix("", 4, restored, target, generator)
             return (mixed, mask.to(mixed.dtype)) if return_mask else mixed
+        if not (isinstance(restored, Sequence) and isinstance(target, Sequence)):
+            found = f"{type(restored).__name__} and {type(target).__name__}"
+            raise ValueError(f"`restored` and `target` should be tensors, or lists of tensors, found {found}.")
         if len(restored) != len(target):
             raise ValueError(f"`target` should be as many images as `restored` ({len(restored)}), found {len(target)}.")
         pairs = [self._mix(f"[{i}]", 3, z, x, generator) for i, (z, x) in enumerate(zip(restored, target, strict=True))]

@@ -89,7 +89,9 @@ class TDPLoss(Objective):
             warn_if_out_of_range(pairs[0][1], self.features.input_range)
             self._range_checked = True
         seen_in_restored, seen_in_target = self._look(restored, target)
-        return _distances(seen_in_restored, seen_in_target, self.layer_weights, self.distance, self.reduction)
+        return _distances(
+            seen_in_restored, seen_in_target, self.layer_weights, self.distance, self.reduction, len(target)
+        )
 
     def forward(self, restored: Images, target: Images) -> Tensor:
         """The loss.
@@ -270,7 +272,7 @@ class FeatureMatchingLoss(Objective):
     def terms(self, student_images: Images | Mapping[str, Tensor], teacher_images: Images) -> dict[str, Tensor]:
         """The weighted distance at each layer, by its name. Arguments as in :meth:`forward`."""
         seen, wanted = self._look(student_images, teacher_images)
-        return _distances(seen, wanted, self.layer_weights, self.distance, self.reduction)
+        return _distances(seen, wanted, self.layer_weights, self.distance, self.reduction, len(teacher_images))
 
     def forward(self, student_images: Images | Mapping[str, Tensor], teacher_images: Images) -> Tensor:
         """The loss.
@@ -323,7 +325,8 @@ class FeatureMatchingLoss(Objective):
             )
         unwatched = pairs[0][0].detach() if isinstance(student_images, Tensor) else [z[0].detach() for z, _ in pairs]
         with _statistics_at_rest(network):
-            return self.student(unwatched)
+            seen: dict[str, Tensor] = self.student(unwatched)
+        return seen
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
@@ -384,6 +387,7 @@ def _distances(
     layer_weights: Mapping[str, float],
     distance: Distance,
     reduction: Reduction,
+    count: int,
 ) -> dict[str, Tensor]:
     """The weighted distance of each tensor; those of one layer share its weight."""
     terms = {}
@@ -391,6 +395,11 @@ def _distances(
         names = [name for name in wanted if name == layer or name.startswith(f"{layer}/")]
         for name in names:
             values = distance_per_sample(seen[name], wanted[name], distance)
+            if reduction == "none" and len(values) != count:
+                raise ValueError(
+                    f"Layer {name!r} should have the {count} images as its first dimension for `reduction` 'none', "
+                    f"found {tuple(wanted[name].shape)}."
+                )
             terms[name] = layer_weight / len(names) * reduce_samples(values, reduction)
     return terms
 

@@ -58,6 +58,21 @@ class Phase(Generic[Batch]):
     modes: Mapping[nn.Module, Mode] = field(default_factory=dict)
     max_norm: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, kinds in (("trains", nn.Module | nn.Parameter), ("frozen", nn.Module)):
+            given: Any = getattr(self, name)
+            # an nn.Sequential could be iterated, and is one network
+            if not isinstance(given, Sequence) or not all(isinstance(item, kinds) for item in given):
+                found = [type(item).__name__ for item in given] if isinstance(given, Sequence) else type(given).__name__
+                raise ValueError(f"`{name}` of phase {self.name!r} should be a list of networks, found {found}.")
+        for optimizer in _listed(self.optimizers):
+            if not hasattr(optimizer, "param_groups"):
+                found = type(optimizer).__name__
+                raise ValueError(f"`optimizers` of phase {self.name!r} should be optimizers, found {found}.")
+        if not callable(self.objective):
+            found = type(self.objective).__name__
+            raise ValueError(f"`objective` of phase {self.name!r} should be callable, found {found}.")
+
 
 class Alternation(Generic[Batch]):
     """Phases that take turns on every batch (alternate training).
@@ -111,6 +126,8 @@ class Alternation(Generic[Batch]):
         scaler: torch.amp.GradScaler | None = None,
         accelerator: Any = None,
     ) -> None:
+        if isinstance(phases, Phase) or not all(isinstance(phase, Phase) for phase in phases):
+            raise ValueError(f"`phases` should be a list of phases, found {phases!r}.")
         if not phases:
             raise ValueError("`phases` should hold at least one phase, found none.")
         names = [phase.name for phase in phases]
@@ -120,7 +137,8 @@ class Alternation(Generic[Batch]):
             raise ValueError("`precision` and `scaler` should be left to the `accelerator`, found both.")
         self.phases = tuple(phases)
         self._precision = precision
-        self._scaler = scaler
+        # accelerate's own optimizers step its scaler once each, and it should once a phase
+        self._scaler = scaler if accelerator is None else getattr(accelerator, "scaler", None)
         self._accelerator = accelerator
         if getattr(accelerator, "gradient_accumulation_steps", 1) != 1:
             raise ValueError(
@@ -240,7 +258,7 @@ class Alternation(Generic[Batch]):
             if self._scaler is None:
                 optimizer.step()
             else:
-                self._scaler.step(optimizer)
+                self._scaler.step(_unwrapped(optimizer))
         if self._scaler is not None:
             self._scaler.update()
         for scheduler in _listed(phase.schedulers):
@@ -267,12 +285,12 @@ class Alternation(Generic[Batch]):
 
     def _clip(self, phase: Phase[Batch], max_norm: float) -> Tensor:
         parameters = [p for p in _parameters(phase.trains) if p.requires_grad]
-        if self._accelerator is not None:
-            norm: Tensor = self._accelerator.clip_grad_norm_(parameters, max_norm)
-            return norm
         if self._scaler is not None:
             for optimizer in _listed(phase.optimizers):
-                self._scaler.unscale_(optimizer)
+                self._scaler.unscale_(_unwrapped(optimizer))
+        elif self._accelerator is not None:
+            norm: Tensor = self._accelerator.clip_grad_norm_(parameters, max_norm)
+            return norm
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
@@ -330,6 +348,12 @@ def _parameters(items: Sequence[Trainable]) -> list[nn.Parameter]:
     for item in items:
         found.update(dict.fromkeys(item.parameters() if isinstance(item, nn.Module) else [item]))
     return list(found)
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer in accelerate's wrapper."""
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
 
 
 def _listed(value: Any) -> list[Any]:
