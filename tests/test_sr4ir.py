@@ -14,20 +14,24 @@ from urllib.error import URLError
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import normalize
 
 from examples.common.batches import Batches, chance, loader
 from examples.common.data import datasets, on_grid
 from examples.common.degrade import low_resolution
 from examples.common.networks import EDSR, recogniser, restorer
-from examples.common.recognition import Recognition
+from examples.common.recognition import Recognition, features_of
 from examples.common.tasks import Task
 from examples.sr4ir import experiment, train
 from examples.sr4ir.config import Config, MethodName
 from examples.sr4ir.methods import METHODS
 from examples.sr4ir.train import Trainer, rate
+from restoreloss import CQMix
+from restoreloss.features import IMAGENET
 from tests.test_datasets import filled, make_cars, make_cub, make_mask, make_voc, note
 
 ROOT = Path(__file__).parents[1]
@@ -363,3 +367,231 @@ def test_an_experiment_prepares_every_seed_once(tmp_path: Path, monkeypatch: pyt
         seeds = {folders[path].seed for path in (config.s_weights, config.h_weights, config.fixed_hr) if path}
         assert seeds == {config.seed} and config.judge is not None
         assert folders[config.judge].seed == config.seed + 1000
+
+
+# what the methods do
+
+
+def trainer_and_batch(tmp_path: Path, prepared: dict[str, Path], method: str, progress: float) -> tuple[Trainer, Any]:
+    judge = prepared["classification"]
+    other = tmp_path / "other"
+    Trainer(replace(TINY, out=other, method="oracle", seed=7)).run()
+    names = {"fixed_hr": judge, "judge": other, "foreign": other}
+    trainer = Trainer(replace(TINY, out=tmp_path / method, method=method, **names))  # type: ignore[arg-type]
+    pictures, targets = next(trainer.read(0, 1))
+    return trainer, replace(trainer.batch(pictures, targets, 0, 4), progress=progress)
+
+
+def features(network: nn.Module, images: Tensor) -> Tensor:
+    kept: list[Tensor] = []
+    hook = network.get_submodule("backbone").register_forward_hook(lambda m, i, o: kept.append(o))
+    network(normalize(images, *map(list, IMAGENET)))
+    hook.remove()
+    return kept[0]
+
+
+def l1(network: nn.Module, one: Tensor, other: Tensor) -> Tensor:
+    return (features(network, one) - features(network, other)).abs().mean()
+
+
+def task_loss(trainer: Trainer, images: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(trainer.h(normalize(images, *map(list, IMAGENET))), targets)
+
+
+@pytest.mark.parametrize(
+    ("method", "progress", "expected"),
+    [
+        ("pretrain", 1.0, {"pixel"}),
+        ("s_to_t", 1.0, {"pixel"}),
+        ("no_tdp", 1.0, {"pixel"}),
+        ("sr4ir", 0.0, {"pixel"}),
+        ("sr4ir", 0.0999, {"pixel"}),
+        ("sr4ir", 0.1, {"pixel", "tdp"}),
+        ("no_cqmix", 0.1, {"pixel", "tdp"}),
+        ("fixed_task", 0.5, {"pixel", "tdp"}),
+        ("fixed_foreign", 0.5, {"pixel", "tdp"}),
+        ("t_to_s", 0.0, {"pixel", "task"}),
+        ("tdsr", 0.33, {"pixel"}),
+        ("tdsr", 0.34, {"pixel", "task"}),
+    ],
+)
+def test_the_restorer_learns_from_the_terms_of_its_method(
+    method: str, progress: float, expected: set[str], tmp_path: Path, prepared: dict[str, Path]
+) -> None:
+    trainer, batch = trainer_and_batch(tmp_path, prepared, method, progress)
+    restored = trainer.s(batch.lr)
+    trainer.h.eval()
+    seen_by = {"fixed_task": trainer.judges.fixed_hr, "fixed_foreign": trainer.judges.judge}.get(method, trainer.h)
+    assert seen_by is not None
+    wanted = {
+        "pixel": (restored - batch.hr).abs().mean(),
+        "tdp": l1(seen_by, restored, batch.hr),
+        "task": METHODS[method].restorer_terms.get("task", 0) * task_loss(trainer, restored, batch.targets),
+    }
+    terms = trainer._restorer_terms(batch)
+    assert set(terms) == expected
+    weights = list(trainer.s.parameters())
+    for name, value in terms.items():
+        torch.testing.assert_close(value, wanted[name])
+        mine, theirs = (torch.autograd.grad(x, weights, retain_graph=True) for x in (value, wanted[name]))
+        assert any(gradient.abs().max() > 0 for gradient in mine)
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["joint", "tdp_joint", "rsrssn"])
+def test_one_loss_for_both(method: str, tmp_path: Path, prepared: dict[str, Path]) -> None:
+    trainer, batch = trainer_and_batch(tmp_path, prepared, method, 0.5)
+    terms = trainer._joint_terms(batch)
+    weight = {"joint": None, "tdp_joint": 1.0, "rsrssn": 0.1}[method]
+    assert set(terms) == {"pixel", "task"} | ({"tdp"} if weight else set())
+    restored = trainer.s(batch.lr)
+    torch.testing.assert_close(terms["pixel"], (restored - batch.hr).abs().mean())
+    torch.testing.assert_close(terms["task"], task_loss(trainer, restored, batch.targets))
+    of_task = torch.autograd.grad(terms["task"], list(trainer.s.parameters()), retain_graph=True)
+    assert any(gradient.abs().max() > 0 for gradient in of_task)
+    if weight:
+        torch.testing.assert_close(terms["tdp"], weight * l1(trainer.h, restored, batch.hr))
+        for network in (trainer.s, trainer.h):  # the mistake that the ablation is about
+            gradients = torch.autograd.grad(
+                terms["tdp"], list(network.parameters()), retain_graph=True, allow_unused=True
+            )
+            assert any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.recogniser_inputs])
+def test_the_recogniser_reads_the_pictures_of_its_method(
+    method: str, separate: bool, tmp_path: Path, prepared: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, batch = trainer_and_batch(tmp_path, prepared, method, 0.5)
+    trainer.config = replace(trainer.config, separate=separate)
+    with torch.no_grad():
+        raw = trainer.s(batch.lr)
+        # out of range, so that a clamp shows
+        trainer.s.register_forward_hook(lambda m, i, o: 3 * o - 1)
+    together = METHODS[method].stages[-1][-1] == "both"
+    restored = 3 * raw - 1 if together else (3 * raw - 1).clamp(0, 1)
+    mix = CQMix((4, 4))
+    coins = [torch.Generator().set_state(generator.get_state()) for generator in batch.coins]
+    wanted = {
+        "hr": batch.hr,
+        "sr": restored,
+        "bilinear": F.interpolate(batch.lr, scale_factor=4.0, mode="bilinear"),
+    }
+    expected = [
+        mix(restored, batch.hr, generator=coins.pop(0)) if name == "mix" else wanted[name]
+        for name in METHODS[method].recogniser_inputs
+    ]
+    read: list[tuple[Tensor, Tensor]] = []
+    loss = Recognition.loss
+
+    def note(self: Recognition, network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        assert network is trainer.h
+        read.append((images, targets))
+        return loss(self, network, images, targets)
+
+    monkeypatch.setattr(Recognition, "loss", note)
+    objective = trainer._joint_terms if together else lambda b: {"task": trainer._recogniser_loss(b)["task"]}
+    value = objective(batch)["task"]
+    assert len(read) == (len(expected) if separate else 1)
+    torch.testing.assert_close(torch.cat([images for images, _ in read]), torch.cat(expected))
+    assert torch.equal(torch.cat([targets for _, targets in read]), batch.targets.repeat(len(expected)))
+    if not separate and not together:
+        assert not read[0][0].requires_grad
+        torch.testing.assert_close(value, task_loss(trainer, torch.cat(expected), batch.targets.repeat(len(expected))))
+
+
+def test_learning_rates_follow_their_cosines(tmp_path: Path, prepared: dict[str, Path]) -> None:
+    judge = prepared["classification"]
+    changes: dict[str, Any] = {"steps": 8, "restart": 0.5, "h_warm_up": 2, "fixed_hr": judge, "judge": judge}
+    trainer = Trainer(replace(TINY, out=tmp_path / "run", **changes))
+    seen: dict[str, list[float]] = {"restorer": [], "recogniser": []}
+    (stage,) = trainer.stages
+    for step, (pictures, targets) in enumerate(trainer.read(0, 8)):
+        for phase in stage.alternation.phases:  # type: ignore[attr-defined]
+            seen[phase.name].append(phase.optimizers[0].param_groups[0]["lr"])
+        stage.alternation.step(trainer.batch(pictures, targets, step, 8))
+    cosine = [0.5 * (1 + math.cos(math.pi * k / 4)) for k in (0, 1, 2, 3)] * 2
+    assert seen["restorer"] == pytest.approx([1e-3 * value for value in cosine])
+    rise = [0.5, 1, 1, 1, 1, 1, 1, 1]
+    assert seen["recogniser"] == pytest.approx([2e-3 * a * b for a, b in zip(cosine, rise, strict=True)])
+
+
+def test_the_figures_are_what_they_are_called(tmp_path: Path, prepared: dict[str, Path]) -> None:
+    trainer, _ = trainer_and_batch(tmp_path, prepared, "sr4ir", 0.5)
+    with torch.no_grad():  # so that no two readers agree
+        trainer.h.fc.weight.normal_(generator=torch.Generator().manual_seed(5))
+    figures, samples = trainer.evaluate()
+    data = trainer.test_data
+    hr = torch.stack([data[k][0] for k in range(len(data))])  # type: ignore[index]
+    labels = torch.stack([data[k][1] for k in range(len(data))])  # type: ignore[index]
+    lr = low_resolution(hr, 4)
+    networks = [trainer.s, trainer.h, trainer.judges.fixed_hr, trainer.judges.judge]
+    s, h, fixed, judge = (network.eval() for network in networks if network is not None)
+    with torch.no_grad():
+        seen = s(lr).clamp(0, 1)
+
+        def accuracy(network: nn.Module, images: Tensor) -> float:
+            return 100 * float((network(normalize(images, *map(list, IMAGENET))).argmax(1) == labels).float().mean())
+
+        expected = {
+            "score": accuracy(h, seen), "score_on_hr": accuracy(h, hr), "fixed_hr": accuracy(fixed, seen),
+            "judge": accuracy(judge, seen),
+        }  # fmt: skip
+        gaps = (features(judge, seen) - features(judge, hr)).abs().flatten(1).mean(1)
+        expected["judge_distance"] = float((gaps / features(judge, hr).abs().flatten(1).mean(1)).mean())
+        squares = (seen - hr).square().flatten(1).mean(1)
+        expected["psnr"] = float((-10 * squares.log10()).mean())
+    for name, value in expected.items():
+        assert figures[name] == pytest.approx(value, rel=1e-4), name
+    torch.testing.assert_close(samples["restored"], seen[:8])
+    assert torch.equal(samples["hr"], hr[:8]) and torch.equal(samples["lr"], lr[:8])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": "hr", "h_weights": Path("nowhere")}, "no such file"),
+        ({"s_weights": Path("nowhere")}, "no such file"),
+        ({"s_weights": "another scale"}, "should hold weights of this EDSR"),
+        ({"restorer": "file", "s_weights": "broken"}, "checkpoint that spandrel reads"),
+        ({"recogniser": "timm/nosuch"}, "model of timm"),
+        ({"save_every": 0}, "`save_every` should be at least 1"),
+        ({"steps": 0}, "`steps` should be at least 1"),
+        ({"degradation": "mixture_b"}, "`scale` should be 1 for mixture_b"),
+    ],
+)
+def test_what_cannot_be_is_named_and_leaves_no_folder(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    if changes.get("s_weights") == "another scale":
+        torch.save(EDSR(2, features=24, blocks=4, light=True).state_dict(), tmp_path / "x2.pt")
+        changes = {**changes, "s_weights": tmp_path / "x2.pt"}
+    elif changes.get("s_weights") == "broken":
+        (tmp_path / "broken.pth").write_bytes(b"no weights")
+        changes = {**changes, "s_weights": tmp_path / "broken.pth"}
+    with pytest.raises(ValueError, match=message):
+        Trainer(replace(TINY, out=tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_load_without_the_help_of_torch(
+    tmp_path: Path, prepared: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "first", prepared, method="pretrain", steps=1)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("older ones do not read safetensors")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    trainer = Trainer(replace(TINY, out=tmp_path / "second", method="pretrain", s_weights=tmp_path / "first"))
+    assert equal(weights(tmp_path / "first"), trainer.s.state_dict())
+
+
+def test_networks_of_timm_are_shown_what_they_were_trained_on() -> None:
+    network = recogniser("timm/vit_tiny_patch16_224", "classification", 3, pretrained=False)
+    shown: list[Tensor] = []
+    network.register_forward_pre_hook(lambda m, i: shown.append(i[0]))
+    Recognition("classification", "abc").predict(network.eval(), torch.full((1, 3, 224, 224), 0.5))
+    assert shown[0].abs().max() < 1e-6
+    features_of(network, ["blocks.0"])(torch.full((1, 3, 224, 224), 0.5))
+    assert shown[1].abs().max() < 1e-6
