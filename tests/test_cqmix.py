@@ -358,3 +358,9 @@ def test_images_that_do_not_fit_are_refused_by_name(restored, target, message):
 def test_grid_as_large_as_the_image_is_a_coin_a_pixel():
     coins = draw_coins(200, (3, 5), 0.5)
     assert (coins[:, 1:] != coins[:, :-1]).any(dim=0).all() and (coins[..., 1:] != coins[..., :-1]).any(dim=0).all()
+
+
+@pytest.mark.parametrize("pair", [(None, None), (3, 4), ([torch.rand(3, 8, 8)], None)])
+def test_what_is_no_image_is_named(pair):
+    with pytest.raises(ValueError, match="`restored` and `target` should be tensors, or lists of tensors"):
+        CQMix()(*pair)

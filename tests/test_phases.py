@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, LinearLR, SequentialLR, StepLR
 
-from restoreloss import Alternation, CQMix, Phase, TDPLoss
+from restoreloss import Alternation, CQMix, Phase, TDPLoss, frozen
 from tests.phases_worker import CASES as CASES_OF_TWO
 
 ROOT = Path(__file__).parents[1]
@@ -1364,3 +1364,68 @@ def test_two_processes_give_what_one_gives(two_processes, case):
 @pytest.mark.parametrize("case", CASES_OF_TWO)
 def test_two_processes_average_once_a_step(two_processes, case):
     assert f"{case}: averaged once a step" in two_processes.stdout, two_processes.stdout + two_processes.stderr[-3000:]
+
+
+@pytest.mark.parametrize("max_norm", [None, 10.0])
+def test_a_scaler_of_accelerate_serves_two_optimizers_of_a_phase(accelerate, max_norm, monkeypatch):
+    moved = []
+    for scaled in (False, True):
+        accelerator = accelerate.Accelerator(cpu=True)
+        if scaled:  # as mixed_precision="fp16" makes it on an accelerator
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            monkeypatch.setattr(
+                accelerator, "backward", lambda loss, scaler=accelerator.scaler: scaler.scale(loss).backward()
+            )
+        torch.manual_seed(0)
+        networks = [nn.Linear(4, 4), nn.Linear(4, 2)]
+        start = [copy.deepcopy(network.state_dict()) for network in networks]
+        optimizers = [
+            accelerate.optimizer.AcceleratedOptimizer(SGD(network.parameters(), lr=0.1), scaler=accelerator.scaler)
+            for network in networks
+        ]
+
+        def objective(batch, networks=networks):
+            return networks[1](networks[0](batch)).square().mean()
+
+        training = Alternation(
+            [Phase("both", networks, objective, optimizers, max_norm=max_norm)], accelerator=accelerator
+        )
+        logs = [training.step(torch.rand(3, 4, generator=torch.Generator().manual_seed(k))) for k in range(2)]
+        moved.append([net.state_dict()[k] - old[k] for net, old in zip(networks, start, strict=True) for k in old])
+        if max_norm:
+            moved[-1].append(logs[-1]["both/grad_norm"])
+        assert (training.state_dict()["scaler"] is not None) == scaled
+        if scaled:
+            state = training.state_dict()
+            state["scaler"]["scale"] = 64.0
+            training.load_state_dict(state)
+            assert accelerator.scaler.get_scale() == 64.0
+    for one, other in zip(*moved, strict=True):
+        torch.testing.assert_close(other, one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trains": nn.Linear(2, 1)}, "`trains` of phase 'fit' should be a list of networks, found Linear"),
+        ({"trains": nn.Sequential(nn.Linear(2, 1))}, "found Sequential"),
+        ({"trains": ["net"]}, r"found \['str'\]"),
+        ({"frozen": nn.Sequential(nn.Linear(2, 1))}, "`frozen` of phase 'fit' should be a list of networks"),
+        ({"optimizers": nn.Linear(2, 1).parameters()}, "`optimizers` of phase 'fit' should be optimizers"),
+        ({"objective": None}, "`objective` of phase 'fit' should be callable, found NoneType"),
+    ],
+)
+def test_a_phase_names_what_it_was_given(changes, message):
+    network = nn.Linear(2, 1)
+    given = {"trains": [network], "objective": network, "optimizers": SGD(network.parameters(), lr=0.1), **changes}
+    with pytest.raises(ValueError, match=message):
+        Phase("fit", **given)
+
+
+def test_an_alternation_is_a_list_of_phases():
+    network = nn.Linear(2, 1)
+    phase = Phase("fit", [network], network, SGD(network.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="`phases` should be a list of phases"):
+        Alternation(phase)
+    with pytest.raises(ValueError, match="should be modules, one argument each, found list"), frozen([network]):
+        pass
