@@ -135,6 +135,25 @@ def memory_of_each(batch: int, size: int) -> dict[str, float]:
     return memory
 
 
+def restoring(batch: int, size: int, rounds: int) -> None:
+    """Seconds of one, four and fifty steps, in turn; and whose parameters there are."""
+    edtr, _, _ = networks()
+    edtr.eval()
+    degraded = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+    times: dict[int, list[float]] = {1: [], 4: [], 50: []}
+    for _ in tqdm(range(rounds), desc="restoring"):
+        for n, found in times.items():
+            started = time.perf_counter()
+            edtr.restore(degraded, n=n)
+            found.append(time.perf_counter() - started)
+    long, few, one = (statistics.median(times[n]) for n in (50, 4, 1))
+    print(f"restoring, 1 / 50 and 4 / 50 steps {one / long:.3f}, {few / long:.3f}")
+    trained = sum(p.numel() for p in edtr.parameters())
+    held = (edtr._pre, edtr._encoder, edtr._unet)
+    frozen = sum(p.numel() for part in held if part is not None for p in part.network.parameters())
+    print(f"parameters, trained + frozen      {trained:,} + {frozen:,}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
@@ -160,6 +179,7 @@ def main() -> None:
     print(f"time, ours / plain                {statistics.median(ratios):.2f}")
     print(f"peak memory, ours / plain         {memory['ours'] / memory['plain']:.2f}")
     print(f"gradients differ by               {gaps[0]:.1e} (restorer), {gaps[1]:.1e} (task network)")
+    restoring(args.batch, args.size, args.rounds)
     if max(gaps) > 1e-3:
         raise SystemExit("Both iterations should give the same gradients.")
     if statistics.median(ratios) > 0.85 or memory["ours"] > 0.8 * memory["plain"]:
