@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from examples.common.folder import read_picture
+from examples.common.report import read_runs
 from examples.common.tiles import tiled
+from examples.edtr import experiment
 from examples.edtr import prepare as preparing
 from examples.edtr import restore as restoring
 from examples.edtr.config import Config, MethodName
@@ -441,3 +443,23 @@ def test_an_unfinished_preparation_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path / "run", tmp_path)
     with pytest.raises(ValueError, match="no config.yaml"):
         restoring.load_run(tmp_path)
+
+
+def test_the_experiment_runs_every_name_once(tmp_path: Path) -> None:
+    base = replace(TINY, out=tmp_path, test_count=4)
+    study = experiment.Experiment(tmp_path, base, prior_steps=1, prior_pictures=8, prepare_steps=1)
+    names = (*experiment.BASELINES, *experiment.MAIN, "no_fm")
+    for _ in range(2):
+        for name in names:
+            study.run(name, 1)
+    groups = read_runs(tmp_path / "table", by_folder=True)
+    (methods,) = groups.values()
+    assert set(methods) == set(names)
+    shared = json.loads((tmp_path / "table" / experiment.setting(base) / "sr4ir/seed1/results.json").read_text())
+    assert {"score", "fixed_hr", "judge", "psnr"} < set(shared)
+    found = study.steps(1, [1, 3], 2)
+    assert set(found) == {
+        f"{name}, {what}" for name in experiment.MAIN for what in ("1 steps", "3 steps", "deviation over noise")
+    }
+    alone, several = (found[f"edtr_1, {n} steps"]["psnr"] for n in (1, 3))
+    assert alone != several and found["edtr_1, deviation over noise"]["psnr"] > 0

@@ -50,23 +50,29 @@ class Experiment:
 
     out: Path
     base: Config
+    prior_steps: int = 1000
+    prior_pictures: int = 4000
+    prepare_steps: int = 500
 
     def prior(self) -> Path:
         """One diffusion model for all seeds, of pictures of its own, as a hub's would be."""
-        plain = PriorConfig(out=self.out / "prior")
+        out = self.out / "prior"
         settings = shared(self.base)
-        settings |= {"steps": plain.steps, "seed": PRIOR_SEED, "train_count": 4000, "out": plain.out}
+        settings |= {
+            "steps": self.prior_steps, "seed": PRIOR_SEED, "train_count": self.prior_pictures, "out": out,
+            "task": "classification",
+        }  # fmt: skip
         trainer = PriorTrainer(PriorConfig(**settings))
         trainer.run()
-        if not (plain.out / "prompt.safetensors").exists():
+        if not (out / "prompt.safetensors").exists():
             trainer.save_pretrained()
-        return plain.out
+        return out
 
     def prepared(self, seed: int) -> Path:
         """Task networks on HQ pictures and the pre-restoration network."""
         settings = shared(self.base)
         folder = self.out / "prepared" / setting(self.base) / f"seed{seed}"
-        settings |= {"out": folder, "seed": seed, "steps": 500}
+        settings |= {"out": folder, "seed": seed, "steps": self.prepare_steps}
         prepare(PrepareConfig(**settings, tasks=[self.base.task], train_prior=False))
         return folder
 

@@ -286,14 +286,14 @@ def _with_prepared(config: Config) -> Config:
         return config
     folder = config.prepared
     tasks = TASKS if config.all_in_one else (config.task,)
-    found = {
+    found: dict[str, Any] = {
         "prior": config.prior or folder / "prior",
         "pre": config.pre or folder / "pre",
         "references": config.references or [folder / f"{task}_hq" for task in tasks],
         "judge": config.judge or (None if config.all_in_one else folder / f"{config.task}_judge"),
     }
-    for path in (folder / "prior", folder / "pre", *(folder / f"{task}_hq" for task in tasks)):
-        if not path.is_dir():
+    for path in (found["prior"], found["pre"], *found["references"]):
+        if folder in path.parents and not path.is_dir():
             raise ValueError(f"`prepared` should be what examples.edtr.prepare wrote, found no {path}.")
     before = yaml.safe_load((folder / "pre" / "config.yaml").read_text(encoding="utf-8"))
     now = plain_values(asdict(config))
@@ -303,7 +303,7 @@ def _with_prepared(config: Config) -> Config:
                 f"`{option}` should be {before[option]!r}, as the networks in {folder} were trained with, found "
                 f"{now[option]!r}."
             )
-    return replace(config, **found)  # type: ignore[arg-type]
+    return replace(config, **found)
 
 
 def main() -> None:
