@@ -18,6 +18,7 @@ from tests.networks import (
 )
 
 SHAPE = (4, 3, 8, 8)
+ELSEWHERE = "FeatureMatchingLoss"  # trains a network and not an image: its contract is in test_hlf_fm.py
 
 
 @dataclass(frozen=True)

@@ -1071,3 +1071,125 @@ def test_shared_blocks_nest_and_end_also_by_an_exception():
     features(batch)
     features(batch)
     assert len(calls) == 4
+
+
+# what the network sees in its own pass
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11", "mobilenet_v3_small", "timm convnext", "timm vit"])
+def test_a_recorded_pass_leaves_what_a_pass_for_its_own_sake_sees(name):
+    network, layers, batch = real(name), REAL[name][2], images()
+    features = FeatureExtractor(network, layers)
+    with features.recording() as seen:
+        output = network(normalised(batch))
+    expected = features(batch)
+    assert list(seen) == list(expected)
+    assert all(torch.equal(seen[layer], value) for layer, value in expected.items())
+    assert torch.equal(output, network(normalised(batch)))  # to its end, and undisturbed
+
+
+@pytest.mark.parametrize("layers", [["backbone"], ["backbone/1", "rpn.head.conv"]])
+def test_a_recorded_pass_leaves_named_tensors_of_a_container(layers):
+    network, batch = real("fasterrcnn_mobilenet_v3_large_fpn"), images()
+    features = FeatureExtractor(network, layers)
+    with features.recording() as seen:
+        network(list(batch))
+    expected = features(batch)
+    assert list(seen) == list(expected)
+    assert all(torch.equal(seen[layer], value) for layer, value in expected.items())
+
+
+def test_a_recorded_pass_is_in_the_mode_of_the_network_and_moves_it_once():
+    network, plain, batch = live_recogniser(), live_recogniser(), images(4, 3, 8, 8)
+    torch.manual_seed(0)
+    expected = plain(batch)
+    torch.manual_seed(0)
+    with FeatureExtractor(network, ["stem.1", "stage"]).recording() as seen:
+        found = network(batch)
+    assert torch.equal(found, expected)  # dropout, batch statistics
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in network.state_dict().items())
+    assert network.stem[1].num_batches_tracked == 1
+    assert not torch.equal(seen["stem.1"], seen["stem.1"].relu())  # the ReLU behind it writes into it
+
+
+def test_a_recorded_pass_carries_the_gradient_of_both():
+    network, plain, batch = live_recogniser().eval(), live_recogniser().eval(), images(2, 3, 8, 8)
+    with FeatureExtractor(network, ["stem.1", "stage"]).recording() as seen:
+        logits = network(batch)
+    (logits.sum() + seen["stage"].square().sum() + seen["stem.1"].square().sum()).backward()
+    (plain(batch).sum() + plain.stage(plain.stem(batch)).square().sum()).backward()
+    plain.stem[1](plain.stem[0](batch)).square().sum().backward()
+    for (name, one), other in zip(network.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_recorded_features_are_there_at_the_end_of_the_block():
+    network, batch = sequential(), images(1, 3, 8, 8)
+    with FeatureExtractor(network, ["0"]).recording() as seen:
+        network(batch)
+        assert not seen
+    assert list(seen) == ["0"]
+
+
+def test_the_first_of_several_passes_is_recorded():
+    network, batch = nn.Sequential(Scale(2), Scale(3)), images(1, 3, 4, 4)
+    with FeatureExtractor(network, ["1", "0"]).recording() as seen:
+        network(batch)
+        network(batch + 1)
+    assert list(seen) == ["1", "0"]  # in the order in which they are named
+    assert torch.equal(seen["0"], 2 * batch) and torch.equal(seen["1"], 6 * batch)
+
+
+def test_recording_does_not_disturb_a_look_of_its_own():
+    network, batch = nn.Sequential(Scale(2), Scale(3)), images(1, 3, 4, 4)
+    features = FeatureExtractor(network, ["0"], normalize=None)
+    with features.recording() as seen:
+        assert torch.equal(features(batch)["0"], 2 * batch)
+    assert torch.equal(seen["0"], 2 * batch)
+    with features.recording() as one, FeatureExtractor(network, ["1"]).recording() as other:
+        network(batch)
+    assert torch.equal(one["0"], 2 * batch) and torch.equal(other["1"], 6 * batch)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_recording_leaves_no_hook_behind(error):
+    network = live_recogniser()
+    features = FeatureExtractor(network, ["stem.1", "stage"])
+
+    def hooks():
+        return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in network.modules())
+
+    with features.recording():
+        assert hooks() == 2
+        network(images(2, 3, 8, 8))
+    assert hooks() == 0
+    with pytest.raises(error), features.recording():
+        raise error("out of memory, say")
+    assert hooks() == 0
+    with pytest.raises(ValueError, match=r"did not call \['stem.1', 'stage'\]"), features.recording():
+        pass
+    with pytest.raises(ValueError, match=r"did not call \['stage'\]"), features.recording():
+        network.stem(images(2, 3, 8, 8))
+    assert hooks() == 0
+
+
+def test_recording_looks_through_wrappers_and_refuses_a_pass_that_does_not_tell():
+    network, batch = nn.Sequential(Scale(2), Scale(3)), images(1, 3, 4, 4)
+    with FeatureExtractor(nn.DataParallel(network), ["0"]).recording() as seen:
+        network(batch)
+    assert torch.equal(seen["0"], 2 * batch)
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend="aot_eager")
+    compiled(batch)  # hooks that come later are ignored
+    with pytest.raises(ValueError, match="does not tell"), FeatureExtractor(compiled, ["0"]).recording():
+        compiled(batch)
+
+
+def test_recording_in_inference_mode_and_without_gradient():
+    network, batch = live_recogniser().eval(), images(2, 3, 8, 8)
+    features = FeatureExtractor(network, ["stem.1"])
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), features.recording() as seen:
+            network(normalised(batch))
+        assert not seen["stem.1"].requires_grad
+        assert torch.equal(seen["stem.1"], features(batch)["stem.1"])

@@ -213,3 +213,138 @@ def test_images_that_do_not_fit(images: Any) -> None:
     for mixture in (MixtureA(), MixtureB()):
         with pytest.raises(ValueError, match="`images` should"):
             mixture(images)
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.4, math.pi / 2, -3.0])
+def test_a_kernel_is_a_gaussian_density_on_the_pixels(angle: float) -> None:
+    """Of the covariance R diag(sigma^2) R^T, x to the right and y downwards."""
+    sigma = (3.0, 1.2)
+    cos, sin = math.cos(angle), math.sin(angle)
+    covariance = np.array([[cos, -sin], [sin, cos]]) @ np.diag(np.square(sigma)) @ np.array([[cos, sin], [-sin, cos]])
+    density = scipy.stats.multivariate_normal([0, 0], covariance)
+    expected = np.array([[density.pdf([x, y]) for x in range(-9, 10)] for y in range(-9, 10)])
+    np.testing.assert_allclose(gaussian_kernel(19, sigma, angle), expected / expected.sum(), rtol=1e-9, atol=1e-300)
+
+
+def test_blur_keeps_batches_channels_and_dtypes_apart() -> None:
+    batch, kernel = torch.cat([photo(20, 30), photo(20, 30).flip(-1) ** 2]), gaussian_kernel(9, (2.0, 1.0), 0.3)
+    together = blur(batch, kernel)
+    for n in range(2):
+        for c in range(3):
+            alone = blur(batch[n : n + 1, c : c + 1], kernel)[0, 0]
+            torch.testing.assert_close(together[n, c], alone, rtol=0, atol=1e-12)
+    single = blur(batch.float(), kernel.float())
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), together, rtol=0, atol=2e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1.0, 1.5, 2.0, 3.3, 8.0, 16.0]))
+def test_a_reduction_is_a_loop_over_pixels(height: int, width: int, scale: float) -> None:
+    picture = torch.rand(height, width, generator=seeded(height + 41 * width), dtype=torch.float64)
+    found = shrink(picture[None, None], scale)[0, 0]
+    rows, columns = max(1, math.floor(height / scale)), max(1, math.floor(width / scale))
+    assert found.shape == (rows, columns)
+
+    def places(k: int, old: int, new: int) -> list[tuple[int, float]]:
+        at = max((k + 0.5) * old / new - 0.5, 0.0)
+        return [(min(math.floor(at), old - 1), 1 - at % 1), (min(math.floor(at) + 1, old - 1), at % 1)]
+
+    for i in range(rows):
+        for j in range(columns):
+            expected = sum(
+                a * b * float(picture[row, column])
+                for row, a in places(i, height, rows)
+                for column, b in places(j, width, columns)
+            )
+            assert float(found[i, j]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_mixture_without_strength_is_jpeg_alone() -> None:
+    mixture, picture = MixtureB(sigma=(0, 0), scale=(1, 1), noise=(0, 0), quality=(90, 90)), photo()
+    torch.testing.assert_close(mixture(picture), jpeg(picture, 90), rtol=0, atol=1e-12)
+    torch.testing.assert_close(MixtureA(1, 90)(picture), jpeg(picture, 90), rtol=0, atol=1e-12)
+    assert (mixture(picture) - picture).square().mean() < 0.02**2
+
+
+def test_every_picture_gets_the_degradation_that_was_drawn_for_it() -> None:
+    mixture, batch = MixtureB(), torch.cat([photo(40, 40), 1 - photo(40, 40)])
+    found, generator = mixture(batch, generator=seeded(8)), seeded(8)
+    drawn = mixture.draw(2, generator=generator)
+    expected = [
+        mixture.degrade(picture, what, generator=generator) for picture, what in zip(batch.split(1), drawn, strict=True)
+    ]
+    assert torch.equal(found, torch.cat(expected))
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize("level", [2.0, 10.0])
+def test_the_noise_of_a_grey_picture_is_that_of_its_name(level: float) -> None:
+    mixture = MixtureB(sigma=(0, 0), scale=(1, 1), noise=(level, level), quality=(100, 100))
+    found = mixture(torch.full((1, 1, 200, 200), 0.5, dtype=torch.float64), generator=seeded(0)) * 255
+    # rounded before JPEG, in its frequencies and after it: each adds a twelfth
+    assert abs(float(found.var()) - level**2 - 0.25) < 5 * level**2 * math.sqrt(2 / 40_000)
+    assert abs(scipy.stats.kurtosis(found.flatten())) < 5 * math.sqrt(24 / 40_000)
+
+
+def test_noise_comes_after_the_reduction() -> None:
+    """Noise of the large picture would be averaged or thinned; that of the small one is enlarged with it."""
+    mixture = MixtureB(sigma=(0, 0), scale=(4, 4), noise=(10, 10), quality=(100, 100))
+    found = mixture(torch.full((1, 1, 256, 256), 0.5, dtype=torch.float64), generator=seeded(0))[0, 0]
+    neighbours = np.corrcoef(found[:, :-1].flatten(), found[:, 1:].flatten())[0, 1]
+    assert neighbours > 0.9  # they are a quarter of a pixel apart
+
+
+def test_mixture_a_does_the_same_to_a_picture_alone_and_among_others() -> None:
+    batch = torch.cat([photo(40, 51), 1 - photo(40, 51), photo(40, 51).flip(-1)])
+    together = MixtureA()(batch)
+    for n in range(3):
+        assert torch.equal(MixtureA()(batch[n : n + 1])[0], together[n])
+    assert torch.equal(MixtureA()(batch), together)
+
+
+def test_without_a_generator_the_draws_are_those_of_torch() -> None:
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        results.append(MixtureB()(photo(40, 40)))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_degraded_in_single(dtype: torch.dtype) -> None:
+    images = photo(40, 40).to(dtype)
+    for degrade in (MixtureA(), lambda images: MixtureB()(images, generator=seeded(2))):
+        assert torch.equal(degrade(images), degrade(images.float()).to(dtype))
+
+
+@pytest.mark.parametrize("mixture", [MixtureA(2), MixtureB()])
+def test_images_are_clipped_and_left_as_they_were(mixture: Any) -> None:
+    images = 3 * photo(30, 30) - 1
+    kept, options = images.clone(), [{"generator": seeded(0)} if isinstance(mixture, MixtureB) else {} for _ in "ab"]
+    assert torch.equal(mixture(images, **options[0]), mixture(images.clamp(0, 1), **options[1]))
+    assert torch.equal(images, kept)
+
+
+def test_grey_stays_grey() -> None:
+    grey = photo(40, 40).mean(dim=1, keepdim=True)
+    assert MixtureB()(grey, generator=seeded(0)).shape == MixtureA()(grey).shape == (1, 1, 40, 40)
+    assert torch.equal(jpeg(grey, 50), jpeg(grey.expand(-1, 3, -1, -1), 50)[:, :1])  # one channel is coded as luma
+
+
+@pytest.mark.parametrize("coin", [0.0, 0.3, 1.0])
+def test_as_many_blurs_have_two_widths_as_was_asked(coin: float) -> None:
+    drawn = MixtureB(anisotropic=coin).draw(3000, generator=seeded(1))
+    share = sum(what.sigma[0] != what.sigma[1] for what in drawn) / 3000
+    assert abs(share - coin) <= 5 * math.sqrt(coin * (1 - coin) / 3000)
+
+
+def test_draws_stay_within_what_was_asked() -> None:
+    mixture = MixtureB(sigma=(1, 2), scale=(3, 4), noise=(5, 6), quality=(70, 71))
+    drawn = mixture.draw(300, generator=seeded(0))
+    for what in drawn:
+        assert all(1 <= sigma <= 2 for sigma in what.sigma) and 3 <= what.scale <= 4 and 5 <= what.noise <= 6
+        assert -math.pi <= what.angle <= math.pi
+    assert {what.quality for what in drawn} == {70, 71}
+    fixed = MixtureB(sigma=(2, 2), scale=(3, 3), noise=(4, 4), quality=(60, 60), anisotropic=0).draw(2)
+    assert fixed[0] == fixed[1] == ((2.0, 2.0), 0.0, 3.0, 4.0, 60)

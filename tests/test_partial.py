@@ -3,14 +3,16 @@
 import math
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from restoreloss import NoiseSchedule, denoise, partial_diffusion, short_steps
+from restoreloss import NoiseSchedule, as_denoiser, denoise, partial_diffusion, short_steps
 from restoreloss.diffusion.partial import standard_normal
+from tests.networks import tiny_unet
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 SCHEDULES = [NoiseSchedule.linear(), SCHEDULE, NoiseSchedule.cosine()]
@@ -216,3 +218,152 @@ def test_noise_of_another_shape_is_refused() -> None:
     x = normal(2, 1, 2, 2)
     with pytest.raises(ValueError, match="`x` and `noise`"):
         partial_diffusion(perfect(x), x, 100, SCHEDULE, noise=x[:1])
+
+
+class Diffusers:
+    """The DDPM sampler of diffusers on timesteps of one's own."""
+
+    def __init__(self, steps: list[int]) -> None:
+        options = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+        self.scheduler = diffusers.DDPMScheduler(1000, **options, clip_sample=False)
+        self.scheduler.set_timesteps(timesteps=steps)
+
+    def sample(self, denoiser: Any, z: Tensor, generator: torch.Generator) -> Tensor:
+        for t in self.scheduler.timesteps:
+            last = self.scheduler.step(denoiser(z, t.expand(len(z))), t, z, generator=generator)
+            z = last.prev_sample
+        return last.pred_original_sample
+
+
+@pytest.mark.parametrize("steps", [[200], [200, 150, 100, 50], short_steps(999, 50), [3, 2, 1]], ids=len)
+def test_the_steps_are_those_of_diffusers(steps: list[int]) -> None:
+    x_t, (mine, theirs) = normal(2, 3, 4, 4, dtype=torch.float64), (torch.Generator().manual_seed(3) for _ in "ab")
+
+    def denoiser(z: Tensor, t: Tensor) -> Tensor:
+        return 0.9 * z.tanh() + t.view(-1, 1, 1, 1) / 1e4
+
+    found = denoise(denoiser, x_t, steps, SCHEDULE, generator=mine)
+    expected = Diffusers(steps).sample(denoiser, x_t, theirs)
+    # the tables of diffusers are float32, with the differences taken in them
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("n", [1, 4, 50])
+def test_gaussian_pictures_are_restored_with_the_statistics_of_ddpm(n: int) -> None:
+    """Of pictures N(mean, spread^2) the best denoiser is linear, and so every step of the chain stays Gaussian."""
+    mean, spread, steps = 0.5, 0.8, short_steps(600, n)
+    abar = SCHEDULE.alphas_cumprod.double()
+
+    def best(x_t: Tensor, t: Tensor) -> Tensor:
+        a = abar[t].view(-1, 1)
+        return (1 - a).sqrt() * (x_t - a.sqrt() * mean) / (a * spread**2 + 1 - a)
+
+    # the first restoration is a picture of one grey: what its statistics become, step by step
+    center, variance = float(abar[steps[0]].sqrt()) * 0.2, 1 - float(abar[steps[0]])
+    for t, s in zip(steps, [*steps[1:], None], strict=True):
+        a = float(abar[t])
+        gain = math.sqrt(a) * spread**2 / (a * spread**2 + 1 - a)  # E[x | x_t] = mean + gain (x_t - sqrt(a) mean)
+        center_0 = mean + gain * (center - math.sqrt(a) * mean)
+        if s is None:
+            break
+        b = float(abar[s])
+        beta = 1 - a / b
+        of_0, of_t = math.sqrt(b) * beta / (1 - a), math.sqrt(a / b) * (1 - b) / (1 - a)
+        slope = of_0 * gain + of_t
+        center = of_0 * center_0 + of_t * center
+        variance = slope**2 * variance + beta * (1 - b) / (1 - a)
+    count = 100_000
+    x = torch.full((count, 1), 0.2, dtype=torch.float64)
+    found = partial_diffusion(best, x, steps, SCHEDULE, generator=torch.Generator().manual_seed(0))
+    deviation = gain * math.sqrt(variance)
+    assert abs(float(found.mean()) - center_0) < 5 * deviation / math.sqrt(count)
+    assert abs(float(found.std()) / deviation - 1) < 5 / math.sqrt(2 * count)
+
+
+def test_every_sample_may_have_its_own_timestep() -> None:
+    x, noise, t = normal(3, 2, 4, 4), normal(3, 2, 4, 4, seed=1), torch.tensor([0, 77, 999])
+    seen: list[Tensor] = []
+
+    def denoiser(x_t: Tensor, t: Tensor) -> Tensor:
+        seen.append(t)
+        return x_t.tanh()
+
+    together = partial_diffusion(denoiser, x, t, SCHEDULE, noise=noise)
+    assert torch.equal(seen[0], t)
+    for n in range(3):
+        alone = partial_diffusion(denoiser, x[n : n + 1], int(t[n]), SCHEDULE, noise=noise[n : n + 1])
+        torch.testing.assert_close(together[n : n + 1], alone)
+
+
+def test_the_denoiser_is_asked_for_every_sample_at_every_step() -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def denoiser(x_t: Tensor, t: Tensor) -> Tensor:
+        asked.append((x_t.shape, t.tolist(), t.dtype))
+        return x_t
+
+    partial_diffusion(denoiser, normal(2, 1, 3, 3), range(9, 0, -4), SCHEDULE)
+    assert asked == [((2, 1, 3, 3), [t, t], torch.int64) for t in (9, 5, 1)]
+
+
+def test_a_network_is_trained_through_one_step_and_left_alone_without_gradient() -> None:
+    denoiser, x = as_denoiser(tiny_unet(), SCHEDULE), normal(2, 3, 8, 8).requires_grad_()
+    with torch.no_grad():
+        assert not partial_diffusion(denoiser, x, short_steps(200, 2)).requires_grad
+    weights = nn.Conv2d(3, 3, 1)
+    partial_diffusion(lambda x_t, t: denoiser(weights(x_t), t), x, 200, SCHEDULE).square().mean().backward()
+    for reached in (x, weights.weight):
+        assert reached.grad is not None and reached.grad.isfinite().all() and reached.grad.any()
+
+
+def test_a_generator_draws_where_it_lives_and_nowhere_else() -> None:
+    x, before = normal(2, 3, 4, 4), torch.get_rng_state()
+    denoiser = lambda z, _: z.tanh()  # noqa: E731
+    results = [
+        partial_diffusion(denoiser, x, short_steps(200, 3), SCHEDULE, generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    assert torch.equal(torch.get_rng_state(), before)
+    here, there = (torch.Generator().manual_seed(0) for _ in "ab")
+    partial_diffusion(denoiser, x, short_steps(200, 3), SCHEDULE, generator=here)
+    elsewhere = partial_diffusion(denoiser, x.to("meta"), short_steps(200, 3), SCHEDULE, generator=there)
+    assert elsewhere.is_meta and elsewhere.shape == x.shape
+    assert torch.equal(here.get_state(), there.get_state())  # the same noise, drawn on the CPU for images elsewhere
+    torch.manual_seed(5)
+    partial_diffusion(denoiser, x, [200, 100], SCHEDULE)
+    drawn = torch.get_rng_state()
+    torch.manual_seed(5)
+    torch.randn(2, *x.shape)
+    assert torch.equal(torch.get_rng_state(), drawn)  # twice the pictures: before the first step and after it
+
+
+def test_what_is_given_is_left_as_it_is() -> None:
+    x, noise, steps = normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1), [200, 100]
+    kept = x.clone(), noise.clone()
+    partial_diffusion(lambda z, _: z.tanh(), x, steps, SCHEDULE, noise=noise)
+    denoise(lambda z, _: z.tanh(), x, steps, SCHEDULE)
+    assert torch.equal(x, kept[0]) and torch.equal(noise, kept[1]) and steps == [200, 100]
+
+
+def test_pictures_that_are_not_floating_point_are_refused() -> None:
+    with pytest.raises(ValueError, match="`x` should be floating point, found torch.int64"):
+        partial_diffusion(lambda z, _: z, torch.ones(1, 3, 4, 4).long(), 5, SCHEDULE)
+    with pytest.raises(ValueError, match="floating point"):
+        denoise(lambda z, _: z, torch.ones(1, 3, 4, 4).long(), 5, SCHEDULE)
+
+
+@pytest.mark.parametrize("t_p", [1000, 5000])
+def test_steps_beyond_the_schedule_are_refused(t_p: int) -> None:
+    x = normal(1, 1, 2, 2)
+    with pytest.raises(ValueError, match=rf"`timestep` should be in \[0, 1000\), found {t_p}"):
+        partial_diffusion(perfect(x), x, short_steps(t_p, 4), SCHEDULE)
+
+
+@pytest.mark.parametrize("last", [-1, 5.5, None])
+def test_steps_are_checked_before_the_first(last: Any) -> None:
+    def denoiser(x_t: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("should not be asked")
+
+    with pytest.raises(ValueError, match="`timestep` should be"):
+        denoise(denoiser, normal(1, 1, 2, 2), [100, 50, last], SCHEDULE)

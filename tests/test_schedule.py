@@ -376,3 +376,91 @@ def test_timesteps_neither_one_nor_as_many_as_the_images_are_refused(timesteps: 
     x = torch.rand(3, 3, 4, 4)
     with pytest.raises(ValueError, match="`timestep` should be one integer or 3"):
         NoiseSchedule.linear().add_noise(x, x, timesteps)
+
+
+# the posterior, by its coefficients: of x0 alone, and of x_t alone
+
+
+def coefficients(schedule, t, s):
+    one = torch.ones(len(t), dtype=torch.float64)
+    of_x0, deviation = schedule.posterior(0 * one, one, t, s)
+    of_x_t, _ = schedule.posterior(one, 0 * one, t, s)
+    return of_x0, of_x_t, deviation.double()
+
+
+@pytest.mark.parametrize("steps", [10, 1000])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_posterior_is_bayes_rule_in_float64_at_all_strides(name, steps):
+    make, beta, _ = SCHEDULES[name]
+    abar = torch.tensor(cumulated(beta, steps), dtype=torch.float64)
+    t, s = torch.tril_indices(steps, steps, -1)
+    # x_s | x0 and x_t | x_s are Gaussian: their precisions for x_s add
+    step = abar[t] / abar[s]
+    precision = 1 / (1 - abar[s]) + step / (1 - step)
+    expected = (abar[s].sqrt() / (1 - abar[s]) / precision, step.sqrt() / (1 - step) / precision, precision.rsqrt())
+    for found, wanted in zip(coefficients(make(steps), t, s), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    times=st.lists(st.integers(0, 999), min_size=3, max_size=3, unique=True),
+    make=st.sampled_from([NoiseSchedule.linear, NoiseSchedule.scaled_linear, NoiseSchedule.cosine]),
+)
+def test_two_strides_of_the_posterior_are_one(times, make):
+    r, s, t = (torch.tensor([time]) for time in sorted(times))
+    schedule = make()
+    x0, x_t, deviation = coefficients(schedule, t, s)
+    x0_on, x_s, deviation_on = coefficients(schedule, s, r)
+    both = (x0_on + x_s * x0, x_s * x_t, (deviation_on**2 + (x_s * deviation) ** 2).sqrt())
+    for found, wanted in zip(both, coefficients(schedule, t, r), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_posterior_of_noisy_images_has_the_noise_of_the_schedule(name):
+    schedule = SCHEDULES[name][0]()
+    t, s = torch.tril_indices(1000, 1000, -1)
+    x0, x_t, deviation = coefficients(schedule, t, s)
+    signal, sigma = schedule.signal.double(), schedule.sigma.double()
+    torch.testing.assert_close(x0 + x_t * signal[t], signal[s], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close((x_t * sigma[t]).square() + deviation.square(), sigma[s].square(), rtol=1e-5, atol=0)
+
+
+def test_posterior_takes_timesteps_for_each_sample():
+    x, noise = images()
+    schedule, t, s = NoiseSchedule.linear(), [1, 500, 999], [0, 20, 998]
+    mean, deviation = schedule.posterior(noise, x, torch.tensor(t), torch.tensor(s))
+    assert deviation.shape == (3, 1, 1, 1)
+    for n in range(3):
+        alone = schedule.posterior(noise[n : n + 1], x[n : n + 1], t[n], s[n])
+        assert torch.equal(mean[n : n + 1], alone[0]) and torch.equal(deviation[n : n + 1], alone[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_posterior_is_computed_in_single_precision_or_higher(dtype):
+    x, noise = images(dtype=dtype)
+    mean, deviation = NoiseSchedule.linear().posterior(noise, x, 300, 299)
+    exact, _ = NoiseSchedule.linear().posterior(noise.double(), x.double(), 300, 299)
+    assert mean.dtype == dtype and deviation.dtype == torch.float32
+    torch.testing.assert_close(mean, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_posterior_is_finite_at_no_signal_and_at_no_noise():
+    schedule = NoiseSchedule(torch.tensor([1.0, 0.5, 0.0]))
+    x, noise = images()
+    mean, deviation = schedule.posterior(noise, x, 2, 1)  # pure noise tells nothing
+    torch.testing.assert_close(mean, math.sqrt(0.5) * x, rtol=1e-6, atol=0)
+    assert (deviation == schedule.sigma[1]).all()
+    mean, deviation = schedule.posterior(noise, x, 1, 0)  # nothing to be drawn
+    torch.testing.assert_close(mean, x, rtol=1e-6, atol=0)
+    assert not deviation.any()
+
+
+@pytest.mark.parametrize("t", [-1, 1000, 5.0, torch.tensor([1, 2])])
+@pytest.mark.parametrize("which", ["t", "previous"])
+def test_posterior_refuses_timesteps_that_do_not_fit(which, t):
+    x, noise = images()
+    times = {"t": torch.tensor([999] * 3), "previous": torch.tensor([0] * 3)} | {which: t}
+    with pytest.raises(ValueError, match="`timestep` should be"):
+        NoiseSchedule.linear().posterior(noise, x, **times)
