@@ -215,7 +215,8 @@ class FeatureMatchingLoss(Objective):
     frozen for good, follows ``.to()`` and appears in no ``parameters()`` or ``state_dict()`` of the loss. The student
     is borrowed: it runs in the mode it is in, and its batch-norm statistics stay what they are.
 
-    The student usually reads the same images for its task loss. One pass then does for both:
+    The student usually reads the same images for its task loss. One pass then does for both (detach the images: what a
+    recorded pass may reach is the caller's business):
 
         with matching.student.recording() as seen:
             logits = student(normalize(images))
