@@ -89,8 +89,8 @@ class Trainer(Recipe[Batch]):
         tasks = TASKS if config.all_in_one else (config.task,)
         if len(config.references) != len(tasks):
             raise ValueError(
-                f"`references` should be the run directories of oracles for {', '.join(tasks)}, found "
-                f"{len(config.references)}."
+                f"`references` should be the run directories of oracles for {', '.join(tasks)}, or `prepared` a folder "
+                f"that holds them, found {len(config.references)}."
             )
         self.degrade = degradation(config, config.seed)
         self.restorer = self._edtr()
