@@ -18,6 +18,7 @@ import logging
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,7 +295,7 @@ def save_bars(path: Path, groups: Mapping[Group, Methods], reference: str) -> No
             axes.plot(sample.values, [y + 0.25] * len(sample.values), "o", color="white", mec="black", markersize=4)
         axes.set_yticks(range(len(scores)), list(scores))
         axes.set_ylim(most[number // columns] - 0.4, -0.6)  # bars of one thickness
-        axes.set_title(str(group), fontsize=9)
+        axes.set_title(textwrap.fill(str(group), 60), fontsize=9)
         axes.set_xlabel("score: mean, standard deviation, seeds")
         axes.grid(axis="x", alpha=0.3)
     for axes in panels:
