@@ -6,17 +6,23 @@
 
 from restoreloss.augmentations.cqmix import CQMix
 from restoreloss.augmentations.mixtures import MixtureA, MixtureB
+from restoreloss.blocks.time_moe import FiLM, TimeConditioned, TimeMoE
 from restoreloss.blocks.wavelet import WaveletColorFix
 from restoreloss.diffusion.denoisers import Denoiser, as_denoiser
+from restoreloss.diffusion.levels import NoiseLevels
+from restoreloss.diffusion.matching import TimestepMatch, match_timestep, order_by_timestep
 from restoreloss.diffusion.partial import denoise, partial_diffusion, short_steps
 from restoreloss.diffusion.prior import small_prior
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.features import FeatureExtractor
 from restoreloss.frozen import frozen
 from restoreloss.objectives.base import Objective
+from restoreloss.objectives.denoising import DenoisingLoss
 from restoreloss.objectives.diffloss import DiffLoss
 from restoreloss.objectives.task_features import FeatureMatchingLoss, HLFLoss, TDPLoss
 from restoreloss.objectives.weighted_sum import WeightedSum
+from restoreloss.regularizers.importance import ParameterImportance
+from restoreloss.regularizers.orthogonality import GradientOrthogonality
 from restoreloss.training.audit import AuditReport, TermAudit, audit, calibrate
 from restoreloss.training.phases import Alternation, Phase
 
@@ -27,17 +33,25 @@ __all__ = [
     "AuditReport",
     "CQMix",
     "Denoiser",
+    "DenoisingLoss",
     "DiffLoss",
     "FeatureExtractor",
     "FeatureMatchingLoss",
+    "FiLM",
+    "GradientOrthogonality",
     "HLFLoss",
     "MixtureA",
     "MixtureB",
+    "NoiseLevels",
     "NoiseSchedule",
     "Objective",
+    "ParameterImportance",
     "Phase",
     "TDPLoss",
     "TermAudit",
+    "TimeConditioned",
+    "TimeMoE",
+    "TimestepMatch",
     "WaveletColorFix",
     "WeightedSum",
     "as_denoiser",
@@ -45,6 +59,8 @@ __all__ = [
     "calibrate",
     "denoise",
     "frozen",
+    "match_timestep",
+    "order_by_timestep",
     "partial_diffusion",
     "short_steps",
     "small_prior",

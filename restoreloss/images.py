@@ -55,6 +55,14 @@ def to_unit_range(image: Tensor, input_range: tuple[float, float]) -> Tensor:
     return (image - (low + high) / 2) * (2 / (high - low))
 
 
+def into_range(image: Tensor, source: tuple[float, float], target: tuple[float, float]) -> Tensor:
+    """Map one range onto another, in float32 or higher unless they are the same; overshoot stays overshoot."""
+    if source == target:
+        return image
+    low, high = target
+    return to_unit_range(image, source) * ((high - low) / 2) + (low + high) / 2
+
+
 def warn_if_out_of_range(target: Tensor, input_range: tuple[float, float], *, name: str = "target") -> None:
     """Warn where ``target`` can hardly span ``input_range``. Reads two numbers from the device: call it once."""
     low, high = input_range

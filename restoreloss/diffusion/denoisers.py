@@ -192,7 +192,7 @@ class Denoiser(nn.Module):
         return self.model(noisy.to(dtype), t, **{self._conditioning_name: conditioning})
 
     def _noise(self, output: Any, noisy: Tensor, t: Tensor) -> Tensor:
-        prediction = _first(output)
+        prediction = prediction_in(output)
         channels = noisy.shape[1]
         if prediction.ndim == noisy.ndim and prediction.shape[1] == 2 * channels:
             prediction = prediction[:, :channels]  # learned variance: the second half is not the noise
@@ -405,7 +405,7 @@ def _check_rows(h: Tensor, noisy: Tensor) -> Tensor:
     return h
 
 
-def _first(output: Any) -> Tensor:
+def prediction_in(output: Any) -> Tensor:
     """The prediction in a tensor, a tuple or a diffusers output."""
     prediction = getattr(output, "sample", output)
     if isinstance(prediction, tuple) and prediction:

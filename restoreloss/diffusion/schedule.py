@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "residual"]
 
 
 class NoiseSchedule(nn.Module):
@@ -25,8 +25,8 @@ class NoiseSchedule(nn.Module):
     Args:
         alphas_cumprod: :math:`\bar\alpha_t` for t = 0..T-1, shape (T,), within [0, 1], never rising.
         prediction_type: what the model that was trained with this schedule predicts: the noise ("epsilon"), the
-            velocity :math:`\sqrt{\bar\alpha_t}\epsilon - \sqrt{1 - \bar\alpha_t}x` ("v_prediction") or the clean
-            image ("sample").
+            velocity :math:`\sqrt{\bar\alpha_t}\epsilon - \sqrt{1 - \bar\alpha_t}x` ("v_prediction"), the clean
+            image ("sample"), or the noise as it was added, :math:`\sqrt{1 - \bar\alpha_t}\epsilon` ("residual").
 
     Raises:
         ValueError: If ``alphas_cumprod`` is no such table, or ``prediction_type`` is unknown.
@@ -41,9 +41,13 @@ class NoiseSchedule(nn.Module):
     Source: Ho et al. 2020 (Eq. 4); Salimans & Ho 2022 for v. In DiffLoss it is Eq. (7).
     """
 
+    model_range = (-1.0, 1.0)
+    """Of the images that a model of this schedule reads."""
+
     alphas_cumprod: Tensor
     signal: Tensor
     sigma: Tensor
+    _preserves_variance = True
 
     def __init__(self, alphas_cumprod: Tensor, *, prediction_type: PredictionType = "epsilon") -> None:
         super().__init__()
@@ -63,7 +67,7 @@ class NoiseSchedule(nn.Module):
             raise ValueError(
                 f"`prediction_type` should be one of {get_args(PredictionType)}, found {prediction_type!r}."
             )
-        self.prediction_type = prediction_type
+        self.prediction_type: PredictionType = prediction_type
         device = alphas_cumprod.device
         self.register_buffer("alphas_cumprod", exact.to(device, torch.float32), persistent=False)
         self.register_buffer("signal", exact.sqrt().to(device, torch.float32), persistent=False)
@@ -212,10 +216,9 @@ class NoiseSchedule(nn.Module):
             raise ValueError(f"`previous` should be at most `t` ({t}), found {previous}.")
         signal, sigma = self._levels(t, x_t)
         signal_s, sigma_s = self._levels(previous, x_t)
-        # abar_s - abar_t, twice: each form loses its digits where the other keeps them
-        fallen = torch.where(
-            signal > sigma, (sigma - sigma_s) * (sigma + sigma_s), (signal_s - signal) * (signal_s + signal)
-        )
+        fallen = (sigma - sigma_s) * (sigma + sigma_s)
+        if self._preserves_variance:  # abar_s - abar_t, twice: each form loses its digits where the other keeps them
+            fallen = torch.where(signal > sigma, fallen, (signal_s - signal) * (signal_s + signal))
         beta, variance = fallen / signal_s**2, sigma**2
         mean = signal_s * beta / variance * x0 + signal / signal_s * sigma_s**2 / variance * x_t
         return mean.to(x_t.dtype), (beta / variance).sqrt() * sigma_s
@@ -229,6 +232,7 @@ class NoiseSchedule(nn.Module):
         epsilon    ``output``
         v          :math:`\sqrt{\bar\alpha_t}\, v + \sqrt{1 - \bar\alpha_t}\, x_t`
         sample     :math:`(x_t - \sqrt{\bar\alpha_t}\, \hat x_0) / \sqrt{1 - \bar\alpha_t}`
+        residual   ``output`` :math:`/ \sqrt{1 - \bar\alpha_t}`
         ========== =====================================================================================
 
         Args:
@@ -250,11 +254,32 @@ class NoiseSchedule(nn.Module):
             noise = signal * output + sigma * x_t
         elif prediction_type == "sample":
             noise = (x_t - signal * output) / sigma
+        elif prediction_type == "residual":
+            noise = output / sigma
         else:
             raise ValueError(
                 f"`prediction_type` should be one of {get_args(PredictionType)}, found {prediction_type!r}."
             )
         return noise.to(output.dtype)
+
+    def training_target(self, x: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+        """What a model of this prediction type should answer to ``add_noise(x, noise, t)``.
+
+        Args:
+            x: clean images or latents, shape (N, ...).
+            noise: the noise added to them, same shape.
+            t: timesteps, shape (N,), or one for all.
+
+        Returns:
+            The target, same shape, in float32 or higher.
+        """
+        _check_alike(x, noise, "x", "noise")
+        signal, sigma = self._levels(t, x)
+        if self.prediction_type == "epsilon":
+            return noise.to(torch.promote_types(noise.dtype, torch.float32))
+        if self.prediction_type == "sample":
+            return x.to(torch.promote_types(x.dtype, torch.float32))
+        return sigma * noise if self.prediction_type == "residual" else signal * noise - sigma * x
 
     def check_timestep(self, t: Tensor | int) -> None:
         """Raise ``ValueError`` for a timestep outside [0, T). Tensors on an accelerator pass unread: no device sync."""

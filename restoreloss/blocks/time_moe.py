@@ -1,0 +1,351 @@
+"""How does any restoration network learn what time it is, and answer differently for each degradation?
+
+:class:`TimeConditioned` wraps a network and lets small blocks, told the timestep, act on the outputs of its layers:
+:class:`FiLM`, which is all that generative pre-training needs, or :class:`TimeMoE`, a mixture of experts for several
+degradations. Both begin as the identity: a wrapped network computes what it did.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from restoreloss.features import FeatureExtractor
+from restoreloss.frozen import frozen
+
+
+class FiLM(nn.Module):
+    r"""Scale and shift channels by the timestep.
+
+    .. math:: h \leftarrow h\,(1 + s(t)) + b(t)
+
+    Zero at the start, so that h passes as it is.
+
+    Args:
+        channels: of h.
+        time_dim: of the time embedding.
+
+    Example:
+        >>> h = torch.rand(2, 8, 4, 4)
+        >>> torch.equal(FiLM(8, 16)(h, torch.rand(2, 16)), h)
+        True
+
+    Source: Perez et al. 2018; as in the residual blocks of Dhariwal & Nichol 2021.
+    """
+
+    def __init__(self, channels: int, time_dim: int = 64) -> None:
+        super().__init__()
+        self.to_scale_shift = nn.Linear(time_dim, 2 * channels)
+        nn.init.zeros_(self.to_scale_shift.weight)
+        nn.init.zeros_(self.to_scale_shift.bias)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """(N, C, H, W) and the embedding (N, time_dim) to (N, C, H, W)."""
+        scale, shift = self.to_scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
+        result: Tensor = h * (1 + scale) + shift
+        return result
+
+
+class TimeMoE(nn.Module):
+    r"""A mixture of convolutional experts whose gate reads the features and the timestep.
+
+    .. math:: h + \alpha \sum_i w_i\, E_i(h), \qquad
+        w = \mathrm{softmax}\bigl(W_2\, \mathrm{GELU}(W_1 [\mathrm{GAP}(h);\, \mathrm{Emb}(t)])\bigr)
+
+    :math:`E_i` is a 3x3 convolution to max(C / 4, 16) channels, GELU, 3x3, GELU, 1x1 back to C. :math:`\alpha` is one
+    learned number, 0 at the start: the adapter is the identity until it has learned to be something else.
+
+    Args:
+        channels: C of h.
+        time_dim: of the time embedding.
+        experts: how many; 10 in the paper.
+        top_k: run only the k experts of the largest weights of each sample, these weights scaled to sum to 1. The
+            default runs all.
+
+    Raises:
+        ValueError: For fewer than one expert, or a ``top_k`` that is not 1 to ``experts``.
+
+    Attributes:
+        balance: after a call, the load-balancing loss :math:`M \sum_i f_i \bar w_i` of that batch: 1 where all experts
+            are used alike, up to M. Add a small multiple (0.01) to the loss where ``top_k`` is set.
+
+    Example:
+        >>> adapter = TimeMoE(32)
+        >>> h = torch.rand(2, 32, 8, 8)
+        >>> torch.equal(adapter(h, torch.rand(2, 64)), h)
+        True
+
+    Source: DTP, Section 3.3 and Fig. 6(d). The figure is lost in the text that we have: the form of gate and experts is
+    inferred. The balance loss is that of Fedus et al. 2021.
+    """
+
+    balance: Tensor | None
+
+    def __init__(self, channels: int, time_dim: int = 64, *, experts: int = 10, top_k: int | None = None) -> None:
+        super().__init__()
+        if experts < 1:
+            raise ValueError(f"`experts` should be at least 1, found {experts}.")
+        if top_k is not None and not 1 <= top_k <= experts:
+            raise ValueError(f"`top_k` should be 1 to {experts}, found {top_k}.")
+        self.top_k = top_k
+        hidden = max(channels // 4, 16)
+        self.gate = nn.Sequential(nn.Linear(channels + time_dim, hidden), nn.GELU(), nn.Linear(hidden, experts))
+        self.experts = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, hidden, 3, padding=1), nn.GELU(), nn.Conv2d(hidden, hidden, 3, padding=1),
+                nn.GELU(), nn.Conv2d(hidden, channels, 1),
+            )
+            for _ in range(experts)
+        )  # fmt: skip
+        self.alpha = nn.Parameter(torch.zeros(()))
+        self.balance = None
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """(N, C, H, W) and the embedding (N, time_dim) to (N, C, H, W)."""
+        logits = self.gate(torch.cat([h.mean(dim=(2, 3)), embedding], dim=1))
+        weights = logits.softmax(dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        if self.top_k is None:
+            self.balance = _balance(weights, weights)
+            mixed = self._dense(h, weights.to(h.dtype))
+        else:
+            chosen = weights.topk(self.top_k, dim=1).indices
+            used = torch.zeros_like(weights).scatter(1, chosen, 1.0)
+            self.balance = _balance(weights, used / self.top_k)
+            kept = weights * used
+            mixed = self._sparse(h, (kept / kept.sum(dim=1, keepdim=True)).to(h.dtype), used > 0)
+        return h + self.alpha.to(h.dtype) * mixed
+
+    def _dense(self, h: Tensor, weights: Tensor) -> Tensor:
+        """All experts at once: the first layers are one convolution, the second ones a grouped one, and the last layers
+        are linear, so that the weights go in before their sum.
+        """
+        experts: list[Any] = list(self.experts)
+        first, second, last = ([expert[layer] for expert in experts] for layer in (0, 2, 4))
+        count = len(self.experts)
+        x = F.gelu(F.conv2d(h, _stack(first, "weight"), _stack(first, "bias"), padding=1))
+        x = F.gelu(F.conv2d(x, _stack(second, "weight"), _stack(second, "bias"), padding=1, groups=count))
+        x = (x.unflatten(1, (count, -1)) * weights[:, :, None, None, None]).flatten(1, 2)
+        mixed = F.conv2d(x, torch.cat([layer.weight for layer in last], dim=1))
+        bias = weights @ torch.stack([layer.bias for layer in last]).to(weights.dtype)
+        return mixed + bias[:, :, None, None]
+
+    def _sparse(self, h: Tensor, weights: Tensor, used: Tensor) -> Tensor:
+        """Each expert on the samples that chose it."""
+        mixed = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):
+            rows = used[:, number].nonzero().flatten()
+            answer = expert(h[rows]) * weights[rows, number, None, None, None]
+            mixed = mixed.index_add(0, rows, answer.to(mixed.dtype))
+        return mixed
+
+
+class TimeConditioned(nn.Module):
+    """A network that is told the timestep: ``(image, t) -> what the network returns``.
+
+    Blocks act on the outputs of named layers, by hook: the network is not edited, and :meth:`detach` gives it back.
+
+    Args:
+        network: any, called with the image alone.
+        blocks: by name of the layer, modules called as ``block(h, embedding)``: :class:`FiLM`, :class:`TimeMoE` or your
+            own.
+        num_timesteps: T, which the embedding spreads over.
+        time_dim: of the embedding: sines and cosines, then two linear layers.
+        passes_time: call the network with the timestep as well, for one that reads it itself.
+
+    Raises:
+        ValueError: For a layer that does not exist.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1))
+        >>> timed = TimeConditioned(network, {"0": FiLM(8), "1": TimeMoE(8)})
+        >>> image = torch.rand(2, 3, 8, 8)
+        >>> torch.equal(timed(image, 12), network(image))
+        True
+
+    The blocks act in calls of the wrapper only. Under activation checkpointing, which runs layers again in the backward
+    pass, wrap the layers' checkpointing outside of the wrapper's call.
+
+    Source: DTP, Section 2.1: "the IR network incorporates a time step parameter".
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        blocks: Mapping[str, nn.Module] | None = None,
+        *,
+        num_timesteps: int = 50,
+        time_dim: int = 64,
+        passes_time: bool = False,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.num_timesteps, self.time_dim, self.passes_time = num_timesteps, time_dim, passes_time
+        self.embed = nn.Sequential(nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.blocks = nn.ModuleDict()
+        self._handles: dict[str, RemovableHandle] = {}
+        self._embedding: Tensor | None = None
+        self.attach(blocks or {})
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers that blocks act on."""
+        return [key.replace("/", ".") for key in self.blocks]
+
+    def attach(self, blocks: Mapping[str, nn.Module]) -> None:
+        """Let blocks act on more layers; where one has a block already, the new one acts after it.
+
+        Raises:
+            ValueError: For a layer that does not exist.
+        """
+        modules = dict(self.network.named_modules())
+        for layer, block in blocks.items():
+            if layer not in modules or layer == "":
+                near = ", ".join(list(modules)[1:31])
+                raise ValueError(f"`blocks` should name layers of the network, found {layer!r}; there are {near}, ...")
+            key = layer.replace(".", "/")
+            self.blocks[key] = block if key not in self.blocks else _Chain(self.blocks[key], block)
+        self._hook()
+
+    def detach(self, *layers: str) -> None:
+        """Take blocks off layers, all if none is named.
+
+        Raises:
+            ValueError: For a layer without one.
+        """
+        for layer in layers or self.layers:
+            if layer not in self.layers:
+                raise ValueError(f"`layers` should be among {self.layers}, found {layer!r}.")
+            del self.blocks[layer.replace(".", "/")]
+        self._hook()
+
+    def at(self, t: int) -> nn.Module:
+        """The network for one timestep as a module of the image alone, to be exported or handed to other code.
+
+        It shares the parameters. An adapter that reads its input cannot be folded into weights: this keeps it.
+        """
+        return _AtTimestep(self, t)
+
+    def balance_loss(self) -> Tensor:
+        """The mean :attr:`TimeMoE.balance` of the last call.
+
+        Raises:
+            ValueError: If there is no mixture, or no call yet.
+        """
+        found = [block.balance for block in self.modules() if isinstance(block, TimeMoE) and block.balance is not None]
+        if not found:
+            raise ValueError("The network should hold a TimeMoE that has been called, found none.")
+        return torch.stack(found).mean()
+
+    def forward(self, image: Tensor, t: Tensor | int) -> Any:
+        """What the network returns for the image at the timestep.
+
+        Args:
+            image: (N, C, H, W).
+            t: timesteps, (N,) or one for all; fractions are welcome.
+
+        Raises:
+            ValueError: If there are neither one nor N timesteps.
+        """
+        steps = torch.as_tensor(t, device=image.device)
+        if steps.numel() not in (1, len(image)):
+            raise ValueError(f"`t` should be one timestep or {len(image)}, found shape {tuple(steps.shape)}.")
+        steps = steps.reshape(-1).expand(len(image))
+        dtype = next(self.embed.parameters()).dtype
+        before = self._embedding
+        try:
+            self._embedding = self.embed(time_features(steps, self.time_dim, self.num_timesteps).to(dtype))
+            return self.network(image, steps) if self.passes_time else self.network(image)
+        finally:
+            self._embedding = before
+
+    def _hook(self) -> None:
+        for handle in self._handles.values():
+            handle.remove()
+        modules = dict(self.network.named_modules())
+        self._handles = {layer: modules[layer].register_forward_hook(_Act(self, layer)) for layer in self.layers}
+
+
+class _Act:
+    """The hook of a layer: an object, so that a copy of the wrapper has hooks that act for the copy."""
+
+    def __init__(self, owner: TimeConditioned, layer: str) -> None:
+        self.owner, self.layer = owner, layer
+
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        embedding = self.owner._embedding
+        if embedding is None:
+            return output
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(f"The layer {self.layer!r} should return (N, C, H, W) to be conditioned, found {what}.")
+        return self.owner.blocks[self.layer.replace(".", "/")](output, embedding.to(output.dtype))
+
+
+def time_features(t: Tensor, dim: int, num_timesteps: int) -> Tensor:
+    """Sines and cosines of the timestep, (N, dim), at frequencies from 1 to 1 / 10,000 of a scale of 1000."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = t.float()[:, None] * (1000 / num_timesteps) * frequencies
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
+
+
+def channels_of(network: nn.Module, layers: Iterable[str], image: Tensor) -> dict[str, int]:
+    """The channels that layers return, found by running the network once: what blocks for them need to know.
+
+    Args:
+        network: left as it was.
+        layers: their names.
+        image: what the network is called with, float (N, C, H, W).
+
+    Raises:
+        ValueError: For a layer that does not exist, or does not return (N, C, H, W).
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        >>> channels_of(network, ["0"], torch.zeros(1, 3, 8, 8))
+        {'0': 8}
+    """
+    with torch.no_grad(), frozen(network):
+        found = FeatureExtractor(network, list(layers), normalize=None)(image)
+    for name, feature in found.items():
+        if feature.ndim != 4:
+            raise ValueError(f"The layer {name!r} should return (N, C, H, W), found {tuple(feature.shape)}.")
+    return {name: feature.shape[1] for name, feature in found.items()}
+
+
+def count_parameters(module: nn.Module) -> int:
+    """The trainable numbers in a module."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+class _Chain(nn.Module):
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(blocks)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        for block in self.steps:
+            h = block(h, embedding)
+        return h
+
+
+class _AtTimestep(nn.Module):
+    def __init__(self, timed: TimeConditioned, t: int) -> None:
+        super().__init__()
+        self.timed, self.t = timed, t
+
+    def forward(self, image: Tensor) -> Any:
+        return self.timed(image, self.t)
+
+
+def _stack(layers: list[nn.Module], name: str) -> Tensor:
+    return torch.cat([getattr(layer, name) for layer in layers])
+
+
+def _balance(weights: Tensor, used: Tensor) -> Tensor:
+    """M times the sum of (share of the work) x (mean weight); the gradient goes through the weights."""
+    return weights.shape[1] * (used.detach().mean(dim=0) * weights.mean(dim=0)).sum()

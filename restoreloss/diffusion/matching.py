@@ -1,0 +1,241 @@
+"""Which noise is a degradation most like? The timestep at which a denoiser restores it best.
+
+A restoration network that was pre-trained to remove noise of T strengths is told that timestep when it goes on to learn
+the degradation, and several degradations are learned in its order.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from restoreloss._optional import require
+from restoreloss.diffusion.denoisers import as_denoiser
+from restoreloss.diffusion.schedule import NoiseSchedule
+from restoreloss.frozen import frozen
+from restoreloss.images import check_pair, check_range, into_range
+from restoreloss.objectives.distances import Distance, check_choice, distance_per_sample
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["direct", "diffuse", "ddim"]
+
+
+@dataclass(frozen=True)
+class TimestepMatch:
+    """What :func:`match_timestep` finds.
+
+    Attributes:
+        timesteps: that were tried, rising, shape (K,).
+        per_image: distance of each restored image to its clean one, (N, K).
+        unrestored: distance of each degraded image to its clean one, (N,).
+    """
+
+    timesteps: Tensor
+    per_image: Tensor
+    unrestored: Tensor
+
+    @property
+    def curve(self) -> Tensor:
+        """The distance over all images, (K,)."""
+        return self.per_image.mean(dim=0)
+
+    @property
+    def best(self) -> int:
+        """t*: where the curve is lowest, the smallest of equals."""
+        return int(self.timesteps[self.curve.argmin()])
+
+    @property
+    def best_per_image(self) -> Tensor:
+        """Where each image's own curve is lowest, (N,)."""
+        return self.timesteps[self.per_image.argmin(dim=1)]
+
+    @property
+    def gain(self) -> float:
+        """The share of the distance that the best timestep removes; at most 0 if none removes any."""
+        before = float(self.unrestored.mean())
+        return 1 - float(self.curve.min()) / before if before > 0 else 0.0
+
+    @property
+    def degenerate(self) -> bool:
+        """True if no timestep brings the degraded images closer: ``best`` then only tells what does the least harm."""
+        return self.gain <= 0
+
+    @classmethod
+    def pool(cls, matches: Sequence["TimestepMatch"]) -> "TimestepMatch":
+        """One match of the images of several batches.
+
+        Raises:
+            ValueError: For none, or different timesteps.
+        """
+        if not matches or any(not torch.equal(match.timesteps, matches[0].timesteps) for match in matches):
+            raise ValueError("`matches` should be at least one, all of the same timesteps.")
+        return cls(
+            matches[0].timesteps,
+            torch.cat([match.per_image for match in matches]),
+            torch.cat([match.unrestored for match in matches]),
+        )
+
+
+def match_timestep(
+    denoiser: Any,
+    schedule: NoiseSchedule,
+    degraded: Tensor,
+    clean: Tensor,
+    *,
+    timesteps: Sequence[int] | None = None,
+    mode: Mode = "direct",
+    distance: Distance = "l1",
+    input_range: tuple[float, float] = (0.0, 1.0),
+    ddim_steps: int = 5,
+    generator: torch.Generator | None = None,
+) -> TimestepMatch:
+    r"""Find the timestep at which a denoiser restores degraded images best.
+
+    .. math:: t^* = \arg\min_t\ \mathrm{E}\, d\bigl(\hat x_0(x_t, t),\ x\bigr)
+
+    ======= ================================================================================ ====================
+    direct  :math:`x_t = a_t y`: what the network takes for noise at t is taken from y       K passes
+    diffuse :math:`x_t = a_t y + \sigma_t \epsilon`, one prediction                          K passes
+    ddim    the same :math:`x_t`, back to level 0 in ``ddim_steps`` strides without noise    K times ``ddim_steps``
+    ======= ================================================================================ ====================
+
+    The network runs in eval mode and without gradient, and is left as it was. All timesteps see the same noise.
+
+    Args:
+        denoiser: a network ``(x_t, t) -> prediction``, or a :class:`~restoreloss.Denoiser`.
+        schedule: that it was trained with.
+        degraded: y, float (N, C, H, W) in ``input_range``.
+        clean: x, same shape.
+        timesteps: to try. The default is every level that holds noise, or 50 of them, evenly spread, if there are more
+            than 100.
+        mode: Algorithm 2 is "direct"; Section 2.1 speaks of "diffusion and reverse diffusion", the other two.
+        distance: d.
+        input_range: of the images.
+        ddim_steps: for "ddim".
+        generator: of the noise.
+
+    Returns:
+        The curve over timesteps, of each image and of all, its minimum, and whether that is any use at all. What is
+        degenerate is said in a log entry as well: blur and haze are for small networks. Take a timestep of your own
+        then, or one of ``mode="diffuse"``.
+
+    Raises:
+        ValueError: For images that do not fit each other or the denoiser, unknown options, or timesteps outside the
+            schedule or without noise.
+
+    Example:
+        >>> levels = NoiseLevels.ir_sde()
+        >>> clean, noise = torch.rand(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+        >>> residual = lambda x, t: levels.sigma[t].view(-1, 1, 1, 1) * noise     # knows the noise, not its level
+        >>> match_timestep(residual, levels, levels.add_noise(clean, noise, 20), clean).best
+        20
+
+    Source: DTP, Section 3.1, Appendix G.3 and Algorithm 2, of which our text holds the wording only. The authors' code
+    has a table of the result instead of the search.
+    """
+    check_pair(degraded, clean, names=("degraded", "clean"))
+    check_choice("mode", mode, Mode)
+    check_choice("distance", distance, Distance)
+    if ddim_steps < 1:
+        raise ValueError(f"`ddim_steps` should be at least 1, found {ddim_steps}.")
+    wrapped = as_denoiser(denoiser, schedule)
+    schedule = wrapped.schedule
+    tried = _tried(timesteps, schedule)
+    source, target = check_range(input_range), schedule.model_range
+    y, x = (into_range(images, source, target) for images in (degraded, clean))
+    device = y.device if generator is None else generator.device
+    noise = torch.randn(y.shape, generator=generator, device=device, dtype=y.dtype).to(y.device)
+
+    def restore(t: int) -> Tensor:
+        if mode == "direct":
+            return schedule.predict_x0(start := _scaled(y, schedule, t), wrapped(start, t), t)
+        x_t = schedule.add_noise(y, noise, t)
+        steps = [t * k // ddim_steps for k in range(ddim_steps, 0, -1)] if mode == "ddim" else [t]
+        steps = sorted({step for step in steps if step >= tried[0]} | {t}, reverse=True)
+        for step, following in zip(steps, [*steps[1:], None], strict=True):
+            seen = wrapped(x_t, step)
+            x0 = schedule.predict_x0(x_t, seen, step)
+            if following is not None:
+                x_t = schedule.add_noise(x0, seen, following)
+        return x0
+
+    with torch.no_grad(), frozen(wrapped):
+        distances = [distance_per_sample(restore(t), x, distance) for t in tried]
+        match = TimestepMatch(
+            torch.tensor(tried), torch.stack(distances, 1).cpu(), distance_per_sample(y, x, distance).cpu()
+        )
+    if match.degenerate:
+        logger.warning(
+            "No timestep brings the degraded images closer to the clean ones: t* = %d says little.", match.best
+        )
+    return match
+
+
+def order_by_timestep(matches: Mapping[str, TimestepMatch | float]) -> list[str]:
+    """The names of degradations by rising t*: the order in which time-sequential incremental training adds them.
+
+    Args:
+        matches: what was found for each, or a table of your own.
+
+    Returns:
+        The names; those of one t* stay in the order given.
+
+    Example:
+        >>> order_by_timestep({"hazy": 47, "noisy": 4, "rainy": 8})
+        ['noisy', 'rainy', 'hazy']
+
+    Source: DTP, Section 3.3.
+    """
+    found = {name: match.best if isinstance(match, TimestepMatch) else match for name, match in matches.items()}
+    return sorted(found, key=lambda name: found[name])
+
+
+def plot_matches(matches: Mapping[str, TimestepMatch], path: str | Path) -> Path:
+    """Draw the curves of several degradations, each relative to the unrestored image, with t* marked.
+
+    Args:
+        matches: by name.
+        path: of the picture, by its ending PNG, SVG or PDF.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: Without matplotlib.
+    """
+    drawing = require("matplotlib.figure", purpose="plot_matches", install="matplotlib")
+    figure = drawing.Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, match in matches.items():
+        relative = match.curve / match.unrestored.mean()
+        (line,) = axes.plot(match.timesteps, relative, label=f"{name}: {match.best}" + " (none)" * match.degenerate)
+        axes.plot(match.best, float(relative.min()), "o", color=line.get_color())
+    axes.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="timestep", ylabel="distance to the clean image / unrestored")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    return Path(path)
+
+
+def _scaled(y: Tensor, schedule: NoiseSchedule, t: int) -> Tensor:
+    return schedule.add_noise(y, torch.zeros_like(y), t)
+
+
+def _tried(timesteps: Sequence[int] | None, schedule: NoiseSchedule) -> list[int]:
+    first = 1 if float(schedule.sigma[0]) == 0 else 0
+    every = range(first, schedule.num_timesteps)
+    if timesteps is None:
+        return list(every) if len(every) <= 100 else [every[k * (len(every) - 1) // 49] for k in range(50)]
+    tried = sorted(set(timesteps))
+    if not tried:
+        raise ValueError("`timesteps` should be at least one, found none.")
+    for t in tried:
+        schedule.check_timestep(t)
+        if t < first:
+            raise ValueError(f"`timesteps` should hold noise, found {t}, which holds none.")
+    return tried

@@ -1,0 +1,156 @@
+"""How does a restoration network learn to generate? It learns to take noise out of clean images, at every level.
+
+:class:`DenoisingLoss` trains the network itself: it is the generative pre-training of DTP, and that of any diffusion
+model. :class:`~restoreloss.DiffLoss` is the other way round: there the denoiser is frozen and the image learns.
+"""
+
+from collections.abc import Callable, Sequence
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restoreloss.diffusion.denoisers import prediction_in
+from restoreloss.diffusion.schedule import NoiseSchedule
+from restoreloss.images import check_pair, check_range, into_range
+from restoreloss.objectives.base import total
+from restoreloss.objectives.distances import Distance, Reduction, check_choice, distance_per_sample, reduce_samples
+
+
+class DenoisingLoss(nn.Module):
+    r"""The distance between what a network answers to a noisy image and what it should.
+
+    .. math:: x_t = a_t x + \sigma_t \epsilon, \qquad
+        L = \gamma_t \, d\bigl(f(x_t, t),\ \text{target}(x, \epsilon, t)\bigr), \qquad t \sim U\{t_{low}..t_{high}-1\}
+
+    The target is that of the schedule's prediction type. With :class:`~restoreloss.NoiseLevels` the default, "residual"
+    and "l1", is :math:`\lVert x_t - r(x_t, t) - x \rVert_1` of DTP; with :class:`~restoreloss.NoiseSchedule` it is
+    "epsilon" and "mse" of DDPM.
+
+    The network is live: neither registered nor frozen nor copied. Its parameters get the gradient.
+
+    Args:
+        denoiser: ``(x_t, t) -> prediction`` with t of shape (N,): a network, DDP around it, or a function; a tensor, an
+            object with ``.sample``, or a tuple that begins with the tensor. Channels beyond those of the image (a
+            learned variance) are ignored.
+        schedule: :class:`~restoreloss.NoiseLevels` or :class:`~restoreloss.NoiseSchedule`.
+        distance: "l1" | "mse" | "rms" | "l2"; the default is that of the prediction type.
+        timesteps: (low, high), low included. The default is all levels that hold noise.
+        weights: :math:`\gamma_t`, one for each timestep of the schedule; 1 by default.
+        input_range: of the images; the library maps it to what the schedule's models read.
+        reduction: over samples: "mean" | "sum" | "none".
+
+    Raises:
+        ValueError: For options that do not fit the schedule, and images or an answer of the wrong shape.
+
+    Example:
+        >>> class Network(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = nn.Conv2d(3, 3, 3, padding=1)
+        ...     def forward(self, image, t):
+        ...         return self.layer(image)
+        >>> network = Network()
+        >>> loss = DenoisingLoss(network, NoiseLevels.ir_sde())
+        >>> loss(torch.rand(4, 3, 16, 16)).backward()
+        >>> network.layer.weight.grad is not None
+        True
+
+    Source: DTP, Eqs. (11), (13); Ho et al. 2020. The equation is lost in the text that we have, and rebuilt from its
+    wording and the authors' code, which computes this loss in fine-tuning and does not add it.
+    """
+
+    def __init__(
+        self,
+        denoiser: Callable[..., Any],
+        schedule: NoiseSchedule,
+        *,
+        distance: Distance | None = None,
+        timesteps: tuple[int, int] | None = None,
+        weights: Tensor | Sequence[float] | None = None,
+        input_range: tuple[float, float] = (0.0, 1.0),
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        if not callable(denoiser):
+            raise ValueError(f"`denoiser` should be a network or a function, found {type(denoiser).__name__}.")
+        if not isinstance(schedule, NoiseSchedule):
+            raise ValueError(f"`schedule` should be NoiseLevels or a NoiseSchedule, found {type(schedule).__name__}.")
+        if distance is None:
+            distance = "l1" if schedule.prediction_type == "residual" else "mse"
+        check_choice("distance", distance, Distance)
+        check_choice("reduction", reduction, Reduction)
+        self._denoiser = (denoiser,)  # in a tuple: not registered
+        self.schedule = schedule
+        self.distance: Distance = distance
+        self.reduction: Reduction = reduction
+        self.input_range = check_range(input_range)
+        first = 1 if float(schedule.sigma[0]) == 0 else 0
+        low, high = (first, schedule.num_timesteps) if timesteps is None else map(index, timesteps)
+        if not 0 <= low < high <= schedule.num_timesteps:
+            raise ValueError(
+                f"`timesteps` should satisfy 0 <= low < high <= {schedule.num_timesteps}, found {timesteps!r}."
+            )
+        self.timesteps = (low, high)
+        table = None if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+        if table is not None and table.shape != (schedule.num_timesteps,):
+            raise ValueError(
+                f"`weights` should be one for each of {schedule.num_timesteps} timesteps, found {tuple(table.shape)}."
+            )
+        self.weights: Tensor | None
+        self.register_buffer("weights", table, persistent=False)
+
+    def terms(
+        self,
+        clean: Tensor,
+        *,
+        timestep: Tensor | int | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """The one term, "denoising". Arguments as in :meth:`forward`."""
+        check_pair(clean, clean, names=("clean", "clean"))
+        low, high = self.timesteps
+        device = clean.device if generator is None else generator.device
+        if timestep is None:
+            timestep = torch.randint(low, high, (len(clean),), generator=generator, device=device)
+        if noise is None:
+            noise = torch.randn(clean.shape, generator=generator, device=device, dtype=clean.dtype)
+        noise = noise.to(clean.device)
+        t = self.schedule.expand_timestep(timestep, clean)
+        x = into_range(clean, self.input_range, self.schedule.model_range)
+        answer = prediction_in(self._denoiser[0](self.schedule.add_noise(x, noise, t), t))
+        if answer.ndim != 4 or answer.shape[1] < x.shape[1]:
+            raise ValueError(f"`denoiser` should return images like {tuple(x.shape)}, found {tuple(answer.shape)}.")
+        answer = answer[:, : x.shape[1]]
+        check_pair(answer, x, names=("denoiser(x_t, t)", "clean"))
+        values = distance_per_sample(answer, self.schedule.training_target(x, noise, t), self.distance)
+        if self.weights is not None:
+            values = self.weights.to(t.device)[t] * values
+        return {"denoising": reduce_samples(values, self.reduction)}
+
+    def forward(
+        self,
+        clean: Tensor,
+        *,
+        timestep: Tensor | int | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The loss.
+
+        Args:
+            clean: images without degradation, float (N, C, H, W) in ``input_range``.
+            timestep: fixes t, an integer or (N,). Default: drawn from ``timesteps``.
+            noise: fixes epsilon, shape of ``clean``. Default: drawn from N(0, I).
+            generator: for what is drawn, t first, then the noise, on the generator's own device.
+
+        Returns:
+            A scalar, or (N,) with ``reduction="none"``, in float32 or higher.
+        """
+        return total(self.terms(clean, timestep=timestep, noise=noise, generator=generator))
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        return f"timesteps={self.timesteps}, distance={self.distance!r}, reduction={self.reduction!r}"

@@ -1,0 +1,1 @@
+"""What keeps fine-tuning from undoing what pre-training taught: penalties on parameters and on gradients."""

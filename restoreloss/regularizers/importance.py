@@ -1,0 +1,477 @@
+"""How is a network kept from forgetting what it was pre-trained for? Its important parameters are held in place.
+
+:class:`ParameterImportance` measures, on the data of the first training, how much each parameter matters to it, and in
+the second training charges for moving away. The charge is a loss to add, or a gradient to add to the others'.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
+
+from restoreloss.frozen import bare
+
+logger = logging.getLogger(__name__)
+
+Estimator = Literal["taylor2", "fisher", "mas", "gn"]
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+
+
+class ParameterImportance(nn.Module):
+    r"""Charge parameters for moving, each by its importance to an earlier training.
+
+    .. math:: d = \theta - \theta_0, \qquad g_i = \nabla_\theta L(x_i; \theta_0) \quad\text{of a single sample}
+
+    ========= ============================================================ ============================================
+    estimator importance :math:`\Omega`                                    penalty, summed over parameters, times lambda
+    ========= ============================================================ ============================================
+    taylor2   :math:`\mathrm{E}\,|g_i|`                                    :math:`\Omega|d| + \tfrac12 \Omega^2 d^2`
+    fisher    :math:`\mathrm{E}\,g_i^2`                                    :math:`\tfrac12 \Omega d^2` (EWC)
+    mas       :math:`\mathrm{E}\,|\nabla\lVert F(x_i)\rVert^2|`            :math:`\Omega d^2`
+    gn        :math:`\mathrm{E}\,(\nabla v^\top F(x_i))^2`, v random +-1   :math:`\tfrac12 \Omega d^2`
+    ========= ============================================================ ============================================
+
+    The first two vanish where the loss of every sample does; "mas" and "gn" look at the output F and do not.
+
+    Importances and anchors :math:`\theta_0` are buffers under the parameters' names, without the prefixes of DDP,
+    ``torch.compile`` and FSDP: save them with ``state_dict()``, in float32 or higher. The network is neither registered
+    nor copied. A parameter that had no importance when it was measured (frozen, or new) is not charged; one that has
+    gone is not missed; a tied one counts once.
+
+    Args:
+        model: the network, at the parameters to stay close to.
+        estimator: of the importance.
+        strength: :math:`\lambda`; 0.2 in the paper.
+        normalize: "sum" over parameters as in the paper, or their "mean", which makes ``strength`` mean the same for
+            networks of any size.
+        layer_weights: multipliers of :math:`\lambda` by the name of a module or a parameter; the longest name that
+            fits counts, 1 where none does (see :func:`restoreloss.regularizers.layer_decay.layer_weights`).
+        chunk_size: samples whose gradients are held at once.
+
+    Raises:
+        ValueError: For an option that is unknown or negative.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> importance = ParameterImportance(model, strength=1.0)
+        >>> def loss_fn(model, batch):
+        ...     return (model(batch) ** 2).mean()
+        >>> _ = model.weight.data.fill_(1.0)
+        >>> importance.accumulate(loss_fn, [torch.tensor([[1.0, 0.0], [0.0, 2.0]])])
+        2
+        >>> importance().item()                            # nothing has moved yet
+        0.0
+        >>> _ = model.weight.data.add_(torch.tensor([0.5, -0.25]))
+        >>> importance().item()                            # add this to the loss, or call apply_() before each step
+        2.125
+
+    Source: DTP, Eqs. (3) to (5), (14) to (16), (23) to (27). The equations are lost in the text that we have: the form
+    of "taylor2" is that of the authors' statements and code, with the second derivative of Eq. (25) from Gauss and
+    Newton. Their unified script never estimates the importance, so its penalty is 0; here an unmeasured penalty is an
+    error. EWC: Kirkpatrick et al. 2017; MAS: Aljundi et al. 2018.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        estimator: Estimator = "taylor2",
+        strength: float = 0.2,
+        normalize: Literal["sum", "mean"] = "sum",
+        layer_weights: Mapping[str, float] | None = None,
+        chunk_size: int = 32,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"`model` should be a module, found {type(model).__name__}.")
+        if estimator not in get_args(Estimator):
+            raise ValueError(f"`estimator` should be one of {get_args(Estimator)}, found {estimator!r}.")
+        if normalize not in ("sum", "mean"):
+            raise ValueError(f"`normalize` should be 'sum' or 'mean', found {normalize!r}.")
+        if not strength >= 0:
+            raise ValueError(f"`strength` should be at least 0, found {strength}.")
+        if chunk_size < 1:
+            raise ValueError(f"`chunk_size` should be at least 1, found {chunk_size}.")
+        for name, weight in (layer_weights or {}).items():
+            if not weight >= 0:
+                raise ValueError(f"`layer_weights` should be at least 0, found {weight} for {name!r}.")
+        self.estimator, self.strength, self.normalize, self.chunk_size = estimator, strength, normalize, chunk_size
+        self.layer_weights = dict(layer_weights or {})
+        self._model = (model,)  # in a tuple: not registered
+        self._loop = False
+        self._open()
+
+    def accumulate(
+        self,
+        loss_fn: Callable[[Any, Any], Tensor],
+        batches: Iterable[Any],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> int:
+        """Measure the importance on data of the first training; more calls refine the mean over all samples.
+
+        The network runs in eval mode and is left as it was. Gradients are those of single samples: by ``torch.func``
+        where the network allows it, else one by one. Over several processes, each with its own batches, it is the mean
+        over all of them; then every process must call this.
+
+        Args:
+            loss_fn: ``loss_fn(model, batch)`` returns the mean loss over the batch, or for "mas" and "gn" the output
+                of the network, (N, ...). For figures that can be repeated let timesteps and noise be part of the batch.
+            batches: tensors, or tuples, lists or dicts of tensors, each with N samples along the first dimension.
+            generator: of the signs of "gn".
+
+        Returns:
+            The number of samples seen so far, over all processes.
+
+        Raises:
+            ValueError: For a loss that is no scalar, samples without a first dimension in common, no batch at all, a
+                gradient that is not finite, or parameters that have moved since the first call.
+        """
+        model = bare(self._model[0])
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not parameters:
+            raise ValueError("`model` should have parameters that require a gradient, found none.")
+        self._check_anchor()
+        sums = {name: torch.zeros_like(p, dtype=_exact(p)) for name, p in parameters.items()}
+        function = _PerSample(model, loss_fn, self.estimator)
+        modes = {module: module.training for module in model.modules()}
+        count = 0
+        try:
+            model.eval()
+            for batch in batches:
+                count += self._add(function, parameters, sums, batch, generator)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        if count == 0:
+            raise ValueError("`batches` should hold at least one batch, found none.")
+        self._keep(parameters, sums, count)
+        return int(self._buffer("samples"))
+
+    def _add(
+        self,
+        function: "_PerSample",
+        parameters: Mapping[str, nn.Parameter],
+        sums: dict[str, Tensor],
+        batch: Any,
+        generator: torch.Generator | None,
+    ) -> int:
+        size = _batch_size(batch)
+        power = 2 if self.estimator in ("fisher", "gn") else 1
+        for start in range(0, size, self.chunk_size):
+            chunk = _rows(batch, start, start + self.chunk_size)
+            signs = function.signs(chunk, generator)
+            gradients = self._gradients(function, parameters, chunk, signs)
+            moments = {name: g.to(sums[name].dtype).abs().pow(power).sum(0) for name, g in gradients.items()}
+            wrong = [name for name, moment in moments.items() if not bool(moment.isfinite().all())]
+            if wrong:
+                raise ValueError(f"The gradients of single samples should be finite, found NaN or infinity in {wrong}.")
+            for name, moment in moments.items():
+                sums[name] += moment
+        return size
+
+    def _gradients(
+        self, function: "_PerSample", parameters: Mapping[str, nn.Parameter], chunk: Any, signs: Tensor | None
+    ) -> dict[str, Tensor]:
+        """(N, ...) for each parameter. Where one pass for all does not work, one for each."""
+        if not self._loop:
+            try:
+                return function.at_once(parameters, chunk, signs)
+            except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+                logger.info("Gradients are taken one by one: %s", str(error).partition("\n")[0])
+        found = function.one_by_one(parameters, chunk, signs)
+        self._loop = True  # known to work only now: what fails both ways is the caller's mistake, and is raised
+        return found
+
+    def begin_task(self) -> None:
+        """Hold what was learned until now as well: importances to come have the parameters of this moment as anchor.
+
+        Penalties of all tasks add up.
+        """
+        self._check_measured()
+        self._open(self.tasks)
+
+    @property
+    def tasks(self) -> int:
+        """How many trainings are remembered, or being measured."""
+        return 1 + max(int(name.partition("/")[0]) for name in self._buffers)
+
+    def forward(self) -> Tensor:
+        """The penalty: a scalar with a gradient to the parameters. Add it to the loss once per optimiser step."""
+        self._check_measured()
+        terms = []
+        for parameter, omega, anchor, weight in self._charged():
+            moved = parameter.to(omega.dtype) - anchor
+            if self.estimator == "taylor2":
+                term = (omega * moved).abs().sum() + 0.5 * (omega * moved).square().sum()
+            else:
+                term = (omega * moved.square()).sum() * (1.0 if self.estimator == "mas" else 0.5)
+            terms.append(weight * term)
+        if not terms:
+            raise ValueError("No parameter of `model` has an importance: was it measured on another network?")
+        return torch.stack([term.to(terms[0]) for term in terms]).sum()
+
+    @torch.no_grad()
+    def apply_(self) -> None:
+        """Add the penalty's gradient to ``.grad``: what ``forward().backward()`` does, without a graph.
+
+        Call it once per optimiser step, after the last ``backward()``, and after ``GradScaler.unscale_``.
+        """
+        self._check_measured()
+        for parameter, omega, anchor, weight in self._charged():
+            if not parameter.requires_grad:
+                continue
+            moved = parameter.to(omega.dtype) - anchor
+            if self.estimator == "taylor2":
+                slope = omega * (moved.sign() + omega * moved)
+            else:
+                slope = (2.0 if self.estimator == "mas" else 1.0) * omega * moved
+            slope = (weight * slope).to(parameter.dtype)
+            if parameter.grad is None:
+                parameter.grad = slope
+            else:
+                parameter.grad += slope
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Call :meth:`apply_` before each step of an optimiser, after any clipping of gradients.
+
+        Args:
+            optimizer: not accelerate's wrapper, but ``wrapper.optimizer``.
+
+        Returns:
+            A handle with ``remove()``.
+
+        Raises:
+            ValueError: Later, in ``step``: with a closure, which would compute the gradients anew; and for a fused
+                optimiser under ``GradScaler``, which sees scaled gradients unless ``scaler.unscale_(optimizer)`` was
+                called.
+        """
+
+        def add(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if next(iter(args), kwargs.get("closure")) is not None:
+                raise ValueError("A closure computes the gradients anew: add `importance()` to its loss instead.")
+            if getattr(optimizer, "grad_scale", None) is not None:
+                raise ValueError(
+                    "A fused optimiser is given scaled gradients by GradScaler: call `scaler.unscale_(optimizer)` "
+                    "before `scaler.step(optimizer)`."
+                )
+            self.apply_()
+
+        return optimizer.register_step_pre_hook(add)
+
+    def importance(self, task: int = 0) -> dict[str, Tensor]:
+        """The importances of one task by the parameters' names."""
+        return self._named(task, "importance")
+
+    def _charged(self) -> Iterable[tuple[nn.Parameter, Tensor, Tensor, float]]:
+        """(parameter, importance, anchor, weight) for each parameter and task."""
+        parameters = {_plain(name): p for name, p in bare(self._model[0]).named_parameters()}
+        count = 1
+        if self.normalize == "mean":
+            count = max(1, sum(p.numel() for name, p in parameters.items() if name in self._named(0, "importance")))
+        for task in range(self.tasks):
+            anchors = self._named(task, "anchor")
+            for name, omega in self._named(task, "importance").items():
+                if name not in parameters:
+                    continue
+                parameter, anchor = parameters[name], anchors[name]
+                if parameter.shape != omega.shape:
+                    raise ValueError(
+                        f"`{name}` should be of shape {tuple(omega.shape)}, as when its importance was measured, found "
+                        f"{tuple(parameter.shape)}."
+                    )
+                yield parameter, omega, anchor, self.strength * self._layer_weight(name) / count
+
+    def _layer_weight(self, name: str) -> float:
+        fitting = [key for key in self.layer_weights if key == "" or name == key or name.startswith(f"{key}.")]
+        return self.layer_weights[max(fitting, key=len)] if fitting else 1.0
+
+    def _open(self, task: int = 0) -> None:
+        """A task with the parameters of this moment for anchor, nothing measured."""
+        for name, parameter in bare(self._model[0]).named_parameters():
+            anchor = parameter.detach().to(_exact(parameter), copy=True)
+            self.register_buffer(_key(task, "anchor", name), anchor)
+        self.register_buffer(f"{task}/samples", torch.zeros((), dtype=torch.int64))
+
+    def _keep(self, parameters: Mapping[str, nn.Parameter], sums: dict[str, Tensor], count: int) -> None:
+        total = torch.tensor(count, device=next(iter(sums.values())).device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for tensor in [*sums.values(), total]:
+                torch.distributed.all_reduce(tensor)
+        task, new = self.tasks - 1, int(total)
+        before = int(self._buffer("samples"))
+        for name in parameters:
+            key = _key(task, "importance", name)
+            mean = sums[name] / new
+            if before and (old := self._buffers.get(key)) is not None:
+                mean = (old * before + sums[name]) / (before + new)
+            self.register_buffer(key, mean)
+        self.register_buffer(f"{task}/samples", torch.tensor(before + new))
+        if not any(bool(value.any()) for value in self._named(task, "importance").values()):
+            logger.warning("All importances are 0: the loss has no gradient there, and the penalty will be 0.")
+
+    def _check_anchor(self) -> None:
+        anchors = self._named(self.tasks - 1, "anchor")
+        for name, parameter in bare(self._model[0]).named_parameters():
+            anchor = anchors.get(_plain(name))
+            if anchor is not None and not torch.equal(parameter.detach().to(anchor), anchor):
+                if not int(self._buffer("samples")):
+                    self._open(self.tasks - 1)  # nothing measured yet: the anchor is where it is measured
+                    return
+                raise ValueError(
+                    f"`{name}` has moved since its importance was first measured: call `begin_task()` to remember "
+                    "what was learned since."
+                )
+
+    def _check_measured(self) -> None:
+        if not int(self._buffer("samples")):
+            raise ValueError("The importance is not measured: call `accumulate(loss_fn, batches)` first.")
+
+    def _buffer(self, kind: str) -> Tensor:
+        value = self._buffers[f"{self.tasks - 1}/{kind}"]
+        assert value is not None
+        return value
+
+    def _named(self, task: int, kind: str) -> dict[str, Tensor]:
+        start = f"{task}/{kind}/"
+        return {
+            name.removeprefix(start).replace("/", "."): value
+            for name, value in self._buffers.items()
+            if name.startswith(start) and value is not None
+        }
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        # what was measured elsewhere replaces what is here: other tasks, and parameters that this network lacks
+        loaded = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        if any(name.endswith("/samples") for name in loaded):
+            device = self._buffer("samples").device
+            self._buffers.clear()
+            for name in loaded:
+                self.register_buffer(name, torch.empty_like(state_dict[prefix + name], device=device))
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ParameterImportance":
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():  # follow the device, never the dtype: squares do not fit half precision
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        return f"{self.estimator}, strength={self.strength:g}, {self.tasks} task(s), {self._buffer('samples')} samples"
+
+
+class _PerSample:
+    """Gradients of single samples of what an estimator asks for."""
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], estimator: Estimator) -> None:
+        self.model, self.loss_fn, self.estimator = model, loss_fn, estimator
+        self.runner = _Runner(model, self._value)
+
+    def signs(self, chunk: Any, generator: torch.Generator | None) -> Tensor | None:
+        """Random +-1 for each number of the output."""
+        if self.estimator != "gn":
+            return None
+        with torch.no_grad():
+            output = self._output(self.loss_fn(self.model, chunk), _batch_size(chunk))
+        device = output.device if generator is None else generator.device
+        bits = torch.randint(0, 2, output.shape, generator=generator, device=device)
+        return (2 * bits - 1).to(output)
+
+    def at_once(self, parameters: Mapping[str, nn.Parameter], chunk: Any, signs: Tensor | None) -> dict[str, Tensor]:
+        tensors = [leaf for leaf in tree_leaves((chunk, signs)) if isinstance(leaf, Tensor)]
+
+        def value(parameters: dict[str, Tensor], samples: list[Tensor]) -> Tensor:
+            rest = iter(samples)
+            one, sign = tree_map(lambda leaf: next(rest)[None] if isinstance(leaf, Tensor) else leaf, (chunk, signs))
+            result: Tensor = functional_call(
+                self.runner, {f"model.{name}": p for name, p in parameters.items()}, (one, sign)
+            )
+            return result
+
+        weights = {name: p.detach() for name, p in parameters.items()}
+        found: dict[str, Tensor] = vmap(grad(value), in_dims=(None, 0), randomness="different")(weights, tensors)
+        return found
+
+    def one_by_one(self, parameters: Mapping[str, nn.Parameter], chunk: Any, signs: Tensor | None) -> dict[str, Tensor]:
+        rows = []
+        for number in range(_batch_size(chunk)):
+            one, sign = _rows((chunk, signs), number, number + 1)
+            with torch.enable_grad():
+                value = self._value(one, sign)
+            if not value.requires_grad:
+                raise ValueError("What `loss_fn` returns should depend on the parameters of `model`.")
+            rows.append(
+                torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
+            )
+        return {name: torch.stack(column) for name, column in zip(parameters, zip(*rows, strict=True), strict=True)}
+
+    def _value(self, sample: Any, signs: Tensor | None) -> Tensor:
+        """A scalar of a batch of one."""
+        result = self.loss_fn(self.model, sample)
+        if self.estimator in ("taylor2", "fisher"):
+            if not isinstance(result, Tensor) or result.ndim != 0:
+                raise ValueError(f"`loss_fn` should return a scalar, found {_describe(result)}.")
+            return result
+        output = self._output(result, 1)
+        return (output * signs).sum() if signs is not None else output.square().sum()
+
+    def _output(self, result: Any, size: int) -> Tensor:
+        if not isinstance(result, Tensor) or result.ndim == 0 or len(result) != size:
+            raise ValueError(
+                f"`loss_fn` should return the output of the network, ({size}, ...), for the estimator "
+                f"{self.estimator!r}, found {_describe(result)}."
+            )
+        return result
+
+
+class _Runner(nn.Module):
+    """The network as a submodule of what is called, so that ``functional_call`` can swap its parameters."""
+
+    def __init__(self, model: nn.Module, function: Callable[[Any, Any], Tensor]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, sample: Any, signs: Tensor | None) -> Tensor:
+        return self.function(sample, signs)
+
+
+def _rows(batch: Any, first: int, last: int) -> Any:
+    return tree_map(lambda leaf: leaf[first:last] if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def _batch_size(batch: Any) -> int:
+    sizes = {len(leaf) if leaf.ndim else None for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
+    if len(sizes) != 1 or None in sizes or 0 in sizes:
+        found = sorted(tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+        raise ValueError(f"A batch should be tensors of N samples each along the first dimension, found {found}.")
+    (size,) = sizes
+    assert size is not None
+    return size
+
+
+def _describe(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _exact(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _plain(name: str) -> str:
+    """The name of a parameter without what wrappers add."""
+    return _WRAPPERS.sub("", name).removeprefix(".")
+
+
+def _key(task: int, kind: str, name: str) -> str:
+    """The name of a buffer, which may hold no dot."""
+    return f"{task}/{kind}/{_plain(name).replace('.', '/')}"

@@ -1,0 +1,176 @@
+"""Which layers are shallow, and how much should generation have to say in each?
+
+Depth is the order in which layers run, found by running the network once. The order of ``named_parameters()`` is that
+in which somebody wrote them down.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restoreloss.frozen import bare, frozen
+
+logger = logging.getLogger(__name__)
+
+
+def execution_order(model: nn.Module, *inputs: Any, blocks: Iterable[str] | None = None) -> list[str]:
+    """The names of the blocks of a network in the order in which they first run, shallowest first.
+
+    Args:
+        model: the network; it runs once on ``inputs``, in eval mode and without gradient, and is left as it was.
+        inputs: what ``model`` is called with.
+        blocks: names of submodules to be put in order. The default is every module with parameters of its own.
+
+    Returns:
+        The names. Blocks that did not run are left out, and named in a log entry.
+
+    Raises:
+        ValueError: For a name that is no submodule, or if no block ran.
+
+    Example:
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.last, self.first = nn.Linear(2, 2), nn.Linear(2, 2)
+        ...     def forward(self, x):
+        ...         return self.last(self.first(x))
+        >>> execution_order(Net(), torch.zeros(1, 2))
+        ['first', 'last']
+    """
+    network = bare(model)
+    modules = dict(network.named_modules())
+    if blocks is None:
+        chosen = [name for name, module in modules.items() if any(True for _ in module.parameters(recurse=False))]
+    else:
+        chosen = list(blocks)
+        unknown = [name for name in chosen if name not in modules]
+        if unknown:
+            raise ValueError(f"`blocks` should name submodules, found {unknown}; there are {list(modules)[1:21]}, ...")
+    order: dict[str, None] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: order.setdefault(name)
+
+    handles = [modules[name].register_forward_pre_hook(note(name)) for name in chosen]
+    try:
+        with torch.no_grad(), frozen(network):
+            network(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not order:
+        raise ValueError(f"None of the blocks {chosen[:20]} ran.")
+    idle = [name for name in chosen if name not in order]
+    if idle:
+        logger.warning("These blocks did not run, and have no depth: %s", ", ".join(idle))
+    return list(order)
+
+
+def layer_weights(order: Sequence[str], timestep: float, *, rate: float = 0.05) -> dict[str, float]:
+    r"""How much generation counts in each layer of a task with matching timestep t*.
+
+    .. math:: w_l = \exp\bigl(-a\, t^* \tfrac{l}{L - 1}\bigr), \qquad l = 0 \dots L - 1
+
+    1 in the shallowest layer and :math:`\exp(-a t^*)` (Eq. 10) in the deepest.
+
+    Args:
+        order: names of layers, shallowest first, as :func:`execution_order` finds them.
+        timestep: :math:`t^*`, of :func:`restoreloss.match_timestep`, of T = 50.
+        rate: a; 0.05 in the paper.
+
+    Returns:
+        The weights by name, for :class:`restoreloss.ParameterImportance` and :func:`add_gradients`.
+
+    Raises:
+        ValueError: For an empty order, or a negative timestep or rate.
+
+    Example:
+        >>> layer_weights(["stem", "body", "head"], 20)
+        {'stem': 1.0, 'body': 0.6065306597126334, 'head': 0.36787944117144233}
+
+    Source: DTP, Eqs. (10), (21); the exponent over depth is that of the authors' code, which defines it and never calls
+    it. That the regularisation weight decays likewise is the paper's Section 2.2.
+    """
+    if not order:
+        raise ValueError("`order` should name at least one layer, found none.")
+    if timestep < 0 or rate < 0:
+        raise ValueError(f"`timestep` and `rate` should be at least 0, found {timestep} and {rate}.")
+    last = max(1, len(order) - 1)
+    return {name: math.exp(-rate * timestep * number / last) for number, name in enumerate(order)}
+
+
+def shallow(model: nn.Module, order: Sequence[str], share: float | int = 0.5) -> list[nn.Parameter]:
+    """The trainable parameters of the first layers.
+
+    Args:
+        model: the network.
+        order: names of layers, shallowest first.
+        share: how many: a whole number of layers, or a fraction of them (rounded up).
+
+    Returns:
+        The parameters, each once. A layer that is part of another belongs to it.
+
+    Raises:
+        ValueError: For a share outside (0, 1], a number of layers that there are not, or layers without parameters.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+        >>> [tuple(p.shape) for p in shallow(model, ["0", "2"], 1)]
+        [(2, 2), (2,)]
+    """
+    count = share if isinstance(share, int) else math.ceil(share * len(order)) if 0 < share <= 1 else 0
+    if not 1 <= count <= len(order):
+        raise ValueError(f"`share` should be within (0, 1] or 1 to {len(order)} layers, found {share}.")
+    chosen = set(order[:count])
+    parameters = [p for name, p in bare(model).named_parameters() if p.requires_grad and _owner(name, order) in chosen]
+    if not parameters:
+        raise ValueError(f"The layers {sorted(chosen)} should have parameters that require a gradient, found none.")
+    return parameters
+
+
+def add_gradients(loss: Tensor, model: nn.Module, weights: Mapping[str, float], *, retain_graph: bool = False) -> None:
+    r"""A ``backward()`` of the generative loss that weighs layers, and leaves those out that are not named.
+
+    .. math:: \nabla_l \mathrel{+}= w_l \, \partial L / \partial \theta_l
+
+    A layer of weight 0, or without one, gets exactly nothing, whatever the depth of the network that the loss saw. To
+    confine generation to shallow layers give the first items of :func:`layer_weights`.
+
+    Args:
+        loss: a scalar.
+        model: the network.
+        weights: by name of layer; the longest name that fits a parameter counts.
+        retain_graph: as for ``backward()``.
+
+    Raises:
+        ValueError: If no parameter that requires a gradient has a weight.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        >>> add_gradients(model(torch.ones(1, 2)).sum(), model, {"0": 0.5})
+        >>> model[0].bias.grad is None, model[1].bias.grad is None
+        (False, True)
+    """
+    found = {name: _owner(name, weights) for name, p in bare(model).named_parameters() if p.requires_grad}
+    factors = {name: weights[owner] for name, owner in found.items() if owner is not None and weights[owner] != 0}
+    if not factors:
+        raise ValueError(
+            f"`weights` should name layers with parameters that require a gradient, found {list(weights)}."
+        )
+    parameters = dict(bare(model).named_parameters())
+    chosen = [parameters[name] for name in factors]
+    gradients = torch.autograd.grad(loss, chosen, retain_graph=retain_graph, allow_unused=True)
+    for parameter, gradient, factor in zip(chosen, gradients, factors.values(), strict=True):
+        if gradient is not None:
+            gradient = factor * gradient
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+def _owner(name: str, layers: Iterable[str]) -> str | None:
+    """The layer that a parameter belongs to: the longest of the names that fit."""
+    fitting = [layer for layer in layers if layer == "" or name == layer or name.startswith(f"{layer}.")]
+    return max(fitting, key=len) if fitting else None

@@ -1,0 +1,278 @@
+"""How do generation and reconstruction share parameters without pulling against each other?
+
+Both train the same shallow layers; where their gradients conflict, one undoes the other. :class:`GradientOrthogonality`
+is a loss that turns the gradients apart, and, for a fraction of its price, a projection that removes the conflict from
+the gradients of a step.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Losses = Tensor | Sequence[Tensor]
+
+
+class GradientOrthogonality(nn.Module):
+    r"""Make the gradients of generation and reconstruction agree within each objective and be orthogonal across.
+
+    .. math:: L = (1 - s) + \gamma |d|
+
+    s is the mean cosine of two gradients of the same objective, over all pairs of micro-batches, and d that of a
+    gradient of one and a gradient of the other. A gradient that is zero drops out; s = 1 if there is no pair (one
+    micro-batch each), d = 0 likewise. The loss has a gradient of its own, by differentiating twice: three to four times
+    a plain step. :meth:`project` costs one more backward pass and changes the gradients only.
+
+    Args:
+        parameters: shared by both objectives, usually the shallow ones (:func:`restoreloss.regularizers.layer_decay.
+            shallow`). Those that require no gradient are left out.
+        gamma: weight of the orthogonality across objectives; 1 in the paper.
+        mode: "orthogonal"; or "align", in which s and d change places: the authors' published statement.
+
+    Raises:
+        ValueError: Without a parameter that requires a gradient, or for an unknown mode.
+
+    Example:
+        >>> network = nn.Conv2d(3, 3, 3, padding=1)
+        >>> clean = torch.rand(4, 3, 8, 8)
+        >>> noise = 0.1 * torch.randn_like(clean)
+        >>> def loss(degraded, clean):
+        ...     return (network(degraded) - clean).square().mean()
+        >>> orthogonality = GradientOrthogonality(network.parameters())
+        >>> generation = [loss(clean[:2] + noise[:2], clean[:2]), loss(clean[2:] + noise[2:], clean[2:])]
+        >>> reconstruction = [loss(0.5 * clean[:2], clean[:2]), loss(0.5 * clean[2:], clean[2:])]
+        >>> penalty = orthogonality(generation, reconstruction)
+        >>> (sum(reconstruction) / 2 + 0.1 * penalty).backward()
+
+    Source: DTP, Eqs. (6) to (9), (17) to (20). The equations are lost in the text that we have; this is the form of
+    Orthogonal Projection Loss (Ranasinghe et al. 2021), which their wording repeats, on gradients instead of features.
+    The authors' code takes the gradients without a graph, so that their term is a constant. The projection is that of
+    PCGrad (Yu et al. 2020), of one objective against the other.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        gamma: float = 1.0,
+        mode: Literal["orthogonal", "align"] = "orthogonal",
+    ) -> None:
+        super().__init__()
+        if isinstance(parameters, Tensor):
+            raise ValueError("`parameters` should be several parameters, as `network.parameters()`, found a tensor.")
+        unique = {id(p): p for p in parameters if p.requires_grad}
+        if not unique:
+            raise ValueError("`parameters` should hold at least one that requires a gradient, found none.")
+        if mode not in ("orthogonal", "align"):
+            raise ValueError(f"`mode` should be 'orthogonal' or 'align', found {mode!r}.")
+        self._parameters_shared = tuple(unique.values())  # in a tuple: not registered
+        self.gamma, self.mode = gamma, mode
+        self._twice = False
+
+    def forward(
+        self,
+        generation: Losses,
+        reconstruction: Losses,
+        *,
+        at: tuple[Losses, Losses] | None = None,
+    ) -> Tensor:
+        """The penalty from the losses of micro-batches, whose graphs are kept.
+
+        Args:
+            generation: one scalar loss for each micro-batch; two or more for s.
+            reconstruction: likewise.
+            at: take the gradients with respect to these tensors, one for each loss, instead of the parameters: the
+                activations of a layer, or the outputs of the network, of shape (N, ...). Every sample then counts as a
+                micro-batch, which one loss for each objective suffices for. The loss must not be L1 where they are
+                outputs: its gradient is constant.
+
+        Returns:
+            A scalar in float32 or higher, with a gradient to all that the losses depend on.
+
+        Raises:
+            ValueError: For losses that are no scalars or have no graph, and where the network cannot be differentiated
+                twice, found out at the first call.
+        """
+        sides = [_as_list(generation, "generation"), _as_list(reconstruction, "reconstruction")]
+        if at is None:
+            gradients = [
+                [_gradients(loss, self._parameters_shared, create_graph=True) for loss in side] for side in sides
+            ]
+        else:
+            points = [_as_list(at[0], "at", scalar=False), _as_list(at[1], "at", scalar=False)]
+            gradients = [_by_sample(losses, tensors) for losses, tensors in zip(sides, points, strict=True)]
+        penalty = self.from_gradients(*gradients)
+        if not self._twice and penalty.requires_grad:
+            _check_twice(penalty, self._parameters_shared)
+            self._twice = True
+        return penalty
+
+    def from_gradients(
+        self, generation: Sequence[Sequence[Tensor]], reconstruction: Sequence[Sequence[Tensor]]
+    ) -> Tensor:
+        """The penalty from gradients: for each micro-batch a list of tensors, the same shapes for all.
+
+        Example:
+            >>> orthogonality = GradientOrthogonality(nn.Linear(1, 1).parameters())
+            >>> e1, e2 = [torch.tensor([1.0, 0.0])], [torch.tensor([0.0, 1.0])]
+            >>> orthogonality.from_gradients([e1, e2], [e1, e2]).item()
+            1.5
+        """
+        rows = [*generation, *reconstruction]
+        cosines, there = _cosines(rows)
+        side = torch.arange(len(rows), device=cosines.device) < len(generation)
+        pairs = (there[:, None] & there[None, :]).triu(diagonal=1)
+        same = pairs & (side[:, None] == side[None, :])
+        within = _mean(cosines, same, default=1.0)
+        across = _mean(cosines, pairs & ~same, default=0.0)
+        if self.mode == "align":
+            within, across = across, within
+        return (1 - within) + self.gamma * across.abs()
+
+    def project(
+        self,
+        generation: Tensor,
+        reconstruction: Tensor,
+        *,
+        policy: Literal["conflict", "full"] = "conflict",
+        weight: float = 1.0,
+        others: Iterable[nn.Parameter] = (),
+    ) -> Tensor:
+        r"""Add to ``.grad`` the gradient of both losses, that of generation freed of what opposes reconstruction.
+
+        .. math:: g = g_{rec} + w \Bigl(g_{gen} - \frac{g_{gen}\cdot g_{rec}}{\lVert g_{rec} \rVert^2} g_{rec}\Bigr)
+
+        The dot product runs over all shared parameters together. Parameters in ``others`` get that of reconstruction,
+        and of generation exactly nothing.
+
+        Over several processes both gradients are averaged first and projected then, as one process would on the whole
+        batch. DDP must not average as well: run the forward passes on the network inside it, or under ``no_sync()``.
+
+        Args:
+            generation: scalar loss of the generative batch. Its graph is released, as by ``backward()``.
+            reconstruction: scalar loss of the degraded batch, likewise.
+            policy: "conflict" projects if the dot product is negative, "full" always.
+            weight: of the generative gradient.
+            others: parameters that only reconstruction trains, usually the deep ones.
+
+        Returns:
+            The cosine of the two gradients before the projection, a scalar (0 if one of them is zero).
+
+        Raises:
+            ValueError: For losses that are no scalars or have no graph, or an unknown policy.
+        """
+        if policy not in ("conflict", "full"):
+            raise ValueError(f"`policy` should be 'conflict' or 'full', found {policy!r}.")
+        (generation,), (reconstruction,) = (
+            _as_list(generation, "generation"),
+            _as_list(reconstruction, "reconstruction"),
+        )
+        shared = self._parameters_shared
+        known = {id(p) for p in shared}
+        rest = [p for p in others if p.requires_grad and id(p) not in known]
+        of_generation = _gradients(generation, shared, retain_graph=True)  # the two graphs may share a part
+        of_both = _gradients(reconstruction, [*shared, *rest])
+        _average([*of_generation, *of_both])
+        of_reconstruction = of_both[: len(shared)]
+        exact = torch.promote_types(shared[0].dtype, torch.float32)
+        dot, square, own = (
+            torch.stack([(a.to(exact) * b.to(exact)).sum() for a, b in zip(one, other, strict=True)]).sum()
+            for one, other in (
+                (of_generation, of_reconstruction), (of_reconstruction, of_reconstruction),
+                (of_generation, of_generation),
+            )
+        )  # fmt: skip
+        there = square > 0
+        factor = torch.where(there, dot / torch.where(there, square, 1), 0)
+        if policy == "conflict":
+            factor = factor.clamp(max=0)
+        with torch.no_grad():
+            for number, (parameter, gradient) in enumerate(zip([*shared, *rest], of_both, strict=True)):
+                if number < len(shared):
+                    freed = of_generation[number].to(exact) - factor * gradient.to(exact)
+                    gradient = (gradient.to(exact) + weight * freed).to(parameter.dtype)
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        norm = (square * own).sqrt()
+        return torch.where(norm > 0, dot / torch.where(norm > 0, norm, 1), 0)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        return f"{len(self._parameters_shared)} parameters, gamma={self.gamma:g}, mode={self.mode!r}"
+
+
+def _as_list(losses: Losses, name: str, *, scalar: bool = True) -> list[Tensor]:
+    found = [losses] if isinstance(losses, Tensor) else list(losses)
+    for loss in found:
+        if not isinstance(loss, Tensor) or not loss.requires_grad or (scalar and loss.numel() != 1):
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            graph = "" if not isinstance(loss, Tensor) or loss.requires_grad else " without a graph"
+            kind = "scalar losses" if scalar else "tensors"
+            raise ValueError(f"`{name}` should be {kind} that depend on parameters, found {what}{graph}.")
+    if not found:
+        raise ValueError(f"`{name}` should hold at least one {'loss' if scalar else 'tensor'}, found none.")
+    return found
+
+
+def _gradients(
+    loss: Tensor, tensors: Sequence[Tensor], *, create_graph: bool = False, retain_graph: bool = False
+) -> list[Tensor]:
+    return list(
+        torch.autograd.grad(
+            loss, tensors, create_graph=create_graph, retain_graph=create_graph or retain_graph, allow_unused=True,
+            materialize_grads=True,
+        )
+    )  # fmt: skip
+
+
+def _by_sample(losses: list[Tensor], tensors: list[Tensor]) -> list[list[Tensor]]:
+    """The gradients of every sample, as micro-batches of one."""
+    if len(losses) != len(tensors):
+        raise ValueError(f"`at` should hold one tensor for each loss ({len(losses)}), found {len(tensors)}.")
+    gradients = [_gradients(loss, [tensor], create_graph=True)[0] for loss, tensor in zip(losses, tensors, strict=True)]
+    return [[sample] for gradient in gradients for sample in gradient]
+
+
+def _cosines(rows: list[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+    """(K, K) cosines of K gradients, and which of these are not zero."""
+    if len({tuple(tensor.shape for tensor in row) for row in rows}) != 1:
+        raise ValueError("The gradients should be of the same shapes in all micro-batches.")
+    parts = [torch.stack([tensor.flatten() for tensor in column]) for column in zip(*rows, strict=True)]
+    parts = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
+    # gradients of long runs are tiny: their squares would leave float32
+    scale = torch.stack([part.detach().abs().amax(dim=1) for part in parts]).amax(dim=0)
+    there = scale > 0
+    scale = torch.where(there, scale, 1)
+    gram = torch.stack([(part / scale[:, None]) @ (part / scale[:, None]).T for part in parts]).sum(dim=0)
+    norms = torch.where(there, gram.diagonal(), 1).sqrt()
+    return gram / (norms[:, None] * norms[None, :]), there
+
+
+def _mean(values: Tensor, chosen: Tensor, *, default: float) -> Tensor:
+    count = chosen.sum()
+    return torch.where(count > 0, (values * chosen).sum() / count.clamp(min=1), default)
+
+
+def _check_twice(penalty: Tensor, parameters: Sequence[Tensor]) -> None:
+    try:
+        torch.autograd.grad(penalty, parameters, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        text = str(error)
+        if "scaled_dot_product" in text or "attention" in text:
+            way = "Run its attention under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`"
+        elif "aot_autograd" in text or "compile" in text:
+            way = "Take the losses from the network before `torch.compile`"
+        else:
+            way = "Find the operation that is differentiable only once"
+        raise ValueError(
+            f"The network cannot be differentiated twice: {text.partition(chr(10))[0]} {way}, or use `project`, which "
+            "needs no second derivative."
+        ) from error
+
+
+def _average(gradients: Sequence[Tensor]) -> None:
+    """In place, over all processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+            gradient /= torch.distributed.get_world_size()
