@@ -76,6 +76,7 @@ class FeatureExtractor:
         self._statistics = _statistics(bare(network), normalize)
         self._paths = _group_by_module(bare(network), self.layers)
         self._overwritten: set[str] = set()
+        self._looking = False
         self._memo: dict[tuple[object, ...], tuple[tuple[Tensor, ...], dict[str, Tensor]]] | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -116,7 +117,7 @@ class FeatureExtractor:
         outputs: dict[str, dict[str, Tensor]] = {}
 
         def record(path: str, *call: Any) -> None:
-            if path not in outputs:
+            if path not in outputs and not self._looking:
                 # a copy where a later layer may write into it
                 outputs[path] = {name: value.clone() for name, value in _tensors(path, call[-1]).items()}
 
@@ -180,6 +181,8 @@ class FeatureExtractor:
             stack.enter_context(_one_arithmetic())
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(suppress(_Reached))
+            stack.callback(setattr, self, "_looking", self._looking)
+            self._looking = True
             network(prepared)
         self._check_ran(outputs)
         changed = {path for path in outputs if versions[path] != [_version(v) for v in outputs[path].values()]}

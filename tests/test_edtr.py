@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import yaml  # type: ignore[import-untyped, unused-ignore]
 from safetensors.torch import load_file
 from skimage import data as photos
 from torch import Tensor, nn
@@ -344,6 +345,10 @@ def test_folders_of_stable_diffusion_are_read(tmp_path: Path) -> None:
     edtr.save_trained(tmp_path / "trained.safetensors")
     again = EDTR.from_pretrained(tmp_path / "sd", nn.Identity(), trained=tmp_path / "trained.safetensors")
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in edtr.state_dict().items())
+    for name in ("vae", "unet", "text_encoder"):
+        parts[name].half().save_pretrained(tmp_path / "sd" / name)
+    half = EDTR.from_pretrained(tmp_path / "sd", nn.Identity())
+    assert half.restore(torch.rand(1, 3, 16, 16)).dtype == torch.float32
     (tmp_path / "words" / "vae").mkdir()
     with pytest.raises(ValueError, match="unet/"):
         EDTR.from_pretrained(tmp_path / "words", nn.Identity())
@@ -390,16 +395,54 @@ def test_a_folder_is_restored(tmp_path: Path, prepared: Path, caplog: pytest.Log
     (pictures / "deep").mkdir(parents=True)
     cat = torch.from_numpy(photos.chelsea()[:50, :61].copy()).permute(2, 0, 1) / 255
     save_image(cat, pictures / "cat.png")
+    save_image(cat[:, :48], pictures / "cat.jpg")
     save_image(cat[:, :20, :20], pictures / "deep" / "part.png")
     (pictures / "broken.png").write_bytes(b"no picture")
     with caplog.at_level("INFO"):
         for out in ("out", "again"):
             command = ["--run", str(tmp_path / "run"), "--tile", "32", "--n", "2", str(pictures), str(tmp_path / out)]
             restoring.main([*command, "--device", "cpu"])
-    assert "broken.png skipped" in caplog.text and "2 pictures restored" in caplog.text
-    for name, shape in (("cat.png", (3, 50, 61)), ("deep/part.png", (3, 20, 20))):
+    assert "broken.png skipped" in caplog.text and "3 pictures restored" in caplog.text
+    shapes = {"cat.png": (3, 48, 61), "cat.png.png": (3, 50, 61), "deep/part.png": (3, 20, 20)}
+    for name, shape in shapes.items():
         first, again = (read_picture(tmp_path / out / name) for out in ("out", "again"))
         assert first.shape == shape and torch.equal(first, again)
+
+
+def test_restoring_pads_as_the_run_did(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer(tmp_path / "run", prepared, steps=1, smallest=64).run()
+    (tmp_path / "pictures").mkdir()
+    save_image(torch.rand(3, 40, 52), tmp_path / "pictures" / "a.png")
+    seen = []
+    hint = EDTR.hint
+    monkeypatch.setattr(EDTR, "hint", lambda self, degraded: seen.append(degraded.shape[2:]) or hint(self, degraded))
+    restoring.main(["--run", str(tmp_path / "run"), "--device", "cpu", str(tmp_path / "pictures"), str(tmp_path / "o")])
+    assert seen == [(64, 64)]
+
+
+def test_half_precision_decodes_to_more_than_its_own_levels() -> None:
+    edtr = small_edtr(color_fix=True)
+    ramp = torch.linspace(0.5, 1, 64 * 64).reshape(1, 1, 64, 64).expand(1, 3, -1, -1)
+    with torch.autocast("cpu", torch.bfloat16):
+        hint = edtr.hint(ramp)
+        picture = edtr(hint, 200, noise=edtr.noise(hint))
+    assert hint.picture.dtype == hint.latents.dtype == picture.dtype == torch.float32
+
+
+def test_the_pre_restoration_learns_from_patches(tmp_path: Path) -> None:
+    config = preparing.Config(
+        out=tmp_path, steps=1, train_prior=False, pre_patch=24, pre_batch=3, pre_steps=2, pre_lr=0.125, h_lr=0.25,
+        h_optimizer="sgd", **SMALL,
+    )  # fmt: skip
+    preparing.prepare(config)
+    before, oracle = (
+        yaml.safe_load((tmp_path / run / "config.yaml").read_text()) for run in ("pre", "classification_hq")
+    )
+    assert (before["patch"], before["batch"], before["steps"], before["s_lr"]) == (24, 3, 2, 0.125)
+    assert (oracle["patch"], oracle["h_lr"], oracle["h_optimizer"]) == (None, 0.25, "sgd")
+    for changes, message in (({"tasks": []}, "at least one task"), ({"task": "detection"}, "`tasks` should")):
+        with pytest.raises(ValueError, match=message):
+            preparing.prepare(replace(config, **changes))
 
 
 # what is wrong

@@ -1145,7 +1145,8 @@ def test_recording_does_not_disturb_a_look_of_its_own():
     features = FeatureExtractor(network, ["0"], normalize=None)
     with features.recording() as seen:
         assert torch.equal(features(batch)["0"], 2 * batch)
-    assert torch.equal(seen["0"], 2 * batch)
+        network(3 * batch)
+    assert torch.equal(seen["0"], 6 * batch)  # of the network's own pass
     with features.recording() as one, FeatureExtractor(network, ["1"]).recording() as other:
         network(batch)
     assert torch.equal(one["0"], 2 * batch) and torch.equal(other["1"], 6 * batch)

@@ -187,6 +187,32 @@ def test_a_recorded_pass_does_for_both_losses() -> None:
             loss(seen, x)
 
 
+def test_a_recording_without_a_graph_would_train_nothing_and_is_refused() -> None:
+    student, teacher = live_recogniser(), live_recogniser()
+    matching = FeatureMatchingLoss(student, teacher, ["stage"])
+    images = torch.rand(2, 3, 32, 32)
+    with matching.student.recording() as seen, torch.no_grad():
+        student(images)
+    with pytest.raises(ValueError, match="would train nothing"):
+        matching(seen, images)
+    with torch.no_grad():
+        assert matching(seen, images) > 0  # to look at it is no mistake
+
+
+def test_a_recording_is_of_the_networks_own_pass_also_where_a_loss_looks_first() -> None:
+    student, teacher = live_recogniser().eval(), live_recogniser()
+    extractor = FeatureExtractor(student, ["stage"])
+    matching, tdp = FeatureMatchingLoss(extractor, teacher), TDPLoss(extractor)
+    images = torch.rand(2, 3, 32, 32)
+    with extractor.recording() as seen:
+        tdp(torch.rand(2, 3, 32, 32, requires_grad=True), torch.rand(2, 3, 32, 32))
+        student(images)
+    with extractor.recording() as alone:
+        student(images)
+    assert all(torch.equal(seen[name], alone[name]) for name in alone)
+    assert matching(seen, images).requires_grad
+
+
 def test_a_recording_without_a_pass_is_refused_and_leaves_no_hook() -> None:
     net, (_, x) = network(), pair()
     extractor = FeatureExtractor(net, ["0", "7"])

@@ -95,6 +95,14 @@ def test_the_posterior_of_no_stride_is_the_point_itself() -> None:
     assert deviation.abs().max() == 0
 
 
+def test_a_tensor_of_timesteps_that_rise_is_refused() -> None:
+    schedule, x = NoiseSchedule.linear(), torch.rand(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="`previous` should be at most `t`"):
+        schedule.posterior(x, x, torch.tensor([5, 9]), torch.tensor([4, 10]))
+    with pytest.raises(ValueError, match="integers where there are several"):
+        denoise(lambda x_t, t: x_t, x, [torch.tensor([5, 9]), torch.tensor([2, 3])], schedule)
+
+
 def test_the_posterior_refuses_what_does_not_fit() -> None:
     x = normal(2, 3)
     with pytest.raises(ValueError, match="`previous` should be at most `t`"):

@@ -16,14 +16,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize
 
 from examples.common.batches import Batches, chance, loader
 from examples.common.data import datasets, on_grid
 from examples.common.degrade import low_resolution
-from examples.common.networks import EDSR, recogniser, restorer
+from examples.common.networks import EDSR, load_weights, recogniser, restorer
 from examples.common.recognition import Recognition, features_of
 from examples.common.tasks import Task
 from examples.sr4ir import experiment, train
@@ -239,6 +239,45 @@ def test_data_sets_on_disk(data: Any, task: Any, make: Any, tmp_path: Path, capl
     results = Trainer(config).run()
     assert all(math.isfinite(value) for value in results.values())
     assert ("b.jpg" in caplog.text) == (data == "voc2012")
+
+
+def test_a_detector_that_began_with_imagenet_keeps_its_frozen_normalisation(tmp_path: Path) -> None:
+    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn
+    from torchvision.ops import FrozenBatchNorm2d
+
+    torch.manual_seed(0)
+    network = recogniser("paper", "detection", 3, pretrained=False)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            network.set_submodule(name, FrozenBatchNorm2d(module.num_features, eps=module.eps))
+    save_file(network.state_dict(), tmp_path / "frozen.safetensors")
+    again = recogniser("paper", "detection", 3, pretrained=False)
+    load_weights(again, tmp_path / "frozen.safetensors")
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in again.modules())
+    image = [torch.rand(3, 64, 64)]
+    one, other = (net.eval()(image)[0]["scores"] for net in (network, again))
+    assert torch.equal(one, other)
+    assert all(weight.requires_grad for weight in again.parameters())
+    live = fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None, num_classes=3)
+    save_file(live.state_dict(), tmp_path / "live.safetensors")
+    load_weights(fresh := recogniser("paper", "detection", 3, pretrained=False), tmp_path / "live.safetensors")
+    assert any(isinstance(module, nn.BatchNorm2d) for module in fresh.modules())
+
+
+def test_patches_are_cut_where_the_seed_says(tmp_path: Path) -> None:
+    config = Config(out=tmp_path / "run", method="pretrain", patch=16, steps=1, batch=4, train_count=8, test_count=4)
+    run = Trainer(config)
+    pictures, targets = next(run.read(0, 1))
+    batch = run.batch(pictures, targets, 0, 1)
+    assert batch.hr.shape == (4, 3, 16, 16)
+    for picture, patch in zip(pictures, batch.hr, strict=True):
+        places = picture.unfold(1, 16, 1).unfold(2, 16, 1)  # every square
+        assert ((places - patch[:, None, None]).abs().amax(dim=(0, 3, 4)) == 0).any()
+    assert torch.equal(run.batch(pictures, targets, 0, 1).hr, batch.hr)
+    with pytest.raises(ValueError, match="`patch` should fit"):
+        Trainer(replace(config, patch=64, out=tmp_path / "large")).batch(pictures, targets, 0, 1)
+    with pytest.raises(ValueError, match="`patch` should be left out"):
+        Trainer(replace(config, method="sr4ir", out=tmp_path / "other"))
 
 
 def test_pictures_without_a_box_train_a_detector() -> None:

@@ -7,7 +7,6 @@ CUB-200-2011, Stanford Cars and PASCAL VOC 2012, unpacked as they are handed out
 import logging
 import math
 import re
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,12 +15,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from examples.common.folder import read_picture
+from examples.common.folder import UNREADABLE, read_picture
 from examples.common.tasks import IGNORED, Task
 
 logger = logging.getLogger(__name__)
@@ -32,11 +31,6 @@ VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-UNREADABLE = (
-    UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError, LookupError, struct.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
-"""What Pillow and ElementTree raise for a damaged file."""
 
 
 class FolderData:

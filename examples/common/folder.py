@@ -1,6 +1,7 @@
 """Which pictures in this folder can be trained on, and why not the others?"""
 
 import logging
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+UNREADABLE = (
+    UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError, LookupError, RuntimeError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+"""What Pillow and ElementTree raise for a damaged file."""
 
 
 def load_folder(folder: Path, *, smallest: int) -> dict[str, Tensor]:
@@ -45,7 +52,7 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
         name = str(path.relative_to(folder))
         try:
             picture = read_picture(path)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             logger.warning("%s skipped: %s", name, str(error).replace(str(path), "it") or type(error).__name__)
         else:
             yield name, picture

@@ -6,7 +6,7 @@ a file, any classifier of timm, and small ones that train on two cores.
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from examples.common.tasks import Task
 
@@ -265,9 +265,12 @@ def _of_the_paper(task: Task, num_classes: int, weights: bool) -> nn.Module:
         classifier.fc = nn.Linear(512, num_classes)
         return classifier
     backbone = MobileNet_V3_Large_Weights.DEFAULT if weights else None
-    build = deeplabv3_mobilenet_v3_large if task == "segmentation" else fasterrcnn_mobilenet_v3_large_fpn
-    network: nn.Module = build(weights=None, weights_backbone=backbone, num_classes=num_classes)
-    return network
+    network: nn.Module
+    if task == "segmentation":
+        network = deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=backbone, num_classes=num_classes)
+        return network
+    network = fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=backbone, num_classes=num_classes)
+    return network.requires_grad_(True)  # the whole backbone, whether or not it starts from weights
 
 
 def _with_weights_if_possible(what: str, build: Callable[[bool], nn.Module], pretrained: bool) -> nn.Module:
@@ -280,6 +283,17 @@ def _with_weights_if_possible(what: str, build: Callable[[bool], nn.Module], pre
         return build(False)
     logger.info("%s starts from ImageNet weights", what)
     return network
+
+
+def _freeze_norms(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Frozen normalisation where the weights come from it: torchvision's detectors have it if they began with ImageNet.
+
+    Batch normalisation would load such weights without a word, and then count on.
+    """
+    for name, module in list(network.named_modules()):
+        counts = f"{name}.num_batches_tracked" in state or f"{name}.running_mean" not in state
+        if isinstance(module, nn.BatchNorm2d) and not counts:
+            network.set_submodule(name, FrozenBatchNorm2d(module.num_features, eps=module.eps))
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -295,6 +309,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+        _freeze_norms(network, state)
         network.load_state_dict(state)
     except Exception as error:  # of a damaged file torch raises nearly anything
         cause = " ".join(str(error).split())[:300]

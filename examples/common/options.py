@@ -82,9 +82,11 @@ def shared(config: Any) -> dict[str, Any]:
 
 
 def plain_values(value: Any) -> Any:
-    """As a YAML file holds it."""
+    """As a YAML file holds it; a path that exists in full, so that the run can be used from elsewhere."""
     if isinstance(value, dict):
         return {key: plain_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain_values(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    if isinstance(value, Path):
+        return str(value.resolve()) if value.exists() else str(value)
+    return value

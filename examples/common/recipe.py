@@ -89,6 +89,11 @@ class Recipe(ABC, Generic[Batch]):
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """Figures, and tensors for samples.pt: rows of pictures for a grid under "lr", "restored", "hr"."""
 
+    def first_number(self, step: int) -> int:
+        """Of the pictures of a step, that of the first one of this process: what a picture's own chance comes from."""
+        rank, processes = int(self.accelerator.process_index), int(self.accelerator.num_processes)
+        return step * self.options.batch + rank * self.options.batch // processes
+
     def read(self, first: int, last: int) -> Iterator[Any]:
         """(pictures, targets) of steps ``first`` to ``last``; None where none could be read."""
         return self.load(self.train_data, first, last)

@@ -56,12 +56,11 @@ class Experiment:
 
     def prior(self) -> Path:
         """One diffusion model for all seeds, of pictures of its own, as a hub's would be."""
-        out = self.out / "prior"
-        settings = shared(self.base)
-        settings |= {
-            "steps": self.prior_steps, "seed": PRIOR_SEED, "train_count": self.prior_pictures, "out": out,
-            "task": "classification",
-        }  # fmt: skip
+        out = self.out / f"prior_{self.base.data}"
+        settings = {
+            name: getattr(self.base, name) for name in ("data", "size", "contrast", "batch", "precision", "cpu")
+        }
+        settings |= {"steps": self.prior_steps, "seed": PRIOR_SEED, "train_count": self.prior_pictures, "out": out}
         trainer = PriorTrainer(PriorConfig(**settings))
         trainer.run()
         if not (out / "prompt.safetensors").exists():
@@ -136,6 +135,10 @@ def main() -> None:
         mixture_extent=arguments.extent, contrast=tuple(arguments.contrast), steps=arguments.steps,
         long_steps=arguments.long_steps, test_count=arguments.test_count, cpu=True,
     )  # fmt: skip
+    known = [*BASELINES, *MAIN, *ABLATIONS]
+    unknown = [name for name in arguments.names or () if name not in known]
+    if unknown:
+        parser.error(f"`names` should be among {', '.join(known)}, found {', '.join(unknown)}.")
     experiment = Experiment(arguments.out, base)
     if arguments.study == "prior":
         experiment.prior()

@@ -16,7 +16,7 @@ On large pictures the prior is Stable Diffusion: ``--train_prior false`` here, a
 
 import logging
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -176,7 +176,13 @@ class Config(DataOptions, RunOptions):
         train_prior: also a small latent diffusion model.
         prior_steps: of its autoencoder; the diffusion model takes twice as many.
         recogniser: "small", "paper" or, for classification, "timm/NAME".
+        h_optimizer: of the task networks, "sgd" (momentum 0.9, weight decay 1e-4) or "adamw".
+        h_lr: their learning rate.
         restorer: "edsr-small", "swinir", ...: the pre-restoration network.
+        pre_lr: its learning rate (AdamW).
+        pre_patch: side of the squares it trains on; the default is whole pictures.
+        pre_batch: pictures a step; the default is ``batch``.
+        pre_steps: the default is ``steps``.
     """
 
     tasks: list[Task] = field(default_factory=lambda: ["classification"])
@@ -185,19 +191,37 @@ class Config(DataOptions, RunOptions):
     degradation: Degradation = "mixture_b"
     scale: int = 1
     recogniser: str = "small"
+    h_optimizer: Literal["sgd", "adamw"] = "adamw"
+    h_lr: float = 2e-3
     restorer: str = "edsr-small"
+    pre_lr: float = 1e-3
+    pre_patch: int | None = None
+    pre_batch: int | None = None
+    pre_steps: int | None = None
 
 
 def prepare(config: Config) -> None:
-    """Train what is not there yet."""
+    """Train what is not there yet.
+
+    Raises:
+        ValueError: Without a task, or for ``task``, of which ``tasks`` is the list.
+    """
+    if not config.tasks or config.task != Config.task:
+        raise ValueError(f"`tasks` should list at least one task, found {config.tasks}, and `task` {config.task!r}.")
     options = shared(config)
     for task in config.tasks:
-        settings = TaskConfig(**{**options, "task": task}, recogniser=config.recogniser, restorer=config.restorer)
+        settings = TaskConfig(
+            **{**options, "task": task}, recogniser=config.recogniser, restorer=config.restorer,
+            h_optimizer=config.h_optimizer, h_lr=config.h_lr, s_lr=config.pre_lr,
+        )  # fmt: skip
         TaskTrainer(replace(settings, method="oracle", out=config.out / f"{task}_hq")).run()
         judge = replace(settings, method="oracle", out=config.out / f"{task}_judge", seed=config.seed + 1000)
         TaskTrainer(replace(judge, steps=2 * config.steps)).run()
-    first = replace(settings, task=config.tasks[0])
-    TaskTrainer(replace(first, method="pretrain", out=config.out / "pre")).run()
+    first = replace(
+        settings, task=config.tasks[0], method="pretrain", out=config.out / "pre", patch=config.pre_patch,
+        batch=config.pre_batch or config.batch, steps=config.pre_steps or config.steps,
+    )  # fmt: skip
+    TaskTrainer(first).run()
     if config.train_prior and not (config.out / "prior" / "prompt.safetensors").exists():
         prior = PriorTrainer(
             PriorConfig(

@@ -3,7 +3,8 @@
     python -m examples.edtr.restore --run runs/edtr PICTURES OUT
     python -m examples.edtr.restore --run runs/edtr --n 4 --tile 512 --seed 7 PICTURES OUT
 
-Every picture below the folder is written to OUT under its name, as PNG. What cannot be read is named and skipped.
+Every picture below the folder is written to OUT under its name, as PNG; a second one of a name, ``a.png`` beside
+``a.jpg``, as ``a.png.png``. What cannot be read is named and skipped.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 from torchvision.utils import save_image
@@ -28,8 +30,8 @@ from examples.edtr.restorer import EDTR
 logger = logging.getLogger(__name__)
 
 
-def load_run(run: Path) -> EDTR:
-    """The restorer of a finished run of examples.edtr.train, in eval mode.
+def load_run(run: Path) -> tuple[EDTR, int]:
+    """The restorer of a finished run of examples.edtr.train, in eval mode, and the side that pictures are padded to.
 
     Raises:
         ValueError: If the folder is none.
@@ -49,8 +51,11 @@ def load_run(run: Path) -> EDTR:
         color_fix=method.color_fix,
         prior=method.prior,
     )
-    load_model(edtr, run / "edtr.safetensors")
-    return edtr.eval().requires_grad_(False)
+    try:
+        load_model(edtr, run / "edtr.safetensors")
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{run / 'edtr.safetensors'} should hold the weights of this run: {error}") from error
+    return edtr.eval().requires_grad_(False), int(settings["smallest"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,29 +65,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True, help="of examples.edtr.train")
     parser.add_argument("--n", type=int, help="denoising steps; the default is what it was trained for")
     parser.add_argument("--tile", type=int, default=512, help="side above which pictures are restored in tiles")
-    parser.add_argument("--smallest", type=int, default=0, help="pad smaller sides; 512 for Stable Diffusion")
+    parser.add_argument("--smallest", type=int, help="pad smaller sides; the default is that of the run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name, lowest in (("tile", 32), ("seed", 0)):
+        if getattr(options, name) < lowest:
+            parser.error(f"`{name}` should be at least {lowest}, found {getattr(options, name)}.")
     try:
-        edtr = load_run(options.run).to(options.device)
+        edtr, smallest = load_run(options.run)
+        edtr = edtr.to(options.device)
         edtr.timesteps(options.n)
         if not options.pictures.is_dir():
             raise ValueError(f"`pictures` should be a folder, found {options.pictures}.")
     except ValueError as error:
         parser.error(str(error))
-    done = -1
-    for done, (name, picture) in enumerate(tqdm(read_folder(options.pictures), unit="picture")):
-        generator = torch.Generator().manual_seed(chance(options.seed, done))
+    if options.smallest is not None:
+        smallest = options.smallest
+    written: set[Path] = set()
+    for number, (name, picture) in enumerate(tqdm(read_folder(options.pictures), unit="picture")):
+        generator = torch.Generator().manual_seed(chance(options.seed, number))
         restored = edtr.restore(
-            picture[None].to(options.device), n=options.n, generator=generator, smallest=options.smallest,
+            picture[None].to(options.device), n=options.n, generator=generator, smallest=smallest,
             tile=options.tile,
         )  # fmt: skip
         file = (options.out / name).with_suffix(".png")
+        if file in written:
+            file = options.out / f"{name}.png"
+        written.add(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         save_image(restored, file)
-    logger.info("%d pictures restored, in %s", done + 1, options.out)
+    if not written:
+        parser.error(f"`pictures` should hold a picture that can be read, found none in {options.pictures}.")
+    logger.info("%d pictures restored, in %s", len(written), options.out)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class EDTR(nn.Module):
                 f"Pictures should have sides that are multiples of {self.multiple}, found {tuple(degraded.shape)}; "
                 "`restore` pads them."
             )
-        picture = self._pre.network(degraded)
+        picture = self._pre.network(degraded).float()
         return Hint(picture, self.encode(picture))
 
     @torch.no_grad()
@@ -109,13 +109,13 @@ class EDTR(nn.Module):
         _ = self._encoder.network
         vae = self._vae[0]
         latents: Tensor = vae.encode(2 * picture - 1).latent_dist.mode() * vae.config.scaling_factor
-        return latents
+        return latents.float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures in [0, 1], more or less."""
         vae = self._vae[0]
         picture: Tensor = vae.decode(latents / vae.config.scaling_factor).sample
-        return (picture + 1) / 2
+        return (picture.float() + 1) / 2  # bfloat16 has not the 256 levels that a picture needs
 
     def forward(
         self,
@@ -256,8 +256,8 @@ class EDTR(nn.Module):
             for part in ("vae", "unet", "scheduler"):
                 if not (Path(path) / part).is_dir():
                     raise ValueError(f"{path} should hold {part}/ as diffusers saves it, found no such folder.")
-        unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet")
-        vae = AutoencoderKL.from_pretrained(path, subfolder="vae")
+        unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet").float()  # also of half-precision files
+        vae = AutoencoderKL.from_pretrained(path, subfolder="vae").float()
         schedule = NoiseSchedule.from_diffusers(DDPMScheduler.from_pretrained(path, subfolder="scheduler"))
         model = cls(
             pre, vae, unet if prior else None, latent_controlnet(unet), empty_prompt(path), schedule,
@@ -330,7 +330,7 @@ def empty_prompt(path: Path | str) -> Tensor:
     tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
     with torch.no_grad():
         prompt: Tensor = encoder(tokens.input_ids).last_hidden_state
-    return prompt
+    return prompt.float()
 
 
 def _projections(controlnet: ControlNetModel, channels: int) -> list[nn.Module]:

@@ -124,9 +124,10 @@ class Trainer(Recipe[Batch]):
             torch.cat([targets[0::2], targets[1::2]]) if isinstance(targets, Tensor) else targets[0::2] + targets[1::2]
         )
         first, second, targets = to_device((first, second, targets), self.device)
-        numbers = [step * config.batch + rank * len(pictures) + 2 * place for place in range(len(first))]
+        numbers = [self.first_number(step) + 2 * place for place in range(len(first))]
         degraded = [self.degrade(first[place : place + 1], number)[0] for place, number in enumerate(numbers)]
-        hint = self.restorer.hint(together(degraded, self.restorer.multiple, config.smallest))
+        with self.accelerator.autocast():
+            hint = self.restorer.hint(together(degraded, self.restorer.multiple, config.smallest))
         generators = [torch.Generator().manual_seed(chance(config.seed, 1, number)) for number in numbers]
         return Batch(task, first, second, targets, hint, generators)
 

@@ -20,6 +20,7 @@ class Config(DataOptions, RunOptions):
     Attributes:
         method: one of examples/sr4ir/methods.py.
         restorer: "edsr", "edsr-small", "swinir", "swinir-light", or "file" for what spandrel finds in ``s_weights``.
+        patch: side of the squares cut from the pictures at random, for "pretrain" alone; the default is whole pictures.
         s_weights: weights the restorer starts from: a file, or a run directory.
         recogniser: "small", "paper" or, for classification, "timm/NAME".
         start: of the recogniser: its own initialisation, or ``h_weights`` trained on HR pictures.
@@ -43,6 +44,7 @@ class Config(DataOptions, RunOptions):
 
     method: MethodName = "sr4ir"
     restorer: str = "edsr-small"
+    patch: int | None = None
     s_weights: Path | None = None
     recogniser: str = "small"
     start: Literal["scratch", "hr"] = "scratch"

@@ -57,6 +57,8 @@ class Trainer(Recipe[Batch]):
                 f"`task` should not be 'detection' for {config.method}: a detector in training asks for targets."
             )
         super().__init__(config)
+        if config.patch is not None and config.method != "pretrain":
+            raise ValueError(f"`patch` should be left out where a recogniser reads the pictures ({config.method}).")
         self.title = config.method
         self.config = config
         self.method: Method = METHODS[config.method]
@@ -89,6 +91,8 @@ class Trainer(Recipe[Batch]):
         """HR and LR pictures on the device, and a generator for the step."""
         self.recognition.check(targets)
         config, rank = self.config, self.accelerator.process_index
+        if config.patch is not None:
+            pictures = self._patches(pictures, self.first_number(step))
         hr, targets = on_grid(pictures, targets, config.scale)
         torch.manual_seed(chance(config.seed, step, rank))  # a detector draws its samples from the global generator
         seeds = [(config.seed, step), *((config.seed, step, k) for k in range(1, self._mixtures))]
@@ -98,8 +102,20 @@ class Trainer(Recipe[Batch]):
         hr, targets = to_device((hr, targets), self.device)
         if isinstance(hr, Tensor):
             hr = hr.to(memory_format=torch.channels_last)
-        lr = self.degrade(hr, step * config.batch + rank * len(hr))
+        lr = self.degrade(hr, self.first_number(step))
         return Batch(hr, lr, targets, step / steps, coins)
+
+    def _patches(self, pictures: Any, first: int) -> Tensor:
+        """A square of each picture, at random."""
+        size, cut = self.config.patch or 0, []
+        for number, picture in enumerate(pictures, start=first):
+            spare = [side - size for side in picture.shape[1:]]
+            if min(spare) < 0:
+                raise ValueError(f"`patch` should fit into the pictures, found {size} for {tuple(picture.shape[1:])}.")
+            generator = torch.Generator().manual_seed(chance(self.config.seed, 3, number))
+            top, left = (int(torch.randint(side + 1, (), generator=generator)) for side in spare)
+            cut.append(picture[:, top : top + size, left : left + size])
+        return torch.stack(cut)
 
     def _stages(self) -> list[Stage[Batch]]:
         build: dict[str, Callable[[], Phase[Batch]]] = {

@@ -161,6 +161,8 @@ def _listed(steps: int | Tensor | Sequence[int], schedule: NoiseSchedule) -> lis
         raise ValueError("`steps` should be at least one timestep, found none.")
     for step in listed:
         schedule.check_timestep(step)
+    if len(listed) > 1 and any(isinstance(step, Tensor) and step.numel() > 1 for step in listed):
+        raise ValueError("`steps` should be integers where there are several, found a tensor of one for each sample.")
     if not all(int(t) > int(s) for t, s in itertools.pairwise(listed)):
         raise ValueError(f"`steps` should fall, found {listed}.")
     return listed

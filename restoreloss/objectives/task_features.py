@@ -35,7 +35,7 @@ class TDPLoss(Objective):
 
     Args:
         task: the task network (any module), or a :class:`FeatureExtractor` that several losses share.
-        layers: which features, as for :class:`FeatureExtractor`. Default: the last before the head
+        layers: which features, as for :class:`FeatureExtractor`. Default: the last map before the head
             (:func:`default_layers`), as in the paper; of a shared extractor, all of its layers.
         normalize: "imagenet" | "model" | torchvision weights | ((mean, ...), (std, ...)) | None, as for
             :class:`FeatureExtractor`.
@@ -313,6 +313,12 @@ class FeatureMatchingLoss(Objective):
                 "there at the end of the block of `recording()`."
             )
         seen = {name: seen[name] for name in wanted}
+        trains = any(weight.requires_grad for weight in bare(self.student.network).parameters())
+        if trains and torch.is_grad_enabled() and not any(value.requires_grad for value in seen.values()):
+            raise ValueError(
+                f"The student's features {list(seen)} have no graph, so that this loss would train nothing: was the "
+                "pass recorded under `no_grad`, or by reentrant activation checkpointing (use_reentrant=False helps)?"
+            )
         _check_shapes(seen, wanted, "student_images", "teacher_images")
         return seen, wanted
 
