@@ -74,7 +74,7 @@ class Recipe(ABC, Generic[Batch]):
 
     def begin(self, stages: list[Stage[Batch]]) -> None:
         """Open the run directory; last, so that what is refused leaves no folder."""
-        self.stages = stages
+        self.stages, self.stage = stages, 0
         if self.main:
             logger.info("%s on %s, %d processes", self.title, self.device, self.accelerator.num_processes)
         self.run_directory = RunDirectory(
@@ -94,8 +94,8 @@ class Recipe(ABC, Generic[Batch]):
         rank, processes = int(self.accelerator.process_index), int(self.accelerator.num_processes)
         return step * self.options.batch + rank * self.options.batch // processes
 
-    def read(self, first: int, last: int) -> Iterator[Any]:
-        """(pictures, targets) of steps ``first`` to ``last``; None where none could be read."""
+    def read(self, first: int, last: int, stage: int = 0) -> Iterator[Any]:
+        """(pictures, targets) of steps ``first`` to ``last`` of a stage; None where none could be read."""
         return self.load(self.train_data, first, last)
 
     def load(self, data: TaskData, first: int, last: int) -> Iterator[Any]:
@@ -137,11 +137,12 @@ class Recipe(ABC, Generic[Batch]):
     def _train(self, number: int, first_step: int, seconds: float) -> float:
         """One stage, from ``first_step``; returns the seconds spent in steps so far."""
         config, stage = self.options, self.stages[number]
+        self.stage = number
         before = sum(earlier.steps for earlier in self.stages[:number])
         with tqdm(
             total=stage.steps, initial=first_step, desc=stage.name, unit="step", disable=not self.main
         ) as progress:
-            for step, read in enumerate(self.read(first_step, stage.steps), start=first_step + 1):
+            for step, read in enumerate(self.read(first_step, stage.steps, number), start=first_step + 1):
                 if read is None:
                     raise ValueError(f"Of the batch of step {step} no picture could be read.")
                 pictures, targets = read

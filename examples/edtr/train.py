@@ -100,7 +100,7 @@ class Trainer(Recipe[Batch]):
         self.judge = Judges.load(None, config.judge, self.device).judge
         self.begin([Stage(" + ".join(("edtr", *tasks)), _InTurn(self._alternations(), self.readers), config.steps)])
 
-    def read(self, first: int, last: int) -> Iterator[Any]:
+    def read(self, first: int, last: int, stage: int = 0) -> Iterator[Any]:
         """The batches of several tasks take turns."""
         count = len(self.readers)
         every = [

@@ -1,0 +1,102 @@
+"""What can be set, in a YAML file and on the command line?"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from examples.common.options import RunOptions
+from examples.dtp.folders import LAYOUTS
+
+MethodName = Literal[
+    "pretrain", "scratch", "plain", "l2sp", "fisher", "mas", "gn", "taylor2", "replay", "project", "full",
+    "orthogonality", "gef", "gef_project",
+]  # fmt: skip
+
+PAPER: dict[str, float] = {
+    "noisy": 0.08, "rainy": 0.16, "jpeg": 0.24, "snowy": 0.30, "inpainting": 0.38, "raindrop": 0.44, "shadowed": 0.54,
+    "low_light": 0.76, "hazy": 0.94, "blurry": 1.0,
+}  # fmt: skip
+"""t* / T as the authors' code has it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions):
+    """One run. The defaults train on two cores in a few minutes.
+
+    Attributes:
+        method: "pretrain" learns to generate (TMGP); the others learn to restore, see examples/dtp/methods.py.
+        pretrained: the run directory of "pretrain", which the others begin with.
+        degradations: to restore: one (setting A) or several (setting B).
+        order: how several are learned: all together, or one more after the other (TIT), by ``timesteps``.
+        timesteps: t* of each degradation: "matched" finds them with the pre-trained network, "paper" takes the authors'
+            table; or "first", the same small one for all.
+        data: "photos" are at hand; "folders" are read from disk.
+        places: for "folders", "LAYOUT:ROOT" by the name of the degradation; layouts are in examples/dtp/folders.py.
+        shifted_places: likewise, where the network is tested after training on ``places``: REVIDE, Rain100H, ...
+        clean: for "folders", the clean pictures of "pretrain", "LAYOUT:ROOT".
+        patch: side of the training crops.
+        train_count: crops an epoch of "photos".
+        test_size: side of the test pictures of "photos".
+        test_count: test pictures of each degradation.
+        network: one of examples/dtp/networks.py.
+        moe: a mixture of experts behind each decoder level.
+        experts: of it.
+        num_timesteps: T.
+        lr: Adam, cosine to ``lr_min``.
+        lr_min: at the end.
+        penalty_weight: lambda_1, of the penalty on parameters.
+        normalize: the penalty is the "sum" over parameters, or their "mean".
+        importance_samples: pictures that the importance is measured on.
+        replay_share: of generative pictures in a batch.
+        replay_weight: of their loss.
+        orthogonality_weight: lambda_2.
+        orthogonality_every: steps between those that have this term.
+        shallow: the share of layers that generation goes on to train.
+        decay: a of w_l.
+    """
+
+    method: MethodName = "plain"
+    pretrained: Path | None = None
+    degradations: list[str] = field(default_factory=lambda: ["rainy"])
+    order: Literal["joint", "ascending", "descending", "random"] = "ascending"
+    timesteps: Literal["matched", "paper", "first"] = "matched"
+    data: Literal["photos", "folders"] = "photos"
+    places: dict[str, str] = field(default_factory=dict)
+    shifted_places: dict[str, str] = field(default_factory=dict)
+    clean: str | None = None
+    patch: int = 48
+    train_count: int = 4096
+    test_size: int = 96
+    test_count: int = 24
+    network: str = "restormer-small"
+    moe: bool = False
+    experts: int = 10
+    num_timesteps: int = 50
+    batch: int = 8
+    lr: float = 1e-3
+    lr_min: float = 1e-6
+    penalty_weight: float = 0.2
+    normalize: Literal["sum", "mean"] = "sum"
+    importance_samples: int = 64
+    replay_share: float = 0.1
+    replay_weight: float = 1.0
+    orthogonality_weight: float = 0.1
+    orthogonality_every: int = 1
+    shallow: float = 0.5
+    decay: float = 0.05
+
+    def place(self, name: str, places: dict[str, str] | None = None) -> tuple[str, Path]:
+        """Layout and root of the data set of a degradation.
+
+        Raises:
+            ValueError: If it is not named, or not as "LAYOUT:ROOT".
+        """
+        places = self.places if places is None else places
+        if name not in places:
+            raise ValueError(f"`places` should name the data of {name!r} as LAYOUT:ROOT, found {places}.")
+        layout, _, root = places[name].partition(":")
+        if layout not in LAYOUTS or not root:
+            raise ValueError(
+                f"`places` should be LAYOUT:ROOT with one of {', '.join(LAYOUTS)}, found {places[name]!r}."
+            )
+        return layout, Path(root)

@@ -1,0 +1,482 @@
+r"""How does a restoration network learn to generate, then to restore, and keep what it learned first? DTP.
+
+    python -m examples.dtp.train --method pretrain --out runs/pretrained                        # TMGP
+    python -m examples.dtp.train --method gef --pretrained runs/pretrained --out runs/gef       # GEF, setting A
+    python -m examples.dtp.train --method gef --pretrained runs/pretrained --out runs/all \
+        --degradations '[noisy,rainy,snowy,hazy]' --moe true                                    # TIT + MoE, setting B
+
+Every option of examples/dtp/config.py may stand in a YAML file (--config) or on the command line, which wins. The same
+command resumes a killed run. Several processes: ``python -m torch.distributed.run --nproc_per_node 8 -m ...``.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from examples.common.batches import chance
+from examples.common.recipe import Recipe, Stage
+from examples.common.run_directory import file_in
+from examples.dtp.config import PAPER, Config
+from examples.dtp.data import Pairs, test_pairs, training_pairs
+from examples.dtp.degradations import DEGRADATIONS
+from examples.dtp.methods import METHODS, Method
+from examples.dtp.networks import timed_network
+from restoreloss import (
+    DenoisingLoss,
+    GradientOrthogonality,
+    NoiseLevels,
+    ParameterImportance,
+    TimestepMatch,
+    match_timestep,
+    order_by_timestep,
+)  # fmt: skip
+from restoreloss.blocks.time_moe import TimeMoE
+from restoreloss.diffusion.matching import plot_matches
+from restoreloss.frozen import bare
+from restoreloss.regularizers.layer_decay import add_gradients, execution_order, layer_weights, shallow
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """Clean pictures and the noise to be added to them, all decided by the seed."""
+
+    clean: Tensor
+    noise: Tensor
+    t: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs to restore, and pictures to generate from."""
+
+    degraded: Tensor
+    clean: Tensor
+    t: Tensor
+    """t* of each pair."""
+    replay: Noisy | None
+
+
+class Trainer(Recipe[Batch]):
+    """One run: pre-training, or fine-tuning in one stage or several."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.config, self.title = config, config.method
+        unknown = [name for name in config.degradations if name not in DEGRADATIONS]
+        if unknown or not config.degradations:
+            raise ValueError(f"`degradations` should be of {', '.join(DEGRADATIONS)}, found {config.degradations}.")
+        self.generates = config.method == "pretrain"
+        self.method = Method(pretrained=False) if self.generates else METHODS[config.method]
+        if self.method.conflict and config.precision == "fp16":
+            raise ValueError("`precision` should be 'no' or 'bf16' where gradients are corrected, found 'fp16'.")
+        self.levels = NoiseLevels.ir_sde(config.num_timesteps).to(self.device)
+        timed = timed_network(
+            config.network, num_timesteps=config.num_timesteps, moe=config.moe and not self.generates,
+            experts=config.experts,
+        )  # fmt: skip
+        if self.method.pretrained:
+            self._load(timed)
+        self.net: nn.Module = self.accelerator.prepare(timed)
+        self.networks = {"network": self.net}
+        self.generation = DenoisingLoss(self.residual, self.levels)
+        self.matches: dict[str, TimestepMatch] = {}
+        self.t_star = self._timesteps()
+        if self.generates:
+            self.turns = [list(config.degradations)]
+        else:
+            self.turns = turns(self.t_star, config.order, config.seed)
+        self.data = [training_pairs(config, names) for names in self.turns]
+        self.train_data = self.data[0]
+        # as many steps for each order
+        steps = config.steps * (len(config.degradations) if config.order == "joint" and not self.generates else 1)
+        kind = Pretraining if self.generates else FineTuning
+        self.begin([Stage(" + ".join(names), kind(self, names, steps), steps) for names in self.turns])
+        if self.main and self.matches:
+            text = {
+                name: {"best": m.best, "gain": m.gain, "degenerate": m.degenerate} for name, m in self.matches.items()
+            }
+            (config.out / "timesteps.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
+            plot_matches(self.matches, config.out / "timesteps.png")
+
+    def residual(self, x: Tensor, t: Tensor) -> Tensor:
+        """What the network takes from a picture."""
+        found: Tensor = x - self.net(x, t)
+        return found
+
+    def restore(self, degraded: Tensor, name: str) -> Tensor:
+        """Restored pictures in [0, 1]."""
+        restored: Tensor = bare(self.net)(degraded, self.t_star[name])
+        return restored.clamp(0, 1)
+
+    def read(self, first: int, last: int, stage: int = 0) -> Iterator[Any]:
+        """The pairs of a stage's degradations."""
+        return self.load(self.data[stage], first, last)
+
+    def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
+        """Pairs, their timesteps, and the pictures of the step that generation is trained on."""
+        config, first = self.config, self.first_number(step)
+        data = self.data[self.stage]
+        numbers = torch.tensor([self.t_star[name] for name in data.class_names])
+        degraded, clean = pictures.unbind(dim=1)
+        replay = None
+        if self.generates:
+            replay = self.noisy(clean, [(step, first + place) for place in range(len(clean))])
+        elif self.method.replay:
+            processes = self.accelerator.num_processes
+            count = -(-max(1, round(config.replay_share * config.batch)) // processes)
+            if self.method.conflict == "orthogonality":
+                count = max(2, count)
+            places = [(1, step, self.accelerator.process_index * count + k) for k in range(count)]
+            replay = self.noisy(self._pool(data, places), places)
+        return Batch(degraded.to(self.device), clean.to(self.device), numbers[targets].to(self.device), replay)
+
+    def noisy(self, clean: Tensor, places: list[Any]) -> Noisy:
+        """Pictures with noise of their own, which the places decide."""
+        noise, t = [], []
+        for place in places:
+            generator = torch.Generator().manual_seed(chance(self.config.seed, 4, *place))
+            t.append(int(torch.randint(1, self.levels.num_timesteps, (), generator=generator)))
+            noise.append(torch.randn(clean.shape[1:], generator=generator))
+        return Noisy(clean.to(self.device), torch.stack(noise).to(self.device), torch.tensor(t, device=self.device))
+
+    def _pool(self, data: Pairs, places: list[Any]) -> Tensor:
+        """Clean pictures of the pre-training pool."""
+        found: list[Tensor] = []
+        for place in places:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(chance(self.config.seed, 5, *place))
+                for _ in range(20):
+                    picture = data.clean(int(torch.randint(len(data), ())))
+                    if picture is not None:
+                        break
+                else:
+                    raise ValueError("Of the clean pictures none could be read.")
+            found.append(picture)
+        return torch.stack(found)
+
+    def generative_loss(self, noisy: Noisy) -> Tensor:
+        """Eq. (11) on given noise."""
+        loss: Tensor = self.generation(noisy.clean, timestep=noisy.t, noise=noisy.noise)
+        return loss
+
+    def _load(self, timed: nn.Module) -> None:
+        """The pre-trained weights; adapters, which it lacks, keep their own."""
+        path = file_in(self.config.pretrained, "network.safetensors")
+        if path is None or not path.is_file():
+            raise ValueError(
+                f"`pretrained` should be a finished run of --method pretrain, found {self.config.pretrained}."
+            )
+        found = timed.load_state_dict(_renamed(load_file(path), timed), strict=False)
+        missing = [
+            name for name in found.missing_keys if "experts" not in name and "gate" not in name and "alpha" not in name
+        ]
+        if missing or found.unexpected_keys:
+            raise ValueError(
+                f"{path} should hold this network, missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}."
+            )
+
+    def _timesteps(self) -> dict[str, int]:
+        """t* of every degradation."""
+        config, last = self.config, self.config.num_timesteps
+        if self.generates or config.timesteps == "first":
+            return dict.fromkeys(config.degradations, 1)
+        if config.timesteps == "paper" or not self.method.pretrained:
+            return {name: max(1, round(PAPER[name] * last)) for name in config.degradations}
+        network = bare(self.net)
+        for name in config.degradations:
+            data, found = training_pairs(config, [name]), []
+            for index in range(min(32, len(data))):
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(chance(config.seed, 6, index))
+                    sample = data[index]
+                if sample is not None:
+                    found.append(sample[0])
+            degraded, clean = torch.stack(found).to(self.device).unbind(dim=1)
+            self.matches[name] = match_timestep(lambda x, t: x - network(x, t), self.levels, degraded, clean)
+        return {name: match.best for name, match in self.matches.items()}
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
+        """PSNR and SSIM of each degradation, as in training and shifted; the generative loss on held-out pictures."""
+        config, network = self.config, bare(self.net).eval()
+        figures: dict[str, list[float]] = {}
+        rows: dict[str, list[Tensor]] = {"lr": [], "restored": [], "hr": []}
+        for name in config.degradations:
+            for shifted in (False, True):
+                start = "shifted_" if shifted else ""
+                for degraded, clean in test_pairs(config, name, shifted=shifted):
+                    y, x = degraded.to(self.device), clean.to(self.device)
+                    restored = y if self.generates else self.restore(y, name)
+                    psnr = float(peak_signal_noise_ratio(restored, x, data_range=1.0))
+                    ssim = float(structural_similarity_index_measure(restored, x, data_range=1.0))
+                    before = float(peak_signal_noise_ratio(y, x, data_range=1.0))
+                    for key, value in (("psnr", psnr), ("ssim", ssim), ("degraded_psnr", before)):
+                        figures.setdefault(start + key, []).append(value)
+                    if len(config.degradations) > 1 and not shifted:
+                        figures.setdefault(f"psnr_{name}", []).append(psnr)
+                    if len(rows["lr"]) < 8 and degraded.shape[2] <= 256:
+                        for key, picture in (("lr", y), ("restored", restored), ("hr", x)):
+                            rows[key].append(picture.cpu())
+        losses = []
+        for place, (_, clean) in enumerate(test_pairs(config, config.degradations[0], shifted=False)):
+            losses.append(float(self.generative_loss(self.noisy(clean, [(2, place)]))))
+        network.train()
+        means = {key: math.fsum(values) / len(values) for key, values in figures.items()}
+        means |= {"generative": 255 * math.fsum(losses) / len(losses)}
+        means |= {f"t_{name}": float(t) for name, t in self.t_star.items() if not self.generates}
+        same = [k for k, picture in enumerate(rows["hr"]) if picture.shape == rows["hr"][0].shape]
+        return means, {key: torch.cat([row[k] for k in same]) for key, row in rows.items() if same}
+
+
+class _Steps:
+    """Steps of one stage with an optimiser of their own."""
+
+    def __init__(self, trainer: Trainer, names: list[str], steps: int) -> None:
+        self.trainer, self.names, config = trainer, names, trainer.config
+        self.optimizer = trainer.accelerator.prepare(torch.optim.Adam(trainer.net.parameters(), lr=config.lr))
+        low = config.lr_min / config.lr
+        self.scheduler = LambdaLR(
+            getattr(self.optimizer, "optimizer", self.optimizer),
+            lambda k: low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, k / steps))),
+        )
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """One update; what was learned from, as scalars."""
+        raise NotImplementedError
+
+    def _update(self) -> None:
+        trainer = self.trainer
+        if trainer.config.max_norm is not None:
+            trainer.accelerator.clip_grad_norm_(trainer.net.parameters(), trainer.config.max_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of optimiser and schedule."""
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What :meth:`state_dict` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
+
+class Pretraining(_Steps):
+    """TMGP (Algorithm 1): take the noise out of clean pictures."""
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """Eq. (11)."""
+        assert batch.replay is not None
+        trainer = self.trainer
+        with trainer.accelerator.autocast():
+            loss = trainer.generative_loss(batch.replay)
+        trainer.accelerator.backward(loss)
+        self._update()
+        return {"generative": loss.detach()}
+
+
+class FineTuning(_Steps):
+    """GEF (Algorithm 3): restore, and do not forget. Of several stages each holds on to where it began."""
+
+    def __init__(self, trainer: Trainer, names: list[str], steps: int) -> None:
+        super().__init__(trainer, names, steps)
+        self.importance: ParameterImportance | None = None
+        self.begun = False
+        self.count = 0
+        config, method, network = trainer.config, trainer.method, bare(trainer.net)
+        image = torch.zeros(1, 3, config.patch, config.patch, device=trainer.device)
+        order = execution_order(network, image, 1)
+        t = sum(trainer.t_star[name] for name in names) / len(names)
+        self.weights = layer_weights(order, t, rate=config.decay if method.decay else 0.0)
+        self.shallow = shallow(network, order, config.shallow)
+        self.shallow_weights = dict(list(self.weights.items())[: math.ceil(config.shallow * len(order))])
+        known = {id(p) for p in self.shallow}
+        self.deep = [p for p in network.parameters() if id(p) not in known]
+        self.orthogonality = GradientOrthogonality(self.shallow)
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """Eqs. (12), (22)."""
+        if not self.begun:
+            self._begin()
+        trainer, method, config = self.trainer, self.trainer.method, self.trainer.config
+        accelerator = trainer.accelerator
+        terms: dict[str, Tensor] = {}
+        if method.conflict in ("project", "full"):
+            assert batch.replay is not None
+            # gradients are averaged by the projection, and the network is the one inside DDP
+            network = bare(trainer.net)
+            with accelerator.autocast():
+                terms["restoration"] = self._restoration(network, batch) + self._balance()
+                terms["generative"] = config.replay_weight * self._generative(network, batch.replay)
+            terms["cosine"] = self.orthogonality.project(
+                terms["generative"], terms["restoration"], others=self.deep,
+                policy="full" if method.conflict == "full" else "conflict",
+            )  # fmt: skip
+        else:
+            with accelerator.autocast():
+                terms["restoration"] = loss = self._restoration(trainer.net, batch) + self._balance()
+            if batch.replay is not None and self._orthogonal():
+                with accelerator.autocast():
+                    terms["orthogonality"] = config.orthogonality_weight * self._penalty(batch, batch.replay)
+                loss = loss + terms["orthogonality"]
+            accelerator.backward(loss)
+            if batch.replay is not None:
+                with accelerator.autocast():
+                    terms["generative"] = config.replay_weight * self._generative(bare(trainer.net), batch.replay)
+                self._add_shallow(terms["generative"])
+        if self.importance is not None:
+            if accelerator.scaler is not None:
+                accelerator.unscale_gradients(self.optimizer)
+            terms["penalty"] = self.importance().detach()
+            self.importance.apply_()
+        self._update()
+        self.count += 1
+        return {name: value.detach() for name, value in terms.items()}
+
+    def _restoration(self, network: nn.Module, batch: Batch) -> Tensor:
+        return F.l1_loss(network(batch.degraded, batch.t), batch.clean)
+
+    def _generative(self, network: nn.Module, noisy: Noisy) -> Tensor:
+        loss = DenoisingLoss(lambda x, t: x - network(x, t), self.trainer.levels)
+        value: Tensor = loss(noisy.clean, timestep=noisy.t, noise=noisy.noise)
+        return value
+
+    def _balance(self) -> Tensor | float:
+        network: Any = bare(self.trainer.net)
+        sparse = any(isinstance(module, TimeMoE) and module.top_k is not None for module in network.modules())
+        return 0.01 * network.balance_loss() if sparse else 0.0
+
+    def _orthogonal(self) -> bool:
+        config = self.trainer.config
+        return self.trainer.method.conflict == "orthogonality" and self.count % config.orthogonality_every == 0
+
+    def _penalty(self, batch: Batch, noisy: Noisy) -> Tensor:
+        """L_orth of two micro-batches of each objective."""
+        network, half = bare(self.trainer.net), max(1, len(noisy.clean) // 2)
+        parts = [slice(0, half), slice(half, 2 * half)]
+        generation = [self._generative(network, Noisy(noisy.clean[p], noisy.noise[p], noisy.t[p])) for p in parts]
+        restoration = [F.l1_loss(network(batch.degraded[p], batch.t[p]), batch.clean[p]) for p in parts]
+        penalty: Tensor = self.orthogonality(generation, restoration)
+        return penalty
+
+    def _add_shallow(self, loss: Tensor) -> None:
+        """The generative gradient, weighted by depth, averaged over the processes."""
+        network = bare(self.trainer.net)
+        before = {p: None if p.grad is None else p.grad.clone() for p in self.shallow}
+        add_gradients(loss, network, self.shallow_weights)
+        if self.trainer.accelerator.num_processes > 1:
+            for parameter, old in before.items():
+                if parameter.grad is not None:
+                    added = parameter.grad if old is None else parameter.grad - old
+                    added = self.trainer.accelerator.reduce(added, reduction="mean")
+                    parameter.grad = added if old is None else old + added
+
+    def _begin(self) -> None:
+        """Measure the importance where the stage begins, on pre-training data (Algorithm 6)."""
+        self.begun = True
+        trainer, config = self.trainer, self.trainer.config
+        penalty, network = trainer.method.penalty, bare(trainer.net)
+        if penalty is None:
+            return
+        self.importance = ParameterImportance(
+            network, estimator="fisher" if penalty == "l2sp" else penalty, strength=config.penalty_weight,
+            normalize=config.normalize, layer_weights=self.weights,
+        )  # fmt: skip
+        processes, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+        places = [(3, k) for k in range(config.importance_samples)][rank::processes]
+        data = trainer.data[0]
+        noisy = trainer.noisy(trainer._pool(data, places), places)
+        x_t = trainer.levels.add_noise(noisy.clean, noisy.noise, noisy.t)
+        residual = x_t - noisy.clean
+
+        def loss_fn(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+            seen, t, wanted = batch
+            if penalty in ("mas", "gn"):
+                output: Tensor = seen - model(seen, t)
+                return output
+            return F.l1_loss(seen - model(seen, t), wanted)
+
+        generator = torch.Generator().manual_seed(chance(config.seed, 7))
+        self.importance.accumulate(loss_fn, [(x_t, noisy.t, residual)], generator=generator)
+        if penalty == "l2sp":  # every parameter matters alike
+            for name, value in self.importance.state_dict().items():
+                if "/importance/" in name:
+                    value.fill_(1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of optimiser, schedule and importance."""
+        measured = None if self.importance is None else self.importance.state_dict()
+        return {**super().state_dict(), "importance": measured, "begun": self.begun, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What :meth:`state_dict` gave."""
+        super().load_state_dict(state)
+        self.begun, self.count = state["begun"], state["count"]
+        if state["importance"] is not None:
+            config, penalty = self.trainer.config, self.trainer.method.penalty
+            assert penalty is not None
+            self.importance = ParameterImportance(
+                bare(self.trainer.net), estimator="fisher" if penalty == "l2sp" else penalty,
+                strength=config.penalty_weight, normalize=config.normalize, layer_weights=self.weights,
+            )  # fmt: skip
+            self.importance.load_state_dict(state["importance"])
+
+
+def turns(t_star: Mapping[str, int], order: str, seed: int) -> list[list[str]]:
+    """The degradations of each stage: all at once, or the first, the first two, ... (TIT)."""
+    names = order_by_timestep(t_star)
+    if order == "joint":
+        return [names]
+    if order == "descending":
+        names.reverse()
+    if order == "random":
+        generator = torch.Generator().manual_seed(chance(seed, 8))
+        names = [names[k] for k in torch.randperm(len(names), generator=generator)]
+    return [names[: k + 1] for k in range(len(names))]
+
+
+def _renamed(state: dict[str, Tensor], timed: nn.Module) -> dict[str, Tensor]:
+    """Where an adapter follows it, the block of a layer is the first of a chain."""
+    own = timed.state_dict()
+    renamed = {}
+    for name, value in state.items():
+        if name not in own and name.startswith("blocks."):
+            layer, _, rest = name.removeprefix("blocks.").partition(".")
+            name = f"blocks.{layer}.steps.0.{rest}"
+        renamed[name] = value
+    return renamed
+
+
+def main() -> None:
+    from jsonargparse import ArgumentParser
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", action="config", help="YAML file of these options")
+    parser.add_class_arguments(Config)
+    arguments = parser.parse_args()
+    arguments.pop("config", None)
+    try:
+        results = Trainer(Config(**arguments.as_dict())).run()
+    except ValueError as error:
+        parser.error(str(error))
+    for name, value in results.items():
+        print(f"{name:20} {value:.3f}")
+    print(f"in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
