@@ -212,13 +212,13 @@ class NoiseSchedule(nn.Module):
         Source: Ho et al. 2020 (Eqs. 6, 7); Nichol & Dhariwal 2021 (Section 4) for strides.
         """
         _check_alike(x_t, x0, "x_t", "x0")
+        signal, sigma = self._levels(t, x_t)
+        signal_s, sigma_s = self._levels(previous, x_t)
         unread = any(isinstance(step, Tensor) and step.device.type != "cpu" for step in (t, previous))
         if not (unread or torch.compiler.is_compiling()) and bool(
             (torch.as_tensor(previous) > torch.as_tensor(t)).any()
         ):
             raise ValueError(f"`previous` should be at most `t` ({t}), found {previous}.")
-        signal, sigma = self._levels(t, x_t)
-        signal_s, sigma_s = self._levels(previous, x_t)
         fallen = (sigma - sigma_s) * (sigma + sigma_s)
         if self._preserves_variance:  # abar_s - abar_t, twice: each form loses its digits where the other keeps them
             fallen = torch.where(signal > sigma, fallen, (signal_s - signal) * (signal_s + signal))

@@ -227,16 +227,17 @@ class ParameterImportance(nn.Module):
         for parameter, omega, anchor, weight in self._charged():
             if not parameter.requires_grad:
                 continue
-            moved = parameter.to(omega.dtype) - anchor
+            slope = moved = parameter.to(omega.dtype) - anchor
             if self.estimator == "taylor2":
-                slope = omega * (moved.sign() + omega * moved)
-            else:
-                slope = (2.0 if self.estimator == "mas" else 1.0) * omega * moved
-            slope = (weight * slope).to(parameter.dtype)
+                slope = moved.sign().addcmul_(omega, moved)
+            elif self.estimator == "mas":
+                weight *= 2
             if parameter.grad is None:
-                parameter.grad = slope
+                parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad.dtype == omega.dtype:
+                parameter.grad.addcmul_(omega, slope, value=weight)
             else:
-                parameter.grad += slope
+                parameter.grad += (weight * omega * slope).to(parameter.grad.dtype)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Call :meth:`apply_` before each step of an optimiser, after any clipping of gradients.
