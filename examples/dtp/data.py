@@ -133,8 +133,7 @@ def test_pairs(config: Any, name: str, *, shifted: bool) -> list[tuple[Tensor, T
     if shifted:
         if name not in config.shifted_places:
             return []
-        layout, root = config.shifted_places[name]
-        data = FolderPairs({name: (layout, Path(root))}, "test", config.patch)
+        data = FolderPairs({name: config.place(name, config.shifted_places)}, "test", config.patch)
     else:
         data = FolderPairs({name: config.place(name)}, "test", config.patch)
     read = [data[index] for index in range(min(len(data), config.test_count))]

@@ -153,7 +153,7 @@ def degrade(name: str, picture: Tensor, generator: torch.Generator, *, shifted: 
     if name not in DEGRADATIONS:
         raise ValueError(f"`degradation` should be one of {', '.join(DEGRADATIONS)}, found {name!r}.")
     function, usual, elsewhere = DEGRADATIONS[name]
-    spoiled = function(picture, generator, elsewhere if shifted else usual)
+    spoiled = function(picture, generator, elsewhere if shifted else usual).to(picture.dtype)
     return (spoiled.clamp(0, 1) * 255).round() / 255
 
 

@@ -72,15 +72,15 @@ class Trainer(Recipe[Batch]):
     """One run: pre-training, or fine-tuning in one stage or several."""
 
     def __init__(self, config: Config) -> None:
+        self.method = METHODS.get(config.method, Method(pretrained=False))
+        if self.method.conflict and config.precision == "fp16":
+            raise ValueError("`precision` should be 'no' or 'bf16' where gradients are corrected, found 'fp16'.")
         super().__init__(config)
         self.config, self.title = config, config.method
         unknown = [name for name in config.degradations if name not in DEGRADATIONS]
         if unknown or not config.degradations:
             raise ValueError(f"`degradations` should be of {', '.join(DEGRADATIONS)}, found {config.degradations}.")
         self.generates = config.method == "pretrain"
-        self.method = Method(pretrained=False) if self.generates else METHODS[config.method]
-        if self.method.conflict and config.precision == "fp16":
-            raise ValueError("`precision` should be 'no' or 'bf16' where gradients are corrected, found 'fp16'.")
         self.levels = NoiseLevels.ir_sde(config.num_timesteps).to(self.device)
         timed = timed_network(
             config.network, num_timesteps=config.num_timesteps, moe=config.moe and not self.generates,
@@ -300,9 +300,10 @@ class FineTuning(_Steps):
         image = torch.zeros(1, 3, config.patch, config.patch, device=trainer.device)
         order = execution_order(network, image, 1)
         t = sum(trainer.t_star[name] for name in names) / len(names)
-        self.weights = layer_weights(order, t, rate=config.decay if method.decay else 0.0)
+        rate = config.decay if method.decay else 0.0
+        self.weights = layer_weights(order, t, rate=rate)
+        self.shallow_weights = layer_weights(order, t, rate=rate, share=config.shallow)
         self.shallow = shallow(network, order, config.shallow)
-        self.shallow_weights = dict(list(self.weights.items())[: math.ceil(config.shallow * len(order))])
         known = {id(p) for p in self.shallow}
         self.deep = [p for p in network.parameters() if id(p) not in known]
         self.orthogonality = GradientOrthogonality(self.shallow)

@@ -313,13 +313,13 @@ class FeatureMatchingLoss(Objective):
                 "there at the end of the block of `recording()`."
             )
         seen = {name: seen[name] for name in wanted}
+        _check_shapes(seen, wanted, "student_images", "teacher_images")
         trains = any(weight.requires_grad for weight in bare(self.student.network).parameters())
         if trains and torch.is_grad_enabled() and not any(value.requires_grad for value in seen.values()):
             raise ValueError(
                 f"The student's features {list(seen)} have no graph, so that this loss would train nothing: was the "
                 "pass recorded under `no_grad`, or by reentrant activation checkpointing (use_reentrant=False helps)?"
             )
-        _check_shapes(seen, wanted, "student_images", "teacher_images")
         return seen, wanted
 
     def _see(self, student_images: Images, teacher_images: Images) -> dict[str, Tensor]:

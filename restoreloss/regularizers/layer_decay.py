@@ -70,7 +70,9 @@ def execution_order(model: nn.Module, *inputs: Any, blocks: Iterable[str] | None
     return list(order)
 
 
-def layer_weights(order: Sequence[str], timestep: float, *, rate: float = 0.05) -> dict[str, float]:
+def layer_weights(
+    order: Sequence[str], timestep: float, *, rate: float = 0.05, share: float | int = 1.0
+) -> dict[str, float]:
     r"""How much generation counts in each layer of a task with matching timestep t*.
 
     .. math:: w_l = \exp\bigl(-a\, t^* \tfrac{l}{L - 1}\bigr), \qquad l = 0 \dots L - 1
@@ -81,12 +83,13 @@ def layer_weights(order: Sequence[str], timestep: float, *, rate: float = 0.05) 
         order: names of layers, shallowest first, as :func:`execution_order` finds them.
         timestep: :math:`t^*`, of :func:`restoreloss.match_timestep`, of T = 50.
         rate: a; 0.05 in the paper.
+        share: of the layers, as for :func:`shallow`; deeper ones have weight 0.
 
     Returns:
         The weights by name, for :class:`restoreloss.ParameterImportance` and :func:`add_gradients`.
 
     Raises:
-        ValueError: For an empty order, or a negative timestep or rate.
+        ValueError: For an empty order, a negative timestep or rate, or a share that is none.
 
     Example:
         >>> layer_weights(["stem", "body", "head"], 20)
@@ -99,8 +102,11 @@ def layer_weights(order: Sequence[str], timestep: float, *, rate: float = 0.05) 
         raise ValueError("`order` should name at least one layer, found none.")
     if timestep < 0 or rate < 0:
         raise ValueError(f"`timestep` and `rate` should be at least 0, found {timestep} and {rate}.")
-    last = max(1, len(order) - 1)
-    return {name: math.exp(-rate * timestep * number / last) for number, name in enumerate(order)}
+    last, count = max(1, len(order) - 1), _count(share, order)
+    return {
+        name: math.exp(-rate * timestep * number / last) if number < count else 0.0
+        for number, name in enumerate(order)
+    }
 
 
 def shallow(model: nn.Module, order: Sequence[str], share: float | int = 0.5) -> list[nn.Parameter]:
@@ -122,10 +128,7 @@ def shallow(model: nn.Module, order: Sequence[str], share: float | int = 0.5) ->
         >>> [tuple(p.shape) for p in shallow(model, ["0", "2"], 1)]
         [(2, 2), (2,)]
     """
-    count = share if isinstance(share, int) else math.ceil(share * len(order)) if 0 < share <= 1 else 0
-    if not 1 <= count <= len(order):
-        raise ValueError(f"`share` should be within (0, 1] or 1 to {len(order)} layers, found {share}.")
-    chosen = set(order[:count])
+    chosen = set(order[: _count(share, order)])
     parameters = [p for name, p in bare(model).named_parameters() if p.requires_grad and _owner(name, order) in chosen]
     if not parameters:
         raise ValueError(f"The layers {sorted(chosen)} should have parameters that require a gradient, found none.")
@@ -137,8 +140,9 @@ def add_gradients(loss: Tensor, model: nn.Module, weights: Mapping[str, float], 
 
     .. math:: \nabla_l \mathrel{+}= w_l \, \partial L / \partial \theta_l
 
-    A layer of weight 0, or without one, gets exactly nothing, whatever the depth of the network that the loss saw. To
-    confine generation to shallow layers give the first items of :func:`layer_weights`.
+    A layer of weight 0, or without one, gets exactly nothing, whatever the depth of the network that the loss saw:
+    ``layer_weights(order, t, share=0.5)`` confines generation to the first half. Keep the names of the other layers in
+    ``weights``: without them a layer inside a shallow one would belong to that.
 
     Args:
         loss: a scalar.
@@ -168,6 +172,14 @@ def add_gradients(loss: Tensor, model: nn.Module, weights: Mapping[str, float], 
         if gradient is not None:
             gradient = factor * gradient
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+def _count(share: float | int, order: Sequence[str]) -> int:
+    """How many layers are shallow."""
+    count = share if isinstance(share, int) else math.ceil(share * len(order)) if 0 < share <= 1 else 0
+    if not 1 <= count <= len(order):
+        raise ValueError(f"`share` should be within (0, 1] or 1 to {len(order)} layers, found {share}.")
+    return count
 
 
 def _owner(name: str, layers: Iterable[str]) -> str | None:

@@ -1,0 +1,192 @@
+"""Which claims of DTP hold where two cores can test them? All runs of docs/dtp.md.
+
+    python -m examples.dtp.experiment pretrain --out runs/dtp
+    python -m examples.dtp.experiment forgetting --out runs/dtp          # setting A: penalties, replay, projection
+    python -m examples.dtp.experiment elsewhere --out runs/dtp           # setting A on four degradations
+    python -m examples.dtp.experiment order --out runs/dtp               # setting B: TIT and experts
+    python -m examples.dtp.experiment timesteps --out runs/dtp           # t* of the ten degradations
+    python -m examples.dtp.experiment tables --out runs/dtp
+
+Finished runs are not done again: the same command goes on after a stop.
+"""
+
+import argparse
+import json
+import logging
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import t as student_t
+
+from examples.dtp.config import PAPER, Config
+from examples.dtp.degradations import DEGRADATIONS
+from examples.dtp.train import Trainer
+from restoreloss.diffusion.matching import plot_matches
+
+logger = logging.getLogger(__name__)
+
+STRENGTHS: Mapping[str, Sequence[float]] = {
+    "l2sp": (0.3, 3.0, 30.0),
+    "fisher": (1e2, 1e3, 1e4),
+    "mas": (0.01, 0.1, 1.0),
+    "gn": (0.003, 0.03, 0.3),
+    "taylor2": (0.2, 2.0, 20.0),
+}
+"""lambda of each penalty: a decade on either side of where it begins to hold."""
+ELSEWHERE = ("rainy", "hazy", "snowy", "low_light")
+SEVERAL = ["noisy", "rainy", "snowy", "shadowed"]
+COLUMNS: Mapping[str, int] = {
+    "psnr": 2, "ssim": 3, "shifted_psnr": 2, "shifted_ssim": 3, "generative": 2, "seconds": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs below one folder; those of a seed begin with the same pre-trained network."""
+
+    out: Path
+    base: Config
+    pretrain_steps: int
+
+    def pretrained(self, seed: int) -> Path:
+        """The pre-trained network of a seed."""
+        out = self.out / "pretrained" / f"seed{seed}"
+        Trainer(replace(self.base, method="pretrain", seed=seed, steps=self.pretrain_steps, out=out)).run()
+        return out
+
+    def run(self, study: str, name: str, seed: int, **changes: Any) -> None:
+        """One run by the name of its folder."""
+        out = self.out / study / name / f"seed{seed}"
+        config = replace(self.base, seed=seed, out=out, pretrained=self.pretrained(seed), **changes)
+        results = Trainer(config).run()
+        logger.info("%s seed %d: %s", name, seed, {key: round(results[key], 3) for key in COLUMNS})
+
+    def forgetting(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Setting A, rain: every way not to forget."""
+        for method in ("scratch", "plain", "replay", "project", "full", "orthogonality"):
+            yield "forgetting", method, {"method": method}
+        for method, strengths in STRENGTHS.items():
+            for strength in strengths:
+                yield "forgetting", f"{method}_{strength:g}", {"method": method, "penalty_weight": strength}
+        for method in ("gef", "gef_project"):
+            yield "forgetting", method, {"method": method, "penalty_weight": STRENGTHS["taylor2"][1]}
+        yield "forgetting", "plain_t1", {"method": "plain", "timesteps": "first"}
+
+    def elsewhere(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Setting A, four degradations: with and without TMGP, with and without GEF."""
+        for name in ELSEWHERE:
+            for method in ("scratch", "plain", "gef_project"):
+                changes = {"method": method, "degradations": [name], "penalty_weight": STRENGTHS["taylor2"][1]}
+                yield f"elsewhere_{name}", method, changes
+
+    def order(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Setting B: orders, and experts."""
+        common = {"degradations": SEVERAL, "penalty_weight": STRENGTHS["taylor2"][1]}
+        for order in ("joint", "ascending", "descending", "random"):
+            yield "order", order, {**common, "method": "plain", "order": order}
+        yield "order", "ascending_gef", {**common, "method": "gef_project", "order": "ascending"}
+        for order in ("joint", "ascending"):
+            yield "order", f"{order}_moe", {**common, "method": "plain", "order": order, "moe": True}
+
+    def timesteps(self, seed: int) -> None:
+        """t* of the ten degradations: a table and a picture."""
+        config = replace(
+            self.base, method="plain", seed=seed, degradations=list(DEGRADATIONS), order="joint", steps=1,
+            timesteps="matched",
+            pretrained=self.pretrained(seed), out=self.out / "timesteps" / f"seed{seed}",
+        )  # fmt: skip
+        trainer = Trainer(config)
+        plot_matches(trainer.matches, config.out / "timesteps.png")
+
+    def tables(self) -> str:
+        """Means, spreads and paired differences of all that is finished."""
+        parts = []
+        for study in sorted(path for path in self.out.iterdir() if path.is_dir()):
+            runs = {
+                folder.name: {run.parent.name: json.loads(run.read_text()) for run in folder.glob("seed*/results.json")}
+                for folder in sorted(study.iterdir())
+                if folder.is_dir()
+            }
+            runs = {name: seeds for name, seeds in runs.items() if seeds}
+            if runs:
+                parts.append(f"### {study.name}\n\n{_table(runs)}")
+        matched = [json.loads(path.read_text()) for path in sorted(self.out.glob("timesteps/seed*/timesteps.json"))]
+        if matched:
+            parts.append(f"### Timesteps\n\n{_timesteps(matched)}")
+        return "\n\n".join(parts)
+
+
+def _table(runs: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    reference = next((name for name in ("plain", "joint") if name in runs), next(iter(runs)))
+    order = sorted(runs, key=lambda name: (name != "scratch", name != reference, name))
+    head = ["", *COLUMNS, f"shifted_psnr minus {reference}", "seeds"]
+    rows = [f"| {' | '.join(head)} |", f"|---{'|---:' * (len(head) - 1)}|"]
+    for name in order:
+        seeds = runs[name]
+        cells = [_mean([run[key] for run in seeds.values()], digits) for key, digits in COLUMNS.items()]
+        both = [seed for seed in seeds if seed in runs[reference]]
+        gaps = [seeds[seed]["shifted_psnr"] - runs[reference][seed]["shifted_psnr"] for seed in both]
+        cells += ["" if name == reference else _interval(gaps), str(len(seeds))]
+        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _timesteps(matched: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
+    rows = ["| | t* | distance it removes | none does | the authors' |", "|---|---:|---:|---:|---:|"]
+    for name in sorted(PAPER, key=lambda name: PAPER[name]):
+        best = ", ".join(str(found[name]["best"]) for found in matched)
+        gain = _mean([100 * found[name]["gain"] for found in matched], 1)
+        never = sum(bool(found[name]["degenerate"]) for found in matched)
+        rows.append(f"| {name} | {best} | {gain} % | {never} of {len(matched)} | {round(50 * PAPER[name])} |")
+    return "\n".join(rows)
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def _interval(gaps: Sequence[float]) -> str:
+    """Mean and 95 % confidence interval (Student's t)."""
+    if len(gaps) < 2:
+        return "".join(f"{gap:+.2f}" for gap in gaps)
+    half = float(student_t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    mean = statistics.fmean(gaps)
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=["pretrain", "forgetting", "elsewhere", "order", "timesteps", "tables"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--network", default="restormer-small")
+    parser.add_argument("--pretrain_steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=500, help="of fine-tuning, for each degradation")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--names", nargs="+", help="folders of the study; the default is all")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # runs side by side, and figures that do not depend on the number of cores
+    base = Config(
+        out=arguments.out, network=arguments.network, steps=arguments.steps, orthogonality_every=10, cpu=True
+    )  # fmt: skip
+    experiment = Experiment(arguments.out, base, arguments.pretrain_steps)
+    if arguments.study == "tables":
+        print(experiment.tables())
+        return
+    for seed in arguments.seeds:
+        if arguments.study in ("pretrain", "timesteps"):
+            experiment.pretrained(seed) if arguments.study == "pretrain" else experiment.timesteps(seed)
+            continue
+        for study, name, changes in getattr(experiment, arguments.study)():
+            if arguments.names is None or name in arguments.names:
+                experiment.run(study, name, seed, **changes)
+
+
+if __name__ == "__main__":
+    main()
