@@ -119,6 +119,9 @@ class TimeMoE(nn.Module):
             mixed = self._sparse(h, (kept / kept.sum(dim=1, keepdim=True)).to(h.dtype), used > 0)
         return h + self.alpha.to(h.dtype) * mixed
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "balance": None}  # of a call: a copy has had none
+
     def _dense(self, h: Tensor, weights: Tensor) -> Tensor:
         """All experts at once: the first layers are one convolution, the second ones a grouped one, and the last layers
         are linear, so that the weights go in before their sum.
@@ -193,7 +196,7 @@ class TimeConditioned(nn.Module):
     @property
     def layers(self) -> list[str]:
         """The names of the layers that blocks act on."""
-        return [key.replace("/", ".") for key in self.blocks]
+        return [key.rstrip("/").replace("/", ".") for key in self.blocks]
 
     def attach(self, blocks: Mapping[str, nn.Module]) -> None:
         """Let blocks act on more layers; where one has a block already, the new one acts after it.
@@ -202,11 +205,12 @@ class TimeConditioned(nn.Module):
             ValueError: For a layer that does not exist.
         """
         modules = dict(self.network.named_modules())
-        for layer, block in blocks.items():
+        for layer in blocks:
             if layer not in modules or layer == "":
                 near = ", ".join(list(modules)[1:31])
                 raise ValueError(f"`blocks` should name layers of the network, found {layer!r}; there are {near}, ...")
-            key = layer.replace(".", "/")
+        for layer, block in blocks.items():
+            key = _key(layer)
             self.blocks[key] = block if key not in self.blocks else _Chain(self.blocks[key], block)
         self._hook()
 
@@ -216,10 +220,11 @@ class TimeConditioned(nn.Module):
         Raises:
             ValueError: For a layer without one.
         """
+        unknown = [layer for layer in layers if layer not in self.layers]
+        if unknown:
+            raise ValueError(f"`layers` should be among {self.layers}, found {unknown}.")
         for layer in layers or self.layers:
-            if layer not in self.layers:
-                raise ValueError(f"`layers` should be among {self.layers}, found {layer!r}.")
-            del self.blocks[layer.replace(".", "/")]
+            del self.blocks[_key(layer)]
         self._hook()
 
     def at(self, t: int) -> nn.Module:
@@ -282,7 +287,13 @@ class _Act:
         if not isinstance(output, Tensor) or output.ndim != 4:
             what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"The layer {self.layer!r} should return (N, C, H, W) to be conditioned, found {what}.")
-        return self.owner.blocks[self.layer.replace(".", "/")](output, embedding.to(output.dtype))
+        return self.owner.blocks[_key(self.layer)](output, embedding.to(output.dtype))
+
+
+def _key(layer: str) -> str:
+    """The name of a block, which may hold no dot and not be that of a method of nn.ModuleDict."""
+    key = layer.replace(".", "/")
+    return f"{key}/" if hasattr(nn.ModuleDict, key) else key
 
 
 def time_features(t: Tensor, dim: int, num_timesteps: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restoreloss.diffusion.denoisers import prediction_in
+from restoreloss.diffusion.denoisers import Denoiser, prediction_in
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.images import check_pair, check_range, into_range
 from restoreloss.objectives.base import total
@@ -77,6 +77,11 @@ class DenoisingLoss(nn.Module):
             raise ValueError(f"`denoiser` should be a network or a function, found {type(denoiser).__name__}.")
         if not isinstance(schedule, NoiseSchedule):
             raise ValueError(f"`schedule` should be NoiseLevels or a NoiseSchedule, found {type(schedule).__name__}.")
+        if isinstance(denoiser, Denoiser) and schedule.prediction_type != "epsilon":
+            raise ValueError(
+                "`denoiser` should be the network itself, found a Denoiser, which gives noise, for a schedule of "
+                f"prediction type {schedule.prediction_type!r}."
+            )
         if distance is None:
             distance = "l1" if schedule.prediction_type == "residual" else "mse"
         check_choice("distance", distance, Distance)
@@ -87,7 +92,10 @@ class DenoisingLoss(nn.Module):
         self.reduction: Reduction = reduction
         self.input_range = check_range(input_range)
         first = 1 if float(schedule.sigma[0]) == 0 else 0
-        low, high = (first, schedule.num_timesteps) if timesteps is None else map(index, timesteps)
+        try:
+            low, high = (first, schedule.num_timesteps) if timesteps is None else map(index, timesteps)
+        except (TypeError, ValueError):
+            raise ValueError(f"`timesteps` should be two integers (low, high), found {timesteps!r}.") from None
         if not 0 <= low < high <= schedule.num_timesteps:
             raise ValueError(
                 f"`timesteps` should satisfy 0 <= low < high <= {schedule.num_timesteps}, found {timesteps!r}."

@@ -255,7 +255,7 @@ class ParameterImportance(nn.Module):
         """
 
         def add(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if next(iter(args), kwargs.get("closure")) is not None:
+            if next(iter(args[1:]), kwargs.get("closure")) is not None:  # the first is the optimiser
                 raise ValueError("A closure computes the gradients anew: add `importance()` to its loss instead.")
             if getattr(optimizer, "grad_scale", None) is not None:
                 raise ValueError(

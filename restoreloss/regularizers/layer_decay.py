@@ -104,8 +104,7 @@ def layer_weights(
         raise ValueError(f"`timestep` and `rate` should be at least 0, found {timestep} and {rate}.")
     last, count = max(1, len(order) - 1), _count(share, order)
     return {
-        name: math.exp(-rate * timestep * number / last) if number < count else 0.0
-        for number, name in enumerate(order)
+        name: math.exp(-rate * timestep * number / last) if number < count else 0.0 for number, name in enumerate(order)
     }
 
 

@@ -176,15 +176,10 @@ class GradientOrthogonality(nn.Module):
         _average([*of_generation, *of_both])
         of_reconstruction = of_both[: len(shared)]
         exact = torch.promote_types(shared[0].dtype, torch.float32)
-        dot, square, own = (
-            torch.stack([(a.to(exact) * b.to(exact)).sum() for a, b in zip(one, other, strict=True)]).sum()
-            for one, other in (
-                (of_generation, of_reconstruction), (of_reconstruction, of_reconstruction),
-                (of_generation, of_generation),
-            )
-        )  # fmt: skip
-        there = square > 0
-        factor = torch.where(there, dot / torch.where(there, square, 1), 0)
+        rows = [[gradient.to(exact) for gradient in side] for side in (of_generation, of_reconstruction)]
+        cosines, _ = _cosines(rows)
+        cosine = cosines[0, 1]
+        factor = cosine * _length_ratio(*rows)
         if policy == "conflict":
             factor = factor.clamp(max=0)
         with torch.no_grad():
@@ -192,9 +187,9 @@ class GradientOrthogonality(nn.Module):
                 if number < len(shared):
                     freed = of_generation[number].to(exact) - factor * gradient.to(exact)
                     gradient = (gradient.to(exact) + weight * freed).to(parameter.dtype)
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        norm = (square * own).sqrt()
-        return torch.where(norm > 0, dot / torch.where(norm > 0, norm, 1), 0)
+                # a copy: autograd may give one tensor to two parameters
+                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
+        return cosine
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
@@ -233,7 +228,7 @@ def _by_sample(losses: list[Tensor], tensors: list[Tensor]) -> list[list[Tensor]
     return [[sample] for gradient in gradients for sample in gradient]
 
 
-def _cosines(rows: list[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+def _cosines(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
     """(K, K) cosines of K gradients, and which of these are not zero."""
     if len({tuple(tensor.shape for tensor in row) for row in rows}) != 1:
         raise ValueError("The gradients should be of the same shapes in all micro-batches.")
@@ -248,6 +243,20 @@ def _cosines(rows: list[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
     return gram / (norms[:, None] * norms[None, :]), there
 
 
+def _length_ratio(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    """The norm of one gradient over that of another, 0 if the latter is zero; squares stay within float32."""
+    lengths, scales = [], []
+    for row in (one, other):
+        scale = torch.stack([part.abs().max() for part in row]).max()
+        safe = torch.where(scale > 0, scale, 1)
+        lengths.append(torch.stack([(part / safe).square().sum() for part in row]).sum().sqrt())
+        scales.append(scale)
+    there = scales[1] > 0
+    return torch.where(
+        there, lengths[0] / torch.where(there, lengths[1], 1) * (scales[0] / torch.where(there, scales[1], 1)), 0
+    )
+
+
 def _mean(values: Tensor, chosen: Tensor, *, default: float) -> Tensor:
     count = chosen.sum()
     return torch.where(count > 0, (values * chosen).sum() / count.clamp(min=1), default)
@@ -256,6 +265,15 @@ def _mean(values: Tensor, chosen: Tensor, *, default: float) -> Tensor:
 def _check_twice(penalty: Tensor, parameters: Sequence[Tensor]) -> None:
     try:
         torch.autograd.grad(penalty, parameters, retain_graph=True, allow_unused=True)
+        nodes, seen = [penalty.grad_fn], set()
+        while nodes:  # a node that fails where its gradient is wanted, and is not on the way to the parameters
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node.name().endswith("Error"):
+                raise RuntimeError("a function is marked with @once_differentiable.")
+            nodes.extend(following for following, _ in node.next_functions)
     except RuntimeError as error:
         text = str(error)
         if "scaled_dot_product" in text or "attention" in text:
