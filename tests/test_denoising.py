@@ -114,7 +114,16 @@ def test_the_defaults_are_those_of_the_papers() -> None:
     assert (DenoisingLoss(Network(), LEVELS).distance, DenoisingLoss(Network(), LEVELS).timesteps) == ("l1", (1, 51))
     ddpm = DenoisingLoss(Network(), NoiseSchedule.linear())
     assert (ddpm.distance, ddpm.timesteps) == ("mse", (0, 1000))
-    assert DenoisingLoss(Network(), NoiseSchedule.linear(prediction_type="residual")).distance == "l1"
+    assert DenoisingLoss(Network(), NoiseLevels.ir_sde(prediction_type="sample")).distance == "l1"
+
+
+def test_a_network_that_returns_the_image_learns_as_one_that_returns_the_residual() -> None:
+    network, clean = nn.Conv2d(3, 3, 3, padding=1), torch.rand(2, 3, 8, 8)
+    noise, t = torch.randn_like(clean), torch.tensor([3, 40])
+    image = DenoisingLoss(lambda x, t: network(x), NoiseLevels.ir_sde(prediction_type="sample"))
+    residual = DenoisingLoss(lambda x, t: x - network(x), LEVELS)
+    one, other = (loss(clean, timestep=t, noise=noise) for loss in (image, residual))
+    torch.testing.assert_close(one, other)
 
 
 def test_training_takes_the_noise_out() -> None:

@@ -644,3 +644,39 @@ def test_two_processes_measure_what_one_does() -> None:
     )
     for estimator in ESTIMATORS[:3]:
         assert f"{estimator}: equal" in done.stdout, done.stderr[-3000:]
+
+
+class Slashed(nn.Module):
+    """Parameters whose names hold what their buffers may not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 2)
+        self.blocks = nn.ModuleDict({"decoders/0": nn.Linear(2, 2), "100%2F": nn.Linear(2, 1)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.blocks["100%2F"](self.blocks["decoders/0"](self.first(x)))
+        return result
+
+
+def test_every_name_of_a_parameter_is_found_again() -> None:
+    model = Slashed()
+    importance = ParameterImportance(model, strength=1.0)
+    importance.accumulate(squared, [normal(4, 2)])
+    assert set(importance.importance()) == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        before = importance().item()
+        with torch.no_grad():
+            parameter += 0.5
+        assert importance().item() > before, name
+    again = ParameterImportance(model, strength=1.0)
+    again.load_state_dict(importance.state_dict())
+    assert again().item() == importance().item()
+
+
+@pytest.mark.filterwarnings("ignore:.*meta parameter")
+def test_what_was_measured_is_loaded_to_where_the_network_is() -> None:
+    importance = measured(linear())
+    elsewhere = ParameterImportance(linear().to("meta"))
+    elsewhere.load_state_dict(importance.state_dict())
+    assert {buffer.device.type for buffer in elsewhere.buffers()} == {"meta"}

@@ -203,3 +203,16 @@ def test_weights_that_reach_no_parameter_are_refused(weights: dict[str, float]) 
     model = network()
     with pytest.raises(ValueError, match="`weights` should name layers with parameters that require a gradient"):
         add_gradients(model(rows()).sum(), model, weights)
+
+
+def test_layers_inside_one_that_ran_belong_to_it(caplog: pytest.LogCaptureFixture) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.inner, self.idle = nn.Parameter(torch.ones(())), nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scale * nn.functional.linear(x, self.inner.weight, self.inner.bias)
+
+    assert execution_order(nn.Sequential(Outer()), torch.zeros(1, 2)) == ["0"]
+    assert "did not run" not in caplog.text

@@ -341,3 +341,29 @@ def test_a_walk_back_does_not_depend_on_what_else_is_tried() -> None:
         return match_timestep(denoiser, levels, 0.7 * x, x, mode="ddim", timesteps=tried, generator=generator).curve
 
     torch.testing.assert_close(curve([30]), curve([1, 30])[1:])
+
+
+def test_a_denoiser_that_gives_nan_matches_nothing() -> None:
+    clean = torch.rand(2, 3, 4, 4)
+    match = match_timestep(lambda x, t: x * math.nan, NoiseLevels.ir_sde(), 0.5 * clean, clean, timesteps=[1, 2])
+    assert match.degenerate
+
+
+def test_a_network_that_returns_the_image_is_matched_and_left_as_it_was() -> None:
+    class Restorer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            result: Tensor = 0.9 * x + 0.01 * self.norm(x)
+            return result
+
+    network, clean = Restorer().train(), torch.rand(2, 3, 8, 8)
+    before = copy.deepcopy(network.state_dict())
+    levels = NoiseLevels.ir_sde(prediction_type="sample")
+    match = match_timestep(network, levels, 0.5 * clean, clean)
+    network.eval()
+    expected = (network(0.5 * clean, torch.tensor([1, 1])) - clean).abs().mean()
+    assert match.curve[0].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

@@ -256,7 +256,7 @@ def test_the_projection_of_the_closed_forms(
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 999), st.sampled_from(["conflict", "full"]), st.floats(0, 2), st.booleans())
+@given(st.integers(0, 999), st.sampled_from(["conflict", "full"]), st.floats(0.01, 2), st.booleans())
 def test_what_is_projected_is_all_shared_parameters_together(seed: int, policy: Any, weight: float, held: bool) -> None:
     model = network()
     gen, rec = losses(model, seed=seed), losses(model, seed=seed + 1)
@@ -278,6 +278,32 @@ def test_what_is_projected_is_all_shared_parameters_together(seed: int, policy: 
     for p, b in zip(deep, of_deep, strict=True):  # of generation not the least bit
         assert p.grad is not None and torch.equal(p.grad, start + b)
     assert cosine.item() == pytest.approx(dot / math.sqrt(square * own)) and not cosine.requires_grad
+
+
+def test_each_parameter_may_have_a_weight_of_its_own() -> None:
+    weight, bias = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+    of_gen, of_rec = [torch.tensor([1.0, -1.0]), torch.tensor([2.0])], [torch.tensor([0.0, 1.0]), torch.tensor([1.0])]
+    losses_of = [(weight * side[0]).sum() + (bias * side[1]).sum() for side in (of_gen, of_rec)]
+    orthogonality = GradientOrthogonality([weight, bias])
+    orthogonality.project(*losses_of, policy="full", weight=[0.5, 0.0])
+    weighted = torch.tensor([0.5, -0.5, 0.0])
+    reference = torch.tensor([0.0, 1.0, 1.0])
+    expected = reference + weighted - weighted @ reference / (reference @ reference) * reference
+    assert weight.grad is not None and bias.grad is not None
+    torch.testing.assert_close(torch.cat([weight.grad, bias.grad]), expected)
+    with pytest.raises(ValueError, match="`weight` should be one, or 2"):
+        orthogonality.project((weight * 2).sum(), weight.sum(), weight=[1.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cosines_are_single_precision_under_autocast(dtype: torch.dtype) -> None:
+    orthogonality = GradientOrthogonality(nn.Linear(1, 1).parameters())
+    rows = [[1 + 0.05 * normal(1000, seed=seed, dtype=torch.float32)] for seed in range(4)]
+    with torch.autocast("cpu", dtype):
+        found = orthogonality.from_gradients(rows[:2], rows[2:])
+        large = orthogonality.from_gradients([[torch.ones(100_000)]], [[torch.ones(100_000)]])
+    assert found.dtype == torch.float32 and torch.equal(found, orthogonality.from_gradients(rows[:2], rows[2:]))
+    assert large.item() == pytest.approx(1.0)
 
 
 def test_others_are_left_out_unless_they_are_named() -> None:

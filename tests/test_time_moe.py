@@ -401,3 +401,30 @@ def test_layers_may_have_the_names_of_methods(name: str) -> None:
     assert model.layers == [name] and not torch.equal(model(torch.rand(1, 3, 4, 4), 1), network(torch.rand(1, 3, 4, 4)))
     model.detach(name)
     assert model.layers == []
+
+
+def test_what_is_put_in_the_place_of_an_experts_layer_is_called() -> None:
+    class Low(nn.Module):
+        def __init__(self, layer: nn.Conv2d) -> None:
+            super().__init__()
+            self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = 2 * self.layer(x)
+            return result
+
+    adapter, h, embedding = TimeMoE(8, 16, experts=3), torch.rand(2, 8, 5, 5), torch.rand(2, 16)
+    nn.init.ones_(adapter.alpha)
+    plain = adapter(h, embedding)
+    handle = adapter.experts[0][0].register_forward_hook(lambda *call: call[-1])  # type: ignore[index]
+    torch.testing.assert_close(adapter(h, embedding), plain)
+    handle.remove()
+    adapter.experts[0][0] = Low(adapter.experts[0][0])  # type: ignore[index, operator]
+    assert not torch.allclose(adapter(h, embedding), plain)
+
+
+def test_a_replica_of_data_parallel_is_refused() -> None:
+    model = TimeConditioned(nn.Sequential(nn.Conv2d(3, 8, 1)), {"0": FiLM(8)})
+    model.network[0]._is_replica = True  # as DataParallel marks the copies it runs
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        model(torch.rand(1, 3, 4, 4), 1)

@@ -110,7 +110,7 @@ class TimeMoE(nn.Module):
         weights = logits.softmax(dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
         if self.top_k is None:
             self.balance = _balance(weights, weights)
-            mixed = self._dense(h, weights.to(h.dtype))
+            mixed = self._dense(h, weights.to(h.dtype)) if self._plain() else self._each(h, weights.to(h.dtype))
         else:
             chosen = weights.topk(self.top_k, dim=1).indices
             used = torch.zeros_like(weights).scatter(1, chosen, 1.0)
@@ -135,6 +135,18 @@ class TimeMoE(nn.Module):
         mixed = F.conv2d(x, torch.cat([layer.weight for layer in last], dim=1))
         bias = weights @ torch.stack([layer.bias for layer in last]).to(weights.dtype)
         return mixed + bias[:, :, None, None]
+
+    def _plain(self) -> bool:
+        """Whether nobody has put something else in the place of a convolution, or a hook on one."""
+        return all(
+            type(layer) is nn.Conv2d and not (layer._forward_hooks or layer._forward_pre_hooks)
+            for expert in self.experts
+            for layer in (expert[0], expert[2], expert[4])  # type: ignore[index]
+        )
+
+    def _each(self, h: Tensor, weights: Tensor) -> Tensor:
+        answers = [weights[:, k, None, None, None] * expert(h) for k, expert in enumerate(self.experts)]
+        return torch.stack(answers).sum(dim=0)
 
     def _sparse(self, h: Tensor, weights: Tensor, used: Tensor) -> Tensor:
         """Each expert on the samples that chose it."""
@@ -281,6 +293,8 @@ class _Act:
         self.owner, self.layer = owner, layer
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        if getattr(_module, "_is_replica", False):
+            raise ValueError("TimeConditioned cannot run in nn.DataParallel; use DistributedDataParallel.")
         embedding = self.owner._embedding
         if embedding is None:
             return output

@@ -63,7 +63,7 @@ class TimestepMatch:
     @property
     def degenerate(self) -> bool:
         """True if no timestep brings the degraded images closer: ``best`` then only tells what does the least harm."""
-        return self.gain <= 0
+        return not self.gain > 0  # also of a denoiser that gives NaN
 
     @classmethod
     def pool(cls, matches: Sequence["TimestepMatch"]) -> "TimestepMatch":
@@ -104,11 +104,13 @@ def match_timestep(
     ddim    the same :math:`x_t`, back to level 0 in ``ddim_steps`` strides without noise    K times ``ddim_steps``
     ======= ================================================================================ ====================
 
-    The network runs in eval mode and without gradient, and is left as it was. All timesteps see the same noise.
+    A network runs in eval mode and without gradient, and is left as it was; a function cannot be asked which network it
+    uses. All timesteps see the same noise.
 
     Args:
         denoiser: a network ``(x_t, t) -> prediction``, or a :class:`~restoreloss.Denoiser`.
-        schedule: that it was trained with.
+        schedule: that it was trained with; ``NoiseLevels.ir_sde(prediction_type="sample")`` for a network that returns
+            the image.
         degraded: y, float (N, C, H, W) in ``input_range``.
         clean: x, same shape.
         timesteps: to try. The default is every level that holds noise, or 50 of them, evenly spread, if there are more

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss.diffusion.denoisers import Denoiser, prediction_in
+from restoreloss.diffusion.levels import NoiseLevels
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.images import check_pair, check_range, into_range
 from restoreloss.objectives.base import total
@@ -25,8 +26,8 @@ class DenoisingLoss(nn.Module):
         L = \gamma_t \, d\bigl(f(x_t, t),\ \text{target}(x, \epsilon, t)\bigr), \qquad t \sim U\{t_{low}..t_{high}-1\}
 
     The target is that of the schedule's prediction type. With :class:`~restoreloss.NoiseLevels` the default, "residual"
-    and "l1", is :math:`\lVert x_t - r(x_t, t) - x \rVert_1` of DTP; with :class:`~restoreloss.NoiseSchedule` it is
-    "epsilon" and "mse" of DDPM.
+    and "l1", is :math:`\lVert x_t - r(x_t, t) - x \rVert_1` of DTP, and so is "sample" and "l1" for a network that
+    returns the image itself; with :class:`~restoreloss.NoiseSchedule` it is "epsilon" and "mse" of DDPM.
 
     The network is live: neither registered nor frozen nor copied. Its parameters get the gradient.
 
@@ -35,7 +36,7 @@ class DenoisingLoss(nn.Module):
             object with ``.sample``, or a tuple that begins with the tensor. Channels beyond those of the image (a
             learned variance) are ignored.
         schedule: :class:`~restoreloss.NoiseLevels` or :class:`~restoreloss.NoiseSchedule`.
-        distance: "l1" | "mse" | "rms" | "l2"; the default is that of the prediction type.
+        distance: "l1" | "mse" | "rms" | "l2"; the default is "l1" with NoiseLevels and "mse" else.
         timesteps: (low, high), low included. The default is all levels that hold noise.
         weights: :math:`\gamma_t`, one for each timestep of the schedule; 1 by default.
         input_range: of the images; the library maps it to what the schedule's models read.
@@ -83,7 +84,7 @@ class DenoisingLoss(nn.Module):
                 f"prediction type {schedule.prediction_type!r}."
             )
         if distance is None:
-            distance = "l1" if schedule.prediction_type == "residual" else "mse"
+            distance = "l1" if isinstance(schedule, NoiseLevels) else "mse"
         check_choice("distance", distance, Distance)
         check_choice("reduction", reduction, Reduction)
         self._denoiser = (denoiser,)  # in a tuple: not registered

@@ -6,7 +6,7 @@ the second training charges for moving away. The charge is a loss to add, or a g
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -105,6 +105,7 @@ class ParameterImportance(nn.Module):
         self.layer_weights = dict(layer_weights or {})
         self._model = (model,)  # in a tuple: not registered
         self._loop = False
+        self._factors: dict[str, float] = {}
         self._open()
 
     def accumulate(
@@ -167,27 +168,30 @@ class ParameterImportance(nn.Module):
         for start in range(0, size, self.chunk_size):
             chunk = _rows(batch, start, start + self.chunk_size)
             signs = function.signs(chunk, generator)
-            gradients = self._gradients(function, parameters, chunk, signs)
-            moments = {name: g.to(sums[name].dtype).abs().pow(power).sum(0) for name, g in gradients.items()}
-            wrong = [name for name, moment in moments.items() if not bool(moment.isfinite().all())]
-            if wrong:
-                raise ValueError(f"The gradients of single samples should be finite, found NaN or infinity in {wrong}.")
-            for name, moment in moments.items():
-                sums[name] += moment
+            for gradients in self._gradients(function, parameters, chunk, signs):
+                moments = {name: g.to(sums[name].dtype).abs().pow(power).sum(0) for name, g in gradients.items()}
+                wrong = [name for name, moment in moments.items() if not bool(moment.isfinite().all())]
+                if wrong:
+                    raise ValueError(f"Gradients of single samples should be finite, found NaN or infinity in {wrong}.")
+                for name, moment in moments.items():
+                    sums[name] += moment
         return size
 
     def _gradients(
         self, function: "_PerSample", parameters: Mapping[str, nn.Parameter], chunk: Any, signs: Tensor | None
-    ) -> dict[str, Tensor]:
-        """(N, ...) for each parameter. Where one pass for all does not work, one for each."""
+    ) -> Iterator[dict[str, Tensor]]:
+        """(n, ...) for each parameter, for all samples or one by one where that does not work."""
         if not self._loop:
             try:
-                return function.at_once(parameters, chunk, signs)
+                yield function.at_once(parameters, chunk, signs)
+                return
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
                 logger.info("Gradients are taken one by one: %s", str(error).partition("\n")[0])
-        found = function.one_by_one(parameters, chunk, signs)
-        self._loop = True  # known to work only now: what fails both ways is the caller's mistake, and is raised
-        return found
+        for found in function.one_by_one(parameters, chunk, signs):
+            self._loop = True  # known to work only now: what fails both ways is the caller's mistake, and is raised
+            yield found
 
     def begin_task(self) -> None:
         """Hold what was learned until now as well: importances to come have the parameters of this moment as anchor.
@@ -287,18 +291,23 @@ class ParameterImportance(nn.Module):
                         f"`{name}` should be of shape {tuple(omega.shape)}, as when its importance was measured, found "
                         f"{tuple(parameter.shape)}."
                     )
-                yield parameter, omega, anchor, self.strength * self._layer_weight(name) / count
+                device = parameter.device  # the network may have moved since
+                weight = self.strength * self._layer_weight(name) / count
+                yield parameter, omega.to(device), anchor.to(device), weight
 
     def _layer_weight(self, name: str) -> float:
-        fitting = [key for key in self.layer_weights if key == "" or name == key or name.startswith(f"{key}.")]
-        return self.layer_weights[max(fitting, key=len)] if fitting else 1.0
+        if name not in self._factors:
+            fitting = [key for key in self.layer_weights if key == "" or name == key or name.startswith(f"{key}.")]
+            self._factors[name] = self.layer_weights[max(fitting, key=len)] if fitting else 1.0
+        return self._factors[name]
 
     def _open(self, task: int = 0) -> None:
         """A task with the parameters of this moment for anchor, nothing measured."""
+        anchor = torch.empty(0)
         for name, parameter in bare(self._model[0]).named_parameters():
             anchor = parameter.detach().to(_exact(parameter), copy=True)
             self.register_buffer(_key(task, "anchor", name), anchor)
-        self.register_buffer(f"{task}/samples", torch.zeros((), dtype=torch.int64))
+        self.register_buffer(f"{task}/samples", torch.zeros((), dtype=torch.int64, device=anchor.device))
 
     def _keep(self, parameters: Mapping[str, nn.Parameter], sums: dict[str, Tensor], count: int) -> None:
         total = torch.tensor(count, device=next(iter(sums.values())).device)
@@ -313,7 +322,7 @@ class ParameterImportance(nn.Module):
             if before and (old := self._buffers.get(key)) is not None:
                 mean = (old * before + sums[name]) / (before + new)
             self.register_buffer(key, mean)
-        self.register_buffer(f"{task}/samples", torch.tensor(before + new))
+        self.register_buffer(f"{task}/samples", total + before)
         if not any(bool(value.any()) for value in self._named(task, "importance").values()):
             logger.warning("All importances are 0: the loss has no gradient there, and the penalty will be 0.")
 
@@ -342,7 +351,7 @@ class ParameterImportance(nn.Module):
     def _named(self, task: int, kind: str) -> dict[str, Tensor]:
         start = f"{task}/{kind}/"
         return {
-            name.removeprefix(start).replace("/", "."): value
+            _name(name.removeprefix(start)): value
             for name, value in self._buffers.items()
             if name.startswith(start) and value is not None
         }
@@ -351,9 +360,11 @@ class ParameterImportance(nn.Module):
         # what was measured elsewhere replaces what is here: other tasks, and parameters that this network lacks
         loaded = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
         if any(name.endswith("/samples") for name in loaded):
-            device = self._buffer("samples").device
+            devices = {_plain(name): p.device for name, p in bare(self._model[0]).named_parameters()}
+            usual = next(iter(devices.values()), None)
             self._buffers.clear()
             for name in loaded:
+                device = devices.get(_name(name.split("/", 2)[-1]), usual)
                 self.register_buffer(name, torch.empty_like(state_dict[prefix + name], device=device))
         super()._load_from_state_dict(state_dict, prefix, *others)
 
@@ -403,18 +414,17 @@ class _PerSample:
         found: dict[str, Tensor] = vmap(grad(value), in_dims=(None, 0), randomness="different")(weights, tensors)
         return found
 
-    def one_by_one(self, parameters: Mapping[str, nn.Parameter], chunk: Any, signs: Tensor | None) -> dict[str, Tensor]:
-        rows = []
+    def one_by_one(
+        self, parameters: Mapping[str, nn.Parameter], chunk: Any, signs: Tensor | None
+    ) -> Iterator[dict[str, Tensor]]:
         for number in range(_batch_size(chunk)):
             one, sign = _rows((chunk, signs), number, number + 1)
             with torch.enable_grad():
                 value = self._value(one, sign)
             if not value.requires_grad:
                 raise ValueError("What `loss_fn` returns should depend on the parameters of `model`.")
-            rows.append(
-                torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
-            )
-        return {name: torch.stack(column) for name, column in zip(parameters, zip(*rows, strict=True), strict=True)}
+            row = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
+            yield {name: gradient[None] for name, gradient in zip(parameters, row, strict=True)}
 
     def _value(self, sample: Any, signs: Tensor | None) -> Tensor:
         """A scalar of a batch of one."""
@@ -475,4 +485,9 @@ def _plain(name: str) -> str:
 
 def _key(task: int, kind: str, name: str) -> str:
     """The name of a buffer, which may hold no dot."""
-    return f"{task}/{kind}/{_plain(name).replace('.', '/')}"
+    return f"{task}/{kind}/{_plain(name).replace('%', '%25').replace('/', '%2F').replace('.', '/')}"
+
+
+def _name(key: str) -> str:
+    """The name of a parameter out of that of a buffer."""
+    return key.replace("/", ".").replace("%2F", "/").replace("%25", "%")

@@ -64,7 +64,8 @@ def execution_order(model: nn.Module, *inputs: Any, blocks: Iterable[str] | None
             handle.remove()
     if not order:
         raise ValueError(f"None of the blocks {chosen[:20]} ran.")
-    idle = [name for name in chosen if name not in order]
+    # what is in a block that ran belongs to it, though it may not be called by itself
+    idle = [name for name in chosen if _owner(name, order) is None]
     if idle:
         logger.warning("These blocks did not run, and have no depth: %s", ", ".join(idle))
     return list(order)

@@ -136,12 +136,12 @@ class GradientOrthogonality(nn.Module):
         reconstruction: Tensor,
         *,
         policy: Literal["conflict", "full"] = "conflict",
-        weight: float = 1.0,
+        weight: float | Sequence[float] = 1.0,
         others: Iterable[nn.Parameter] = (),
     ) -> Tensor:
         r"""Add to ``.grad`` the gradient of both losses, that of generation freed of what opposes reconstruction.
 
-        .. math:: g = g_{rec} + w \Bigl(g_{gen} - \frac{g_{gen}\cdot g_{rec}}{\lVert g_{rec} \rVert^2} g_{rec}\Bigr)
+        .. math:: g = g_{rec} + g - \frac{g \cdot g_{rec}}{\lVert g_{rec} \rVert^2} g_{rec}, \qquad g = w\, g_{gen}
 
         The dot product runs over all shared parameters together. Parameters in ``others`` get that of reconstruction,
         and of generation exactly nothing.
@@ -153,7 +153,7 @@ class GradientOrthogonality(nn.Module):
             generation: scalar loss of the generative batch. Its graph is released, as by ``backward()``.
             reconstruction: scalar loss of the degraded batch, likewise.
             policy: "conflict" projects if the dot product is negative, "full" always.
-            weight: of the generative gradient.
+            weight: of the generative gradient: one, or one for each shared parameter in their order (w_l).
             others: parameters that only reconstruction trains, usually the deep ones.
 
         Returns:
@@ -172,6 +172,10 @@ class GradientOrthogonality(nn.Module):
         known = {id(p) for p in shared}
         rest = [p for p in others if p.requires_grad and id(p) not in known]
         of_generation = _gradients(generation, shared, retain_graph=True)  # the two graphs may share a part
+        weights = [weight] * len(shared) if isinstance(weight, int | float) else list(weight)
+        if len(weights) != len(shared):
+            raise ValueError(f"`weight` should be one, or {len(shared)}, found {len(weights)}.")
+        of_generation = [w * gradient for w, gradient in zip(weights, of_generation, strict=True)]
         of_both = _gradients(reconstruction, [*shared, *rest])
         _average([*of_generation, *of_both])
         of_reconstruction = of_both[: len(shared)]
@@ -186,7 +190,7 @@ class GradientOrthogonality(nn.Module):
             for number, (parameter, gradient) in enumerate(zip([*shared, *rest], of_both, strict=True)):
                 if number < len(shared):
                     freed = of_generation[number].to(exact) - factor * gradient.to(exact)
-                    gradient = (gradient.to(exact) + weight * freed).to(parameter.dtype)
+                    gradient = (gradient.to(exact) + freed).to(parameter.dtype)
                 # a copy: autograd may give one tensor to two parameters
                 parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
         return cosine
@@ -238,7 +242,8 @@ def _cosines(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
     scale = torch.stack([part.detach().abs().amax(dim=1) for part in parts]).amax(dim=0)
     there = scale > 0
     scale = torch.where(there, scale, 1)
-    gram = torch.stack([(part / scale[:, None]) @ (part / scale[:, None]).T for part in parts]).sum(dim=0)
+    with torch.autocast(scale.device.type, enabled=False):
+        gram = torch.stack([(part / scale[:, None]) @ (part / scale[:, None]).T for part in parts]).sum(dim=0)
     norms = torch.where(there, gram.diagonal(), 1).sqrt()
     return gram / (norms[:, None] * norms[None, :]), there
 
