@@ -28,12 +28,13 @@ class Config(RunOptions):
         pretrained: the run directory of "pretrain", which the others begin with.
         degradations: to restore: one (setting A) or several (setting B).
         order: how several are learned: all together, or one more after the other (TIT), by ``timesteps``.
-        timesteps: t* of each degradation: "matched" finds them with the pre-trained network, "paper" takes the authors'
-            table; or "first", the same small one for all.
+        timesteps: t* of each degradation: "paper" takes the authors' table; "matched" finds them with the pre-trained
+            network, and takes the table where no timestep helps; "first" tells all the same small one.
         data: "photos" are at hand; "folders" are read from disk.
         places: for "folders", "LAYOUT:ROOT" by the name of the degradation; layouts are in examples/dtp/folders.py.
         shifted_places: likewise, where the network is tested after training on ``places``: REVIDE, Rain100H, ...
-        clean: for "folders", the clean pictures of "pretrain", "LAYOUT:ROOT".
+        clean: for "folders", the clean pictures of "pretrain", replay and importance, as "clean:ROOT"; the default is
+            the clean sides of ``places``.
         patch: side of the training crops.
         train_count: crops an epoch of "photos".
         test_size: side of the test pictures of "photos".
@@ -47,8 +48,8 @@ class Config(RunOptions):
         penalty_weight: lambda_1, of the penalty on parameters.
         normalize: the penalty is the "sum" over parameters, or their "mean".
         importance_samples: pictures that the importance is measured on.
-        replay_share: of generative pictures in a batch.
-        replay_weight: of their loss.
+        replay_share: of generative pictures, to those of the batch.
+        replay_weight: of such a picture, to one of the batch.
         orthogonality_weight: lambda_2.
         orthogonality_every: steps between those that have this term.
         shallow: the share of layers that generation goes on to train.

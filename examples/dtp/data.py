@@ -34,11 +34,6 @@ class Pairs:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None:
         raise NotImplementedError
 
-    def clean(self, index: int) -> Tensor | None:
-        """A clean picture alone: what generation trains on."""
-        sample = self[index]
-        return None if sample is None else sample[0][1]
-
 
 class PhotoPairs(Pairs):
     """Crops of photographs, degraded when they are asked for, by torch's global generator.
@@ -61,9 +56,6 @@ class PhotoPairs(Pairs):
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         clean = random_crops(self.photos, 1, self.size, generator)[0]
         return torch.stack([degrade(self.class_names[number], clean, generator), clean]), torch.tensor(number)
-
-    def clean(self, index: int) -> Tensor:
-        return random_crops(self.photos, 1, self.size, torch.Generator().manual_seed(int(torch.randint(2**62, ()))))[0]
 
 
 class FolderPairs(Pairs):
@@ -110,6 +102,56 @@ class FolderPairs(Pairs):
         return pair, torch.tensor(number)
 
 
+class CleanPictures:
+    """What generation trains on: samples (picture (3, H, W), 0).
+
+    Args:
+        sources: photographs, or files.
+        count: of samples.
+        size: of the crops.
+    """
+
+    task: Task = "classification"
+    class_names = ("clean",)
+
+    def __init__(self, sources: Sequence[Tensor] | Sequence[Path], count: int, size: int) -> None:
+        self.sources: list[Any] = list(sources)
+        self.count, self.size = count, size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None:
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        source: Tensor | Path = self.sources[index % len(self.sources)]
+        if isinstance(source, Tensor):
+            return random_crops(self.sources, 1, self.size, generator)[0], torch.tensor(0)
+        try:
+            picture = read_picture(source)
+        except UNREADABLE as error:
+            logger.warning("%s skipped: %s", source, str(error) or type(error).__name__)
+            return None
+        if min(picture.shape[1:]) < self.size:
+            logger.warning("%s skipped: smaller than the crops of %d", source, self.size)
+            return None
+        return _turned_crop(picture[None], self.size, generator)[0], torch.tensor(0)
+
+
+def clean_pictures(config: Any) -> CleanPictures:
+    """The pool of pre-training, replay and importance: photographs, ``clean``, or the clean sides of the pairs."""
+    if config.data == "photos":
+        train, _ = photographs(None, smallest=config.patch)
+        sizes = [size for photo in train.values() for size in pyramid(photo, config.patch)]
+        return CleanPictures(sizes, config.train_count, config.patch)
+    if config.clean is not None:
+        layout, root = config.place("clean", {"clean": config.clean})
+        files = [clean for _, clean in pairs(layout, root, "train", "clean")]
+    else:
+        places = [(name, *config.place(name)) for name in config.degradations]
+        files = [clean for name, layout, root in places for _, clean in pairs(layout, root, "train", name)]
+    return CleanPictures(files, len(files), config.patch)
+
+
 def training_pairs(config: Any, names: Sequence[str]) -> Pairs:
     """The training pairs of these degradations."""
     if config.data == "photos":
@@ -138,6 +180,15 @@ def test_pairs(config: Any, name: str, *, shifted: bool) -> list[tuple[Tensor, T
         data = FolderPairs({name: config.place(name)}, "test", config.patch)
     read = [data[index] for index in range(min(len(data), config.test_count))]
     return [(sample[0][:1], sample[0][1:]) for sample in read if sample is not None]
+
+
+def held_out_pictures(config: Any) -> list[Tensor]:
+    """Clean test pictures (1, 3, H, W), for the generative loss."""
+    if config.data == "photos" or config.clean is None:
+        return [clean for _, clean in test_pairs(config, config.degradations[0], shifted=False)]
+    data = FolderPairs({"noisy": config.place("clean", {"clean": config.clean})}, "test", config.patch)
+    read = [data[index] for index in range(min(len(data), config.test_count))]
+    return [sample[0][1:] for sample in read if sample is not None]
 
 
 def _turned_crop(pair: Tensor, size: int, generator: torch.Generator) -> Tensor:

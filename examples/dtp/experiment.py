@@ -31,13 +31,13 @@ from restoreloss.diffusion.matching import plot_matches
 logger = logging.getLogger(__name__)
 
 STRENGTHS: Mapping[str, Sequence[float]] = {
-    "l2sp": (0.3, 3.0, 30.0),
-    "fisher": (1e2, 1e3, 1e4),
+    "l2sp": (0.01, 0.1, 1.0),
+    "fisher": (1e4, 1e5, 1e6),
     "mas": (0.01, 0.1, 1.0),
     "gn": (0.003, 0.03, 0.3),
     "taylor2": (0.2, 2.0, 20.0),
 }
-"""lambda of each penalty: a decade on either side of where it begins to hold."""
+"""lambda of each penalty: its gradient is then about 0.05, 0.5 and 5 times that of restoration, after some steps."""
 ELSEWHERE = ("rainy", "hazy", "snowy", "low_light")
 SEVERAL = ["noisy", "rainy", "snowy", "shadowed"]
 COLUMNS: Mapping[str, int] = {
@@ -75,7 +75,8 @@ class Experiment:
                 yield "forgetting", f"{method}_{strength:g}", {"method": method, "penalty_weight": strength}
         for method in ("gef", "gef_project"):
             yield "forgetting", method, {"method": method, "penalty_weight": STRENGTHS["taylor2"][1]}
-        yield "forgetting", "plain_t1", {"method": "plain", "timesteps": "first"}
+        for timesteps in ("first", "matched"):
+            yield "forgetting", f"plain_{timesteps}", {"method": "plain", "timesteps": timesteps}
 
     def elsewhere(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """Setting A, four degradations: with and without TMGP, with and without GEF."""
@@ -86,7 +87,7 @@ class Experiment:
 
     def order(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """Setting B: orders, and experts."""
-        common = {"degradations": SEVERAL, "penalty_weight": STRENGTHS["taylor2"][1]}
+        common = {"degradations": SEVERAL, "penalty_weight": STRENGTHS["taylor2"][1], "timesteps": "paper"}
         for order in ("joint", "ascending", "descending", "random"):
             yield "order", order, {**common, "method": "plain", "order": order}
         yield "order", "ascending_gef", {**common, "method": "gef_project", "order": "ascending"}
@@ -173,7 +174,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # runs side by side, and figures that do not depend on the number of cores
     base = Config(
-        out=arguments.out, network=arguments.network, steps=arguments.steps, orthogonality_every=10, cpu=True
+        out=arguments.out, network=arguments.network, steps=arguments.steps, timesteps="paper", cpu=True
     )  # fmt: skip
     experiment = Experiment(arguments.out, base, arguments.pretrain_steps)
     if arguments.study == "tables":

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml  # type: ignore[import-untyped, unused-ignore]
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,9 +26,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from examples.common.batches import chance
 from examples.common.recipe import Recipe, Stage
-from examples.common.run_directory import file_in
 from examples.dtp.config import PAPER, Config
-from examples.dtp.data import Pairs, test_pairs, training_pairs
+from examples.dtp.data import clean_pictures, held_out_pictures, test_pairs, training_pairs
 from examples.dtp.degradations import DEGRADATIONS
 from examples.dtp.methods import METHODS, Method
 from examples.dtp.networks import timed_network
@@ -43,7 +43,7 @@ from restoreloss import (
 from restoreloss.blocks.time_moe import TimeMoE
 from restoreloss.diffusion.matching import plot_matches
 from restoreloss.frozen import bare
-from restoreloss.regularizers.layer_decay import add_gradients, execution_order, layer_weights, shallow
+from restoreloss.regularizers.layer_decay import add_gradients, execution_order, layer_of, layer_weights, shallow
 
 logger = logging.getLogger(__name__)
 
@@ -73,31 +73,43 @@ class Trainer(Recipe[Batch]):
 
     def __init__(self, config: Config) -> None:
         self.method = METHODS.get(config.method, Method(pretrained=False))
-        if self.method.conflict and config.precision == "fp16":
-            raise ValueError("`precision` should be 'no' or 'bf16' where gradients are corrected, found 'fp16'.")
+        if config.precision == "fp16" and (self.method.replay or self.method.penalty):
+            raise ValueError("`precision` should be 'no' or 'bf16' where gradients are added to, found 'fp16'.")
+        for name in ("importance_samples", "orthogonality_every", "test_count", "patch"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"`{name}` should be at least 1, found {getattr(config, name)}.")
         super().__init__(config)
         self.config, self.title = config, config.method
         unknown = [name for name in config.degradations if name not in DEGRADATIONS]
         if unknown or not config.degradations:
             raise ValueError(f"`degradations` should be of {', '.join(DEGRADATIONS)}, found {config.degradations}.")
         self.generates = config.method == "pretrain"
-        self.levels = NoiseLevels.ir_sde(config.num_timesteps).to(self.device)
+        processes = self.accelerator.num_processes
+        if self.method.conflict == "orthogonality" and config.batch < 2 * processes:
+            raise ValueError(
+                f"`batch` should be at least 2 for each process for {config.method}, found {config.batch}."
+            )
+        if self.method.penalty and config.importance_samples < processes:
+            raise ValueError(f"`importance_samples` should be at least {processes}, found {config.importance_samples}.")
+        # the network returns the picture, and its residual is what is left
+        self.levels = NoiseLevels.ir_sde(config.num_timesteps, prediction_type="sample").to(self.device)
         timed = timed_network(
             config.network, num_timesteps=config.num_timesteps, moe=config.moe and not self.generates,
             experts=config.experts,
         )  # fmt: skip
-        if self.method.pretrained:
-            self._load(timed)
+        self.new: list[str] = self._load(timed) if self.method.pretrained else []
         self.net: nn.Module = self.accelerator.prepare(timed)
         self.networks = {"network": self.net}
-        self.generation = DenoisingLoss(self.residual, self.levels)
         self.matches: dict[str, TimestepMatch] = {}
         self.t_star = self._timesteps()
         if self.generates:
             self.turns = [list(config.degradations)]
         else:
             self.turns = turns(self.t_star, config.order, config.seed)
-        self.data = [training_pairs(config, names) for names in self.turns]
+        self.clean = clean_pictures(config)
+        self.data: list[Any] = (
+            [self.clean] if self.generates else [training_pairs(config, names) for names in self.turns]
+        )
         self.train_data = self.data[0]
         # as many steps for each order
         steps = config.steps * (len(config.degradations) if config.order == "joint" and not self.generates else 1)
@@ -110,11 +122,6 @@ class Trainer(Recipe[Batch]):
             (config.out / "timesteps.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
             plot_matches(self.matches, config.out / "timesteps.png")
 
-    def residual(self, x: Tensor, t: Tensor) -> Tensor:
-        """What the network takes from a picture."""
-        found: Tensor = x - self.net(x, t)
-        return found
-
     def restore(self, degraded: Tensor, name: str) -> Tensor:
         """Restored pictures in [0, 1]."""
         restored: Tensor = bare(self.net)(degraded, self.t_star[name])
@@ -126,21 +133,32 @@ class Trainer(Recipe[Batch]):
 
     def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
         """Pairs, their timesteps, and the pictures of the step that generation is trained on."""
-        config, first = self.config, self.first_number(step)
-        data = self.data[self.stage]
-        numbers = torch.tensor([self.t_star[name] for name in data.class_names])
-        degraded, clean = pictures.unbind(dim=1)
-        replay = None
         if self.generates:
-            replay = self.noisy(clean, [(step, first + place) for place in range(len(clean))])
-        elif self.method.replay:
-            processes = self.accelerator.num_processes
-            count = -(-max(1, round(config.replay_share * config.batch)) // processes)
-            if self.method.conflict == "orthogonality":
-                count = max(2, count)
-            places = [(1, step, self.accelerator.process_index * count + k) for k in range(count)]
-            replay = self.noisy(self._pool(data, places), places)
+            places = [(step, self.first_number(step) + place) for place in range(len(pictures))]
+            noisy = self.noisy(pictures, places)
+            return Batch(noisy.clean, noisy.clean, noisy.t, noisy)
+        numbers = torch.tensor([self.t_star[name] for name in self.data[self.stage].class_names])
+        degraded, clean = pictures.unbind(dim=1)
+        places = self._replayed(step)
+        replay = self.noisy(self._pool(places), places) if places else None
         return Batch(degraded.to(self.device), clean.to(self.device), numbers[targets].to(self.device), replay)
+
+    def _replayed(self, step: int) -> list[Any]:
+        """Which generative pictures a step has: few, and in so many steps none that their share is right."""
+        if not self.method.replay:
+            return []
+        config, processes = self.config, self.accelerator.num_processes
+        wanted = config.replay_share * config.batch / processes
+        count = max(2 if self.method.conflict == "orthogonality" else 1, math.ceil(wanted))
+        chosen = torch.rand((), generator=torch.Generator().manual_seed(chance(config.seed, 9, step)))
+        if float(chosen) >= wanted / count:
+            return []
+        return [(1, step, self.accelerator.process_index * count + k) for k in range(count)]
+
+    def replay_weight(self, replay: Noisy) -> float:
+        """Of the mean over these pictures: each counts as one of the batch."""
+        count = len(replay.clean) * self.accelerator.num_processes
+        return float(self.config.replay_weight * count / self.config.batch)
 
     def noisy(self, clean: Tensor, places: list[Any]) -> Noisy:
         """Pictures with noise of their own, which the places decide."""
@@ -151,41 +169,37 @@ class Trainer(Recipe[Batch]):
             noise.append(torch.randn(clean.shape[1:], generator=generator))
         return Noisy(clean.to(self.device), torch.stack(noise).to(self.device), torch.tensor(t, device=self.device))
 
-    def _pool(self, data: Pairs, places: list[Any]) -> Tensor:
+    def _pool(self, places: list[Any]) -> Tensor:
         """Clean pictures of the pre-training pool."""
         found: list[Tensor] = []
         for place in places:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(chance(self.config.seed, 5, *place))
-                for _ in range(20):
-                    picture = data.clean(int(torch.randint(len(data), ())))
-                    if picture is not None:
-                        break
-                else:
-                    raise ValueError("Of the clean pictures none could be read.")
-            found.append(picture)
+                tries = (self.clean[int(torch.randint(len(self.clean), ()))] for _ in range(20))
+                sample = next((sample for sample in tries if sample is not None), None)
+            if sample is None:
+                raise ValueError("Of the clean pictures none could be read.")
+            found.append(sample[0])
         return torch.stack(found)
 
-    def generative_loss(self, noisy: Noisy) -> Tensor:
+    def generative_loss(self, network: nn.Module, noisy: Noisy) -> Tensor:
         """Eq. (11) on given noise."""
-        loss: Tensor = self.generation(noisy.clean, timestep=noisy.t, noise=noisy.noise)
+        loss: Tensor = DenoisingLoss(network, self.levels)(noisy.clean, timestep=noisy.t, noise=noisy.noise)
         return loss
 
-    def _load(self, timed: nn.Module) -> None:
-        """The pre-trained weights; adapters, which it lacks, keep their own."""
-        path = file_in(self.config.pretrained, "network.safetensors")
-        if path is None or not path.is_file():
-            raise ValueError(
-                f"`pretrained` should be a finished run of --method pretrain, found {self.config.pretrained}."
-            )
-        found = timed.load_state_dict(_renamed(load_file(path), timed), strict=False)
-        missing = [
-            name for name in found.missing_keys if "experts" not in name and "gate" not in name and "alpha" not in name
-        ]
-        if missing or found.unexpected_keys:
-            raise ValueError(
-                f"{path} should hold this network, missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}."
-            )
+    def _load(self, timed: nn.Module) -> list[str]:
+        """The pre-trained weights. Adapters, which it lacks, keep their own: the names of these are returned."""
+        config, run = self.config, self.config.pretrained
+        if run is None or not (run / "network.safetensors").is_file():
+            raise ValueError(f"`pretrained` should be a finished run of --method pretrain, found {run}.")
+        before = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        for name, wanted in (
+            ("method", "pretrain"), ("network", config.network), ("num_timesteps", config.num_timesteps),
+        ):  # fmt: skip
+            if before[name] != wanted:
+                raise ValueError(f"`pretrained` should be a run of {name} {wanted!r}, found {before[name]!r} in {run}.")
+        found = timed.load_state_dict(_renamed(load_file(run / "network.safetensors"), timed), strict=False)
+        return list(found.missing_keys)
 
     def _timesteps(self) -> dict[str, int]:
         """t* of every degradation."""
@@ -194,7 +208,6 @@ class Trainer(Recipe[Batch]):
             return dict.fromkeys(config.degradations, 1)
         if config.timesteps == "paper" or not self.method.pretrained:
             return {name: max(1, round(PAPER[name] * last)) for name in config.degradations}
-        network = bare(self.net)
         for name in config.degradations:
             data, found = training_pairs(config, [name]), []
             for index in range(min(32, len(data))):
@@ -203,9 +216,14 @@ class Trainer(Recipe[Batch]):
                     sample = data[index]
                 if sample is not None:
                     found.append(sample[0])
+            if not found:
+                raise ValueError(f"Of the first pictures of {name!r} none could be read.")
             degraded, clean = torch.stack(found).to(self.device).unbind(dim=1)
-            self.matches[name] = match_timestep(lambda x, t: x - network(x, t), self.levels, degraded, clean)
-        return {name: match.best for name, match in self.matches.items()}
+            self.matches[name] = match_timestep(bare(self.net), self.levels, degraded, clean)
+        return {
+            name: max(1, round(PAPER[name] * last)) if match.degenerate else match.best
+            for name, match in self.matches.items()
+        }
 
     @torch.no_grad()
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
@@ -213,12 +231,12 @@ class Trainer(Recipe[Batch]):
         config, network = self.config, bare(self.net).eval()
         figures: dict[str, list[float]] = {}
         rows: dict[str, list[Tensor]] = {"lr": [], "restored": [], "hr": []}
-        for name in config.degradations:
+        for name in () if self.generates else config.degradations:
             for shifted in (False, True):
                 start = "shifted_" if shifted else ""
                 for degraded, clean in test_pairs(config, name, shifted=shifted):
                     y, x = degraded.to(self.device), clean.to(self.device)
-                    restored = y if self.generates else self.restore(y, name)
+                    restored = self.restore(y, name)
                     psnr = float(peak_signal_noise_ratio(restored, x, data_range=1.0))
                     ssim = float(structural_similarity_index_measure(restored, x, data_range=1.0))
                     before = float(peak_signal_noise_ratio(y, x, data_range=1.0))
@@ -230,8 +248,8 @@ class Trainer(Recipe[Batch]):
                         for key, picture in (("lr", y), ("restored", restored), ("hr", x)):
                             rows[key].append(picture.cpu())
         losses = []
-        for place, (_, clean) in enumerate(test_pairs(config, config.degradations[0], shifted=False)):
-            losses.append(float(self.generative_loss(self.noisy(clean, [(2, place)]))))
+        for place, clean in enumerate(held_out_pictures(config)):
+            losses.append(float(self.generative_loss(network, self.noisy(clean, [(2, place)]))))
         network.train()
         means = {key: math.fsum(values) / len(values) for key, values in figures.items()}
         means |= {"generative": 255 * math.fsum(losses) / len(losses)}
@@ -282,7 +300,7 @@ class Pretraining(_Steps):
         assert batch.replay is not None
         trainer = self.trainer
         with trainer.accelerator.autocast():
-            loss = trainer.generative_loss(batch.replay)
+            loss = trainer.generative_loss(trainer.net, batch.replay)
         trainer.accelerator.backward(loss)
         self._update()
         return {"generative": loss.detach()}
@@ -299,7 +317,7 @@ class FineTuning(_Steps):
         config, method, network = trainer.config, trainer.method, bare(trainer.net)
         image = torch.zeros(1, 3, config.patch, config.patch, device=trainer.device)
         order = execution_order(network, image, 1)
-        t = sum(trainer.t_star[name] for name in names) / len(names)
+        t = sum(trainer.t_star[name] for name in names) / len(names) * 50 / config.num_timesteps  # a is for T = 50
         rate = config.decay if method.decay else 0.0
         self.weights = layer_weights(order, t, rate=rate)
         self.shallow_weights = layer_weights(order, t, rate=rate, share=config.shallow)
@@ -307,6 +325,8 @@ class FineTuning(_Steps):
         known = {id(p) for p in self.shallow}
         self.deep = [p for p in network.parameters() if id(p) not in known]
         self.orthogonality = GradientOrthogonality(self.shallow)
+        names_of = {id(p): name for name, p in network.named_parameters()}
+        self.factors = [self.weights[layer_of(names_of[id(p)], order) or ""] for p in self.shallow]  # w_l
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Eqs. (12), (22)."""
@@ -315,15 +335,15 @@ class FineTuning(_Steps):
         trainer, method, config = self.trainer, self.trainer.method, self.trainer.config
         accelerator = trainer.accelerator
         terms: dict[str, Tensor] = {}
-        if method.conflict in ("project", "full"):
-            assert batch.replay is not None
+        if method.conflict in ("project", "full") and batch.replay is not None:
             # gradients are averaged by the projection, and the network is the one inside DDP
             network = bare(trainer.net)
             with accelerator.autocast():
                 terms["restoration"] = self._restoration(network, batch) + self._balance()
-                terms["generative"] = config.replay_weight * self._generative(network, batch.replay)
+                weight = trainer.replay_weight(batch.replay)
+                terms["generative"] = weight * trainer.generative_loss(network, batch.replay)
             terms["cosine"] = self.orthogonality.project(
-                terms["generative"], terms["restoration"], others=self.deep,
+                terms["generative"], terms["restoration"], others=self.deep, weight=self.factors,
                 policy="full" if method.conflict == "full" else "conflict",
             )  # fmt: skip
         else:
@@ -336,12 +356,12 @@ class FineTuning(_Steps):
             accelerator.backward(loss)
             if batch.replay is not None:
                 with accelerator.autocast():
-                    terms["generative"] = config.replay_weight * self._generative(bare(trainer.net), batch.replay)
+                    weight = trainer.replay_weight(batch.replay)
+                    terms["generative"] = weight * trainer.generative_loss(bare(trainer.net), batch.replay)
                 self._add_shallow(terms["generative"])
         if self.importance is not None:
-            if accelerator.scaler is not None:
-                accelerator.unscale_gradients(self.optimizer)
-            terms["penalty"] = self.importance().detach()
+            with torch.no_grad():
+                terms["penalty"] = self.importance()
             self.importance.apply_()
         self._update()
         self.count += 1
@@ -349,11 +369,6 @@ class FineTuning(_Steps):
 
     def _restoration(self, network: nn.Module, batch: Batch) -> Tensor:
         return F.l1_loss(network(batch.degraded, batch.t), batch.clean)
-
-    def _generative(self, network: nn.Module, noisy: Noisy) -> Tensor:
-        loss = DenoisingLoss(lambda x, t: x - network(x, t), self.trainer.levels)
-        value: Tensor = loss(noisy.clean, timestep=noisy.t, noise=noisy.noise)
-        return value
 
     def _balance(self) -> Tensor | float:
         network: Any = bare(self.trainer.net)
@@ -368,7 +383,8 @@ class FineTuning(_Steps):
         """L_orth of two micro-batches of each objective."""
         network, half = bare(self.trainer.net), max(1, len(noisy.clean) // 2)
         parts = [slice(0, half), slice(half, 2 * half)]
-        generation = [self._generative(network, Noisy(noisy.clean[p], noisy.noise[p], noisy.t[p])) for p in parts]
+        pictures = [Noisy(noisy.clean[p], noisy.noise[p], noisy.t[p]) for p in parts]
+        generation = [self.trainer.generative_loss(network, part) for part in pictures]
         restoration = [F.l1_loss(network(batch.degraded[p], batch.t[p]), batch.clean[p]) for p in parts]
         penalty: Tensor = self.orthogonality(generation, restoration)
         return penalty
@@ -398,20 +414,24 @@ class FineTuning(_Steps):
         )  # fmt: skip
         processes, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
         places = [(3, k) for k in range(config.importance_samples)][rank::processes]
-        data = trainer.data[0]
-        noisy = trainer.noisy(trainer._pool(data, places), places)
+        noisy = trainer.noisy(trainer._pool(places), places)
         x_t = trainer.levels.add_noise(noisy.clean, noisy.noise, noisy.t)
-        residual = x_t - noisy.clean
 
         def loss_fn(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-            seen, t, wanted = batch
-            if penalty in ("mas", "gn"):
-                output: Tensor = seen - model(seen, t)
-                return output
-            return F.l1_loss(seen - model(seen, t), wanted)
+            seen, t, clean = batch
+            output: Tensor = model(seen, t)
+            return seen - output if penalty in ("mas", "gn") else F.l1_loss(output, clean)
 
         generator = torch.Generator().manual_seed(chance(config.seed, 7))
-        self.importance.accumulate(loss_fn, [(x_t, noisy.t, residual)], generator=generator)
+        # adapters that have learned nothing yet have nothing to hold on to
+        new = [network.get_parameter(name) for name in trainer.new] if len(self.names) == len(trainer.turns[0]) else []
+        for parameter in new:
+            parameter.requires_grad_(False)
+        try:
+            self.importance.accumulate(loss_fn, [(x_t, noisy.t, noisy.clean)], generator=generator)
+        finally:
+            for parameter in new:
+                parameter.requires_grad_(True)
         if penalty == "l2sp":  # every parameter matters alike
             for name, value in self.importance.state_dict().items():
                 if "/importance/" in name:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from restoreloss.frozen import bare
+from restoreloss.regularizers.layer_decay import layer_of
 
 logger = logging.getLogger(__name__)
 
@@ -297,8 +298,8 @@ class ParameterImportance(nn.Module):
 
     def _layer_weight(self, name: str) -> float:
         if name not in self._factors:
-            fitting = [key for key in self.layer_weights if key == "" or name == key or name.startswith(f"{key}.")]
-            self._factors[name] = self.layer_weights[max(fitting, key=len)] if fitting else 1.0
+            layer = layer_of(name, self.layer_weights)
+            self._factors[name] = 1.0 if layer is None else self.layer_weights[layer]
         return self._factors[name]
 
     def _open(self, task: int = 0) -> None:

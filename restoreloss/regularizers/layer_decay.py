@@ -65,7 +65,7 @@ def execution_order(model: nn.Module, *inputs: Any, blocks: Iterable[str] | None
     if not order:
         raise ValueError(f"None of the blocks {chosen[:20]} ran.")
     # what is in a block that ran belongs to it, though it may not be called by itself
-    idle = [name for name in chosen if _owner(name, order) is None]
+    idle = [name for name in chosen if layer_of(name, order) is None]
     if idle:
         logger.warning("These blocks did not run, and have no depth: %s", ", ".join(idle))
     return list(order)
@@ -129,7 +129,9 @@ def shallow(model: nn.Module, order: Sequence[str], share: float | int = 0.5) ->
         [(2, 2), (2,)]
     """
     chosen = set(order[: _count(share, order)])
-    parameters = [p for name, p in bare(model).named_parameters() if p.requires_grad and _owner(name, order) in chosen]
+    parameters = [
+        p for name, p in bare(model).named_parameters() if p.requires_grad and layer_of(name, order) in chosen
+    ]
     if not parameters:
         raise ValueError(f"The layers {sorted(chosen)} should have parameters that require a gradient, found none.")
     return parameters
@@ -159,7 +161,7 @@ def add_gradients(loss: Tensor, model: nn.Module, weights: Mapping[str, float], 
         >>> model[0].bias.grad is None, model[1].bias.grad is None
         (False, True)
     """
-    found = {name: _owner(name, weights) for name, p in bare(model).named_parameters() if p.requires_grad}
+    found = {name: layer_of(name, weights) for name, p in bare(model).named_parameters() if p.requires_grad}
     factors = {name: weights[owner] for name, owner in found.items() if owner is not None and weights[owner] != 0}
     if not factors:
         raise ValueError(
@@ -182,7 +184,7 @@ def _count(share: float | int, order: Sequence[str]) -> int:
     return count
 
 
-def _owner(name: str, layers: Iterable[str]) -> str | None:
+def layer_of(name: str, layers: Iterable[str]) -> str | None:
     """The layer that a parameter belongs to: the longest of the names that fit."""
     fitting = [layer for layer in layers if layer == "" or name == layer or name.startswith(f"{layer}.")]
     return max(fitting, key=len) if fitting else None
