@@ -1,6 +1,8 @@
 """Which pairs of degraded and clean pictures does a run train and test on?"""
 
+import functools
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from examples.dtp.folders import pairs
 logger = logging.getLogger(__name__)
 
 
-class Pairs:
+class Pairs(ABC):
     """Samples ((2, 3, H, W), number of the degradation): degraded and clean.
 
     Attributes:
@@ -28,11 +30,11 @@ class Pairs:
     task: Task = "classification"
     class_names: tuple[str, ...]
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None:
-        raise NotImplementedError
+    @abstractmethod
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None: ...
 
 
 class PhotoPairs(Pairs):
@@ -137,12 +139,17 @@ class CleanPictures:
         return _turned_crop(picture[None], self.size, generator)[0], torch.tensor(0)
 
 
+@functools.cache
+def _photographs(smallest: int) -> tuple[Tensor, ...]:
+    """The training photographs at several sizes, read once for all stages."""
+    train, _ = photographs(None, smallest=smallest)
+    return tuple(size for photo in train.values() for size in pyramid(photo, smallest))
+
+
 def clean_pictures(config: Any) -> CleanPictures:
     """The pool of pre-training, replay and importance: photographs, ``clean``, or the clean sides of the pairs."""
     if config.data == "photos":
-        train, _ = photographs(None, smallest=config.patch)
-        sizes = [size for photo in train.values() for size in pyramid(photo, config.patch)]
-        return CleanPictures(sizes, config.train_count, config.patch)
+        return CleanPictures(_photographs(config.patch), config.train_count, config.patch)
     if config.clean is not None:
         layout, root = config.place("clean", {"clean": config.clean})
         files = [clean for _, clean in pairs(layout, root, "train", "clean")]
@@ -155,9 +162,7 @@ def clean_pictures(config: Any) -> CleanPictures:
 def training_pairs(config: Any, names: Sequence[str]) -> Pairs:
     """The training pairs of these degradations."""
     if config.data == "photos":
-        train, _ = photographs(None, smallest=config.patch)
-        sizes = [size for photo in train.values() for size in pyramid(photo, config.patch)]
-        return PhotoPairs(sizes, names, config.train_count, config.patch)
+        return PhotoPairs(_photographs(config.patch), names, config.train_count, config.patch)
     return FolderPairs({name: config.place(name) for name in names}, "train", config.patch)
 
 

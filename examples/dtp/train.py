@@ -12,6 +12,7 @@ command resumes a killed run. Several processes: ``python -m torch.distributed.r
 import json
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from examples.common import command_line
 from examples.common.batches import chance
 from examples.common.recipe import Recipe, Stage
 from examples.dtp.config import PAPER, Config
@@ -258,7 +260,7 @@ class Trainer(Recipe[Batch]):
         return means, {key: torch.cat([row[k] for k in same]) for key, row in rows.items() if same}
 
 
-class _Steps:
+class _Steps(ABC):
     """Steps of one stage with an optimiser of their own."""
 
     def __init__(self, trainer: Trainer, names: list[str], steps: int) -> None:
@@ -270,9 +272,9 @@ class _Steps:
             lambda k: low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, k / steps))),
         )
 
+    @abstractmethod
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One update; what was learned from, as scalars."""
-        raise NotImplementedError
 
     def _update(self) -> None:
         trainer = self.trainer
@@ -408,10 +410,7 @@ class FineTuning(_Steps):
         penalty, network = trainer.method.penalty, bare(trainer.net)
         if penalty is None:
             return
-        self.importance = ParameterImportance(
-            network, estimator="fisher" if penalty == "l2sp" else penalty, strength=config.penalty_weight,
-            normalize=config.normalize, layer_weights=self.weights,
-        )  # fmt: skip
+        self.importance = self._unmeasured()
         processes, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
         places = [(3, k) for k in range(config.importance_samples)][rank::processes]
         noisy = trainer.noisy(trainer._pool(places), places)
@@ -437,6 +436,14 @@ class FineTuning(_Steps):
                 if "/importance/" in name:
                     value.fill_(1.0)
 
+    def _unmeasured(self) -> ParameterImportance:
+        config, penalty = self.trainer.config, self.trainer.method.penalty
+        assert penalty is not None
+        return ParameterImportance(
+            bare(self.trainer.net), estimator="fisher" if penalty == "l2sp" else penalty,
+            strength=config.penalty_weight, normalize=config.normalize, layer_weights=self.weights,
+        )  # fmt: skip
+
     def state_dict(self) -> dict[str, Any]:
         """Of optimiser, schedule and importance."""
         measured = None if self.importance is None else self.importance.state_dict()
@@ -447,12 +454,7 @@ class FineTuning(_Steps):
         super().load_state_dict(state)
         self.begun, self.count = state["begun"], state["count"]
         if state["importance"] is not None:
-            config, penalty = self.trainer.config, self.trainer.method.penalty
-            assert penalty is not None
-            self.importance = ParameterImportance(
-                bare(self.trainer.net), estimator="fisher" if penalty == "l2sp" else penalty,
-                strength=config.penalty_weight, normalize=config.normalize, layer_weights=self.weights,
-            )  # fmt: skip
+            self.importance = self._unmeasured()
             self.importance.load_state_dict(state["importance"])
 
 
@@ -482,21 +484,7 @@ def _renamed(state: dict[str, Tensor], timed: nn.Module) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    from jsonargparse import ArgumentParser
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", action="config", help="YAML file of these options")
-    parser.add_class_arguments(Config)
-    arguments = parser.parse_args()
-    arguments.pop("config", None)
-    try:
-        results = Trainer(Config(**arguments.as_dict())).run()
-    except ValueError as error:
-        parser.error(str(error))
-    for name, value in results.items():
-        print(f"{name:20} {value:.3f}")
-    print(f"in {arguments.out}")
+    command_line.run(Config, lambda config: Trainer(config).run(), __doc__)
 
 
 if __name__ == "__main__":

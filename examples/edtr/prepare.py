@@ -14,7 +14,6 @@ prior      an autoencoder and a diffusion model in its latents, in the layout of
 On large pictures the prior is Stable Diffusion: ``--train_prior false`` here, and ``--prior`` for examples.edtr.train.
 """
 
-import logging
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
+from examples.common import command_line
 from examples.common.batches import chance
 from examples.common.data import datasets
 from examples.common.options import DataOptions, Degradation, RunOptions, shared
@@ -234,18 +234,7 @@ def prepare(config: Config) -> None:
 
 
 def main() -> None:
-    from jsonargparse import ArgumentParser
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", action="config", help="YAML file of these options")
-    parser.add_class_arguments(Config)
-    arguments = parser.parse_args()
-    arguments.pop("config", None)
-    try:
-        prepare(Config(**arguments.as_dict()))
-    except ValueError as error:
-        parser.error(str(error))
+    command_line.run(Config, prepare, __doc__)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ resumes a killed run. Several processes: ``python -m torch.distributed.run --npr
 """
 
 import copy
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,6 +21,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from examples.common import command_line
 from examples.common.batches import chance
 from examples.common.data import TEST_SEED, datasets
 from examples.common.degrade import degradation
@@ -308,22 +308,7 @@ def _with_prepared(config: Config) -> Config:
 
 
 def main() -> None:
-    from jsonargparse import ArgumentParser
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", action="config", help="YAML file of these options")
-    parser.add_class_arguments(Config)
-    arguments = parser.parse_args()
-    arguments.pop("config", None)
-    try:
-        results = Trainer(Config(**arguments.as_dict())).run()
-    except ValueError as error:
-        parser.error(str(error))
-    for name, value in results.items():
-        print(f"{name:15} {value:.3f}")
-    print(f"in {arguments.out}")
+    command_line.run(Config, lambda config: Trainer(config).run(), __doc__)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from examples.common import command_line
 from examples.common.batches import chance
 from examples.common.data import TEST_SEED, datasets, on_grid
 from examples.common.degrade import degradation
@@ -280,23 +281,7 @@ def _unit(picture: Tensor) -> Tensor:
 
 
 def main() -> None:
-    from jsonargparse import ArgumentParser
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", action="config", help="YAML file of these options")
-    parser.add_class_arguments(Config)
-    arguments = parser.parse_args()
-    arguments.pop("config", None)
-    config = Config(**arguments.as_dict())
-    try:
-        results = Trainer(config).run()
-    except ValueError as error:
-        parser.error(str(error))
-    for name, value in results.items():
-        print(f"{name:15} {value:.3f}")
-    print(f"in {config.out}")
+    command_line.run(Config, lambda config: Trainer(config).run(), __doc__)
 
 
 if __name__ == "__main__":

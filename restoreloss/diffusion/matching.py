@@ -15,6 +15,7 @@ from torch import Tensor
 
 from restoreloss._optional import require
 from restoreloss.diffusion.denoisers import as_denoiser
+from restoreloss.diffusion.partial import standard_normal
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.frozen import frozen
 from restoreloss.images import check_pair, check_range, into_range
@@ -147,19 +148,17 @@ def match_timestep(
         raise ValueError(f"`ddim_steps` should be at least 1, found {ddim_steps}.")
     wrapped = as_denoiser(denoiser, schedule)
     schedule = wrapped.schedule
-    first = 1 if float(schedule.sigma[0]) == 0 else 0  # level that holds noise
-    tried = _tried(timesteps, schedule, first)
+    tried = _tried(timesteps, schedule)
     source, target = check_range(input_range), schedule.model_range
     y, x = (into_range(images, source, target) for images in (degraded, clean))
-    device = y.device if generator is None else generator.device
-    noise = torch.randn(y.shape, generator=generator, device=device, dtype=y.dtype).to(y.device)
+    noise = standard_normal(y, generator)
 
     def restore(t: int) -> Tensor:
         if mode == "direct":
             return schedule.predict_x0(start := _scaled(y, schedule, t), wrapped(start, t), t)
         x_t = schedule.add_noise(y, noise, t)
         steps = [t * k // ddim_steps for k in range(ddim_steps, 0, -1)] if mode == "ddim" else [t]
-        steps = sorted({step for step in steps if step >= first} | {t}, reverse=True)
+        steps = sorted({step for step in steps if step >= schedule.first_timestep} | {t}, reverse=True)
         for step, following in zip(steps, [*steps[1:], None], strict=True):
             seen = wrapped(x_t, step)
             x0 = schedule.predict_x0(x_t, seen, step)
@@ -229,7 +228,8 @@ def _scaled(y: Tensor, schedule: NoiseSchedule, t: int) -> Tensor:
     return schedule.add_noise(y, torch.zeros_like(y), t)
 
 
-def _tried(timesteps: Sequence[int] | None, schedule: NoiseSchedule, first: int) -> list[int]:
+def _tried(timesteps: Sequence[int] | None, schedule: NoiseSchedule) -> list[int]:
+    first = schedule.first_timestep
     every = range(first, schedule.num_timesteps)
     if timesteps is None:
         return list(every) if len(every) <= 100 else [every[k * (len(every) - 1) // 49] for k in range(50)]

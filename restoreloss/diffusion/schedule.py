@@ -148,6 +148,11 @@ class NoiseSchedule(nn.Module):
         """T, the number of noise levels."""
         return len(self.alphas_cumprod)
 
+    @property
+    def first_timestep(self) -> int:
+        """The lowest level that holds noise: 1 where level 0 is the image itself."""
+        return int(float(self.sigma[0]) == 0)
+
     def add_noise(self, x: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
         r""":math:`x_t = \sqrt{\bar\alpha_t}\, x + \sqrt{1 - \bar\alpha_t}\, \epsilon`.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from restoreloss.diffusion.denoisers import Denoiser, prediction_in
 from restoreloss.diffusion.levels import NoiseLevels
+from restoreloss.diffusion.partial import standard_normal
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.images import check_pair, check_range, into_range
 from restoreloss.objectives.base import total
@@ -92,9 +93,10 @@ class DenoisingLoss(nn.Module):
         self.distance: Distance = distance
         self.reduction: Reduction = reduction
         self.input_range = check_range(input_range)
-        first = 1 if float(schedule.sigma[0]) == 0 else 0
         try:
-            low, high = (first, schedule.num_timesteps) if timesteps is None else map(index, timesteps)
+            low, high = (
+                (schedule.first_timestep, schedule.num_timesteps) if timesteps is None else map(index, timesteps)
+            )
         except (TypeError, ValueError):
             raise ValueError(f"`timesteps` should be two integers (low, high), found {timesteps!r}.") from None
         if not 0 <= low < high <= schedule.num_timesteps:
@@ -125,7 +127,7 @@ class DenoisingLoss(nn.Module):
         if timestep is None:
             timestep = torch.randint(low, high, (len(clean),), generator=generator, device=device)
         if noise is None:
-            noise = torch.randn(clean.shape, generator=generator, device=device, dtype=clean.dtype)
+            noise = standard_normal(clean, generator)
         noise = noise.to(clean.device)
         t = self.schedule.expand_timestep(timestep, clean)
         x = into_range(clean, self.input_range, self.schedule.model_range)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_denoiser, as_schedule
 from restoreloss.diffusion.latents import LatentEncoder
+from restoreloss.diffusion.partial import standard_normal
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.images import check_pair, check_range, to_unit_range, warn_if_out_of_range
 from restoreloss.objectives.base import Objective, total
@@ -153,7 +154,7 @@ class DiffLoss(Objective):
         if self.size == "resize":
             size = _height_width(z)  # nothing to crop
         t = denoiser.schedule.expand_timestep(self._timestep(z, generator) if timestep is None else timestep, z)
-        noise = self._draw_noise(z, generator) if noise is None else self._fit_noise(noise, z, size, denoiser.multiple)
+        noise = standard_normal(z, generator) if noise is None else self._fit_noise(noise, z, size, denoiser.multiple)
 
         with torch.no_grad():
             seen_in_target = self._look(denoiser, denoiser.schedule.add_noise(x, noise, t), t)
@@ -211,11 +212,6 @@ class DiffLoss(Objective):
         low, high = self.timesteps
         device = z.device if generator is None else generator.device
         return torch.randint(low, high, (len(z),), generator=generator, device=device)
-
-    @staticmethod
-    def _draw_noise(z: Tensor, generator: torch.Generator | None) -> Tensor:
-        device = z.device if generator is None else generator.device
-        return torch.randn(z.shape, generator=generator, device=device, dtype=z.dtype).to(z.device)
 
     @staticmethod
     def _fit_noise(noise: Tensor, z: Tensor, size: tuple[int, int], multiple: int) -> Tensor:

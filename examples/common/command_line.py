@@ -1,0 +1,35 @@
+"""How does a trainer read its config, from YAML and the command line, and say what came out?"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+def run(config_class: type[Config], train: Callable[[Config], Mapping[str, Any] | None], doc: str | None) -> None:
+    """Every option of the config, and ``--config`` for a YAML file of them, which the command line overrules.
+
+    Args:
+        config_class: a dataclass with a field ``out``.
+        train: what is done with it. Figures that it returns are printed; its ``ValueError`` is the parser's error.
+        doc: of the module; the first line is the description.
+    """
+    from jsonargparse import ArgumentParser
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    parser = ArgumentParser(description=(doc or "").split("\n")[0])
+    parser.add_argument("--config", action="config", help="YAML file of these options")
+    parser.add_class_arguments(config_class)
+    arguments = parser.parse_args()
+    arguments.pop("config", None)
+    try:
+        results = train(config_class(**arguments.as_dict()))
+    except ValueError as error:
+        parser.error(str(error))
+    if results is not None:
+        width = max([15, *map(len, results)])
+        for name, value in results.items():
+            print(f"{name:{width}} {value:.3f}")
+        print(f"in {arguments.out}")
