@@ -1,5 +1,6 @@
 """The DTP trainer, on a few steps: what each method trains, stages, resumption, data, degradations, bad input."""
 
+import functools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from examples.dtp.degradations import DEGRADATIONS, degrade, motion_kernel
 from examples.dtp.folders import LAYOUTS, pairs
 from examples.dtp.methods import METHODS
 from examples.dtp.networks import NETWORKS, add_experts, timed_network
-from examples.dtp.train import FineTuning, Trainer, turns
+from examples.dtp.train import Batch, FineTuning, Trainer, turns
 from restoreloss.frozen import bare
 
 ROOT = Path(__file__).parents[1]
@@ -188,16 +189,25 @@ def test_degradations_join_by_their_timestep() -> None:
 
 def test_each_stage_trains_on_its_degradations_with_their_timesteps(tmp_path: Path, pretrained: Path) -> None:
     run = trainer(tmp_path / "run", pretrained, method="gef_project", degradations=["hazy", "noisy"], moe=True)
-    seen = []
+    seen, anchors = [], {}
+
+    def watched(steps: FineTuning, batch: Batch) -> dict[str, Tensor]:
+        seen.append(sorted(set(batch.t.tolist())))
+        logs = FineTuning.step(steps, batch)
+        if steps.importance is not None:
+            kept = steps.importance.state_dict()
+            anchors[steps] = next(value for name, value in kept.items() if "anchor" in name)
+        return logs
+
     for stage in run.stages:
-        steps, step = stage.alternation, stage.alternation.step
-        steps.step = lambda batch, step=step: seen.append(sorted(set(batch.t.tolist()))) or step(batch)  # type: ignore[method-assign]
+        stage.alternation.step = functools.partial(watched, stage.alternation)  # type: ignore[method-assign]
     results = run.run()
     assert seen == [[4], [4], [4, 47], [4, 47]]
     assert {"psnr_hazy", "psnr_noisy", "t_hazy"} < set(results)
-    anchors = [stage.alternation.importance for stage in run.stages]  # type: ignore[attr-defined]
-    one, other = (next(v for n, v in found.state_dict().items() if "anchor" in n) for found in anchors)
+    one, other = anchors.values()
     assert not torch.equal(one, other)  # held where each stage began
+    for steps in anchors:
+        assert steps.importance is None and not steps.optimizer.state  # nothing of a finished stage stays
 
 
 def test_matched_timesteps_are_searched_with_the_pretrained_network(tmp_path: Path, pretrained: Path) -> None:
@@ -454,8 +464,14 @@ def test_the_experiment_and_its_tables(tmp_path: Path) -> None:
         for folder, name, changes in study.forgetting():
             if name in ("plain", "taylor2_2"):
                 study.run(folder, name, seed, **changes)
-    study.timesteps(1)
     text = study.tables()
-    assert "### forgetting" in text and "`taylor2_2`" in text and "| noisy |" in text
+    assert "### forgetting" in text and "`taylor2_2`" in text
     names = {name for listing in (study.forgetting(), study.elsewhere(), study.order()) for _, name, _ in listing}
     assert {"gef", "scratch", "ascending", "joint_moe", "mas_0.1"} <= names
+
+
+@pytest.mark.slow
+def test_the_experiment_matches_the_timesteps_of_every_degradation(tmp_path: Path) -> None:
+    study = experiment.Experiment(tmp_path, replace(TINY, steps=1), pretrain_steps=1)
+    study.timesteps(1)
+    assert "| noisy |" in study.tables() and (tmp_path / "timesteps/seed1/timesteps.png").exists()

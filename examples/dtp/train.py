@@ -315,7 +315,7 @@ class FineTuning(_Steps):
         super().__init__(trainer, names, steps)
         self.importance: ParameterImportance | None = None
         self.begun = False
-        self.count = 0
+        self.count, self.steps = 0, steps
         config, method, network = trainer.config, trainer.method, bare(trainer.net)
         image = torch.zeros(1, 3, config.patch, config.patch, device=trainer.device)
         order = execution_order(network, image, 1)
@@ -367,6 +367,9 @@ class FineTuning(_Steps):
             self.importance.apply_()
         self._update()
         self.count += 1
+        if self.count == self.steps:  # the memory is for the next stage
+            self.importance = None
+            self.optimizer.state.clear()
         return {name: value.detach() for name, value in terms.items()}
 
     def _restoration(self, network: nn.Module, batch: Batch) -> Tensor:
