@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from restoreloss import DiffLoss, Objective, WeightedSum
+from restoreloss.objectives import diffloss
 from tests.objectives import CASES, images
 
 
@@ -18,9 +19,9 @@ def fix_chance(objective: Objective, rows: slice) -> None:
         if isinstance(part, DiffLoss):
             # what a training script would draw with one generator for the whole batch
             part.timesteps = lambda n, generator: torch.tensor([10, 100, 300, 700])[rows]
-            part._draw_noise = lambda z, generator: torch.randn(
-                (4, *z.shape[1:]), generator=torch.Generator().manual_seed(7)
-            )[rows]
+    diffloss.standard_normal = lambda z, generator: torch.randn(
+        (4, *z.shape[1:]), generator=torch.Generator().manual_seed(7)
+    )[rows]
 
 
 def main() -> None:
