@@ -26,8 +26,8 @@ from torchvision.models import resnet18
 from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
 
+from examples.common.latent_diffusion import small_autoencoder, small_prompt, small_unet
 from examples.edtr.restorer import EDTR, Hint, latent_controlnet
-from examples.edtr.small import small_autoencoder, small_prompt, small_unet
 from restoreloss import FeatureExtractor, FeatureMatchingLoss, HLFLoss, NoiseSchedule
 from restoreloss.features import IMAGENET
 

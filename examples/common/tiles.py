@@ -1,8 +1,10 @@
-"""How does a network restore a picture that is too large for it at once?"""
+"""How does a network restore pictures of any size: too large for it at once, too small, or of many sizes together?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -49,3 +51,29 @@ def _fade(size: int, overlap: int, like: Tensor) -> Tensor:
     place = torch.arange(size, device=like.device, dtype=like.dtype)
     edge = torch.minimum(place, size - 1 - place) + 1
     return (edge / (overlap + 1)).clamp(max=1)
+
+
+def together(pictures: Tensor | Sequence[Tensor], multiple: int, smallest: int = 0) -> Tensor:
+    """Pictures as one batch: continued by their last pixels, to the right and below, to one size.
+
+    Args:
+        pictures: (N, 3, H, W), or (3, H, W) of any sizes.
+        multiple: of the sides.
+        smallest: side.
+    """
+    height, width = (
+        -(-max(smallest, *(picture.shape[dim] for picture in pictures)) // multiple) * multiple for dim in (1, 2)
+    )
+    return torch.cat(
+        [
+            F.pad(picture[None], (0, width - picture.shape[2], 0, height - picture.shape[1]), mode="replicate")
+            for picture in pictures
+        ]
+    )
+
+
+def apart(pictures: Tensor, like: Any) -> Any:
+    """One batch cut to the sizes, and in the form, of what :func:`together` was given."""
+    if isinstance(like, Tensor):
+        return pictures[..., : like.shape[2], : like.shape[3]]
+    return [picture[:, : one.shape[1], : one.shape[2]] for picture, one in zip(pictures, like, strict=True)]

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from examples.common.options import shared
+from examples.common.train_prior import PriorConfig, PriorTrainer
 from examples.edtr.config import Config
 from examples.edtr.prepare import Config as PrepareConfig
-from examples.edtr.prepare import PriorConfig, PriorTrainer, prepare
+from examples.edtr.prepare import prepare
 from examples.edtr.train import Trainer
 from examples.sr4ir.config import Config as TaskConfig
 from examples.sr4ir.train import Trainer as TaskTrainer

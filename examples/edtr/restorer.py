@@ -4,15 +4,15 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from examples.common.tiles import tiled
+from examples.common.latent_diffusion import load_latent_diffusion
+from examples.common.tiles import tiled, together
 from restoreloss import NoiseSchedule, WaveletColorFix, denoise, partial_diffusion, short_steps
 from restoreloss.diffusion.partial import Generators, PredictsNoise, standard_normal
 from restoreloss.frozen import FrozenNetwork
@@ -252,15 +252,9 @@ class EDTR(nn.Module):
         Raises:
             ValueError: If a part of it is missing.
         """
-        if Path(path).is_dir():
-            for part in ("vae", "unet", "scheduler"):
-                if not (Path(path) / part).is_dir():
-                    raise ValueError(f"{path} should hold {part}/ as diffusers saves it, found no such folder.")
-        unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet").float()  # also of half-precision files
-        vae = AutoencoderKL.from_pretrained(path, subfolder="vae").float()
-        schedule = NoiseSchedule.from_diffusers(DDPMScheduler.from_pretrained(path, subfolder="scheduler"))
+        parts = load_latent_diffusion(path)
         model = cls(
-            pre, vae, unet if prior else None, latent_controlnet(unet), empty_prompt(path), schedule,
+            pre, parts.vae, parts.unet if prior else None, latent_controlnet(parts.unet), parts.prompt, parts.schedule,
             t_p=t_p, n=n, color_fix=color_fix,
         )  # fmt: skip
         if trained is not None:
@@ -274,32 +268,6 @@ class EDTR(nn.Module):
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, file)
 
 
-def together(pictures: Tensor | Sequence[Tensor], multiple: int, smallest: int = 0) -> Tensor:
-    """Pictures as one batch: continued by their last pixels, to the right and below, to one size.
-
-    Args:
-        pictures: (N, 3, H, W), or (3, H, W) of any sizes.
-        multiple: of the sides.
-        smallest: side.
-    """
-    height, width = (
-        -(-max(smallest, *(picture.shape[dim] for picture in pictures)) // multiple) * multiple for dim in (1, 2)
-    )
-    return torch.cat(
-        [
-            F.pad(picture[None], (0, width - picture.shape[2], 0, height - picture.shape[1]), mode="replicate")
-            for picture in pictures
-        ]
-    )
-
-
-def apart(pictures: Tensor, like: Any) -> Any:
-    """One batch cut to the sizes, and in the form, of what :func:`together` was given."""
-    if isinstance(like, Tensor):
-        return pictures[..., : like.shape[2], : like.shape[3]]
-    return [picture[:, : one.shape[1], : one.shape[2]] for picture, one in zip(pictures, like, strict=True)]
-
-
 def latent_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
     """A copy of the diffusion model's encoder that reads latents as its hint, silent at first.
 
@@ -310,27 +278,6 @@ def latent_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
     return ControlNetModel.from_unet(
         unet, conditioning_channels=channels, conditioning_embedding_out_channels=(unet.config.block_out_channels[0],)
     )
-
-
-def empty_prompt(path: Path | str) -> Tensor:
-    """The embedded empty prompt (1, L, D) of a folder in the layout of Stable Diffusion."""
-    stored = Path(path) / "prompt.safetensors"
-    if stored.is_file():
-        return load_file(stored)["prompt"]
-    try:
-        from transformers import CLIPTextModel, CLIPTokenizer
-    except ImportError as error:
-        raise ImportError(
-            "The empty prompt of a Stable Diffusion needs transformers: pip install 'restoreloss[examples]'."
-        ) from error
-    if Path(path).is_dir() and not (Path(path) / "text_encoder").is_dir():
-        raise ValueError(f"{path} should hold text_encoder/ and tokenizer/, or prompt.safetensors, found neither.")
-    tokenizer: Any = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
-    encoder: Any = CLIPTextModel.from_pretrained(path, subfolder="text_encoder").eval()
-    tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
-    with torch.no_grad():
-        prompt: Tensor = encoder(tokens.input_ids).last_hidden_state
-    return prompt.float()
 
 
 def _projections(controlnet: ControlNetModel, channels: int) -> list[nn.Module]:

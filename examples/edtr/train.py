@@ -32,9 +32,10 @@ from examples.common.recipe import Recipe, Stage
 from examples.common.recognition import Recognition, features_of
 from examples.common.run_directory import file_in
 from examples.common.tasks import Task, TaskData, to_device
+from examples.common.tiles import apart, together
 from examples.edtr.config import Config
 from examples.edtr.methods import METHODS, Method
-from examples.edtr.restorer import EDTR, Hint, apart, together
+from examples.edtr.restorer import EDTR, Hint
 from restoreloss import Alternation, FeatureExtractor, FeatureMatchingLoss, HLFLoss, Objective, Phase, TDPLoss
 from restoreloss.frozen import bare
 

@@ -1,0 +1,150 @@
+"""How is a small latent diffusion model trained on two cores, for recipes that want Stable Diffusion?"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from safetensors.torch import load_model, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from examples.common.batches import chance
+from examples.common.data import datasets
+from examples.common.latent_diffusion import scheduler, small_autoencoder, small_prompt, small_unet
+from examples.common.options import DataOptions, Degradation, RunOptions
+from examples.common.recipe import Recipe, Stage
+from examples.common.tasks import collate, to_device
+from examples.common.tiles import together
+from restoreloss import Alternation, NoiseSchedule, Phase
+from restoreloss.frozen import bare
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig(DataOptions, RunOptions):
+    """A small latent diffusion model, trained on HQ pictures.
+
+    Attributes:
+        steps: of the autoencoder; the diffusion model takes twice as many.
+        width: of the narrowest layers of the diffusion model; those of the autoencoder are half as wide.
+        lr: of both (AdamW).
+    """
+
+    steps: int = 1000
+    width: int = 24
+    lr: float = 1e-3
+    degradation: Degradation = "mixture_b"
+    scale: int = 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """HQ pictures and the chance of the step."""
+
+    hq: Tensor
+    chance: torch.Generator
+
+
+class PriorTrainer(Recipe[Batch]):
+    """An autoencoder by its pixels, then a diffusion model by the noise in its latents (Eqs. 1, 2)."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__(config)
+        self.title = "a latent diffusion model"
+        self.train_data, self.test_data = datasets(config, config.seed)
+        self.vae: nn.Module = self.accelerator.prepare(_Autoencoder(small_autoencoder(config.width // 2)))
+        self.unet: nn.Module = self.accelerator.prepare(small_unet(config.width))
+        self.networks = {"autoencoder": self.vae, "unet": self.unet}
+        self.schedule = NoiseSchedule.from_diffusers(scheduler())
+        self.prompt = small_prompt().to(self.device)
+        self.begin(
+            [
+                self._stage("autoencoder", self.vae, self.unet, self._reconstruction, config.steps),
+                self._stage("diffusion", self.unet, self.vae, self._noise, 2 * config.steps),
+            ]
+        )
+
+    def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
+        """HQ pictures of one size."""
+        generator = torch.Generator().manual_seed(chance(self.options.seed, step, self.accelerator.process_index))
+        return Batch(to_device(together(pictures, 4), self.device), generator)
+
+    def _stage(self, name: str, trains: nn.Module, rests: nn.Module, objective: Any, steps: int) -> Stage[Batch]:
+        optimizer = torch.optim.AdamW(trains.parameters(), lr=self.options.lr)  # type: ignore[attr-defined]
+        phase = Phase(
+            name, [trains], objective, self.accelerator.prepare(optimizer), CosineAnnealingLR(optimizer, steps),
+            frozen=[rests], max_norm=1.0,
+        )  # fmt: skip
+        return Stage(name, Alternation([phase], accelerator=self.accelerator), steps)
+
+    def _reconstruction(self, batch: Batch) -> dict[str, Tensor]:
+        found, divergence = self.vae(2 * batch.hq - 1, batch.chance)
+        return {"pixel": F.l1_loss(found, 2 * batch.hq - 1), "kl": 1e-6 * divergence}
+
+    def _noise(self, batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            autoencoder: Any = bare(self.vae)
+            latents = autoencoder.scaled(2 * batch.hq - 1)
+        noise = torch.randn(latents.shape, generator=batch.chance).to(self.device)
+        t = torch.randint(self.schedule.num_timesteps, (len(latents),), generator=batch.chance).to(self.device)
+        noisy = self.schedule.add_noise(latents, noise, t)
+        found = self.unet(noisy, t, self.prompt.expand(len(latents), -1, -1)).sample
+        return {"noise": F.mse_loss(found, noise)}
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
+        """PSNR of test pictures through the autoencoder, and the loss of the diffusion model."""
+        read = collate([self.test_data[number] for number in range(min(50, len(self.test_data)))])
+        if read is None:
+            raise ValueError("Of the first test pictures none could be read.")
+        hq = to_device(together(read[0], 4), self.device)
+        autoencoder: Any = bare(self.vae).eval()
+        bare(self.unet).eval()
+        decoded = (autoencoder.vae(2 * hq - 1, sample_posterior=False).sample / 2 + 0.5).clamp(0, 1)
+        terms = self._noise(Batch(hq, torch.Generator().manual_seed(0)))
+        figures = {"psnr": float(peak_signal_noise_ratio(decoded, hq, data_range=1.0)), "noise": float(terms["noise"])}
+        return figures, {"hr": hq[:8].cpu(), "restored": decoded[:8].cpu()}
+
+    def save_pretrained(self) -> None:
+        """vae/, unet/, scheduler/ and prompt.safetensors in the run directory."""
+        out = self.options.out
+        for name, network in self.networks.items():
+            load_model(bare(network), out / f"{name}.safetensors")
+        autoencoder: Any = bare(self.vae)
+        parts: list[tuple[str, Any]] = [
+            ("vae", autoencoder.finished()), ("unet", bare(self.unet)), ("scheduler", scheduler())
+        ]  # fmt: skip
+        for name, part in parts:
+            part.save_pretrained(out / name)
+        save_file({"prompt": small_prompt()}, out / "prompt.safetensors")
+
+
+class _Autoencoder(nn.Module):
+    """An autoencoder that keeps the standard deviation of its latents, as DDP wants it: in a forward pass."""
+
+    deviation: Tensor
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+        self.register_buffer("deviation", torch.ones(()))
+
+    def forward(self, pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Pictures through a sample of the latents, and the divergence of these from a standard normal."""
+        posterior = self.vae.encode(pictures).latent_dist
+        if self.training:
+            self.deviation.lerp_(posterior.mean.detach().float().std(), 0.1)
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(pictures)
+        return self.vae.decode(posterior.mean + posterior.std * noise).sample, posterior.kl().mean()
+
+    def scaled(self, pictures: Tensor) -> Tensor:
+        """Latents of unit variance."""
+        latents: Tensor = self.vae.encode(pictures).latent_dist.mode() / self.deviation
+        return latents
+
+    def finished(self) -> AutoencoderKL:
+        """With what scales its latents in its config."""
+        self.vae.register_to_config(scaling_factor=1 / float(self.deviation))
+        return self.vae
