@@ -1,6 +1,5 @@
 """Which pairs of degraded and clean pictures does a run train and test on?"""
 
-import functools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from examples.common.batches import chance
+from examples.common.clean_pictures import CleanPictures, training_photographs
 from examples.common.folder import UNREADABLE, read_picture
 from examples.common.photos import grid_crops, photographs, pyramid, random_crops
 from examples.common.tasks import Task
@@ -104,52 +104,10 @@ class FolderPairs(Pairs):
         return pair, torch.tensor(number)
 
 
-class CleanPictures:
-    """What generation trains on: samples (picture (3, H, W), 0).
-
-    Args:
-        sources: photographs, or files.
-        count: of samples.
-        size: of the crops.
-    """
-
-    task: Task = "classification"
-    class_names = ("clean",)
-
-    def __init__(self, sources: Sequence[Tensor] | Sequence[Path], count: int, size: int) -> None:
-        self.sources: list[Any] = list(sources)
-        self.count, self.size = count, size
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None:
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        source: Tensor | Path = self.sources[index % len(self.sources)]
-        if isinstance(source, Tensor):
-            return random_crops(self.sources, 1, self.size, generator)[0], torch.tensor(0)
-        try:
-            picture = read_picture(source)
-        except UNREADABLE as error:
-            logger.warning("%s skipped: %s", source, str(error) or type(error).__name__)
-            return None
-        if min(picture.shape[1:]) < self.size:
-            logger.warning("%s skipped: smaller than the crops of %d", source, self.size)
-            return None
-        return _turned_crop(picture[None], self.size, generator)[0], torch.tensor(0)
-
-
-@functools.cache
-def _photographs(smallest: int) -> tuple[Tensor, ...]:
-    """The training photographs at several sizes, read once for all stages."""
-    train, _ = photographs(None, smallest=smallest)
-    return tuple(size for photo in train.values() for size in pyramid(photo, smallest))
-
-
 def clean_pictures(config: Any) -> CleanPictures:
     """The pool of pre-training, replay and importance: photographs, ``clean``, or the clean sides of the pairs."""
     if config.data == "photos":
-        return CleanPictures(_photographs(config.patch), config.train_count, config.patch)
+        return CleanPictures(training_photographs(config.patch), config.train_count, config.patch)
     if config.clean is not None:
         layout, root = config.place("clean", {"clean": config.clean})
         files = [clean for _, clean in pairs(layout, root, "train", "clean")]
@@ -162,7 +120,7 @@ def clean_pictures(config: Any) -> CleanPictures:
 def training_pairs(config: Any, names: Sequence[str]) -> Pairs:
     """The training pairs of these degradations."""
     if config.data == "photos":
-        return PhotoPairs(_photographs(config.patch), names, config.train_count, config.patch)
+        return PhotoPairs(training_photographs(config.patch), names, config.train_count, config.patch)
     return FolderPairs({name: config.place(name) for name in names}, "train", config.patch)
 
 

@@ -1,0 +1,58 @@
+"""Which pictures without any label are trained on?"""
+
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from examples.common.folder import UNREADABLE, read_picture
+from examples.common.photos import photographs, pyramid, random_crops
+from examples.common.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+
+class CleanPictures:
+    """Crops, turned and mirrored at random: samples (picture (3, H, W), 0). Chance is torch's global generator.
+
+    Args:
+        sources: photographs, or files.
+        count: of samples.
+        size: of the crops.
+    """
+
+    task: Task = "classification"
+    class_names = ("clean",)
+
+    def __init__(self, sources: Sequence[Tensor] | Sequence[Path], count: int, size: int) -> None:
+        self.sources: list[Any] = list(sources)
+        self.count, self.size = count, size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None:
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        source: Tensor | Path = self.sources[index % len(self.sources)]
+        if isinstance(source, Tensor):
+            return random_crops(self.sources, 1, self.size, generator)[0], torch.tensor(0)
+        try:
+            picture = read_picture(source)
+        except UNREADABLE as error:
+            logger.warning("%s skipped: %s", source, str(error) or type(error).__name__)
+            return None
+        if min(picture.shape[1:]) < self.size:
+            logger.warning("%s skipped: smaller than the crops of %d", source, self.size)
+            return None
+        return random_crops([picture], 1, self.size, generator)[0], torch.tensor(0)
+
+
+@functools.cache
+def training_photographs(smallest: int) -> tuple[Tensor, ...]:
+    """The photographs that come with other packages, at several sizes; read once for all who ask."""
+    train, _ = photographs(None, smallest=smallest)
+    return tuple(size for photo in train.values() for size in pyramid(photo, smallest))
