@@ -26,7 +26,7 @@ class CleanPictures:
     """
 
     task: Task = "classification"
-    class_names = ("clean",)
+    class_names: tuple[str, ...] = ("clean",)
 
     def __init__(self, sources: Sequence[Tensor] | Sequence[Path], count: int, size: int) -> None:
         self.sources: list[Any] = list(sources)

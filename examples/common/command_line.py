@@ -7,13 +7,20 @@ from typing import Any, TypeVar
 Config = TypeVar("Config")
 
 
-def run(config_class: type[Config], train: Callable[[Config], Mapping[str, Any] | None], doc: str | None) -> None:
+def run(
+    config_class: type[Config],
+    train: Callable[[Config], Mapping[str, Any] | None],
+    doc: str | None,
+    *,
+    positional: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Every option of the config, and ``--config`` for a YAML file of them, which the command line overrules.
 
     Args:
         config_class: a dataclass with a field ``out``.
         train: what is done with it. Figures that it returns are printed; its ``ValueError`` is the parser's error.
         doc: of the module; the first line is the description.
+        positional: fields that are given by their place, each with what ``add_argument`` is told of it.
     """
     from jsonargparse import ArgumentParser
 
@@ -21,7 +28,9 @@ def run(config_class: type[Config], train: Callable[[Config], Mapping[str, Any] 
     logging.getLogger("httpx").setLevel(logging.WARNING)
     parser = ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--config", action="config", help="YAML file of these options")
-    parser.add_class_arguments(config_class)
+    for name, options in (positional or {}).items():
+        parser.add_argument(name, **options)
+    parser.add_class_arguments(config_class, skip=set(positional or ()))
     arguments = parser.parse_args()
     arguments.pop("config", None)
     try:

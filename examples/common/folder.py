@@ -2,13 +2,15 @@
 
 import logging
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torchvision.utils import save_image
+from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,36 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
             logger.warning("%s skipped: %s", name, str(error).replace(str(path), "it") or type(error).__name__)
         else:
             yield name, picture
+
+
+def restore_folder(pictures: Path, out: Path, restore: Callable[[Tensor, int], Tensor]) -> int:
+    """Every picture below a folder, restored, under its name as PNG; ``a.png`` beside ``a.jpg`` as ``a.png.png``.
+
+    Args:
+        pictures: the folder; what cannot be read in it is named in a warning.
+        out: where they go.
+        restore: (picture (1, 3, H, W), its number) -> restored.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        ValueError: If there is no such folder, or no picture in it.
+    """
+    if not pictures.is_dir():
+        raise ValueError(f"`pictures` should be a folder, found {pictures}.")
+    written: set[Path] = set()
+    for number, (name, picture) in enumerate(tqdm(read_folder(pictures), unit="picture")):
+        file = (out / name).with_suffix(".png")
+        if file in written:
+            file = out / f"{name}.png"
+        written.add(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_image(restore(picture[None], number), file)
+    if not written:
+        raise ValueError(f"`pictures` should hold a picture that can be read, found none in {pictures}.")
+    logger.info("%d pictures restored, in %s", len(written), out)
+    return len(written)
 
 
 def read_picture(path: Path) -> Tensor:

@@ -65,12 +65,12 @@ def empty_prompt(path: Path | str) -> Tensor:
     return prompt.float()
 
 
-def small_autoencoder(width: int = 16) -> AutoencoderKL:
-    """Pictures to latents of 4 channels at half the resolution."""
+def small_autoencoder(width: int = 16, levels: int = 2) -> AutoencoderKL:
+    """Pictures to latents of 4 channels, at half the resolution for each level but the first."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(width, 2 * width),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(width * 2**level for level in range(levels)),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,

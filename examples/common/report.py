@@ -104,6 +104,11 @@ class Sample:
 
     values: tuple[float, ...]
 
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Sample":
+        """Of any numbers."""
+        return cls(tuple(values))
+
     @property
     def mean(self) -> float:
         return statistics.fmean(self.values)
@@ -121,6 +126,19 @@ class Sample:
         n = len(self.values)
         half = float(student_t.ppf(0.975, n - 1)) * self.std / math.sqrt(n)
         return self.mean - half, self.mean + half
+
+    def spread(self, digits: int) -> str:
+        """Mean ± standard deviation, as far as the seeds tell; nothing of none."""
+        if not self.values:
+            return ""
+        return f"{self.mean:.{digits}f}" + ("" if self.std is None else f" ± {self.std:.{digits}f}")
+
+    def change(self, digits: int) -> str:
+        """Signed mean [interval], as far as the seeds tell; nothing of none."""
+        if not self.values:
+            return ""
+        ends = "" if self.interval is None else " [{:+.{d}f}, {:+.{d}f}]".format(*self.interval, d=digits)
+        return f"{self.mean:+.{digits}f}{ends}"
 
 
 def read_runs(root: Path, *, by_folder: bool = False) -> dict[Group, Methods]:
@@ -202,11 +220,8 @@ def mean_table(methods: Methods) -> str:
     """Mean and standard deviation over the seeds."""
 
     def cell(runs: Mapping[int, Run], metric: str) -> str:
-        sample, d = measured(runs, metric), METRICS.get(metric, 3)
-        if not sample.values:
-            return ""
-        spread = "" if sample.std is None else f" ± {sample.std:.{d}f}"
-        return f"{sample.mean:.{d}f}{spread}" + count(sample, len(runs))
+        sample = measured(runs, metric)
+        return sample.spread(METRICS.get(metric, 3)) + count(sample, len(runs))
 
     metrics = metrics_of(methods)
     rows = [[method, str(len(runs)), *(cell(runs, metric) for metric in metrics)] for method, runs in methods.items()]
@@ -217,11 +232,8 @@ def difference_table(methods: Methods, reference: str) -> str:
     """Paired differences with their 95 % confidence intervals."""
 
     def cell(runs: Mapping[int, Run], metric: str, seeds: int) -> str:
-        sample, d = paired(methods[reference], runs, metric), METRICS.get(metric, 3)
-        if not sample.values:
-            return ""
-        interval = "" if sample.interval is None else " [{:+.{d}f}, {:+.{d}f}]".format(*sample.interval, d=d)
-        return f"{sample.mean:+.{d}f}{interval}" + count(sample, seeds)
+        sample = paired(methods[reference], runs, metric)
+        return sample.change(METRICS.get(metric, 3)) + count(sample, seeds)
 
     metrics = [metric for metric in metrics_of(methods) if measured(methods[reference], metric).values]
     rows = []
@@ -234,7 +246,7 @@ def difference_table(methods: Methods, reference: str) -> str:
 
 def count(sample: Sample, expected: int) -> str:
     """How many seeds a cell rests on, where that is not what its row says."""
-    return "" if len(sample.values) == expected else f" (n={len(sample.values)})"
+    return "" if len(sample.values) in (0, expected) else f" (n={len(sample.values)})"
 
 
 def report(groups: Mapping[Group, Methods], reference: str, sheets: Mapping[Group, Path]) -> str:

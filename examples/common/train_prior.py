@@ -16,7 +16,7 @@ from examples.common.data import datasets
 from examples.common.latent_diffusion import scheduler, small_autoencoder, small_prompt, small_unet
 from examples.common.options import DataOptions, Degradation, RunOptions
 from examples.common.recipe import Recipe, Stage
-from examples.common.tasks import collate, to_device
+from examples.common.tasks import TaskData, collate, to_device
 from examples.common.tiles import together
 from restoreloss import Alternation, NoiseSchedule, Phase
 from restoreloss.frozen import bare
@@ -29,11 +29,13 @@ class PriorConfig(DataOptions, RunOptions):
     Attributes:
         steps: of the autoencoder; the diffusion model takes twice as many.
         width: of the narrowest layers of the diffusion model; those of the autoencoder are half as wide.
+        levels: of the autoencoder; each but the first halves the resolution.
         lr: of both (AdamW).
     """
 
     steps: int = 1000
     width: int = 24
+    levels: int = 2
     lr: float = 1e-3
     degradation: Degradation = "mixture_b"
     scale: int = 1
@@ -48,13 +50,21 @@ class Batch:
 
 
 class PriorTrainer(Recipe[Batch]):
-    """An autoencoder by its pixels, then a diffusion model by the noise in its latents (Eqs. 1, 2)."""
+    """An autoencoder by its pixels, then a diffusion model by the noise in its latents.
 
-    def __init__(self, config: PriorConfig) -> None:
+    Args:
+        config: its options.
+        data: training and test pictures; the default is what the options say.
+    """
+
+    def __init__(self, config: PriorConfig, data: tuple[TaskData, TaskData] | None = None) -> None:
         super().__init__(config)
         self.title = "a latent diffusion model"
-        self.train_data, self.test_data = datasets(config, config.seed)
-        self.vae: nn.Module = self.accelerator.prepare(_Autoencoder(small_autoencoder(config.width // 2)))
+        self.train_data, self.test_data = datasets(config, config.seed) if data is None else data
+        self.multiple = 2**config.levels
+        self.vae: nn.Module = self.accelerator.prepare(
+            _Autoencoder(small_autoencoder(config.width // 2, config.levels))
+        )
         self.unet: nn.Module = self.accelerator.prepare(small_unet(config.width))
         self.networks = {"autoencoder": self.vae, "unet": self.unet}
         self.schedule = NoiseSchedule.from_diffusers(scheduler())
@@ -69,7 +79,7 @@ class PriorTrainer(Recipe[Batch]):
     def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
         """HQ pictures of one size."""
         generator = torch.Generator().manual_seed(chance(self.options.seed, step, self.accelerator.process_index))
-        return Batch(to_device(together(pictures, 4), self.device), generator)
+        return Batch(to_device(together(pictures, self.multiple), self.device), generator)
 
     def _stage(self, name: str, trains: nn.Module, rests: nn.Module, objective: Any, steps: int) -> Stage[Batch]:
         optimizer = torch.optim.AdamW(trains.parameters(), lr=self.options.lr)  # type: ignore[attr-defined]
@@ -99,7 +109,7 @@ class PriorTrainer(Recipe[Batch]):
         read = collate([self.test_data[number] for number in range(min(50, len(self.test_data)))])
         if read is None:
             raise ValueError("Of the first test pictures none could be read.")
-        hq = to_device(together(read[0], 4), self.device)
+        hq = to_device(together(read[0], self.multiple), self.device)
         autoencoder: Any = bare(self.vae).eval()
         bare(self.unet).eval()
         decoded = (autoencoder.vae(2 * hq - 1, sample_posterior=False).sample / 2 + 0.5).clamp(0, 1)

@@ -13,16 +13,14 @@ Finished runs are not done again: the same command goes on after a stop.
 import argparse
 import json
 import logging
-import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import t as student_t
 
+from examples.common.report import Sample
 from examples.dtp.config import PAPER, Config
 from examples.dtp.degradations import DEGRADATIONS
 from examples.dtp.train import Trainer
@@ -129,10 +127,10 @@ def _table(runs: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     rows = [f"| {' | '.join(head)} |", f"|---{'|---:' * (len(head) - 1)}|"]
     for name in order:
         seeds = runs[name]
-        cells = [_mean([run[key] for run in seeds.values()], digits) for key, digits in COLUMNS.items()]
+        cells = [Sample.of(run[key] for run in seeds.values()).spread(digits) for key, digits in COLUMNS.items()]
         both = [seed for seed in seeds if seed in runs[reference]]
         gaps = [seeds[seed]["shifted_psnr"] - runs[reference][seed]["shifted_psnr"] for seed in both]
-        cells += ["" if name == reference else _interval(gaps), str(len(seeds))]
+        cells += ["" if name == reference else Sample.of(gaps).change(2), str(len(seeds))]
         rows.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -141,24 +139,10 @@ def _timesteps(matched: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
     rows = ["| | t* | distance it removes | none does | the authors' |", "|---|---:|---:|---:|---:|"]
     for name in sorted(PAPER, key=lambda name: PAPER[name]):
         best = ", ".join(str(found[name]["best"]) for found in matched)
-        gain = _mean([100 * found[name]["gain"] for found in matched], 1)
+        gain = Sample.of(100 * found[name]["gain"] for found in matched).spread(1)
         never = sum(bool(found[name]["degenerate"]) for found in matched)
         rows.append(f"| {name} | {best} | {gain} % | {never} of {len(matched)} | {round(50 * PAPER[name])} |")
     return "\n".join(rows)
-
-
-def _mean(values: Sequence[float], digits: int) -> str:
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
-
-
-def _interval(gaps: Sequence[float]) -> str:
-    """Mean and 95 % confidence interval (Student's t)."""
-    if len(gaps) < 2:
-        return "".join(f"{gap:+.2f}" for gap in gaps)
-    half = float(student_t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
-    mean = statistics.fmean(gaps)
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
 
 
 def main() -> None:

@@ -16,18 +16,14 @@ import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
 from safetensors import SafetensorError
 from safetensors.torch import load_model
-from torch import nn
-from torchvision.utils import save_image
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from examples.common.batches import chance
-from examples.common.folder import read_folder
+from examples.common.folder import restore_folder
 from examples.common.networks import restorer
 from examples.common.run_directory import file_in
 from examples.edtr.methods import METHODS
 from examples.edtr.restorer import EDTR
-
-logger = logging.getLogger(__name__)
 
 
 def load_run(run: Path) -> tuple[EDTR, int]:
@@ -77,28 +73,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         edtr, smallest = load_run(options.run)
         edtr = edtr.to(options.device)
         edtr.timesteps(options.n)
-        if not options.pictures.is_dir():
-            raise ValueError(f"`pictures` should be a folder, found {options.pictures}.")
     except ValueError as error:
         parser.error(str(error))
     if options.smallest is not None:
         smallest = options.smallest
-    written: set[Path] = set()
-    for number, (name, picture) in enumerate(tqdm(read_folder(options.pictures), unit="picture")):
+
+    def restore(picture: Tensor, number: int) -> Tensor:
         generator = torch.Generator().manual_seed(chance(options.seed, number))
-        restored = edtr.restore(
-            picture[None].to(options.device), n=options.n, generator=generator, smallest=smallest,
-            tile=options.tile,
-        )  # fmt: skip
-        file = (options.out / name).with_suffix(".png")
-        if file in written:
-            file = options.out / f"{name}.png"
-        written.add(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_image(restored, file)
-    if not written:
-        parser.error(f"`pictures` should hold a picture that can be read, found none in {options.pictures}.")
-    logger.info("%d pictures restored, in %s", len(written), options.out)
+        restored: Tensor = edtr.restore(
+            picture.to(options.device), n=options.n, generator=generator, smallest=smallest, tile=options.tile
+        )
+        return restored
+
+    try:
+        restore_folder(options.pictures, options.out, restore)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
