@@ -35,7 +35,7 @@ STRENGTHS: Mapping[str, Sequence[float]] = {
     "gn": (0.0003, 0.003, 0.03, 0.3),
     "taylor2": (0.02, 0.2, 2.0, 20.0),
 }
-"""lambda of each penalty: its gradient is then about 0.005, 0.05, 0.5 and 5 times that of restoration, after a while."""
+"""lambda of each penalty: its gradient is then about 0.005, 0.05, 0.5 and 5 times that of restoration, in time."""
 ELSEWHERE = ("hazy", "snowy", "low_light")
 SEVERAL = ["noisy", "rainy", "snowy", "shadowed"]
 COLUMNS: Mapping[str, int] = {
