@@ -50,7 +50,7 @@ class Config(RunOptions):
         importance_samples: pictures that the importance is measured on.
         replay_share: of generative pictures, to those of the batch.
         replay_weight: of such a picture, to one of the batch.
-        orthogonality_weight: lambda_2.
+        orthogonality_weight: lambda_2. L_orth is 1 or so from the start, where an L1 loss is a few hundredths.
         orthogonality_every: steps between those that have this term.
         shallow: the share of layers that generation goes on to train.
         decay: a of w_l.
@@ -81,7 +81,7 @@ class Config(RunOptions):
     importance_samples: int = 64
     replay_share: float = 0.1
     replay_weight: float = 1.0
-    orthogonality_weight: float = 0.1
+    orthogonality_weight: float = 0.001
     orthogonality_every: int = 1
     shallow: float = 0.5
     decay: float = 0.05

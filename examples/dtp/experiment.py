@@ -73,6 +73,9 @@ class Experiment:
                 yield "forgetting", f"{method}_{strength:g}", {"method": method, "penalty_weight": strength}
         for method in ("gef", "gef_project"):
             yield "forgetting", method, {"method": method, "penalty_weight": STRENGTHS["taylor2"][0]}
+        for method in ("orthogonality", "gef"):
+            changes = {"method": method, "orthogonality_weight": 0.1, "penalty_weight": STRENGTHS["taylor2"][0]}
+            yield "forgetting", f"{method}_0.1", changes
         for timesteps in ("first", "matched"):
             yield "forgetting", f"plain_{timesteps}", {"method": "plain", "timesteps": timesteps}
 
