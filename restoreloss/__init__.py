@@ -4,8 +4,13 @@
 >>> total = nn.functional.l1_loss(restored, clean) + 0.1 * loss(restored, clean)
 """
 
+from restoreloss.augmentations.corruptions import CORRUPTIONS as CORRUPTIONS
+from restoreloss.augmentations.corruptions import Corruptions, corrupt
 from restoreloss.augmentations.cqmix import CQMix
 from restoreloss.augmentations.mixtures import MixtureA, MixtureB
+from restoreloss.blocks.cfrm import CFRM
+from restoreloss.blocks.controller import Controller, SCTuner
+from restoreloss.blocks.tfa import TFA
 from restoreloss.blocks.time_moe import FiLM, TimeConditioned, TimeMoE
 from restoreloss.blocks.wavelet import WaveletColorFix
 from restoreloss.diffusion.denoisers import Denoiser, as_denoiser
@@ -31,7 +36,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Alternation",
     "AuditReport",
+    "CFRM",
     "CQMix",
+    "Controller",
+    "Corruptions",
     "Denoiser",
     "DenoisingLoss",
     "DiffLoss",
@@ -47,6 +55,8 @@ __all__ = [
     "Objective",
     "ParameterImportance",
     "Phase",
+    "SCTuner",
+    "TFA",
     "TDPLoss",
     "TermAudit",
     "TimeConditioned",
@@ -57,6 +67,7 @@ __all__ = [
     "as_denoiser",
     "audit",
     "calibrate",
+    "corrupt",
     "denoise",
     "frozen",
     "match_timestep",

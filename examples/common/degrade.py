@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from examples.common.batches import chance
 from examples.common.options import DataOptions
 from examples.common.tasks import each
 from restoreloss import MixtureA, MixtureB
+from restoreloss.augmentations.corruptions import CORRUPTIONS, Corruptions
 
 Degrade = Callable[[Any, int], Any]
 """(pictures, number of the first) -> degraded pictures, in which the number decides all chance."""
@@ -32,11 +33,16 @@ def degradation(options: DataOptions, *seed: int) -> Degrade:
     if options.degradation == "mixture_a":
         mixture_a = MixtureA(1 + 7 * extent)
         return lambda pictures, _: each(mixture_a, pictures)
-    mixture_b = MixtureB(sigma=(min(0.1, 8 * extent), 8 * extent), scale=(1, 1 + 15 * extent))
+    drawn: nn.Module
+    if options.degradation == "mixture_b":
+        drawn = MixtureB(sigma=(min(0.1, 8 * extent), 8 * extent), scale=(1, 1 + 15 * extent))
+    else:
+        seen = options.degradation == "corruptions"
+        drawn = Corruptions(CORRUPTIONS[:15] if seen else CORRUPTIONS[15:], options.severities)
 
     def degrade(pictures: Any, first: int) -> Any:
         degraded = [
-            mixture_b(picture[None], generator=torch.Generator().manual_seed(chance(*seed, first + number)))[0]
+            drawn(picture[None], generator=torch.Generator().manual_seed(chance(*seed, first + number)))[0]
             for number, picture in enumerate(pictures)
         ]
         return torch.stack(degraded) if isinstance(pictures, Tensor) else degraded

@@ -1,12 +1,12 @@
 """Which options do all recipes share? Each recipe's Config adds its own, and fills in its defaults."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from examples.common.tasks import Task
 
-Degradation = Literal["bicubic", "mixture_a", "mixture_b"]
+Degradation = Literal["bicubic", "mixture_a", "mixture_b", "corruptions", "unseen_corruptions"]
 DataName = Literal["generated", "photos", "cub200", "cars", "voc2012"]
 
 
@@ -56,10 +56,12 @@ class DataOptions:
         test_count: test pictures of "generated" and "photos".
         data_seed: of "generated" and "photos"; the default is ``seed``.
         contrast: of the textures of "generated", lowest and highest amplitude.
-        degradation: "bicubic" reduction by ``scale``, or the mixtures of EDTR, which keep the size.
+        degradation: "bicubic" reduction by ``scale``, or what keeps the size: the mixtures of EDTR, one of the 15
+            corruptions of ImageNet-C, or one of the four that it keeps for validation ("unseen_corruptions").
         scale: of the super-resolution.
         blur: standard deviation of a Gaussian blur before a bicubic reduction (SR4IR, Table S5).
         mixture_extent: of the mixtures' blur and reduction, as a fraction of what the paper does to 512 pixels.
+        severities: of the corruptions, any of 1 to 5.
     """
 
     task: Task = "classification"
@@ -74,6 +76,7 @@ class DataOptions:
     scale: int = 4
     blur: float = 0.0
     mixture_extent: float = 1.0
+    severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
 
 
 def shared(config: Any) -> dict[str, Any]:

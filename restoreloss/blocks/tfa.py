@@ -1,0 +1,203 @@
+"""How does one decoder write pictures for people and for several task networks, told by a vector which?"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TFA(nn.Module):
+    r"""Task feature adapters, one for each decoder level: they mix an encoder's features into a decoder's.
+
+    All tasks share the adapters. A task is a prompt, a vector that enters at the first level and is rewritten from
+    level to level by what the encoder saw, like the cell of an LSTM (Eq. 1):
+
+    .. math::
+        f, i &= \mathrm{softmax}\,\vartheta_f(F_{enc}),\ \mathrm{softmax}\,\vartheta_i(F_{enc}) \\
+        C &\leftarrow f \cdot C + i \cdot \tanh \vartheta_c(F_{enc}) \\
+        F_{enc} &\leftarrow F_{enc} + W_2\bigl(o \cdot W_1 F_{enc}\bigr), \quad o = \tanh(W_o C) \\
+        F_{dec} &\leftarrow F_{dec} + W_l\,[F_{dec}; F_{enc}]
+
+    :math:`\vartheta` is instance normalisation, a 3x3 convolution, GELU, a 3x3 convolution and the average over the
+    picture. On the way to the next level the prompt passes a linear layer and GELU. :math:`W_l` is zero at the start:
+    beside a trained decoder the adapters change nothing until they have learned to.
+
+    Args:
+        skips: channels of the encoder's features, in the order in which the decoder uses them: the deepest first.
+        channels: of the decoder's features there; one number where all are alike.
+        tasks: names to begin with. More come by :meth:`add_task`.
+        gate: of f and i. A softmax over C channels is 1 / C on average: prompts reach little, and want a learning rate
+            that is larger by about as much. "sigmoid", the gate of an LSTM, does not depend on C.
+
+    Raises:
+        ValueError: For levels that are not as many, and an unknown gate.
+
+    Example:
+        >>> tfa = TFA([32, 16], [32, 32], tasks=["look", "classify"])
+        >>> encoded, decoded = [torch.rand(2, 32, 4, 4), torch.rand(2, 16, 8, 8)], torch.rand(2, 32, 4, 4)
+        >>> prompt = tfa.prompt(["look", "classify"])  # one for each picture of the batch
+        >>> for adapter, skip in zip(tfa.levels, encoded):
+        ...     decoded, prompt = adapter(decoded, skip, prompt)
+        ...     decoded = nn.functional.interpolate(decoded, scale_factor=2.0)  # the decoder's own block
+        >>> decoded.shape
+        torch.Size([2, 32, 16, 16])
+
+    Source: Chen et al., "UniRestore: Unified Perceptual and Task-Oriented Image Restoration Model Using Diffusion
+    Prior", Section 3.3 and Fig. 3b. As in the authors' code prompts begin at zero; there :math:`W_l` begins at random.
+    """
+
+    def __init__(
+        self,
+        skips: Sequence[int] = (512, 256, 128),
+        channels: int | Sequence[int] = 512,
+        *,
+        tasks: Iterable[str] = (),
+        gate: str = "softmax",
+    ) -> None:
+        super().__init__()
+        widths = [channels] * len(skips) if isinstance(channels, int) else list(channels)
+        if not skips or len(widths) != len(skips):
+            raise ValueError(f"`channels` should be one number for each of `skips` {tuple(skips)}, found {channels}.")
+        if gate not in ("softmax", "sigmoid"):
+            raise ValueError(f"`gate` should be 'softmax' or 'sigmoid', found {gate!r}.")
+        following = [*skips[1:], None]
+        self.levels = nn.ModuleList(
+            TFALevel(skip, width, after, gate=gate) for skip, width, after in zip(skips, widths, following, strict=True)
+        )
+        self.prompts = nn.ParameterDict()
+        self.width = skips[0]
+        for task in tasks:
+            self.add_task(task)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names that :meth:`prompt` knows."""
+        return tuple(self.prompts)
+
+    def add_task(self, name: str, *, like: str | None = None) -> nn.Parameter:
+        """A prompt for a new task. Nothing else changes: all other tasks go on to the bit as before.
+
+        Args:
+            name: of the task.
+            like: a task whose prompt it begins as; else it begins at zero.
+
+        Returns:
+            The prompt, (C,): what to train.
+
+        Raises:
+            ValueError: For a name that is taken, empty, has a dot or is that of a method of ``nn.ParameterDict``
+                ("keys", "train"), and an unknown ``like``.
+        """
+        if name in self.prompts:
+            raise ValueError(f"`name` should be a new task, found {name!r}, which is one of {', '.join(self.tasks)}.")
+        if not name or "." in name or hasattr(self.prompts, name):
+            raise ValueError(f"`name` should be without a dot, and no attribute of a module's own, found {name!r}.")
+        at = next(self.parameters())
+        value = torch.zeros(self.width, device=at.device, dtype=at.dtype) if like is None else self._of(like).detach()
+        prompt = nn.Parameter(value.clone())
+        self.prompts[name] = prompt
+        return prompt
+
+    def prompt(self, tasks: str | Sequence[str], count: int | None = None) -> Tensor:
+        """What enters the first level, (N, C).
+
+        Args:
+            tasks: one for each picture, or one for all ``count``.
+            count: N, where ``tasks`` is one name.
+
+        Raises:
+            ValueError: For an unknown task.
+        """
+        if isinstance(tasks, str):
+            return self._of(tasks).expand(1 if count is None else count, -1)
+        if not tasks or count not in (None, len(tasks)):
+            raise ValueError(f"`tasks` should name one for each of {count} pictures, found {len(tasks)}.")
+        return torch.stack([self._of(task) for task in tasks])
+
+    def load_prompts(self, prompts: Mapping[str, Tensor]) -> None:
+        """Prompts that were trained elsewhere with these adapters; new tasks are added.
+
+        Raises:
+            ValueError: For prompts of another width; nothing is loaded then.
+        """
+        for name, value in prompts.items():
+            if tuple(value.shape) != (self.width,):
+                raise ValueError(f"The prompt {name!r} should be ({self.width},), found {tuple(value.shape)}.")
+        for name, value in prompts.items():
+            held = self.prompts[name] if name in self.prompts else self.add_task(name)
+            with torch.no_grad():
+                held.copy_(value)
+
+    def _of(self, task: str) -> nn.Parameter:
+        if task not in self.prompts:
+            raise ValueError(f"A task should be one of {', '.join(self.tasks) or 'none yet'}, found {task!r}.")
+        prompt: nn.Parameter = self.prompts[task]
+        return prompt
+
+
+class TFALevel(nn.Module):
+    """The adapter of one decoder level: Eq. (1).
+
+    Args:
+        skip: channels of the encoder's features, and the width of the prompt.
+        channels: of the decoder's features.
+        following: width of the next level's prompt; None for the last level.
+        gate: "softmax" or "sigmoid".
+    """
+
+    def __init__(self, skip: int, channels: int, following: int | None, *, gate: str = "softmax") -> None:
+        super().__init__()
+        self.gate = gate
+        # theta of f, i and c side by side
+        self.norm = nn.InstanceNorm2d(skip)
+        self.see = nn.Conv2d(skip, 3 * skip, 3, padding=1)
+        self.tell = nn.Conv2d(3 * skip, 3 * skip, 3, padding=1, groups=3)
+        self.out_gate = nn.Linear(skip, skip)
+        self.squeeze, self.unsqueeze = nn.Conv2d(skip, skip, 1), nn.Conv2d(skip, skip, 1)
+        self.merge = nn.Conv2d(channels + skip, channels, 1)
+        nn.init.zeros_(self.merge.weight)
+        nn.init.zeros_(self.merge.bias)  # type: ignore[arg-type]
+        self.to_next = None if following is None else nn.Linear(skip, following)
+
+    def forward(self, decoded: Tensor, skip: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """The decoder's features with what the task wants of the encoder's, and the prompt of the next level.
+
+        Args:
+            decoded: (N, D, H, W).
+            skip: (N, C, H, W).
+            prompt: (N, C).
+
+        Raises:
+            ValueError: For features that differ in size, and a prompt of another width.
+        """
+        count, channels = skip.shape[:2]
+        if decoded.shape[2:] != skip.shape[2:] or tuple(prompt.shape) != (count, channels):
+            raise ValueError(
+                f"`decoded` and `prompt` should be (N, D, H, W) and (N, C) for `skip` {tuple(skip.shape)}, found "
+                f"{tuple(decoded.shape)} and {tuple(prompt.shape)}."
+            )
+        seen = _pooled_conv(F.gelu(self.see(self.norm(skip))), self.tell)
+        forget, take, content = seen.chunk(3, dim=1)
+        cell = self._gate(forget) * prompt + self._gate(take) * content.tanh()
+        out = self.out_gate(cell).tanh()[:, :, None, None]
+        adapted = skip + self.unsqueeze(out * self.squeeze(skip))
+        decoded = decoded + self.merge(torch.cat([decoded, adapted], dim=1))
+        return decoded, cell if self.to_next is None else F.gelu(self.to_next(cell))
+
+    def _gate(self, value: Tensor) -> Tensor:
+        return value.softmax(dim=1) if self.gate == "softmax" else value.sigmoid()
+
+
+def _pooled_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """The average over the picture of a 3x3 convolution with padding, (N, C): nine averages, and one small product.
+
+    Both are linear, so that the convolution is never computed: of what each tap sees the average is enough.
+    """
+    height, width = x.shape[2:]
+    rows = [slice(0, height - 1), slice(None), slice(1, None)]  # what the taps above, at and below a pixel see
+    columns = [slice(0, width - 1), slice(None), slice(1, None)]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    seen = torch.stack([x[:, :, row, column].sum(dim=(2, 3), dtype=wide) for row in rows for column in columns], dim=2)
+    taps = (seen / (height * width)).to(x.dtype).unflatten(2, (3, 3))
+    return F.conv2d(taps, conv.weight, conv.bias, groups=conv.groups).flatten(1)
