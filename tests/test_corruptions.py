@@ -19,7 +19,8 @@ from skimage.color import hsv2rgb, rgb2hsv
 from skimage.filters import gaussian
 from torch import Tensor
 
-from restoreloss.augmentations.corruptions import CORRUPTIONS, Corruptions, _copied_from, _edges, _ice, _relief, corrupt
+from restoreloss import CORRUPTIONS, Corruptions, corrupt
+from restoreloss.augmentations.corruptions import _copied_from, _edges, _ice, _relief, _standard
 
 FIXED = (
     *("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression", "gaussian_blur"),
@@ -559,61 +560,150 @@ def test_water_is_pale_turquoise_where_the_drops_are(severity: int) -> None:
 
 
 DROPS = """
-......................
-......................
-......aaa.............
-....aaaaaaa...........
-...aaacccaaa..........
-...aaacccaaa..........
-..aaaacccaaaa.........
-...aaaaaaaaa..........
-...aaaaaaaaa..........
-....aaaaaaa...bbbbb...
-......aaa....bbbbbbb..
-.............bbbbbbb..
-.............bbbbbbb..
-..............bbbbb...
-......................
-......................
+..........................
+..........................
+......bfgc.......cb.......
+......bfggecccddfiie......
+.......cfhhhggfeeggd......
+........ehiihfd...........
+........dikjgc............
+........cikid.........b...
+.........hkic........bb...
+.........diid.............
+..........gie.............
+..........dgf.............
+...ghc.....dc.............
+...hkhb...................
+...cggd...................
+.......befgfb.............
+..........................
+..........................
 """
 CANNY = """
-......................
-.......#..............
-.....##.##............
-...##.....##..........
-...#.......#..........
-..#.........#.........
-..#.........#.........
-..#.........#.........
-...#.......#...###....
-...##.....##.##...##..
-.....#####...#.....#..
-............#......#..
-.............#.....#..
-.............#######..
-......................
-......................
+..........................
+..........................
+......#####.....####......
+......#....#####...#......
+......##.........###......
+.......#......##..........
+........#....##...........
+........#....#.......##...
+........#...#........#....
+.........#..#.............
+.........#..#.............
+..........#.#.............
+...####...###.............
+...#..#...................
+...####.#####.............
+............#.............
+.......######.............
+..........................
 """
 RELIEF = [
-    [0, 28, 70, 126, 152, 124, 67, 39, 70, 144],
-    [28, 85, 155, 211, 220, 170, 85, 32, 64, 140],
-    [85, 170, 227, 255, 248, 200, 115, 38, 52, 133],
-    [142, 227, 249, 243, 223, 182, 103, 39, 39, 121],
-    [155, 230, 212, 178, 142, 110, 60, 20, 13, 80],
-    [98, 145, 127, 93, 61, 39, 16, 1, 0, 39],
-    [54, 60, 48, 20, 1, 0, 0, 0, 0, 13],
-    [64, 67, 82, 82, 67, 67, 70, 70, 41, 13],
-    [140, 148, 167, 167, 152, 152, 155, 139, 82, 26],
+    0,
+    19,
+    47,
+    76,
+    0,
+    28,
+    0,
+    47,
+    104,
+    161,
+    151,
+    94,
+    38,
+    0,
+    0,
+    19,
+    47,
+    76,
+    113,
+    170,
+    76,
+    161,
+    227,
+    198,
+    113,
+    47,
+    0,
+    19,
+    66,
+    123,
+    161,
+    198,
+    227,
+    151,
+    198,
+    170,
+    85,
+    38,
+    19,
+    66,
+    113,
+    132,
+    104,
+    28,
+    9,
+    47,
+    66,
+    76,
+    66,
+    9,
+    28,
+    107,
+    28,
+    28,
+    19,
+    76,
+    94,
+    170,
+    9,
+    9,
+    47,
+    132,
+    0,
+    76,
+    161,
+    0,
+    85,
+    170,
+    0,
+    0,
+    0,
+    85,
+    170,
+    9,
+    9,
+    9,
+    0,
+    72,
+    82,
+    66,
+    28,
+    19,
+    0,
+    0,
+    0,
+    85,
+    170,
 ]
 
 
 def test_edges_and_relief_of_drops_are_those_of_opencv() -> None:
-    """OpenCV 5.0: Canny(50, 150), distance, blur, equalised, filtered, blur; of the relief rows 2 to 10."""
-    levels = {".": 0, "a": 178, "b": 181, "c": 184}
-    drops = torch.tensor([[levels[each] for each in line] for line in DROPS.split()]).double()[None, None]
+    """OpenCV 5.0: Canny(50, 150), distance, blur, equalised, filtered, blur; the relief of the drops, "a" is 175."""
+    levels = [[0 if each == "." else 175 + ord(each) - ord("a") for each in line] for line in DROPS.split()]
+    drops = torch.tensor(levels).double()[None, None]
     edges = ["".join(".#"[each] for each in line) for line in _edges(drops)[0, 0].long().tolist()]
     assert edges == CANNY.split()
-    torch.testing.assert_close(255 * _relief(drops)[0, 0, 2:11, 3:13], torch.tensor(RELIEF).double(), rtol=0, atol=1)
+    torch.testing.assert_close(255 * _relief(drops)[drops > 0], torch.tensor(RELIEF).double(), rtol=0, atol=1)
+
+
+def test_a_step_within_a_drop_is_no_edge() -> None:
+    drop = torch.zeros(1, 1, 20, 20)
+    drop[..., 4:16, 4:16] = 178
+    drop[..., 8:12, 8:12] = 184
+    assert _edges(drop).any() and not _edges(drop)[..., 6:14, 6:14].any()
 
 
 def test_frost_is_the_picture_and_ice_in_the_published_weights() -> None:
@@ -645,7 +735,14 @@ def test_ice_has_the_colours_and_the_detail_of_photographs_of_ice() -> None:
     frequency = torch.fft.fftfreq(224) * 224
     ring = torch.hypot(frequency[:, None], frequency).long()
     amplitude = [float(spectrum[:, ring == radius].mean().sqrt()) for radius in (4, 16, 64)]
-    assert 0.2 < amplitude[1] / amplitude[0] < 0.6 and 0.07 < amplitude[2] / amplitude[0] < 0.2
+    assert 0.3 < amplitude[1] / amplitude[0] < 0.47 and 0.08 < amplitude[2] / amplitude[0] < 0.16
+
+
+def test_ice_without_crystals_is_finite() -> None:
+    assert torch.equal(_standard(torch.zeros(2, 1, 8, 8)), torch.zeros(2, 1, 8, 8))
+    ramp = _standard(torch.stack([torch.arange(64.0), 5 - torch.arange(64.0)]).view(2, 1, 8, 8))
+    torch.testing.assert_close(ramp.mean(dim=(2, 3)), torch.zeros(2, 1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(ramp.std(dim=(2, 3)), torch.ones(2, 1))
 
 
 # drawn for each picture
