@@ -314,15 +314,7 @@ def test_the_gradient_of_a_tuner_is_that_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(run, (*given_to, *values), fast_mode=True)
 
 
-def test_what_is_compiled_computes_the_same() -> None:
-    found, tuner = controller(multipliers=(1, 2), layers=1), learned(SCTuner(6, 12))
-
-    def run(latents: Tensor, timestep: Tensor, skip: Tensor) -> Tensor:
-        result: Tensor = tuner(skip, found(latents, timestep)[0])
-        return result
-
-    given_to = normal(2, 4, 6, 4), torch.tensor([3, 900]), normal(2, 6, 6, 4)
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*given_to), run(*given_to), rtol=1e-3, atol=1e-3)
-    compiled(*given_to).square().mean().backward()
-    assert all(p.grad is not None and bool(p.grad.any()) for p in (*tuner.parameters(), *found.enter.parameters()))
+def test_a_compiled_tuner_computes_the_same() -> None:
+    tuner, skip, control = learned(SCTuner(6, 4)), normal(2, 6, 5, 3), normal(2, 4, 5, 3)
+    compiled = torch.compile(tuner, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(skip, control), tuner(skip, control), rtol=1e-5, atol=1e-5)
