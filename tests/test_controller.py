@@ -253,7 +253,8 @@ def test_without_diffusers_the_error_says_what_to_install(monkeypatch: pytest.Mo
             {"multipliers": (1, 2), "attention": (True,)},
             r"`attention` should be one for each of `multipliers` \(1, 2\)",
         ),
-        ({"multipliers": ()}, r"one for each of `multipliers` \(\)"),
+        ({"multipliers": ()}, r"at least one, found \(\), 2"),
+        ({"layers": 0}, r"at least one, found \(1, 2, 2\), 0"),
         ({"channels": 10}, r"channels \[10, 20, 20\] and 12 should be multiples of `groups` \(4\) and `heads` \(2\)"),
         ({"control_channels": 10}, r"\[8, 16, 16\] and 10 should be multiples of `groups` \(4\)"),
         ({"heads": 3}, r"`heads` \(3\)"),
@@ -318,3 +319,13 @@ def test_a_compiled_tuner_computes_the_same() -> None:
     tuner, skip, control = learned(SCTuner(6, 4)), normal(2, 6, 5, 3), normal(2, 4, 5, 3)
     compiled = torch.compile(tuner, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(skip, control), tuner(skip, control), rtol=1e-5, atol=1e-5)
+
+
+def test_timesteps_and_controls_of_another_size_are_refused() -> None:
+    control = controller()
+    latents = normal(2, 4, 8, 8)
+    assert torch.equal(control(latents, 7)[0], control(latents, torch.tensor([7, 7]))[0])
+    with pytest.raises(ValueError, match=r"`timestep` should be one or 2, found \(3,\)"):
+        control(latents, torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match=r"`control` should have the size of `skip` \(1, 4, 3, 3\)"):
+        SCTuner(4, 4)(normal(1, 4, 3, 3), normal(1, 4, 1, 1))

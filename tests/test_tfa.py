@@ -398,3 +398,8 @@ def test_what_is_refused_changes_nothing(name: str) -> None:
     with pytest.raises(ValueError, match="found 'old'"):
         tfa.add_task("new", like="old")
     assert tfa.tasks == TASKS and set(tfa.state_dict()) == set(state) and tfa.eval().prompts.training is False
+
+
+def test_one_string_is_no_list_of_tasks() -> None:
+    with pytest.raises(ValueError, match="list of names, found the string 'ir'"):
+        TFA([8, 4], 8, tasks="ir")

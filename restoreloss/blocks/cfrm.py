@@ -23,8 +23,8 @@ class CFRM(nn.Module):
 
     Args:
         channels: C.
-        blocks: how many NAFBlocks come first (spandrel's; the authors have 1, 1 and 9 on the three levels of their
-            encoder), or a network of your own in their place, from C channels to C.
+        blocks: how many NAFBlocks come first (spandrel's, which have no second derivative; the authors have 1, 1 and 9
+            on the three levels of their encoder), or a network of your own in their place, from C channels to C.
         groups: g.
         expansion: of the channels.
 

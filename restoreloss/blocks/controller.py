@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -54,10 +55,15 @@ class Controller(nn.Module):
         super().__init__()
         last = len(multipliers) - 1
         attention = [level < last for level in range(last + 1)] if attention is None else list(attention)
-        if last < 0 or len(attention) != last + 1:
+        if not multipliers or min(layers, heads, groups) < 1:
+            raise ValueError(
+                f"`multipliers`, `layers`, `heads` and `groups` should be at least one, found {tuple(multipliers)}, "
+                f"{layers}, {heads} and {groups}."
+            )
+        if len(attention) != last + 1:
             raise ValueError(f"`attention` should be one for each of `multipliers` {tuple(multipliers)}.")
         widths = [channels * multiplier for multiplier in multipliers]
-        if any(width % groups or width % heads for width in [*widths, control_channels]):
+        if any(width % groups or width % heads for width in widths) or control_channels % groups:
             raise ValueError(
                 f"The channels {widths} and {control_channels} should be multiples of `groups` ({groups}) and `heads` "
                 f"({heads})."
@@ -98,9 +104,12 @@ class Controller(nn.Module):
                 nn.init.zeros_(silent.weight)
                 nn.init.zeros_(silent.bias)
 
-    def forward(self, latents: Tensor, timestep: Tensor) -> list[Tensor]:
+    def forward(self, latents: Tensor, timestep: Tensor | int) -> list[Tensor]:
         """(N, in_channels, h, w) and (N,) or (1,) to (N, control_channels, h, w), then half as high and wide, ..."""
-        time = self.embed_time(self.time_features(timestep.expand(len(latents))).to(latents.dtype))
+        timestep = torch.as_tensor(timestep, device=latents.device)
+        if timestep.numel() not in (1, len(latents)):
+            raise ValueError(f"`timestep` should be one or {len(latents)}, found {tuple(timestep.shape)}.")
+        time = self.embed_time(self.time_features(timestep.reshape(-1).expand(len(latents))).to(latents.dtype))
         h, maps = self.enter(latents), []
         for level, block in enumerate(self.levels):
             h, states = block(h, time)
@@ -141,7 +150,15 @@ class SCTuner(nn.Module):
             nn.init.zeros_(silent.bias)  # type: ignore[arg-type]
 
     def forward(self, skip: Tensor, control: Tensor) -> Tensor:
-        """(N, C, H, W) and (N, control_channels, H, W) to (N, C, H, W)."""
+        """(N, C, H, W) and (N, control_channels, H, W) to (N, C, H, W).
+
+        Raises:
+            ValueError: For a control of another size.
+        """
+        if control.shape[2:] != skip.shape[2:]:
+            raise ValueError(
+                f"`control` should have the size of `skip` {tuple(skip.shape)}, found {tuple(control.shape)}."
+            )
         skip = skip + self.project(control)
         edited: Tensor = skip + self.second(F.gelu(self.first(skip)))
         return edited

@@ -23,15 +23,19 @@ class TFA(nn.Module):
     picture. On the way to the next level the prompt passes a linear layer and GELU. :math:`W_l` is zero at the start:
     beside a trained decoder the adapters change nothing until they have learned to.
 
+    The loop over ``levels`` is yours, in your decoder's forward pass: DDP wraps the whole network. A ``state_dict``
+    fits a TFA with the same tasks; :meth:`load_prompts` takes prompts of any.
+
     Args:
         skips: channels of the encoder's features, in the order in which the decoder uses them: the deepest first.
         channels: of the decoder's features there; one number where all are alike.
         tasks: names to begin with. More come by :meth:`add_task`.
-        gate: of f and i. A softmax over C channels is 1 / C on average: prompts reach little, and want a learning rate
-            that is larger by about as much. "sigmoid", the gate of an LSTM, does not depend on C.
+        gate: of f and i. A softmax over C channels is 1 / C on average, so that a prompt's gradient is C / 2 times
+            smaller than under "sigmoid", the gate of an LSTM: with 512 channels prompts want a learning rate that is
+            some hundred times that of the rest.
 
     Raises:
-        ValueError: For levels that are not as many, and an unknown gate.
+        ValueError: For levels that are not as many, ``tasks`` that are one string, and an unknown gate.
 
     Example:
         >>> tfa = TFA([32, 16], [32, 32], tasks=["look", "classify"])
@@ -59,6 +63,8 @@ class TFA(nn.Module):
         widths = [channels] * len(skips) if isinstance(channels, int) else list(channels)
         if not skips or len(widths) != len(skips):
             raise ValueError(f"`channels` should be one number for each of `skips` {tuple(skips)}, found {channels}.")
+        if isinstance(tasks, str):
+            raise ValueError(f"`tasks` should be a list of names, found the string {tasks!r}.")
         if gate not in ("softmax", "sigmoid"):
             raise ValueError(f"`gate` should be 'softmax' or 'sigmoid', found {gate!r}.")
         following = [*skips[1:], None]
@@ -112,7 +118,7 @@ class TFA(nn.Module):
         if isinstance(tasks, str):
             return self._of(tasks).expand(1 if count is None else count, -1)
         if not tasks or count not in (None, len(tasks)):
-            raise ValueError(f"`tasks` should name one for each of {count} pictures, found {len(tasks)}.")
+            raise ValueError(f"`tasks` should name one for each of {count or 'the'} pictures, found {len(tasks)}.")
         return torch.stack([self._of(task) for task in tasks])
 
     def load_prompts(self, prompts: Mapping[str, Tensor]) -> None:
@@ -190,14 +196,15 @@ class TFALevel(nn.Module):
 
 
 def _pooled_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """The average over the picture of a 3x3 convolution with padding, (N, C): nine averages, and one small product.
+    """The average over the picture of a 3x3 convolution with padding, (N, C).
 
-    Both are linear, so that the convolution is never computed: of what each tap sees the average is enough.
+    Both are linear, so that the convolution is never computed: of what each tap sees the average is enough. A tap above
+    the centre sees all rows but the last, one below all but the first; so with the columns.
     """
     height, width = x.shape[2:]
-    rows = [slice(0, height - 1), slice(None), slice(1, None)]  # what the taps above, at and below a pixel see
-    columns = [slice(0, width - 1), slice(None), slice(1, None)]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    seen = torch.stack([x[:, :, row, column].sum(dim=(2, 3), dtype=wide) for row in rows for column in columns], dim=2)
-    taps = (seen / (height * width)).to(x.dtype).unflatten(2, (3, 3))
+    columns = x.sum(dim=3, dtype=torch.promote_types(x.dtype, torch.float32))
+    columns = torch.stack([columns - x[..., -1], columns, columns - x[..., 0]], dim=3)
+    total = columns.sum(dim=2)
+    seen = torch.stack([total - columns[:, :, -1], total, total - columns[:, :, 0]], dim=2)
+    taps = (seen / (height * width)).to(x.dtype)
     return F.conv2d(taps, conv.weight, conv.bias, groups=conv.groups).flatten(1)
