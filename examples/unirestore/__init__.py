@@ -1,0 +1,1 @@
+"""UniRestore: one restorer for people and several task networks."""

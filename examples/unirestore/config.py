@@ -1,0 +1,75 @@
+"""Which options has UniRestore?"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from examples.common.options import DataOptions, Degradation, RunOptions
+from examples.unirestore.adapters import AdapterName
+
+StageName = Literal["stage1", "stage2", "add-task"]
+TASKS = ("restoration", "classification", "segmentation", "detection")
+WEIGHTS = {"restoration": 10.0, "classification": 0.1, "segmentation": 0.1, "detection": 0.1}
+"""Beta of Eq. (6), those of the authors' code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DataOptions, RunOptions):
+    """One stage of UniRestore. Of ``batch`` pictures of each task a step is made.
+
+    Attributes:
+        stage: "stage1" trains CFRM, Controller and SC-Tuner on clean pictures, "stage2" the adapters and prompts of
+            ``tasks``, "add-task" a prompt for the task ``name`` and nothing else.
+        name: of the task to add.
+        after: run directory of the stage before.
+        prepared: a folder that examples.unirestore.prepare wrote: prior, references and judges.
+        prior: a latent diffusion model, a folder in the layout of Stable Diffusion or a name on the hub; the default is
+            that of ``prepared``.
+        pictures: folder of clean pictures for restoration; the default are the photographs that come with
+            scikit-image and scikit-learn.
+        tasks: of restoration, classification, segmentation, detection; all are tested.
+        train_tasks: those of them to train on; the default is all, and in stage 1 restoration.
+        task_weights: beta of Eq. (6) by task; the default is 10 for restoration and 0.1 for the others.
+        restored_too: weight of an L1 loss that restores the pictures of the other tasks for people, as in the authors'
+            code; none in the paper.
+        cfrm: restore the features of the encoder.
+        cfrm_blocks: NAFBlocks of each level; the default is 1, ..., 1, 9.
+        cfrm_weights: lambda of Eq. (2); the default is 0.1, ..., 0.1, 0.01.
+        adapter: one of examples/unirestore/adapters.py.
+        gate: of the TFA.
+        network: a restoration network in UniRestore's place, to compare it to; one of examples/common/networks.py.
+        control_channels: channels of the Controller; the default is the authors' 256.
+        steps_of_diffusion: denoising steps, 1 to 4.
+        lr: of all but prompts (AdamW).
+        prompt_lr: of prompts.
+        weight_decay: of all but prompts.
+        smallest: enlarge smaller pictures to this before they are restored; 512 in the paper.
+        unseen: test on corruptions that were not trained on as well.
+    """
+
+    stage: StageName = "stage1"
+    name: str | None = None
+    after: Path | None = None
+    prepared: Path | None = None
+    prior: Path | None = None
+    pictures: Path | None = None
+    tasks: list[str] = field(default_factory=lambda: ["restoration", "classification", "segmentation"])
+    train_tasks: list[str] | None = None
+    task_weights: dict[str, float] = field(default_factory=dict)
+    restored_too: float = 0.0
+    cfrm: bool = True
+    cfrm_blocks: list[int] | None = None
+    cfrm_weights: list[float] | None = None
+    adapter: AdapterName = "prompts"
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    network: str | None = None
+    control_channels: int = 256
+    steps_of_diffusion: int = 1
+    lr: float = 1e-4
+    prompt_lr: float = 1e-2
+    weight_decay: float = 1e-2
+    smallest: int = 0
+    unseen: bool = True
+    degradation: Degradation = "corruptions"
+    scale: int = 1
+    batch: int = 8

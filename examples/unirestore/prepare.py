@@ -1,0 +1,94 @@
+"""Which networks does UniRestore begin with? All that a small run needs, trained one after the other.
+
+    python -m examples.unirestore.prepare --out runs/prepared
+
+In the folder, each a run directory that goes on after a stop:
+
+========== ==============================================================================================
+TASK_hq    the task network, trained on clean pictures: what UniRestore is trained for
+TASK_judge another of other pictures and chance, for the evaluation alone: a recogniser it has not seen
+prior      an autoencoder and a diffusion model in its latents, in the layout of Stable Diffusion
+========== ==============================================================================================
+
+On large pictures the prior is Stable Diffusion: ``--train_prior false`` here, and ``--prior`` for
+examples.unirestore.train.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from examples.common import command_line
+from examples.common.options import DataOptions, Degradation, RunOptions, shared
+from examples.common.train_prior import PriorConfig, PriorTrainer
+from examples.sr4ir.config import Config as TaskConfig
+from examples.sr4ir.train import Trainer as TaskTrainer
+from examples.unirestore.data import mixed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DataOptions, RunOptions):
+    """All networks of the tasks.
+
+    Attributes:
+        tasks: those with a recogniser.
+        pictures: folder of clean pictures for restoration.
+        train_prior: also a small latent diffusion model.
+        prior_steps: of its autoencoder; the diffusion model takes twice as many.
+        recogniser: "small", "paper" or, for classification, "timm/NAME".
+        judge: the recogniser of the evaluation.
+        h_optimizer: of the task networks, "sgd" (momentum 0.9, weight decay 1e-4) or "adamw".
+        h_lr: their learning rate.
+    """
+
+    tasks: list[str] = field(default_factory=lambda: ["classification", "segmentation", "detection"])
+    pictures: Path | None = None
+    train_prior: bool = True
+    prior_steps: int = 1000
+    degradation: Degradation = "corruptions"
+    scale: int = 1
+    recogniser: str = "small"
+    judge: str = "small"
+    h_optimizer: Literal["sgd", "adamw"] = "adamw"
+    h_lr: float = 2e-3
+
+
+def prepare(config: Config) -> None:
+    """Train what is not there yet.
+
+    Raises:
+        ValueError: Without a task, or for ``task``, of which ``tasks`` is the list.
+    """
+    if not config.tasks or config.task != Config.task:
+        raise ValueError(f"`tasks` should list at least one task, found {config.tasks}, and `task` {config.task!r}.")
+    options = shared(config)
+    for task in config.tasks:
+        known: Any = task
+        settings = TaskConfig(
+            **{**options, "task": known, "out": config.out / f"{task}_hq"}, method="oracle",
+            recogniser=config.recogniser, h_optimizer=config.h_optimizer, h_lr=config.h_lr,
+        )  # fmt: skip
+        TaskTrainer(settings).run()
+        judge = replace(settings, out=config.out / f"{task}_judge", seed=config.seed + 1000, recogniser=config.judge)
+        TaskTrainer(replace(judge, steps=2 * config.steps)).run()
+    if config.train_prior:
+        train_prior(config, config.out / "prior")
+
+
+def train_prior(config: Config, out: Path) -> None:
+    """A small latent diffusion model of the pictures of all tasks, with two levels of features to restore."""
+    if (out / "prompt.safetensors").exists():
+        return
+    options = {**shared(config), "out": out, "steps": config.prior_steps}
+    trainer = PriorTrainer(PriorConfig(**options, levels=3), mixed(["restoration", *config.tasks], config))
+    trainer.run()
+    if trainer.main:
+        trainer.save_pretrained()
+
+
+def main() -> None:
+    command_line.run(Config, prepare, __doc__)
+
+
+if __name__ == "__main__":
+    main()

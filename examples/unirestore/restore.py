@@ -1,0 +1,97 @@
+"""How are a folder's pictures restored by a trained UniRestore, for people or for a task network?
+
+    python -m examples.unirestore.restore --run runs/stage2 --task restoration PICTURES OUT
+    python -m examples.unirestore.restore --run runs/stage2 --prompts runs/det/prompts.safetensors --task detection ...
+
+Every picture below the folder is written to OUT under its name, as PNG; a second one of a name, ``a.png`` beside
+``a.jpg``, as ``a.png.png``. What cannot be read is named and skipped.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml  # type: ignore[import-untyped, unused-ignore]
+from torch import Tensor
+
+from examples.common.batches import chance
+from examples.common.folder import restore_folder
+from examples.unirestore.model import UniRestore
+from examples.unirestore.train import FILE
+
+
+def load_run(run: Path, prior: Path | str | None = None) -> tuple[UniRestore, int]:
+    """The restorer of a finished run of examples.unirestore.train, in eval mode, and the side that smaller pictures are
+    enlarged to.
+
+    Args:
+        run: its directory.
+        prior: the latent diffusion model, where it is no longer where the run found it.
+
+    Raises:
+        ValueError: If the folder is none.
+    """
+    for name in ("config.yaml", f"{FILE}.safetensors"):
+        if not (run / name).is_file():
+            raise ValueError(f"{run} should be a finished run of examples.unirestore.train, found no {name} in it.")
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    if settings["network"] is not None:
+        raise ValueError(f"{run} should be a run of UniRestore, found one of {settings['network']}.")
+    if prior is None:
+        prior = settings["prior"] or Path(settings["prepared"]) / "prior"
+    first = settings["stage"] == "stage1"
+    model = UniRestore.from_pretrained(
+        prior, trained=run / f"{FILE}.safetensors", steps=settings["steps_of_diffusion"], cfrm=settings["cfrm"],
+        cfrm_blocks=settings["cfrm_blocks"], adapter=None if first else settings["adapter"], gate=settings["gate"],
+        control_channels=settings["control_channels"],
+        tasks=() if first or settings["adapter"] == "prompts" else settings["tasks"],
+    )  # fmt: skip
+    return model.eval().requires_grad_(False), int(settings["smallest"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--run", type=Path, required=True, help="of examples.unirestore.train")
+    parser.add_argument("--task", default="restoration", help="what the pictures are for")
+    parser.add_argument("--prompts", type=Path, action="append", default=[], help="of a task that was added")
+    parser.add_argument("--prior", help="the latent diffusion model, if it has moved")
+    parser.add_argument("--steps", type=int, help="of the diffusion, 1 to 4")
+    parser.add_argument("--smallest", type=int, help="enlarge smaller pictures; the default is that of the run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        if options.seed < 0:
+            raise ValueError(f"`seed` should be at least 0, found {options.seed}.")
+        model, smallest = load_run(options.run, options.prior)
+        for file in options.prompts:
+            model.load_prompts(file)
+        if model.tasks and options.task not in model.tasks:
+            raise ValueError(f"`task` should be one of {', '.join(model.tasks)}, found {options.task!r}.")
+        model.timesteps(options.steps)
+    except ValueError as error:
+        parser.error(str(error))
+    model.to(options.device)
+    if options.smallest is not None:
+        smallest = options.smallest
+
+    def restore(picture: Tensor, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(chance(options.seed, number))
+        restored: Tensor = model.restore(
+            picture.to(options.device), options.task, steps=options.steps, smallest=smallest, generator=generator
+        )
+        return restored
+
+    try:
+        restore_folder(options.pictures, options.out, restore)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
