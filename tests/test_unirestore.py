@@ -573,9 +573,12 @@ def test_folders_of_stable_diffusion_are_read(tmp_path: Path) -> None:
 def test_every_adapter_is_used_alike(name: AdapterName, tmp_path: Path) -> None:
     tasks, skips, widths = ["look", "classify", "segment"], (8, 6), (5, 7)
     torch.manual_seed(0)
-    adapters = build_adapters(name, skips, widths, tasks, "softmax")
+    adapters = build_adapters(name, skips, widths, tasks, "softmax").double()
     assert adapters.tasks == tuple(tasks) and len(adapters.levels) == 2
-    given = [(normal(4, 5, 3, 4), normal(4, 8, 3, 4, seed=1)), (normal(4, 7, 6, 8), normal(4, 6, 6, 8, seed=1))]
+    given = [
+        (normal(4, 5, 3, 4).double(), normal(4, 8, 3, 4, seed=1).double()),
+        (normal(4, 7, 6, 8).double(), normal(4, 6, 6, 8, seed=1).double()),
+    ]
 
     def run(named: Any, rows: slice = slice(None)) -> list[Tensor]:
         parts = [(decoded[rows], skip[rows]) for decoded, skip in given]
@@ -600,7 +603,7 @@ def test_every_adapter_is_used_alike(name: AdapterName, tmp_path: Path) -> None:
     assert len({value.data_ptr() for value in saved.values()}) == len(saved) == len(list(adapters.parameters()))
     save_file(saved, tmp_path / "adapters.safetensors")
     torch.manual_seed(1)
-    again = build_adapters(name, skips, widths, tasks, "softmax")
+    again = build_adapters(name, skips, widths, tasks, "softmax").double()
     again.load_state_dict(load_file(tmp_path / "adapters.safetensors"))
     adapters = again
     assert all(map(torch.equal, run(mixed), together))
