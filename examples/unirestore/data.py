@@ -51,7 +51,10 @@ def _clean(config: Any) -> tuple[TaskData, TaskData]:
 
 
 class Mixed:
-    """The pictures of several tasks in turn, without their labels: what a prior is trained on."""
+    """The pictures of several tasks in turn, without their labels: what a prior is trained on.
+
+    Each task begins elsewhere: generated tasks have the same pictures, and a batch of them thrice would teach less.
+    """
 
     task: Task = "classification"
     class_names: tuple[str, ...] = ("picture",)
@@ -64,7 +67,8 @@ class Mixed:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None:
         place, part = divmod(index, len(self.parts))
-        sample = self.parts[part][place]
+        each = len(self) // len(self.parts)
+        sample = self.parts[part][(place + part * each // len(self.parts)) % each]
         return None if sample is None else (sample[0], torch.tensor(0))
 
 
