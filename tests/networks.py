@@ -9,7 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DiTTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection import FasterRCNN
@@ -62,6 +69,37 @@ def tiny_conditional_unet(**options: Any) -> UNet2DConditionModel:
         "attention_head_dim": 4,
     }
     return UNet2DConditionModel(**{**defaults, **options})
+
+
+@_same_weights_every_time
+def tiny_transformer(kind: str, **options: Any) -> nn.Module:
+    """Of 3 blocks, with patches of 2x2 pixels and random weights throughout; a "DiT", "PixArt" or "SD3".
+
+    ``options`` are those of the class in diffusers.
+    """
+    common = {"in_channels": 3, "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 4, "patch_size": 2}
+    each: dict[str, tuple[Any, dict[str, Any]]] = {
+        "DiT": (DiTTransformer2DModel, {"sample_size": 8, "num_embeds_ada_norm": 5, "norm_num_groups": 1}),
+        "PixArt": (
+            PixArtTransformer2DModel,
+            {
+                "sample_size": 8, "cross_attention_dim": 8, "caption_channels": 6, "norm_num_groups": 1,
+                "out_channels": 6,
+            },
+        ),
+        "SD3": (
+            SD3Transformer2DModel,
+            {
+                "sample_size": 8, "joint_attention_dim": 6, "caption_projection_dim": 8, "pooled_projection_dim": 5,
+                "out_channels": 3, "pos_embed_max_size": 16,
+            },
+        ),
+    }  # fmt: skip
+    network, own = each[kind]
+    model: nn.Module = network(**{**common, **own, **options})
+    for parameter in model.parameters():  # the gates of a fresh transformer are zero: it is no function of its input
+        nn.init.normal_(parameter, std=0.3)
+    return model
 
 
 @_same_weights_every_time

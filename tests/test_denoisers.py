@@ -17,7 +17,7 @@ from torch import nn
 
 from restoreloss import NoiseSchedule, as_denoiser
 from restoreloss.diffusion.latents import LatentEncoder
-from tests.networks import guided_unet, tiny_autoencoder, tiny_conditional_unet, tiny_unet
+from tests.networks import guided_unet, tiny_autoencoder, tiny_conditional_unet, tiny_transformer, tiny_unet
 
 T = torch.tensor([3, 700])
 
@@ -45,22 +45,36 @@ class Case:
     conditioning: Any = None
 
     @property
+    def is_transformer(self):
+        return hasattr(self.model, "transformer_blocks")
+
+    @property
     def middle(self):
+        if self.is_transformer:
+            return self.model.transformer_blocks[1]  # of three
         return getattr(self.model, "mid_block", None) or self.model.middle_block
 
     @property
     def decoder(self):
+        if self.is_transformer:
+            return self.model.transformer_blocks[2]
         return (getattr(self.model, "up_blocks", None) or self.model.output_blocks)[0]
 
     def direct(self, noisy, t):
         """The noise of a direct call, cut to the channels of the image by hand, and what the middle put out."""
         seen = []
         handle = self.middle.register_forward_hook(lambda module, args, output: seen.append(output))
-        output = self.model(noisy, t, **self.arguments)
+        if self.is_transformer:
+            output = self.model(noisy, timestep=t, **self.arguments)
+        else:
+            output = self.model(noisy, t, **self.arguments)
         handle.remove()
         output = getattr(output, "sample", output)
         output = output[0] if isinstance(output, tuple) else output
-        return output[:, :3], seen[0]
+        h = seen[0][1] if isinstance(seen[0], tuple) else seen[0]
+        if self.is_transformer:  # tokens of 2x2 pixels, row by row
+            h = torch.stack([h[:, 4 * row : 4 * row + 4].transpose(1, 2) for row in range(4)], dim=2)
+        return output[:, :3], h
 
 
 def wrap(case):
@@ -79,6 +93,8 @@ def sdxl_case(rows):
     )
 
 
+CAPTION, POOLED = randn(1, 4, 6, seed=3), randn(1, 5, seed=4)
+CAPTION_2 = CAPTION.expand(2, -1, -1)
 STATES_1 = STATES[:1].expand(2, -1, -1)
 CASES = {
     "diffusers": lambda: Case(tiny_unet(), {}),
@@ -100,13 +116,21 @@ CASES = {
     ),
     "conditional, nested mapping of one row": lambda: sdxl_case(1),
     "conditional, nested mapping of rows": lambda: sdxl_case(2),
+    "DiT": lambda: Case(tiny_transformer("DiT"), {"class_labels": LABELS}, LABELS),
+    "DiT, one label": lambda: Case(tiny_transformer("DiT"), {"class_labels": LABELS[1:].expand(2)}, LABELS[1:]),
+    "PixArt": lambda: Case(tiny_transformer("PixArt"), {"encoder_hidden_states": CAPTION_2}, CAPTION),
+    "SD3": lambda: Case(
+        tiny_transformer("SD3"),
+        {"encoder_hidden_states": CAPTION_2, "pooled_projections": POOLED.expand(2, -1)},
+        {"encoder_hidden_states": CAPTION, "pooled_projections": POOLED},
+    ),
     "guided": lambda: Case(guided_unet(), {}),
     "guided, not checkpointed": lambda: Case(guided_unet(use_checkpoint=False), {}),
     "guided, one label": lambda: Case(guided_unet(num_classes=5), {"y": LABELS[1:].expand(2)}, LABELS[1:]),
     "guided, labels": lambda: Case(guided_unet(num_classes=5), {"y": LABELS}, LABELS),
     "guided, fork that returns h": lambda: Case(guided_unet(returns_bottleneck=True), {}),
 }
-KINDS = ("diffusers", "conditional, one row", "guided", "guided, fork that returns h")
+KINDS = ("diffusers", "conditional, one row", "guided", "guided, fork that returns h", "SD3")
 
 
 @pytest.fixture(params=CASES)
@@ -455,8 +479,8 @@ def test_a_real_pipeline_is_refused():
 
 
 def test_a_schedule_that_is_none_is_refused():
-    with pytest.raises(ValueError, match=r"`alphas_cumprod`.*found FlowMatchEulerDiscreteScheduler"):
-        as_denoiser(tiny_unet(), diffusers.FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match=r"`alphas_cumprod`.*found EDMEulerScheduler"):
+        as_denoiser(tiny_unet(), diffusers.EDMEulerScheduler())
 
 
 def test_a_refused_model_gets_no_hook():
@@ -479,8 +503,8 @@ def test_a_denoiser_is_returned_as_it_is_and_takes_no_second_schedule_or_conditi
     denoiser = as_denoiser(sine, NoiseSchedule.cosine())
     assert as_denoiser(denoiser) is denoiser
     assert as_denoiser(denoiser, denoiser.schedule) is denoiser
-    for options in ({"schedule": NoiseSchedule.linear()}, {"conditioning": STATES}):
-        with pytest.raises(ValueError, match="is a Denoiser, which has its schedule and conditioning already"):
+    for options in ({"schedule": NoiseSchedule.linear()}, {"conditioning": STATES}, {"bottleneck": "mid"}):
+        with pytest.raises(ValueError, match="is a Denoiser, which has its schedule, conditioning and bottleneck"):
             as_denoiser(denoiser, **options)
 
 

@@ -5,13 +5,14 @@ import math
 import pickle
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from restoreloss import NoiseLevels, NoiseSchedule, partial_diffusion
+from restoreloss import FlowLevels, NoiseLevels, NoiseSchedule, as_denoiser, partial_diffusion
 
 TYPES = ("residual", "epsilon", "sample")
 
@@ -33,15 +34,20 @@ def answer(schedule: NoiseSchedule, x: Tensor, noise: Tensor, t: int) -> Tensor:
     """What a model of this prediction type says who knows, in float64."""
     abar = float(schedule.alphas_cumprod[t].double())
     signal, sigma = math.sqrt(abar), math.sqrt(1 - abar)
-    if isinstance(schedule, NoiseLevels):
-        signal, sigma = 1.0, float(schedule.sigma[t].double())
-    answers = {"residual": sigma * noise, "epsilon": noise, "sample": x, "v_prediction": signal * noise - sigma * x}
+    if isinstance(schedule, NoiseLevels | FlowLevels):
+        sigma = float(schedule.sigma[t].double())
+        signal = 1.0 if isinstance(schedule, NoiseLevels) else 1 - sigma
+    answers = {
+        "residual": sigma * noise, "epsilon": noise, "sample": x, "v_prediction": signal * noise - sigma * x,
+        "flow_prediction": noise - x,
+    }  # fmt: skip
     return answers[schedule.prediction_type]
 
 
 SCHEDULES = [
     *(NoiseLevels.ir_sde(prediction_type=kind) for kind in TYPES),
-    *(NoiseSchedule.linear(prediction_type=kind) for kind in (*TYPES, "v_prediction")),
+    *(NoiseSchedule.linear(prediction_type=kind) for kind in (*TYPES, "v_prediction", "flow_prediction")),
+    *(FlowLevels.uniform(100, shift=2.0, prediction_type=kind) for kind in (*TYPES, "flow_prediction")),
 ]
 
 
@@ -198,3 +204,86 @@ def test_any_table_that_does_not_fall_will_do(table: Any) -> None:
 def test_what_cannot_be_is_refused(build: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+# flow matching
+
+
+@pytest.mark.parametrize("options", [{}, {"shift": 3.0}, {"num_train_timesteps": 50, "shift": 0.5}])
+def test_the_levels_of_a_flow_are_those_of_the_scheduler(options: dict[str, Any]) -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**options)
+    told, sigmas = scheduler.timesteps.flip(0).clone(), scheduler.sigmas.flip(0).clone()
+    scheduler.set_timesteps(7)  # leaves what it was trained with
+    levels = FlowLevels.from_diffusers(scheduler)
+    assert levels.num_timesteps == len(told) and levels.prediction_type == "flow_prediction"
+    torch.testing.assert_close(levels.sigma, sigmas)
+    torch.testing.assert_close(levels.signal, 1 - sigmas)
+    every = torch.arange(len(told))
+    scale = options.get("num_train_timesteps", 1000)
+    torch.testing.assert_close(levels.model_time(every) / levels.time_scale * scale, told)
+    x, noise = normal(3, 2, 4), normal(3, 2, 4, seed=1)
+    t = torch.tensor([0, 20, len(told) - 1])
+    torch.testing.assert_close(levels.add_noise(x, noise, t), scheduler_mix(x, noise, sigmas[t]), rtol=1e-6, atol=1e-6)
+    dynamic = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    torch.testing.assert_close(FlowLevels.from_diffusers(dynamic).sigma, torch.arange(1, 1001) / 1000)
+
+
+def scheduler_mix(x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    level = sigma.double()[:, None, None]
+    return (1 - level) * x + level * noise
+
+
+@pytest.mark.parametrize(("t", "s"), [(5, 2), (99, 98), (60, 0), (1, 0)])
+def test_the_posterior_of_a_flow_is_that_of_two_gaussians(t: int, s: int) -> None:
+    """x_t = a x_s + noise with a = (1 - t)/(1 - s), so that all of its noise has the variance of level t."""
+    levels = FlowLevels.uniform(101)
+    of_t, of_s = (t + 1) / 101, (s + 1) / 101
+    a = (1 - of_t) / (1 - of_s)
+    step = of_t**2 - a**2 * of_s**2
+    x_t, x0 = normal(2, 3), normal(2, 3, seed=1)
+    precision = a**2 / step + 1 / of_s**2
+    mean = (a * x_t / step + (1 - of_s) * x0 / of_s**2) / precision
+    found, deviation = levels.posterior(x_t, x0, t, s)
+    torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(deviation.double(), torch.full((2, 1), precision**-0.5).double(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_of_a_flow_is_told_its_level_and_read_as_a_velocity() -> None:
+    levels, told = FlowLevels.uniform(shift=3.0), []
+
+    def velocity(x_s: Tensor, time: Tensor) -> Tensor:
+        told.append(time)
+        return 0.5 * x_s
+
+    noisy, t = normal(2, 3, 4, 4, dtype=torch.float32), torch.tensor([0, 700])
+    denoiser = as_denoiser(velocity, levels)
+    s = torch.tensor([3 / 1002, 3 * 701 / (1000 + 2 * 701)])
+    found = denoiser(noisy, t)
+    torch.testing.assert_close(told[0], 1000 * s)
+    torch.testing.assert_close(found, noisy + (1 - s)[:, None, None, None] * 0.5 * noisy)
+    assert torch.equal(denoiser(noisy, t, native=True), 0.5 * noisy)
+    assert isinstance(as_denoiser(velocity, diffusers.FlowMatchEulerDiscreteScheduler()).schedule, FlowLevels)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FlowLevels([0.0, 0.5]), r"`levels` should rise within \(0, 1\], found values from 0 to 0.5"),
+        (lambda: FlowLevels([0.5, 0.4]), "should rise"),
+        (lambda: FlowLevels([0.5, 1.1]), "should rise"),
+        (lambda: FlowLevels([math.nan]), "should rise"),
+        (lambda: FlowLevels([]), "a table of shape"),
+        (lambda: FlowLevels([0.5], prediction_type="v_prediction"), "`prediction_type`.*found 'v_prediction'"),
+        (lambda: FlowLevels.uniform(0), "`num_timesteps`.*found 0"),
+        (lambda: FlowLevels.uniform(10, shift=0.0), "`shift` should be above 0"),
+        (lambda: FlowLevels.from_diffusers(diffusers.DDPMScheduler()), "found DDPMScheduler"),
+        (
+            lambda: FlowLevels.from_diffusers(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)),
+            "without `invert_sigmas`",
+        ),
+        (lambda: NoiseLevels([0.0, 0.5], prediction_type="flow_prediction"), "residual, epsilon or sample"),
+    ],
+)  # fmt: skip
+def test_levels_that_are_none_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

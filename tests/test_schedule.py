@@ -271,7 +271,7 @@ def test_schedulers_that_are_not_variance_preserving_are_refused(scheduler):
 
 def test_a_flow_prediction_is_refused_though_its_scheduler_has_a_table():
     source = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    with pytest.raises(ValueError, match="found DPMSolverMultistepScheduler. Flow-matching"):
+    with pytest.raises(ValueError, match="found DPMSolverMultistepScheduler. Flow matching has FlowLevels"):
         NoiseSchedule.from_diffusers(source)
 
 

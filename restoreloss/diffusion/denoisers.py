@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from restoreloss.diffusion.levels import FlowLevels, is_flow_matching
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.diffusion.weights import reference_weight
 
@@ -32,29 +33,30 @@ class _Tap:
     fires. While nobody asks it does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, part: int) -> None:
+        self.part = part  # of an output that is a tuple
         self.wanted: dict[int, bool] = {}  # thread -> stop there?
         self.taken: dict[int, Tensor] = {}
 
     @classmethod
-    def on(cls, bottleneck: nn.Module) -> "_Tap":
+    def on(cls, bottleneck: nn.Module, part: int) -> "_Tap":
         """The tap of this module: one serves every denoiser that is made of it."""
         hooks = bottleneck._forward_hooks.values()
-        tap = next((hook for hook in hooks if isinstance(hook, cls)), None)
+        tap = next((hook for hook in hooks if isinstance(hook, cls) and hook.part == part), None)
         if tap is None:
-            tap = cls()
+            tap = cls(part)
             bottleneck.register_forward_hook(tap)
         return tap
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         key = _thread()
         if key in self.wanted:
-            self.taken[key] = output[0] if isinstance(output, tuple) else output
+            self.taken[key] = output[self.part] if isinstance(output, tuple) else output
             if self.wanted[key]:
                 raise _Reached
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"wanted": {}, "taken": {}}  # a copy is made between calls, and belongs to none
+        return {"part": self.part, "wanted": {}, "taken": {}}  # a copy is made between calls, and belongs to none
 
 
 _COMPILED = 0
@@ -75,9 +77,13 @@ class Denoiser(nn.Module):
         schedule: the :class:`NoiseSchedule` it was trained with.
         conditioning: fixed for every call, see :func:`as_denoiser`.
         conditioning_name: the keyword for a conditioning tensor; None passes it third.
+        time_name: the keyword for the timesteps; None passes them second.
         bottleneck: the layer of ``model`` whose output is the h-space.
+        part: which part of that output, where it is a tuple.
+        patch: the pixels along one side of a token; tokens (N, h w, C) then become a map (N, C, h, w).
         has_bottleneck: True, False, or None where only a call can tell (plain callables).
         multiple: what height and width must be multiples of.
+        square: whether it reads square images only.
         in_channels: the channels it reads, or None where that is not known.
 
     Example:
@@ -97,18 +103,25 @@ class Denoiser(nn.Module):
         *,
         conditioning: Conditioning | None = None,
         conditioning_name: str | None = None,
+        time_name: str | None = None,
         bottleneck: nn.Module | None = None,
+        part: int = 0,
+        patch: int | None = None,
         has_bottleneck: bool | None = None,
         multiple: int = 1,
+        square: bool = False,
         in_channels: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.schedule = schedule
         self.multiple = multiple
+        self.square = square
         self.in_channels = in_channels
         self.has_bottleneck = has_bottleneck
         self._conditioning_name = conditioning_name
+        self._time_name = time_name
+        self._patch = patch
         weight = reference_weight(self)
         if weight is not None and weight.device != schedule.signal.device:
             self.schedule = copy.deepcopy(schedule).to(weight.device)  # once, rather than at every call
@@ -116,14 +129,15 @@ class Denoiser(nn.Module):
         self._conditioning = _map_tensors(
             lambda v: v.detach() if weight is None else v.detach().to(weight.device), conditioning
         )
-        self._tap = None if bottleneck is None else _Tap.on(bottleneck)
+        self._tap = None if bottleneck is None else _Tap.on(bottleneck, part)
 
-    def forward(self, noisy: Tensor, t: Tensor | int) -> Tensor:
+    def forward(self, noisy: Tensor, t: Tensor | int, *, native: bool = False) -> Tensor:
         """The predicted noise.
 
         Args:
             noisy: x_t in the range the model was trained on, float (N, C, H, W).
             t: timesteps in [0, T), shape (N,), or one for all.
+            native: what the model itself predicts, be it noise, velocity or image.
 
         Returns:
             The noise in the shape and dtype of ``noisy``, whatever the model predicts and computes in.
@@ -132,9 +146,9 @@ class Denoiser(nn.Module):
             ValueError: If the shape, the device or a timestep does not fit the model.
         """
         t = self._check(noisy, t)
-        return self._noise(self._run(noisy, t), noisy, t)
+        return self._noise(self._run(noisy, t), noisy, t, native)
 
-    def with_bottleneck(self, noisy: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
+    def with_bottleneck(self, noisy: Tensor, t: Tensor | int, *, native: bool = False) -> tuple[Tensor, Tensor]:
         """The predicted noise and the h-space of the same pass (arguments as in :meth:`forward`).
 
         Raises:
@@ -143,9 +157,9 @@ class Denoiser(nn.Module):
         t = self._check(noisy, t)
         if self._tap is None:
             output = self._run(noisy, t)
-            return self._noise(output, noisy, t), self._second(output, noisy)
+            return self._noise(output, noisy, t, native), self._second(output, noisy)
         output, h = self._tapped(noisy, t, stop=False)
-        return self._noise(output, noisy, t), h
+        return self._noise(output, noisy, t, native), h
 
     def bottleneck(self, noisy: Tensor, t: Tensor | int) -> Tensor:
         """The h-space alone; a U-Net stops there and its decoder is never run (arguments as in :meth:`forward`).
@@ -177,21 +191,31 @@ class Denoiser(nn.Module):
                 "The model ran without passing its bottleneck. If it was compiled and called before it was wrapped, "
                 "wrap it first: hooks set after the first compiled call never fire."
             )
-        return output, _check_rows(h, noisy)
+        return output, self._as_map(_check_rows(h, noisy), noisy)
+
+    def _as_map(self, h: Tensor, noisy: Tensor) -> Tensor:
+        """Tokens (N, h w, C) as a map (N, C, h, w)."""
+        if self._patch is None or h.ndim != 3:
+            return h
+        rows, columns = (side // self._patch for side in noisy.shape[-2:])
+        return h.transpose(1, 2).reshape(len(h), -1, rows, columns)
 
     def _run(self, noisy: Tensor, t: Tensor) -> Any:
         weight = reference_weight(self)
         dtype = noisy.dtype if weight is None else weight.dtype
         conditioning = _rows(self._conditioning, like=noisy, dtype=dtype)
-        if conditioning is None:
-            return self.model(noisy.to(dtype), t)
-        if isinstance(conditioning, dict):
-            return self.model(noisy.to(dtype), t, **conditioning)
-        if self._conditioning_name is None:
-            return self.model(noisy.to(dtype), t, conditioning)
-        return self.model(noisy.to(dtype), t, **{self._conditioning_name: conditioning})
+        given: list[Any] = [noisy.to(dtype)]
+        named: dict[str, Any] = {}
+        for name, value in ((self._time_name, self.schedule.model_time(t)), (self._conditioning_name, conditioning)):
+            if isinstance(value, dict):
+                named |= value
+            elif name is not None and value is not None:
+                named[name] = value
+            elif value is not None:
+                given.append(value)
+        return self.model(*given, **named)
 
-    def _noise(self, output: Any, noisy: Tensor, t: Tensor) -> Tensor:
+    def _noise(self, output: Any, noisy: Tensor, t: Tensor, native: bool) -> Tensor:
         prediction = prediction_in(output)
         channels = noisy.shape[1]
         if prediction.ndim == noisy.ndim and prediction.shape[1] == 2 * channels:
@@ -201,15 +225,16 @@ class Denoiser(nn.Module):
                 f"The denoiser should return the shape of its input {tuple(noisy.shape)} (or twice its channels, with "
                 f"a learned variance), found {tuple(prediction.shape)}."
             )
-        return self.schedule.to_noise(prediction.to(noisy.dtype), noisy, t)
+        prediction = prediction.to(noisy.dtype)
+        return prediction if native else self.schedule.to_noise(prediction, noisy, t)
 
     def _second(self, output: Any, noisy: Tensor) -> Tensor:
         if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Tensor):
             return _check_rows(output[1], noisy)
         raise ValueError(
             f"{type(self.model).__name__} has no bottleneck: expected a `mid_block` (diffusers), a `middle_block` "
-            "(guided-diffusion) or a callable that returns (noise, h), found none of them. Leave the h-space out "
-            "(h_space_weight=0), or return (noise, h)."
+            "(guided-diffusion) or a callable that returns (noise, h), found none of them. Name a layer "
+            "(as_denoiser(..., bottleneck=...)), leave the h-space out (h_space_weight=0), or return (noise, h)."
         )
 
     def check_input(self, image: Tensor, name: str = "noisy") -> None:
@@ -232,6 +257,8 @@ class Denoiser(nn.Module):
                 f"`noisy` should have height and width that are multiples of {self.multiple} for this denoiser, found "
                 f"{height}x{width}."
             )
+        if self.square and height != width:
+            raise ValueError(f"`noisy` should be square for {type(self.model).__name__}, found {height}x{width}.")
         return self.schedule.expand_timestep(t, noisy).clone()  # a model may change its own
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Denoiser":
@@ -241,7 +268,11 @@ class Denoiser(nn.Module):
 
 
 def as_denoiser(
-    model: Callable[..., Any], schedule: Any = None, *, conditioning: Conditioning | None = None
+    model: Callable[..., Any],
+    schedule: Any = None,
+    *,
+    conditioning: Conditioning | None = None,
+    bottleneck: str | None = None,
 ) -> Denoiser:
     """Wrap any diffusion model as a :class:`Denoiser`.
 
@@ -251,6 +282,9 @@ def as_denoiser(
     diffusers UNet2DModel                        ``mid_block``       class labels (1,) or (N,)
     diffusers UNet2DConditionModel               ``mid_block``       hidden states (1 or N, L, D), or keywords
     guided-diffusion U-Net (or its (out, h) fork) ``middle_block``   ``y``, class labels (1,) or (N,)
+    diffusers DiTTransformer2DModel              middle of the       class labels (1,) or (N,)
+    diffusers PixArtTransformer2DModel           middle of the       hidden states (1 or N, L, D), or keywords
+    diffusers SD3Transformer2DModel              middle of the       keywords
     ``f(x_t, t)``                                none                third argument, or keywords
     ``f(x_t, t)`` that returns (noise, h)        h                   third argument, or keywords
     ============================================ =================== ==========================================
@@ -262,9 +296,12 @@ def as_denoiser(
     Args:
         model: one of the above. A function that closes over a network keeps that network's gradients: freeze it.
         schedule: a :class:`NoiseSchedule`, a diffusers scheduler or a table of ``alphas_cumprod``; its
-            ``prediction_type`` says how the model's output is read. Default: the linear schedule of DDPM and ADM.
+            ``prediction_type`` says how the model's output is read. Default: the linear schedule of DDPM, ADM and DiT;
+            :class:`FlowLevels` for Stable Diffusion 3.
         conditioning: fixed for every call; tensors with one row are expanded to the batch. A mapping is passed as
-            keyword arguments (``{"encoder_hidden_states": ..., "added_cond_kwargs": {...}}`` for SDXL).
+            keyword arguments (``{"encoder_hidden_states": ..., "added_cond_kwargs": {...}}`` for SDXL,
+            ``{"encoder_hidden_states": ..., "pooled_projections": ...}`` for Stable Diffusion 3).
+        bottleneck: name of the layer whose output is the h-space, as in ``model.named_modules()``. Default: as above.
 
     Returns:
         The denoiser; a ``Denoiser`` is returned as it is.
@@ -280,10 +317,11 @@ def as_denoiser(
         (torch.Size([2, 3, 4, 4]), torch.Size([2, 3]))
     """
     if isinstance(model, Denoiser):
-        if conditioning is not None or (schedule is not None and schedule is not model.schedule):
+        given = conditioning is not None or bottleneck is not None
+        if given or (schedule is not None and schedule is not model.schedule):
             raise ValueError(
-                "`model` is a Denoiser, which has its schedule and conditioning already: give them to `as_denoiser` "
-                "with the bare model instead."
+                "`model` is a Denoiser, which has its schedule, conditioning and bottleneck already: give them to "
+                "`as_denoiser` with the bare model instead."
             )
         return model
     if hasattr(model, "unet") and hasattr(model, "scheduler"):
@@ -299,6 +337,7 @@ def as_denoiser(
     is_network = isinstance(inner, nn.Module)
     if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ValueError(f"`model` should be a bare network, found a {type(inner).__name__}: pass its `.module`.")
+    layer = None if bottleneck is None else _layer_of(inner, bottleneck)
     if is_network and _is_layer(getattr(inner, "mid_block", "absent")):
         _check_diffusers_conditioning(inner, conditioning)
         if schedule is None and _is_conditional(inner):
@@ -314,8 +353,8 @@ def as_denoiser(
             as_schedule(schedule),
             conditioning=conditioning,
             conditioning_name="encoder_hidden_states" if _is_conditional(inner) else "class_labels",
-            bottleneck=inner.mid_block,
-            has_bottleneck=inner.mid_block is not None,
+            bottleneck=layer or inner.mid_block,
+            has_bottleneck=(layer or inner.mid_block) is not None,
             multiple=2 ** sum(downsampler is not None for downsampler in downsamplers),
             in_channels=getattr(getattr(inner, "config", None), "in_channels", None),
         )
@@ -328,16 +367,81 @@ def as_denoiser(
             as_schedule(schedule),
             conditioning=conditioning,
             conditioning_name="y",
-            bottleneck=inner.middle_block,
-            has_bottleneck=inner.middle_block is not None,
+            bottleneck=layer or inner.middle_block,
+            has_bottleneck=(layer or inner.middle_block) is not None,
             multiple=2 ** sum(map(_downsamples, getattr(inner, "input_blocks", ()))),
             in_channels=getattr(inner, "in_channels", None),
         )
-    return Denoiser(model, as_schedule(schedule), conditioning=conditioning)
+    if is_network and type(inner).__name__ in TRANSFORMERS:
+        return _transformer(model, inner, schedule, conditioning, layer)
+    if type(inner).__name__.startswith("Flux"):
+        raise ValueError(
+            f"`model` should be wrapped in a function f(x_t, t) for {type(inner).__name__}, which wants packed tokens "
+            "and their positions: docs/priors.md has one."
+        )
+    has_bottleneck = None if layer is None else True
+    return Denoiser(
+        model, as_schedule(schedule), conditioning=conditioning, bottleneck=layer, has_bottleneck=has_bottleneck
+    )
+
+
+TRANSFORMERS: Mapping[str, tuple[str, int]] = {
+    "DiTTransformer2DModel": ("class_labels", 0),
+    "PixArtTransformer2DModel": ("encoder_hidden_states", 0),
+    "SD3Transformer2DModel": ("encoder_hidden_states", 1),
+}
+"""By class name: the keyword for a conditioning tensor, and which part of a block's output is the image."""
+
+
+def _transformer(
+    model: Any, inner: Any, schedule: Any, conditioning: Conditioning | None, layer: nn.Module | None
+) -> Denoiser:
+    """One of :data:`TRANSFORMERS`; its h-space is what the block in the middle makes of the tokens of the image."""
+    kind, config = type(inner).__name__, inner.config
+    name, part = TRANSFORMERS[kind]
+    if kind == "SD3Transformer2DModel":
+        schedule = FlowLevels.uniform(shift=3.0) if schedule is None else schedule
+        _check_states(conditioning, kind, config.joint_attention_dim)
+        pooled = conditioning.get("pooled_projections") if isinstance(conditioning, Mapping) else None
+        if not isinstance(pooled, Tensor) or pooled.shape[-1] != config.pooled_projection_dim:
+            found = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(conditioning).__name__
+            raise ValueError(
+                "`conditioning` should be a mapping with `pooled_projections` of shape "
+                f"(1 or N, {config.pooled_projection_dim}) for {kind}, found {found}."
+            )
+    elif kind == "PixArtTransformer2DModel":
+        _check_states(conditioning, kind, config.caption_channels or config.cross_attention_dim)
+    elif conditioning is None:
+        raise ValueError(f"`conditioning` should be class labels of shape (1,) or (N,) for {kind}, found None.")
+    blocks = inner.transformer_blocks
+    return Denoiser(
+        model,
+        as_schedule(schedule),
+        conditioning=conditioning,
+        conditioning_name=name,
+        time_name="timestep",
+        bottleneck=blocks[len(blocks) // 2] if layer is None else layer,
+        part=part,
+        patch=config.patch_size,
+        has_bottleneck=True,
+        multiple=config.patch_size,
+        square=kind == "DiTTransformer2DModel",  # its tokens become an image of as many rows as columns
+        in_channels=config.in_channels,
+    )
+
+
+def _layer_of(model: Any, name: str) -> nn.Module:
+    layers: dict[str, nn.Module] = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    if not name or name not in layers:
+        some = ", ".join([layer for layer in layers if layer.count(".") < 2 and layer][:12]) or "none"
+        raise ValueError(f"`bottleneck` should name a layer of {type(model).__name__} ({some}, ...), found {name!r}.")
+    return layers[name]
 
 
 def as_schedule(schedule: Any) -> NoiseSchedule:
     """A :class:`NoiseSchedule` from one, a diffusers scheduler, a table of ``alphas_cumprod``, or None (linear)."""
+    if is_flow_matching(schedule):
+        return FlowLevels.from_diffusers(schedule)
     if schedule is None:
         return NoiseSchedule.linear()
     if isinstance(schedule, NoiseSchedule):
@@ -360,11 +464,8 @@ def _check_diffusers_conditioning(model: Any, conditioning: Conditioning | None)
     name, config = type(model).__name__, getattr(model, "config", None)
     if config is None:
         return
-    if _is_conditional(model) and conditioning is None:
-        raise ValueError(
-            f"`conditioning` should be hidden states of shape (1 or N, tokens, {config.cross_attention_dim}) for "
-            f"{name}, found None."
-        )
+    if _is_conditional(model):
+        _check_states(conditioning, name, getattr(config, "encoder_hid_dim", None) or config.cross_attention_dim)
     if getattr(config, "addition_embed_type", None) is not None and not (
         isinstance(conditioning, Mapping) and "added_cond_kwargs" in conditioning
     ):
@@ -374,6 +475,17 @@ def _check_diffusers_conditioning(model: Any, conditioning: Conditioning | None)
         )
     if getattr(model, "class_embedding", None) is not None and not _is_conditional(model) and conditioning is None:
         raise ValueError(f"`conditioning` should be class labels of shape (1,) or (N,) for this {name}, found None.")
+
+
+def _check_states(conditioning: Conditioning | None, name: str, width: Any) -> None:
+    """Raise ``ValueError`` unless there are hidden states, of this width where a model has one for all layers."""
+    states = conditioning.get("encoder_hidden_states") if isinstance(conditioning, Mapping) else conditioning
+    fits = isinstance(states, Tensor) and states.ndim == 3 and (not isinstance(width, int) or states.shape[2] == width)
+    if not fits:
+        found = f"shape {tuple(states.shape)}" if isinstance(states, Tensor) else states
+        raise ValueError(
+            f"`conditioning` should be hidden states of shape (1 or N, tokens, {width}) for {name}, found {found}."
+        )
 
 
 def _check_conditioning(conditioning: Any) -> None:

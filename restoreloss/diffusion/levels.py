@@ -1,12 +1,12 @@
-"""How much noise does a restoration network learn to remove before it learns to restore?
+"""Which noise is not mixed as DDPM does?
 
-Next to nothing: the noise of generative pre-training is added to the picture, not mixed with it, and its strongest
-level is 10 of 255. :class:`NoiseLevels` is such a schedule.
+That of generative pre-training, which is added to the picture and weak (:class:`NoiseLevels`), and that of flow
+matching, which lies on a straight line to the picture (:class:`FlowLevels`).
 """
 
 import math
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,6 @@ class NoiseLevels(NoiseSchedule):
     """
 
     model_range = (0.0, 1.0)
-    _preserves_variance = False
 
     def __init__(self, sigmas: Tensor | Sequence[float], *, prediction_type: PredictionType = "residual") -> None:
         exact = torch.as_tensor(sigmas).detach().to("cpu", torch.float64)
@@ -49,15 +48,11 @@ class NoiseLevels(NoiseSchedule):
             raise ValueError(f"`sigmas` should be a table of shape (T + 1,), found shape {tuple(exact.shape)}.")
         if not (bool(exact.isfinite().all()) and exact[0] >= 0 and bool((exact.diff() >= 0).all())):
             raise ValueError(f"`sigmas` should rise from at least 0, found values from {exact[0]:g} to {exact[-1]:g}.")
-        if prediction_type not in get_args(PredictionType) or prediction_type == "v_prediction":
+        if prediction_type not in ("residual", "epsilon", "sample"):
             raise ValueError(f"`prediction_type` should be residual, epsilon or sample, found {prediction_type!r}.")
         nn.Module.__init__(self)
         self.prediction_type = prediction_type
-        device = torch.as_tensor(sigmas).device
-        for name, table in (
-            ("alphas_cumprod", 1 / (1 + exact.square())), ("signal", torch.ones_like(exact)), ("sigma", exact),
-        ):  # fmt: skip
-            self.register_buffer(name, table.to(device, torch.float32), persistent=False)
+        _register(self, torch.ones_like(exact), exact, torch.as_tensor(sigmas).device)
 
     @classmethod
     def ir_sde(
@@ -88,3 +83,118 @@ class NoiseLevels(NoiseSchedule):
         total = theta.cumsum(0) - theta[0]
         sigma = sigma_max * (1 - torch.exp(2 * math.log(0.005) * total / total[-1])).sqrt()
         return cls(sigma, prediction_type=prediction_type)
+
+    @staticmethod
+    def _fallen(level: tuple[Tensor, Tensor], previous: tuple[Tensor, Tensor]) -> Tensor:
+        (_, sigma), (_, sigma_s) = level, previous
+        return (sigma - sigma_s) * (sigma + sigma_s)
+
+
+class FlowLevels(NoiseSchedule):
+    r"""The noise levels of a rectified flow: Stable Diffusion 3, Flux.
+
+    .. math:: x_s = (1 - s)\, x + s\, \epsilon, \qquad u = \epsilon - x
+
+    Timesteps 0..T-1 count the levels s in (0, 1], and the model is told :math:`1000\,s`. All that is said of
+    :class:`NoiseSchedule` holds with a signal of 1 - s and a sigma of s. ``alphas_cumprod`` is
+    :math:`(1 - s)^2 / ((1 - s)^2 + s^2)`, that of the variance-preserving schedule with the same ratio of signal to
+    noise.
+
+    Args:
+        levels: s, rising, shape (T,).
+        prediction_type: what the model predicts: "flow_prediction" is u; "epsilon", "sample" and "residual" as for
+            :class:`NoiseSchedule`.
+        time_scale: what the model is told at s = 1.
+
+    Raises:
+        ValueError: For levels that do not rise within (0, 1], or another prediction type.
+
+    Example:
+        >>> levels = FlowLevels.uniform(shift=3.0)
+        >>> x, noise, t = torch.rand(1, 3, 8, 8), torch.randn(1, 3, 8, 8), torch.tensor([249])
+        >>> round(float(levels.sigma[249]), 3)
+        0.5
+        >>> torch.allclose(levels.add_noise(x, noise, t), (x + noise) / 2)
+        True
+        >>> torch.allclose(levels.to_noise(noise - x, levels.add_noise(x, noise, t), t), noise, atol=1e-6)
+        True
+
+    Source: Liu et al. 2022, "Flow Straight and Fast"; Esser et al. 2024 for the shift.
+    """
+
+    def __init__(
+        self,
+        levels: Tensor | Sequence[float],
+        *,
+        prediction_type: PredictionType = "flow_prediction",
+        time_scale: float = 1000.0,
+    ) -> None:
+        exact = torch.as_tensor(levels).detach().to("cpu", torch.float64)
+        if exact.ndim != 1 or len(exact) == 0:
+            raise ValueError(f"`levels` should be a table of shape (T,), found shape {tuple(exact.shape)}.")
+        if not (exact[0] > 0 and exact[-1] <= 1 and bool((exact.diff() > 0).all())):
+            raise ValueError(f"`levels` should rise within (0, 1], found values from {exact[0]:g} to {exact[-1]:g}.")
+        if prediction_type not in get_args(PredictionType) or prediction_type == "v_prediction":
+            raise ValueError(
+                f"`prediction_type` should be flow_prediction, epsilon, sample or residual, found {prediction_type!r}."
+            )
+        nn.Module.__init__(self)
+        self.prediction_type = prediction_type
+        self.time_scale = float(time_scale)
+        _register(self, 1 - exact, exact, torch.as_tensor(levels).device)
+
+    @classmethod
+    def uniform(
+        cls, num_timesteps: int = 1000, *, shift: float = 1.0, prediction_type: PredictionType = "flow_prediction"
+    ) -> "FlowLevels":
+        r"""Levels k/T, k = 1..T, moved towards more noise: :math:`s = a k / (T + (a - 1) k)` for a ``shift`` of a.
+
+        Args:
+            num_timesteps: T.
+            shift: 1 for none, 3 in Stable Diffusion 3.
+            prediction_type: what the model predicts.
+        """
+        if not isinstance(num_timesteps, int) or num_timesteps < 1:
+            raise ValueError(f"`num_timesteps` should be a whole number above 0, found {num_timesteps!r}.")
+        if not 0 < shift < math.inf:
+            raise ValueError(f"`shift` should be above 0, found {shift}.")
+        k = torch.arange(1, num_timesteps + 1, dtype=torch.float64)
+        return cls(shift * k / (num_timesteps + (shift - 1) * k), prediction_type=prediction_type)
+
+    @classmethod
+    def from_diffusers(cls, scheduler: Any) -> "FlowLevels":
+        """The levels that a ``FlowMatchEulerDiscreteScheduler`` was trained with, from its config.
+
+        Raises:
+            ValueError: For another scheduler, or one that counts its levels the other way.
+        """
+        config: Any = getattr(scheduler, "config", None)
+        if not is_flow_matching(scheduler) or getattr(config, "invert_sigmas", False):
+            raise ValueError(
+                "`scheduler` should be a flow-matching scheduler of diffusers without `invert_sigmas`, found "
+                f"{type(scheduler).__name__}."
+            )
+        # a shift that depends on the size of the picture is one of sampling
+        dynamic = getattr(config, "use_dynamic_shifting", False)
+        return cls.uniform(config.num_train_timesteps, shift=1.0 if dynamic else getattr(config, "shift", 1.0))
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """``time_scale`` times s at timesteps (N,)."""
+        return self.time_scale * self.sigma.to(t.device).index_select(0, t)
+
+    @staticmethod
+    def _fallen(level: tuple[Tensor, Tensor], previous: tuple[Tensor, Tensor]) -> Tensor:
+        (signal, sigma), (signal_s, sigma_s) = level, previous
+        return (sigma - sigma_s) * (sigma * signal_s + signal * sigma_s)
+
+
+def is_flow_matching(scheduler: Any) -> bool:
+    """Whether this is a flow-matching scheduler of diffusers; by name, so that diffusers need not be there."""
+    return any(kind.__name__.startswith("FlowMatch") for kind in type(scheduler).__mro__)
+
+
+def _register(schedule: NoiseSchedule, signal: Tensor, sigma: Tensor, device: torch.device) -> None:
+    """The tables of a schedule, from float64."""
+    abar = signal.square() / (signal.square() + sigma.square())
+    for name, table in (("alphas_cumprod", abar), ("signal", signal), ("sigma", sigma)):
+        schedule.register_buffer(name, table.to(device, torch.float32), persistent=False)

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-PredictionType = Literal["epsilon", "v_prediction", "sample", "residual"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "residual", "flow_prediction"]
 
 
 class NoiseSchedule(nn.Module):
@@ -26,7 +26,8 @@ class NoiseSchedule(nn.Module):
         alphas_cumprod: :math:`\bar\alpha_t` for t = 0..T-1, shape (T,), within [0, 1], never rising.
         prediction_type: what the model that was trained with this schedule predicts: the noise ("epsilon"), the
             velocity :math:`\sqrt{\bar\alpha_t}\epsilon - \sqrt{1 - \bar\alpha_t}x` ("v_prediction"), the clean
-            image ("sample"), or the noise as it was added, :math:`\sqrt{1 - \bar\alpha_t}\epsilon` ("residual").
+            image ("sample"), the noise as it was added, :math:`\sqrt{1 - \bar\alpha_t}\epsilon` ("residual"), or
+            :math:`\epsilon - x` ("flow_prediction").
 
     Raises:
         ValueError: If ``alphas_cumprod`` is no such table, or ``prediction_type`` is unknown.
@@ -47,7 +48,6 @@ class NoiseSchedule(nn.Module):
     alphas_cumprod: Tensor
     signal: Tensor
     sigma: Tensor
-    _preserves_variance = True
 
     def __init__(self, alphas_cumprod: Tensor, *, prediction_type: PredictionType = "epsilon") -> None:
         super().__init__()
@@ -135,9 +135,9 @@ class NoiseSchedule(nn.Module):
         if not isinstance(alphas_cumprod, Tensor) or getattr(config, "use_flow_sigmas", False):
             raise ValueError(
                 "A schedule should be a NoiseSchedule, a table of `alphas_cumprod` or a diffusers scheduler that has "
-                f"one (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), found {type(scheduler).__name__}. Flow-matching, EDM "
-                "and consistency schedulers are not variance preserving; wrap such a model in a callable f(x_t, t) "
-                "that returns the noise."
+                f"one (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), found {type(scheduler).__name__}. Flow matching has "
+                "FlowLevels; EDM and consistency schedulers are not variance preserving: wrap such a model in a "
+                "callable f(x_t, t) that returns the noise."
             )
         # absent from config means epsilon in every diffusers scheduler
         prediction_type: Any = getattr(config, "prediction_type", None) or "epsilon"
@@ -224,10 +224,7 @@ class NoiseSchedule(nn.Module):
             (torch.as_tensor(previous) > torch.as_tensor(t)).any()
         ):
             raise ValueError(f"`previous` should be at most `t` ({t}), found {previous}.")
-        fallen = (sigma - sigma_s) * (sigma + sigma_s)
-        if self._preserves_variance:  # abar_s - abar_t, twice: each form loses its digits where the other keeps them
-            fallen = torch.where(signal > sigma, fallen, (signal_s - signal) * (signal_s + signal))
-        beta, variance = fallen / signal_s**2, sigma**2
+        beta, variance = self._fallen((signal, sigma), (signal_s, sigma_s)) / signal_s**2, sigma**2
         mean = signal_s * beta / variance * x0 + signal / signal_s * sigma_s**2 / variance * x_t
         return mean.to(x_t.dtype), (beta / variance).sqrt() * sigma_s
 
@@ -241,6 +238,7 @@ class NoiseSchedule(nn.Module):
         v          :math:`\sqrt{\bar\alpha_t}\, v + \sqrt{1 - \bar\alpha_t}\, x_t`
         sample     :math:`(x_t - \sqrt{\bar\alpha_t}\, \hat x_0) / \sqrt{1 - \bar\alpha_t}`
         residual   ``output`` :math:`/ \sqrt{1 - \bar\alpha_t}`
+        flow       :math:`(x_t + \sqrt{\bar\alpha_t}\, u) / (\sqrt{\bar\alpha_t} + \sqrt{1 - \bar\alpha_t})`
         ========== =====================================================================================
 
         Args:
@@ -264,6 +262,8 @@ class NoiseSchedule(nn.Module):
             noise = (x_t - signal * output) / sigma
         elif prediction_type == "residual":
             noise = output / sigma
+        elif prediction_type == "flow_prediction":
+            noise = (x_t + signal * output) / (signal + sigma)
         else:
             raise ValueError(
                 f"`prediction_type` should be one of {get_args(PredictionType)}, found {prediction_type!r}."
@@ -287,7 +287,17 @@ class NoiseSchedule(nn.Module):
             return noise.to(torch.promote_types(noise.dtype, torch.float32))
         if self.prediction_type == "sample":
             return x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.prediction_type == "flow_prediction":
+            signal = sigma = torch.ones_like(signal)
         return sigma * noise if self.prediction_type == "residual" else signal * noise - sigma * x
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """What a model of this schedule is told at timesteps (N,): these; in a flow, its noise level."""
+        return t
+
+    def snr(self) -> Tensor:
+        r"""The ratio of signal to noise at each timestep, :math:`\bar\alpha_t / (1 - \bar\alpha_t)`, shape (T,)."""
+        return (self.signal / self.sigma).square()
 
     def check_timestep(self, t: Tensor | int) -> None:
         """Raise ``ValueError`` for a timestep outside [0, T). Tensors on an accelerator pass unread: no device sync."""
@@ -325,6 +335,14 @@ class NoiseSchedule(nn.Module):
         levels = (table.to(like.device).index_select(0, steps) for table in (self.signal, self.sigma))
         signal, sigma = (level.reshape(-1, *(1,) * (like.ndim - 1)) for level in levels)
         return signal, sigma
+
+    @staticmethod
+    def _fallen(level: tuple[Tensor, Tensor], previous: tuple[Tensor, Tensor]) -> Tensor:
+        """(signal_s sigma)^2 - (signal sigma_s)^2 of two (signal, sigma); here abar_s - abar_t."""
+        (signal, sigma), (signal_s, sigma_s) = level, previous
+        # twice: each form loses its digits where the other keeps them
+        of_noise, of_signal = (sigma - sigma_s) * (sigma + sigma_s), (signal_s - signal) * (signal_s + signal)
+        return torch.where(signal > sigma, of_noise, of_signal)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "NoiseSchedule":
         # follow the device of a parent's .to()/.cuda(), never its dtype
