@@ -14,6 +14,7 @@ from restoreloss.blocks.tfa import TFA
 from restoreloss.blocks.time_moe import FiLM, TimeConditioned, TimeMoE
 from restoreloss.blocks.wavelet import WaveletColorFix
 from restoreloss.diffusion.denoisers import Denoiser, as_denoiser
+from restoreloss.diffusion.latents import LatentPrior
 from restoreloss.diffusion.levels import FlowLevels, NoiseLevels
 from restoreloss.diffusion.matching import TimestepMatch, match_timestep, order_by_timestep
 from restoreloss.diffusion.partial import denoise, partial_diffusion, short_steps
@@ -49,6 +50,7 @@ __all__ = [
     "FlowLevels",
     "GradientOrthogonality",
     "HLFLoss",
+    "LatentPrior",
     "MixtureA",
     "MixtureB",
     "NoiseLevels",

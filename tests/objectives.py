@@ -7,13 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restoreloss import DiffLoss, FeatureExtractor, HLFLoss, NoiseSchedule, Objective, TDPLoss, WeightedSum
+from restoreloss import (
+    DiffLoss,
+    FeatureExtractor,
+    FlowLevels,
+    HLFLoss,
+    LatentPrior,
+    NoiseSchedule,
+    Objective,
+    TDPLoss,
+    WeightedSum,
+)
 from tests.networks import (
     guided_unet,
     live_detector,
     live_recogniser,
     tiny_autoencoder,
     tiny_conditional_unet,
+    tiny_transformer,
     tiny_unet,
 )
 
@@ -26,6 +37,7 @@ class Case:
     name: str
     build: Callable[[], Objective]
     channels: int = 3
+    part: float = 1.0  # of the image, that it looks at
 
     def __str__(self) -> str:
         return self.name
@@ -89,6 +101,18 @@ CASES = [
         "DiffLoss-latent",
         lambda: DiffLoss(tiny_unet(in_channels=4, out_channels=4), encoder=tiny_autoencoder(), distance="rms"),
     ),
+    Case(
+        "DiffLoss-latent_prior",
+        lambda: DiffLoss(LatentPrior(tiny_autoencoder(), tiny_unet(in_channels=4, out_channels=4)), snr_power=0.5),
+    ),
+    Case(
+        "DiffLoss-transformer",
+        lambda: DiffLoss(tiny_transformer("DiT"), conditioning=torch.tensor([1]), compare="native"),
+    ),
+    Case("DiffLoss-flow", lambda: DiffLoss(tiny_unet(), FlowLevels.uniform(shift=3.0))),
+    Case("DiffLoss-crop", lambda: DiffLoss(unet_with_dropout(), crop=0.5), part=0.25),
+    Case("DiffLoss-subset", lambda: DiffLoss(unet_with_dropout(), subset=0.5), part=0.5),
+    Case("DiffLoss-checkpointing", lambda: DiffLoss(tiny_unet(), checkpointing=True)),
     Case("WeightedSum", all_terms),
     *LIVE,
 ]

@@ -44,7 +44,7 @@ def test_no_exported_objective_is_left_out() -> None:
 def test_scalar_finite_and_positive(case: Case) -> None:
     value, gradient = value_and_gradient(case.build(), *images())
     assert value.shape == () and value.dtype == torch.float32 and value > 0
-    assert gradient.isfinite().all() and (gradient != 0).float().mean() > 0.5
+    assert gradient.isfinite().all() and (gradient != 0).float().mean() > 0.5 * case.part
 
 
 @every_objective
@@ -107,7 +107,7 @@ def test_an_exception_leaves_no_trace(case: Case) -> None:
         def fail(module: nn.Module, args: object) -> None:
             raise RuntimeError("out of memory, say")
 
-        handle = layers[1].register_forward_pre_hook(fail)
+        handle = layers[min(1, len(layers) - 1)].register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             objective(z, x)
         handle.remove()

@@ -5,15 +5,18 @@ the other (the noise it predicts, the semantics in its bottleneck) is the loss.
 """
 
 from collections.abc import Callable
+from functools import partial
 from operator import index
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_denoiser, as_schedule
-from restoreloss.diffusion.latents import LatentEncoder
+from restoreloss.diffusion.latents import LatentEncoder, LatentPrior
 from restoreloss.diffusion.partial import standard_normal
+from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.images import check_pair, check_range, to_unit_range, warn_if_out_of_range
 from restoreloss.objectives.base import Objective, total
@@ -24,10 +27,12 @@ from restoreloss.objectives.distances import (
     distance_per_sample,
     reduce_samples,
 )
-from restoreloss.objectives.sizes import SizePolicy, crop_map, fit_size
+from restoreloss.objectives.sampling import Tiles, check_every, check_share, choose_samples, nothing, weighted
+from restoreloss.objectives.sizes import SizePolicy, crop_map, fit_size, pad_to
 
 TimestepSampler: TypeAlias = Callable[[int, torch.Generator | None], Tensor]
 """(number of samples, generator or None) -> timesteps, an integer tensor of shape (N,)."""
+Compare: TypeAlias = Literal["noise", "native"]
 
 
 class DiffLoss(Objective):
@@ -46,7 +51,8 @@ class DiffLoss(Objective):
 
     Args:
         denoiser: what :func:`as_denoiser` takes: a diffusers or guided-diffusion U-Net, a :class:`Denoiser`, or a
-            callable ``f(x_t, t)``. A module is taken over: frozen, eval-locked and hidden (:class:`FrozenNetwork`).
+            callable ``f(x_t, t)``; or a :class:`LatentPrior`, which has its ``schedule``, ``conditioning`` and
+            ``encoder``. A module is taken over: frozen, eval-locked and hidden (:class:`FrozenNetwork`).
         schedule: the denoiser's :class:`NoiseSchedule`, a diffusers scheduler or a table of ``alphas_cumprod``.
             Default: the linear schedule of DDPM and ADM.
         noise_weight: weight of the noise term. With 0 the decoder of a U-Net is not run.
@@ -60,10 +66,22 @@ class DiffLoss(Objective):
             scaled as its config says) or a callable. A module is frozen and hidden like the denoiser.
         size: "pad" (reflect, and crop what comes out) | "resize" | "error", for sizes that the networks cannot halve.
         reduction: over samples: "mean" | "sum" | "none" (returns (N,)).
+        compare: the "noise" that the denoiser predicts, or what it predicts by itself ("native"): velocity or image.
+        snr_power: weigh timesteps by :math:`\text{SNR}_t^p`, of mean 1 over ``timesteps``. With p = -1 the mean squared
+            error is that of the denoised image; p > 0 prefers little noise.
+        crop: look at one random tile of each image, of so many pixels or such a share of each side.
+        subset: look at so many samples, or such a share of them.
+        every: look at every k-th call only, and count it k times; the others return 0. ``calls`` counts them.
+        dtype: to convert the denoiser to, e.g. ``torch.bfloat16``; noise is mixed and compared in float32 all the same.
+        checkpointing: recompute the blocks of a diffusers model in the backward pass, for less memory.
 
     Raises:
         ValueError: At construction for options that contradict each other or the denoiser, at a call for images that
             do not fit (shape, dtype, device, channels, an empty batch) or a timestep outside the schedule.
+
+    ``crop``, ``subset`` and ``every`` apply where a gradient is asked for in training mode; ``loss.eval()`` and inputs
+    without gradient get the whole. Their average is the whole but for what lies beyond the edge of a tile, which a
+    network with a receptive field sees; docs/diffloss.md has measurements.
 
     NaN pixels give NaN, in their own sample with ``reduction="none"``. Images clearly outside ``input_range`` warn
     once, at the first call that is not compiled. Images of one pixel are continued by it.
@@ -82,7 +100,8 @@ class DiffLoss(Objective):
     Source: Tan et al., "DiffLoss: Unleashing Diffusion Model as Constraint for Training Image Restoration Network".
     The paper writes :math:`\|\cdot\|_2` and calls it L2 loss; "mse" is that loss, "l2" the norm to the letter. The
     published code runs both passes under ``no_grad``, so that its terms give the restoration network no gradient; its
-    weights (1e-3 and 1e-6 with mse) are ``h_space_weight=1e-3`` and an outer weight of 1e-3.
+    weights (1e-3 and 1e-6 with mse) are ``h_space_weight=1e-3`` and an outer weight of 1e-3. The paper tries a weight
+    "correlated with t" and does not say which: ``snr_power`` is ours.
     """
 
     def __init__(
@@ -99,6 +118,13 @@ class DiffLoss(Objective):
         encoder: Callable[[Tensor], Tensor] | nn.Module | None = None,
         size: SizePolicy = "pad",
         reduction: Reduction = "mean",
+        compare: Compare = "noise",
+        snr_power: float = 0.0,
+        crop: int | float | None = None,
+        subset: int | float | None = None,
+        every: int = 1,
+        dtype: torch.dtype | None = None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         for name, weight in (("noise_weight", noise_weight), ("h_space_weight", h_space_weight)):
@@ -109,15 +135,33 @@ class DiffLoss(Objective):
         check_choice("distance", distance, Distance)
         check_choice("size", size, SizePolicy)
         check_choice("reduction", reduction, Reduction)
+        check_choice("compare", compare, Compare)
+        for name, share in (("crop", crop), ("subset", subset)):
+            if share is not None:
+                check_share(name, share)
+        check_every(every)
+        if crop is not None and distance not in ("mse", "l1"):
+            raise ValueError(f"`crop` should go with the distance mse or l1, means over pixels, found {distance!r}.")
+        latents: LatentEncoder | None = None
+        if isinstance(denoiser, LatentPrior):
+            given = {"schedule": schedule, "conditioning": conditioning, "encoder": encoder}
+            if twice := [name for name, value in given.items() if value is not None]:
+                raise ValueError(f"`{twice[0]}` should be None for a LatentPrior, which has its own.")
+            latents, denoiser = denoiser.encoder, denoiser.denoiser
+        elif encoder is not None:
+            latents = LatentEncoder(encoder)
         self.noise_weight = float(noise_weight)
         self.h_space_weight = float(h_space_weight)
         self.distance: Distance = distance
         self.input_range = check_range(input_range)
         self.size: SizePolicy = size
         self.reduction: Reduction = reduction
+        self.compare: Compare = compare
+        self.crop, self.subset, self.every, self.calls = crop, subset, every, 0
         steps = (denoiser.schedule if isinstance(denoiser, Denoiser) else as_schedule(schedule)).num_timesteps
         self.timesteps = _check_timesteps(timesteps, steps)
-        latents = None if encoder is None else LatentEncoder(encoder)
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"`dtype` should be floating point, found {dtype}.")
         # last, so that a refused call leaves the caller's networks as they were
         wrapped = as_denoiser(denoiser, schedule, conditioning=conditioning)
         if h_space_weight > 0 and wrapped.has_bottleneck is False:
@@ -125,6 +169,12 @@ class DiffLoss(Objective):
                 f"`h_space_weight` should be 0 for {type(wrapped.model).__name__}, whose `mid_block` is None; found "
                 f"{h_space_weight}."
             )
+        self.snr_power = float(snr_power)
+        self._snr_weights = None if snr_power == 0 else _snr_weights(wrapped.schedule, self.snr_power, self.timesteps)
+        if checkpointing:
+            _enable_checkpointing(wrapped.model)
+        if dtype is not None:
+            wrapped.to(dtype)
         self._denoiser = FrozenNetwork(wrapped)
         self._encoder = None if latents is None else FrozenNetwork(latents)
         self._range_checked = False
@@ -143,6 +193,20 @@ class DiffLoss(Objective):
         if not (self._range_checked or torch.compiler.is_compiling() or target.is_meta):
             warn_if_out_of_range(target, self.input_range)
             self._range_checked = True
+        count, rows, factor, tiles = len(restored), None, 1.0, None
+        if self.training and restored.requires_grad and torch.is_grad_enabled():
+            if self.every > 1 and not self._due():
+                shape = (count,) if self.reduction == "none" else ()
+                return {name: nothing(restored, shape) for name in self._weights}
+            factor = float(self.every)
+            if self.subset is not None:
+                rows = choose_samples(count, self.subset, generator, restored.device)
+            if rows is not None:
+                restored, target = (image.index_select(0, rows) for image in (restored, target))
+                if isinstance(timestep, Tensor) and timestep.numel() == count:
+                    timestep = timestep.reshape(-1).to(rows.device).index_select(0, rows)
+            if self.crop is not None:
+                tiles, restored, target = self._tiles(self.crop, restored, target, generator)
         denoiser = self._denoiser.network
 
         z = self._to_model_space(restored)
@@ -150,24 +214,27 @@ class DiffLoss(Objective):
             x = self._to_model_space(target)
         denoiser.check_input(z, "restored" if self._encoder is None else "encoder(restored)")
         size = _height_width(z)
-        z, x = (fit_size(image, denoiser.multiple, self.size) for image in (z, x))
+        z, x = (fit_size(image, denoiser.multiple, self.size, square=denoiser.square) for image in (z, x))
         if self.size == "resize":
             size = _height_width(z)  # nothing to crop
         t = denoiser.schedule.expand_timestep(self._timestep(z, generator) if timestep is None else timestep, z)
-        noise = standard_normal(z, generator) if noise is None else self._fit_noise(noise, z, size, denoiser.multiple)
+        noise = standard_normal(z, generator) if noise is None else self._fit_noise(noise, z, size)
 
         with torch.no_grad():
             seen_in_target = self._look(denoiser, denoiser.schedule.add_noise(x, noise, t), t)
         seen_in_restored = self._look(denoiser, denoiser.schedule.add_noise(z, noise, t), t)
-        weights = {"noise": self.noise_weight, "h_space": self.h_space_weight}
         terms = {}
         for name, reference in seen_in_target.items():
             values = distance_per_sample(
                 crop_map(seen_in_restored[name], _height_width(z), size),
                 crop_map(reference, _height_width(z), size),
                 self.distance,
+                weights=None if tiles is None else tiles.weights(reference),
             )
-            terms[name] = weights[name] * reduce_samples(values, self.reduction)
+            if self._snr_weights is not None:
+                values = values * self._snr_weights.to(values.device)[t]
+            values = weighted(values, rows, count)
+            terms[name] = self._weights[name] * factor * reduce_samples(values, self.reduction)
         return terms
 
     def forward(
@@ -194,6 +261,32 @@ class DiffLoss(Objective):
         """
         return total(self.terms(restored, target, timestep=timestep, noise=noise, generator=generator))
 
+    @property
+    def _weights(self) -> dict[str, float]:
+        weights = {"noise": self.noise_weight, "h_space": self.h_space_weight}
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _due(self) -> bool:
+        """Whether this call is one to look at, of every k; not compiled, which would do it anew for every count."""
+        self.calls += 1
+        return (self.calls - 1) % self.every == 0
+
+    def _tiles(
+        self, crop: int | float, restored: Tensor, target: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tiles, Tensor, Tensor]:
+        """The tiles that are looked at, and what they show of both images."""
+        encoder, multiple = self._encoder, self._denoiser.network.multiple
+        if encoder is not None:
+            multiple *= encoder.network.multiple
+        valid = _height_width(restored)
+        restored, target = (fit_size(image, multiple, self.size) for image in (restored, target))
+        if self.size == "resize":
+            valid = _height_width(restored)
+        square = self._denoiser.network.square
+        tiles = Tiles.draw(restored, crop, valid=valid, multiple=multiple, square=square, generator=generator)
+        return tiles, tiles.cut(restored), tiles.cut(target)
+
     def _to_model_space(self, image: Tensor) -> Tensor:
         image = to_unit_range(image, self.input_range)
         if self._encoder is None:
@@ -214,7 +307,7 @@ class DiffLoss(Objective):
         return torch.randint(low, high, (len(z),), generator=generator, device=device)
 
     @staticmethod
-    def _fit_noise(noise: Tensor, z: Tensor, size: tuple[int, int], multiple: int) -> Tensor:
+    def _fit_noise(noise: Tensor, z: Tensor, size: tuple[int, int]) -> Tensor:
         """Noise given for images of ``size``, continued over what padding added."""
         expected = (*z.shape[:2], *size)
         if noise.shape != expected or noise.device != z.device or not noise.is_floating_point():
@@ -222,15 +315,16 @@ class DiffLoss(Objective):
                 f"`noise` should be floating point, of shape {tuple(expected)} and on {z.device}, found {noise.dtype} "
                 f"of shape {tuple(noise.shape)} on {noise.device}."
             )
-        return fit_size(noise.detach().to(z.dtype), multiple, "pad")
+        return pad_to(noise.detach().to(z.dtype), _height_width(z))
 
     def _look(self, denoiser: Denoiser, noisy: Tensor, t: Tensor) -> dict[str, Tensor]:
         """What the denoiser sees, computing no more than the weights ask for."""
+        native = self.compare == "native"
         if self.h_space_weight == 0:
-            return {"noise": denoiser(noisy, t)}
+            return {"noise": denoiser(noisy, t, native=native)}
         if self.noise_weight == 0:
             return {"h_space": denoiser.bottleneck(noisy, t)}
-        noise, h = denoiser.with_bottleneck(noisy, t)
+        noise, h = denoiser.with_bottleneck(noisy, t, native=native)
         return {"noise": noise, "h_space": h}
 
     def extra_repr(self) -> str:
@@ -238,12 +332,35 @@ class DiffLoss(Objective):
         return (
             f"noise_weight={self.noise_weight:g}, h_space_weight={self.h_space_weight:g}, timesteps={self.timesteps}, "
             f"distance={self.distance!r}, input_range={self.input_range}, size={self.size!r}, "
-            f"reduction={self.reduction!r}"
+            f"reduction={self.reduction!r}, compare={self.compare!r}, snr_power={self.snr_power:g}, crop={self.crop}, "
+            f"subset={self.subset}, every={self.every}"
         )
 
 
 def _height_width(image: Tensor) -> tuple[int, int]:
     return image.shape[-2], image.shape[-1]
+
+
+def _snr_weights(schedule: NoiseSchedule, power: float, timesteps: Any) -> Tensor:
+    """SNR_t^power for every t, of mean 1 over those that are drawn."""
+    weights = schedule.snr().double() ** power
+    drawn = weights if callable(timesteps) else weights[slice(*timesteps)]
+    if not bool(drawn.isfinite().all()) or drawn.sum() == 0:
+        raise ValueError(
+            f"`snr_power` should give finite weights over `timesteps` {timesteps}, found {power}: leave out the levels "
+            "without noise or without signal."
+        )
+    return (weights / drawn.mean()).float()
+
+
+def _enable_checkpointing(model: Any) -> None:
+    inner = getattr(model, "_orig_mod", model)
+    if not hasattr(inner, "enable_gradient_checkpointing"):
+        raise ValueError(
+            f"`checkpointing` should be False for {type(inner).__name__}, which has no "
+            "`enable_gradient_checkpointing()`, as diffusers models have."
+        )
+    inner.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))  # their default cannot be pickled
 
 
 def _check_timesteps(timesteps: Any, num_timesteps: int) -> tuple[int, int] | TimestepSampler:

@@ -9,7 +9,9 @@ Distance = Literal["mse", "rms", "l2", "l1"]
 Reduction = Literal["mean", "sum", "none"]
 
 
-def distance_per_sample(prediction: Tensor, reference: Tensor, distance: Distance) -> Tensor:
+def distance_per_sample(
+    prediction: Tensor, reference: Tensor, distance: Distance, *, weights: Tensor | None = None
+) -> Tensor:
     r"""The distance over all dimensions but the first, in float32 or higher: shape (N,).
 
     With :math:`d` the difference of a sample and :math:`n` its number of elements:
@@ -22,14 +24,16 @@ def distance_per_sample(prediction: Tensor, reference: Tensor, distance: Distanc
     ===== =================================== ========================================
 
     The roots are taken of :math:`u + \delta` with :math:`\delta` the smallest normal number of the dtype, less
-    :math:`\sqrt\delta`: exactly 0, with gradient 0, where the two are equal.
+    :math:`\sqrt\delta`: exactly 0, with gradient 0, where the two are equal. ``weights``, which broadcast over the
+    prediction, multiply :math:`d^2` or :math:`|d|`.
     """
     if prediction.dtype in (torch.float16, torch.bfloat16):
         prediction = prediction.float()
-    difference = (prediction - reference.to(prediction.dtype)).reshape(len(prediction), -1)
+    difference = prediction - reference.to(prediction.dtype)
+    sizes = difference.abs() if distance == "l1" else difference.square()
+    squares = (sizes if weights is None else weights * sizes).reshape(len(prediction), -1)
     if distance == "l1":
-        return difference.abs().mean(dim=1)
-    squares = difference.square()
+        return squares.mean(dim=1)
     if distance == "mse":
         return squares.mean(dim=1)
     total = squares.sum(dim=1) if distance == "l2" else squares.mean(dim=1)

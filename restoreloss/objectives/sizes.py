@@ -8,32 +8,43 @@ from torch import Tensor
 SizePolicy = Literal["pad", "resize", "error"]
 
 
-def fit_size(image: Tensor, multiple: int, policy: SizePolicy) -> Tensor:
-    """Bring height and width to the next multiple.
+def fit_size(image: Tensor, multiple: int, policy: SizePolicy, *, square: bool = False) -> Tensor:
+    """Bring height and width to the next multiple, both to the same where a square is wanted.
 
     Args:
         image: shape (N, C, H, W).
         multiple: what height and width must be multiples of.
         policy: "pad" continues the image to the right and below by reflection, or by its last pixel where the image is
             smaller than what is missing; "resize" stretches it (bilinear); "error" raises.
+        square: as high as wide.
 
     Raises:
         ValueError: For "error", where the size does not fit.
     """
     height, width = image.shape[-2:]
-    missing_height, missing_width = -height % multiple, -width % multiple
+    wanted = (max(height, width),) * 2 if square else (height, width)
+    missing_height, missing_width = (
+        side + -side % multiple - own for side, own in zip(wanted, (height, width), strict=True)
+    )
     if not (missing_height or missing_width):
         return image
     if policy == "error":
         raise ValueError(
-            f"Height and width should be multiples of {multiple} for this network, found {height}x{width}; "
-            "size='pad' or 'resize' accepts any."
+            f"Height and width should be multiples of {multiple}{' and equal' if square else ''} for this network, "
+            f"found {height}x{width}; size='pad' or 'resize' accepts any."
         )
     if policy == "resize":
         size = (height + missing_height, width + missing_width)
         return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
-    image = F.pad(image, (0, missing_width, 0, 0), mode="reflect" if missing_width < width else "replicate")
-    return F.pad(image, (0, 0, 0, missing_height), mode="reflect" if missing_height < height else "replicate")
+    return pad_to(image, (height + missing_height, width + missing_width))
+
+
+def pad_to(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Continue an image (N, C, H, W) to the right and below, as "pad" does."""
+    height, width = image.shape[-2:]
+    below, right = size[0] - height, size[1] - width
+    image = F.pad(image, (0, right, 0, 0), mode="reflect" if right < width else "replicate")
+    return F.pad(image, (0, 0, 0, below), mode="reflect" if below < height else "replicate")
 
 
 def crop_map(features: Tensor, padded: tuple[int, int], size: tuple[int, int]) -> Tensor:

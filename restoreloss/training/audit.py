@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from restoreloss._optional import require
 from restoreloss.images import check_pair
 from restoreloss.objectives.base import named_terms
+from restoreloss.objectives.diffloss import DiffLoss
 from restoreloss.objectives.weighted_sum import WeightedSum
 
 Objectives: TypeAlias = (
@@ -267,7 +268,8 @@ def calibrate(
         )
     # by their calls, which have no `.terms`: one weight is sought for each whole objective
     whole: dict[str, Any] = {name: objective.__call__ for name, objective in objectives.items()}  # type: ignore[operator]
-    report = audit(whole, restored, target, draws=draws, seed=seed)
+    with _whole(*objectives.values()):
+        report = audit(whole, restored, target, draws=draws, seed=seed)
     broken = [f"{term.name} ({flag})" for term in report.terms for flag in term.flags if flag in ("DEAD", "NON-FINITE")]
     if broken:
         raise ValueError(f"`objectives` should all have a finite gradient at `restored`, found {', '.join(broken)}.")
@@ -307,7 +309,8 @@ def _measure(objectives: Objectives, restored: Tensor, target: Tensor, draws: in
     for name, weight, objective in _weighed(objectives):
         for draw in range(draws):
             # images made in inference mode cannot be differentiated until they are copied outside of it
-            with torch.inference_mode(False), torch.enable_grad(), _seeded(seed + draw, restored.device):
+            seeded = _seeded(seed + draw, restored.device)
+            with torch.inference_mode(False), torch.enable_grad(), seeded, _whole(objective):
                 image = restored.detach().clone().requires_grad_()
                 started = _now(image)
                 # copies, which an objective may change in place
@@ -329,6 +332,21 @@ def _measure(objectives: Objectives, restored: Tensor, target: Tensor, draws: in
         if len(row.values) != draws:
             raise ValueError(f"`objectives` should give the same terms at every call, found {key!r} in some only.")
     return measured
+
+
+@contextmanager
+def _whole(*objectives: Any) -> Iterator[None]:
+    """Let each :class:`DiffLoss` look at all, also one that trains on a part: at every k-th call, say."""
+    trees = [objective.modules() for objective in objectives if isinstance(objective, nn.Module)]
+    parts = [module for tree in trees for module in tree if isinstance(module, DiffLoss)]
+    modes = [part.training for part in parts]
+    try:
+        for part in parts:
+            part.training = False
+        yield
+    finally:
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode
 
 
 def _gradient(term: Tensor, image: Tensor) -> Tensor:

@@ -1,0 +1,158 @@
+"""How can a loss look at less and mean the same?
+
+It looks at a random part (some samples, one tile of each image, every k-th call), so chosen and so weighted that its
+average over the choices is the whole.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def choose_samples(
+    count: int, share: int | float, generator: torch.Generator | None, device: torch.device
+) -> Tensor | None:
+    """Some of the samples, without repetition; None for all of them.
+
+    Args:
+        count: N.
+        share: how many, an integer, or which part of N, a float; at least one, at most all.
+        generator: for the choice, on its own device.
+        device: of the samples.
+    """
+    chosen = max(1, min(count, share if isinstance(share, int) else round(share * count)))
+    if chosen == count:
+        return None
+    order = torch.randperm(count, generator=generator, device=device if generator is None else generator.device)
+    return order[:chosen].to(device)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One tile of each image, drawn from those that cover it.
+
+    Attributes:
+        size: height and width of a tile.
+        starts: where tiles begin, by row and by column; neighbours may overlap.
+        valid: height and width of the image; what lies beyond was padded and counts nothing.
+        chosen: for rows and for columns, the number of the tile of each sample, (N,) each.
+    """
+
+    size: tuple[int, int]
+    starts: tuple[list[int], list[int]]
+    valid: tuple[int, int]
+    chosen: tuple[Tensor, Tensor]
+
+    @classmethod
+    def draw(
+        cls, image: Tensor, crop: int | float, *, valid: tuple[int, int], multiple: int, square: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> "Tiles":  # fmt: skip
+        """One of the tiles for each sample, all equally likely.
+
+        Args:
+            image: padded to a multiple, (N, C, H, W).
+            crop: side of a tile in pixels, an integer, or its share of each side, a float; brought to a multiple.
+            valid: height and width before it was padded.
+            multiple: what sizes and positions of tiles must be multiples of.
+            square: make tiles as high as wide.
+            generator: for the choice, on its own device.
+
+        Raises:
+            ValueError: If the image is smaller than the tile.
+        """
+        if isinstance(crop, int) and crop > min(valid):
+            raise ValueError(f"`crop` should be at most the size of the images {valid[0]}x{valid[1]}, found {crop}.")
+        sides: list[int] = []
+        for padded, length in zip(image.shape[-2:], valid, strict=True):
+            wanted = crop if isinstance(crop, int) else crop * length
+            rounded = round(wanted / multiple) if isinstance(crop, float) else -(-wanted // multiple)
+            sides.append(min(padded, multiple * max(1, int(rounded))))
+        sides = [min(sides)] * 2 if square else sides
+        starts = [_starts(padded, side, multiple) for padded, side in zip(image.shape[-2:], sides, strict=True)]
+        device = image.device if generator is None else generator.device
+        rows, columns = (
+            torch.randint(len(each), (len(image),), generator=generator, device=device).to(image.device)
+            for each in starts
+        )
+        return cls((sides[0], sides[1]), (starts[0], starts[1]), valid, (rows, columns))
+
+    def cut(self, image: Tensor) -> Tensor:
+        """The tile of each image, (N, C, h, w)."""
+        for dim, size, starts, chosen in zip((2, 3), self.size, self.starts, self.chosen, strict=True):
+            if len(starts) == 1:
+                continue
+            first = torch.tensor(starts, device=image.device)[chosen]
+            places = first[:, None] + torch.arange(size, device=image.device)
+            shape = [len(image), 1, 1, 1]
+            shape[dim] = size
+            target = list(image.shape)
+            target[dim] = size
+            image = image.gather(dim, places.view(shape).expand(target))
+        return image
+
+    def weights(self, features: Tensor) -> Tensor | None:
+        """What each cell of a map of the tiles counts, (N, 1, h, w); None where all count alike, or for what is no map.
+
+        The mean over all choices of the weighted mean of a tile is the mean over the map of the image.
+        """
+        if features.ndim != 4:
+            return None
+        sides = []
+        for cells, size, starts, valid, chosen in zip(
+            features.shape[-2:], self.size, self.starts, self.valid, self.chosen, strict=True
+        ):
+            pixels, rest = divmod(size, cells)
+            if rest or any(start % pixels for start in starts):
+                return None
+            firsts, whole = [start // pixels for start in starts], -(-valid // pixels)
+            coverage = [sum(first <= cell < first + cells for first in firsts) for cell in range(firsts[-1] + cells)]
+            table = [
+                [
+                    len(firsts) * cells / (whole * coverage[cell]) if cell < whole else 0.0
+                    for cell in range(first, first + cells)
+                ]
+                for first in firsts
+            ]
+            sides.append((table, chosen))
+        if all(value == 1 for table, _ in sides for row in table for value in row):
+            return None
+        rows, columns = (torch.tensor(table, device=features.device)[chosen] for table, chosen in sides)
+        return rows[:, None, :, None] * columns[:, None, None, :]
+
+
+def _starts(length: int, size: int, multiple: int) -> list[int]:
+    """The fewest tiles that cover a length, evenly spread."""
+    count = -(-length // size)
+    if count == 1:
+        return [0]
+    return [multiple * round(number * (length - size) / (count - 1) / multiple) for number in range(count)]
+
+
+def check_share(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is an integer above 0 or a share in (0, 1]."""
+    fits = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (fits and value > 0 and (isinstance(value, int) or value <= 1)):
+        raise ValueError(f"`{name}` should be an integer above 0 or a share in (0, 1], found {value!r}.")
+
+
+def check_every(value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` counts calls."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`every` should be an integer above 0, found {value!r}.")
+
+
+def weighted(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
+    """Values of some samples as those of all ``count``, (N,): zero for the others, and more for these."""
+    if rows is None:
+        return values
+    return values.new_zeros(count).index_copy(0, rows, values * (count / len(rows)))
+
+
+def nothing(restored: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zeros that depend on the image, so that a backward pass finds its way and brings zero."""
+    empty = restored.reshape(-1)[:0].sum()
+    return empty.to(torch.promote_types(restored.dtype, torch.float32)).expand(shape)
