@@ -13,6 +13,7 @@ from restoreloss.blocks.controller import Controller, SCTuner
 from restoreloss.blocks.tfa import TFA
 from restoreloss.blocks.time_moe import FiLM, TimeConditioned, TimeMoE
 from restoreloss.blocks.wavelet import WaveletColorFix
+from restoreloss.diffusion.checkpoints import load_prior, null_text
 from restoreloss.diffusion.denoisers import Denoiser, as_denoiser
 from restoreloss.diffusion.latents import LatentPrior
 from restoreloss.diffusion.levels import FlowLevels, NoiseLevels
@@ -73,7 +74,9 @@ __all__ = [
     "corrupt",
     "denoise",
     "frozen",
+    "load_prior",
     "match_timestep",
+    "null_text",
     "order_by_timestep",
     "partial_diffusion",
     "short_steps",

@@ -1,0 +1,283 @@
+"""Which prior lies in this folder, in this file, or under this name on the hub?
+
+:func:`load_prior` reads what people have and returns what :class:`DiffLoss` takes.
+"""
+
+import logging
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from restoreloss._optional import require
+from restoreloss.diffusion import layouts
+from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_denoiser
+from restoreloss.diffusion.latents import LatentPrior
+from restoreloss.diffusion.schedule import NoiseSchedule, PredictionType
+
+logger = logging.getLogger(__name__)
+
+MODELS = (
+    "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel",
+    "Transformer2DModel",
+)  # fmt: skip
+FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+_KNOWN = (
+    "a diffusers folder or hub name (its root or its unet/), an OpenAI guided-diffusion file (time_embed.*, "
+    "input_blocks.*) or a latent-diffusion file (model.diffusion_model.*, first_stage_model.*)"
+)
+
+
+def load_prior(
+    source: str | Path,
+    *,
+    conditioning: Conditioning | None = None,
+    schedule: Any = None,
+    prediction_type: PredictionType | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    head_channels: int = 64,
+    grouped_heads: bool = True,
+) -> Denoiser | LatentPrior:
+    """Load a diffusion model as a prior for :class:`DiffLoss`.
+
+    ========================================================= ==================================================
+    source                                                    gives
+    ========================================================= ==================================================
+    diffusers folder or hub name, at its root or in ``unet/`` :class:`Denoiser`
+    the same with ``vae/``                                    :class:`LatentPrior`, for the empty prompt
+    ``.pt`` or ``.safetensors`` of guided-diffusion           :class:`Denoiser`, linear schedule
+    ``.ckpt`` or ``.safetensors`` of latent diffusion         :class:`LatentPrior`; give ``conditioning``
+    ========================================================= ==================================================
+
+    Args:
+        source: a folder, a file, or a name on the hub, which diffusers downloads and keeps.
+        conditioning: as :func:`as_denoiser` takes it. Default, for a pipeline with text encoders: the empty prompt,
+            made once (:func:`null_text`); for a DiT the label of none.
+        schedule: as :func:`as_denoiser` takes it. Default: the scheduler beside the model, the table in a file of
+            latent diffusion, or the linear schedule of guided-diffusion (its 64x64 model wants
+            ``NoiseSchedule.cosine()``).
+        prediction_type: for files of latent diffusion, which do not say it: "v_prediction" for the 768 models of Stable
+            Diffusion 2. Default: "epsilon".
+        revision: of a hub repository.
+        local_files_only: use what is in the cache and download nothing.
+        head_channels: of guided-diffusion files, ``num_head_channels``: 64 in OpenAI's.
+        grouped_heads: of guided-diffusion files; False for ``use_new_attention_order=True`` (their 64x64 model).
+
+    Returns:
+        A prior in float32 on the CPU; :class:`DiffLoss` freezes it.
+
+    Raises:
+        ValueError: For a file or folder of another layout, of the wrong class, truncated, with missing or unexpected
+            weights, or with code in its pickle.
+        FileNotFoundError: If a path does not exist.
+        OSError: If the hub does not answer and the cache has no copy.
+        ImportError: If diffusers, safetensors or, for the empty prompt, transformers is not installed.
+
+    Weights are read with safetensors or ``weights_only=True``.
+
+    Example:
+        >>> import tempfile
+        >>> from diffusers import UNet2DModel
+        >>> unet = UNet2DModel(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
+        ...                    down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+        >>> folder = tempfile.mkdtemp()
+        >>> unet.save_pretrained(folder)
+        >>> loss = DiffLoss(load_prior(folder))
+    """
+    path = Path(source)
+    if path.suffix in FILES:
+        if not path.is_file():
+            raise FileNotFoundError(f"`source` should be a file, found none at {path}.")
+        return _from_file(path, conditioning, schedule, prediction_type, head_channels, grouped_heads)
+    if not path.is_dir() and (path.is_absolute() or str(source).startswith((".", "~")) or path.exists()):
+        raise FileNotFoundError(
+            f"`source` should be a folder, a file that ends in {', '.join(FILES)}, or a name on the hub, found none at "
+            f"{path}."
+        )
+    if prediction_type is not None:
+        raise ValueError("`prediction_type` should be left out for a folder, whose scheduler says it; give `schedule`.")
+    return _from_diffusers(_Repository(source, revision, local_files_only), conditioning, schedule)
+
+
+def null_text(
+    source: str | Path, *, revision: str | None = None, local_files_only: bool = False
+) -> Tensor | dict[str, Any]:
+    """The conditioning of the empty prompt of a pipeline; its text encoders are loaded for it and let go.
+
+    Args:
+        source: a diffusers folder or hub name with text encoders: Stable Diffusion 1, 2, XL, 3.
+        revision: of a hub repository.
+        local_files_only: use what is in the cache and download nothing.
+
+    Returns:
+        Hidden states (1, L, D), or the keywords that the model wants beside them: what :func:`as_denoiser` takes as
+        ``conditioning``. Of Stable Diffusion XL the picture is said to be of 1024x1024 pixels, uncropped.
+
+    Raises:
+        ValueError: If the pipeline is none of these.
+        ImportError: If diffusers or transformers is not installed.
+    """
+    repository = _Repository(source, revision, local_files_only)
+    if not any(name.startswith("text_encoder") for name in repository.index):
+        raise ValueError(f"`source` should be a pipeline with text encoders (model_index.json), found {source}.")
+    return _empty_prompt(repository)
+
+
+class _Repository:
+    """A folder in the layout of diffusers, here or on the hub."""
+
+    def __init__(self, source: str | Path, revision: str | None, local_files_only: bool) -> None:
+        self.source = str(source)
+        self.options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+        self.diffusers = require("diffusers", purpose="load_prior()", install="diffusers")
+        self.index = self.config("DiffusionPipeline") or {}
+
+    def config(self, kind: str, subfolder: str = "") -> dict[str, Any] | None:
+        """What a pipeline, a model or a scheduler is, from its JSON file; None where there is none.
+
+        Raises:
+            OSError: If the hub cannot be asked.
+        """
+        reader = getattr(self.diffusers, kind)
+        if Path(self.source).is_dir() and not (Path(self.source) / subfolder / reader.config_name).is_file():
+            return None
+        try:
+            found: dict[str, Any] = reader.load_config(self.source, subfolder=subfolder or None, **self.options)
+        except OSError as error:
+            self.error = error  # a file that is not there and a hub that is not there look alike in a cache
+            return None
+        return found
+
+    def load(self, kind: str, subfolder: str) -> Any:
+        """A model, in float32 (also of half-precision files)."""
+        model = getattr(self.diffusers, kind).from_pretrained(self.source, subfolder=subfolder or None, **self.options)
+        return model.float()
+
+    def scheduler(self) -> Any:
+        """The scheduler, or None, which means the default."""
+        for place in ("scheduler", ""):
+            config = self.config("DDPMScheduler", place)
+            if config is not None and "_class_name" in config:
+                return getattr(self.diffusers, config["_class_name"]).from_config(config)
+        return None
+
+
+def _from_diffusers(
+    repository: _Repository, conditioning: Conditioning | None, schedule: Any
+) -> Denoiser | LatentPrior:
+    source, index = repository.source, repository.index
+    places = ("unet", "transformer", "") if index else ("", "unet", "transformer")
+    found = next(((place, config) for place in places if (config := repository.config("UNet2DModel", place))), None)
+    if found is None:
+        if Path(source).is_dir():
+            raise ValueError(f"`source` should be {_KNOWN}, found no config.json in {source} or its unet/.")
+        raise OSError(
+            f"{source!r} is no folder here, and nothing of it could be read from the hub or its cache. Without a "
+            "network download it elsewhere and give its folder; with one, see whether the name is right and needs an "
+            "account."
+        ) from repository.error
+    place, config = found
+    if (kind := config.get("_class_name")) not in MODELS:
+        raise ValueError(f"`source` should hold one of {', '.join(MODELS)}, found {kind} in {source}/{place}.")
+    schedule = repository.scheduler() if schedule is None else schedule
+    if conditioning is None:
+        if any(name.startswith("text_encoder") for name in index):
+            conditioning = _empty_prompt(repository)
+        elif config.get("num_embeds_ada_norm") is not None:
+            conditioning = torch.tensor([config["num_embeds_ada_norm"]])
+    vae = repository.config("AutoencoderKL", "vae") if "vae" in index or Path(source).is_dir() else None
+    if vae is not None and vae.get("_class_name") != "AutoencoderKL":
+        raise ValueError(f"`source` should hold an AutoencoderKL in vae/, found {vae.get('_class_name')}.")
+    model = repository.load(str(kind), place)
+    if vae is None:
+        return as_denoiser(model, schedule, conditioning=conditioning)
+    return LatentPrior(repository.load("AutoencoderKL", "vae"), model, conditioning, schedule=schedule)
+
+
+def _empty_prompt(repository: _Repository) -> Tensor | dict[str, Any]:
+    require("transformers", purpose="the empty prompt of a pipeline", install="'restoreloss[examples]'")
+    name: str = repository.index["_class_name"]
+    # None: what is not loaded, and what the pipeline was saved without
+    others = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "image_encoder")
+    index = repository.index
+    parts: dict[str, Any] = {part: None for part in index if part in others or index[part] == [None, None]}
+    more: dict[str, str] = {}
+    if name.startswith("StableDiffusion3"):  # asks its transformer how wide the text is; one without weights knows
+        more = {"prompt_2": "", "prompt_3": ""}
+        with torch.device("meta"):
+            parts["transformer"] = repository.diffusers.SD3Transformer2DModel.from_config(
+                repository.config("SD3Transformer2DModel", "transformer")
+            )
+    pipeline = getattr(repository.diffusers, name).from_pretrained(repository.source, **parts, **repository.options)
+    with torch.no_grad():
+        found = pipeline.encode_prompt(
+            "", **more, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
+    if name.startswith("StableDiffusionXL"):
+        _, states, _, pooled = found  # of the negative prompt: zeros where the pipeline was trained with them
+        times = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]])
+        return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": times}}
+    if name.startswith("StableDiffusion3"):
+        states, _, pooled, _ = found
+        return {"encoder_hidden_states": states, "pooled_projections": pooled}
+    if name.startswith("StableDiffusion"):
+        return found[0]  # type: ignore[no-any-return]
+    raise ValueError(f"`conditioning` should be given for a {name}, whose empty prompt is not known.")
+
+
+def _from_file(
+    path: Path, conditioning: Conditioning | None, schedule: Any, prediction_type: PredictionType | None,
+    head_channels: int, grouped_heads: bool,
+) -> Denoiser | LatentPrior:  # fmt: skip
+    weights = _weights_in(path)
+    if layouts.is_latent_diffusion(weights):
+        unet, vae, alphas_cumprod = layouts.latent_diffusion(weights)
+        if schedule is None:
+            kind: PredictionType = prediction_type or "epsilon"
+            schedule = (
+                NoiseSchedule.scaled_linear(prediction_type=kind) if alphas_cumprod is None
+                else NoiseSchedule(alphas_cumprod.float(), prediction_type=kind)
+            )  # fmt: skip
+        return LatentPrior(vae, unet, conditioning, schedule=schedule)
+    if prediction_type is not None:
+        raise ValueError(f"`prediction_type` should be left out for {path.name}; give `schedule`.")
+    if layouts.is_guided_diffusion(weights):
+        model = layouts.guided_diffusion(weights, head_channels=head_channels, grouped_heads=grouped_heads)
+        return as_denoiser(model, schedule, conditioning=conditioning)
+    first = ", ".join(list(weights)[:3])
+    raise ValueError(f"{path.name} should be {_KNOWN}, found {len(weights)} weights: {first}, ...")
+
+
+def _weights_in(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, by name."""
+    if path.suffix == ".safetensors":
+        safetensors = require("safetensors.torch", purpose="load_prior()", install="safetensors")
+        try:
+            found: Any = safetensors.load_file(path)
+        except Exception as error:  # safetensors has its own kind, which is no public name in all versions
+            raise ValueError(f"{path.name} should be a whole safetensors file, found: {error}") from error
+    else:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path.name} should hold tensors only, found a pickle that runs code or is broken, which is not "
+                "loaded. If you trust it, save its state dict with safetensors where you do."
+            ) from error
+        except (RuntimeError, EOFError, OSError) as error:
+            raise ValueError(f"{path.name} should be a whole file of torch.save, found: {error}") from error
+    for name in ("state_dict", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            found = found[name]
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path.name} should hold a state dict, found a {type(found).__name__}.")
+    weights = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise ValueError(f"{path.name} should hold a state dict, found no tensors in it.")
+    if all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    return weights
