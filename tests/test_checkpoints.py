@@ -428,6 +428,23 @@ def test_a_name_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
         load_prior("someone/else", local_files_only=True)
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    asked = []
+
+    def unreachable(repository: str, *, filename: str, local_files_only: bool, **options: Any) -> None:
+        asked.append((filename, local_files_only))
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(diffusers.configuration_utils, "hf_hub_download", unreachable)
+    with pytest.raises(OSError, match="Without a network download it elsewhere"):
+        load_prior("someone/else")
+    assert asked[0] == ("model_index.json", False)
+    assert {filename for filename, local in asked[1:] if local} == {"config.json"} and all(
+        local for _, local in asked[1:]
+    )
+
+
 # what is no prior
 
 

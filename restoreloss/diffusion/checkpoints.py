@@ -134,6 +134,8 @@ class _Repository:
         self.source = str(source)
         self.options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
         self.diffusers = require("diffusers", purpose="load_prior()", install="diffusers")
+        errors = require("huggingface_hub.errors", purpose="load_prior()", install="huggingface_hub")
+        self.unreachable: type[Exception] = errors.LocalEntryNotFoundError
         self.index = self.config("DiffusionPipeline") or {}
 
     def config(self, kind: str, subfolder: str = "") -> dict[str, Any] | None:
@@ -149,6 +151,8 @@ class _Repository:
             found: dict[str, Any] = reader.load_config(self.source, subfolder=subfolder or None, **self.options)
         except OSError as error:
             self.error = error  # a file that is not there and a hub that is not there look alike in a cache
+            if isinstance(error.__context__, self.unreachable):
+                self.options["local_files_only"] = True  # once is enough: its library asks for half a minute
             return None
         return found
 
