@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,10 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from examples.common.batches import chance
-from examples.common.evaluation import load_recogniser
+from examples.common.evaluation import Judges, load_recogniser
 from examples.common.folder import read_picture
 from examples.common.latent_diffusion import scheduler, small_autoencoder, small_prompt, small_unet
+from examples.common.photos import HELD_OUT, load_photo
 from examples.unirestore import experiment
 from examples.unirestore import prepare as preparing
 from examples.unirestore import restore as restoring
@@ -34,7 +36,7 @@ from examples.unirestore.adapters import AdapterName, PerTask, build_adapters
 from examples.unirestore.config import TASKS, Config
 from examples.unirestore.data import data_of, mixed
 from examples.unirestore.model import UniRestore, enlarged, reflected
-from examples.unirestore.train import Batch, Trainer
+from examples.unirestore.train import Batch, Part, Trainer
 from restoreloss import Alternation, NoiseSchedule
 
 ROOT = Path(__file__).parents[1]
@@ -1044,6 +1046,121 @@ def test_half_precision_trains(tmp_path: Path, folder: Path, request: pytest.Fix
         )
 
 
+# what no figure shows
+
+
+def test_options_reach_the_optimiser(tmp_path: Path, folder: Path) -> None:
+    run = trainer(tmp_path / "run", folder, lr=0.3, prompt_lr=0.7, weight_decay=0.5, max_norm=2.5, steps=4)
+    (phase,) = run.stages[0].alternation.phases
+    optimizer: Any = phase.optimizers
+    weights, prompts = optimizer.param_groups
+    assert (weights["lr"], weights["weight_decay"]) == (0.3, 0.5)
+    assert (prompts["lr"], prompts["weight_decay"]) == (0.7, 0.0)
+    assert {id(p) for p in prompts["params"]} == {id(p) for p in run.model.tfa.prompts.values()}
+    assert phase.max_norm == 2.5
+    for k in range(4):
+        assert weights["lr"] == pytest.approx(0.3 * 0.5 * (1 + math.cos(math.pi * k / 4)))
+        run.stages[0].alternation.step(first_batch(run))
+
+
+def test_every_picture_has_a_chance_of_its_own(tmp_path: Path, folder: Path) -> None:
+    run = trainer(tmp_path / "run", folder)
+    batches = [run.batch(*read, step, 2) for step, read in enumerate(run.read(0, 2))]
+    seeds = [generator.initial_seed() for batch in batches for generator in batch.chance]
+    assert len(seeds) == len(set(seeds)) == 2 * 3 * 2
+    reader = run.readers["restoration"]
+    clean = batches[0].parts[0].clean
+    degraded = [reader.degrade(clean, first) for first in (0, 2)]
+    assert not torch.equal(*degraded) and torch.equal(degraded[0], reader.degrade(clean, 0))
+
+
+def test_a_task_is_read_by_its_networks(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(tmp_path / "run", folder, smallest=32, unseen=True)
+    for task in ("classification", "segmentation"):
+        reader = run.readers[task]
+        for network, name in ((reader.network, "hq"), (reader.judge, "judge")):
+            stored = load_recogniser(folder / "prepared" / f"{task}_{name}").state_dict()
+            assert network is not None
+            assert all(torch.equal(value, stored[key]) for key, value in network.state_dict().items())
+    asked: list[Any] = []
+    seen: list[Any] = []
+
+    def forward(pictures: Tensor, task: str, **options: Any) -> Tensor:
+        asked.append((task, options["smallest"]))
+        return pictures
+
+    def evaluated(data: Any, recognition: Any, **options: Any) -> Any:
+        options["read"](None, uniform(1, 3, 24, 24))
+        seen.append((recognition.task, options["recogniser"], options["judges"], options["degrade"]))
+        return {}, {"lr": uniform(1, 3, 4, 4), "restored": uniform(1, 3, 4, 4), "hr": uniform(1, 3, 4, 4)}
+
+    monkeypatch.setattr(run.model, "forward", forward)
+    monkeypatch.setattr(training, "evaluate", evaluated)
+    run.figures(run.restores)
+    tasks = ["restoration", "classification", "segmentation"]
+    assert asked == [(task, 32) for task in tasks for _ in ("seen", "unseen")]
+    for (_, recogniser, judges, degrade), task in zip(seen, [task for task in tasks for _ in range(2)], strict=True):
+        reader = run.readers[task]
+        assert recogniser is reader.network and judges == Judges(None, reader.judge)
+        pictures = uniform(2, 3, 24, 24)
+        assert not torch.equal(degrade(pictures, 0), reader.degrade(pictures, 0))  # not as in training
+
+
+def test_a_new_prompt_begins_at_zero(tmp_path: Path, folder: Path) -> None:
+    run = trainer(tmp_path / "run", folder, "add-task")
+    assert not run.model.tfa.prompts["detection"].any() and run.model.tfa.prompts["restoration"].any()
+
+
+@pytest.mark.parametrize("adapter", ["prompts", "one_prompt"])
+def test_the_gate_is_that_of_the_run(adapter: AdapterName, tmp_path: Path, folder: Path) -> None:
+    run = trainer(tmp_path / "run", folder, gate="sigmoid", adapter=adapter, test_count=2, steps=1)
+    run.run()
+    model, _ = restoring.load_run(tmp_path / "run")
+    assert all(level.gate == "sigmoid" for each in (run.model, model) for level in each.tfa.levels)
+
+
+def test_pictures_of_the_test_are_not_trained_on(tmp_path: Path) -> None:
+    train, test = data_of("restoration", replace(TINY, size=32, test_count=8))
+    held_out = [load_photo(name) for name in HELD_OUT]
+    assert not any(
+        photo.shape == source.shape and torch.equal(photo, source) for photo in held_out for source in train.sources
+    )
+    crops = [sample[0] for n in range(8) if (sample := test[n]) is not None]
+    for n, crop in enumerate(crops):  # of all photographs in turn
+        windows = held_out[n % len(held_out)].unfold(1, 32, 1).unfold(2, 32, 1)
+        assert bool((windows[..., 0, 0] == crop[:, :1, 0, None]).all(0).any())
+    other = data_of("classification", replace(TINY, seed=2))[0][0]
+    assert not torch.equal(data_of("classification", TINY)[0][0][0], other[0])
+    for number in range(12):
+        save_image(torch.full((3, 40, 36), number / 255), tmp_path / f"{number:02d}.png")
+    (tmp_path / "05.png").write_bytes(b"broken")
+    train, test = data_of("restoration", replace(TINY, pictures=tmp_path, size=32, train_count=20, test_count=5))
+    assert len(train) == 20 and len(test) == 5
+    trained = {round(255 * float(sample[0].mean())) for n in range(20) if (sample := train[n]) is not None}
+    tested = {round(255 * float(sample[0].mean())) for n in range(5) if (sample := test[n]) is not None}
+    assert tested == {0, 10} and trained == set(range(12)) - {0, 10, 5}
+    save_image(torch.zeros(3, 8, 8), tmp_path / "00.png")
+    assert test[0] is None
+
+
+def test_pictures_of_several_sizes_are_restored_alone(tmp_path: Path, folder: Path) -> None:
+    run = trainer(tmp_path / "run", folder)
+    batch = first_batch(run)
+    look, *others = batch.parts
+    parts = [replace(look, clean=uniform(2, 3, 16, 20), degraded=uniform(2, 3, 16, 20, seed=1)), *others]
+
+    def afresh(parts: list[Part]) -> Batch:
+        return Batch(
+            [replace(p, chance=[torch.Generator().manual_seed(n) for n in range(len(p.chance))]) for p in parts]
+        )
+
+    with torch.no_grad():
+        mixed = run._restored(afresh(parts), [part.task for part in parts for _ in part.degraded])
+        for part, found in zip(parts, mixed, strict=True):
+            (alone,) = run._restored(afresh([part]), [part.task] * len(part.degraded))
+            torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
+
+
 # folders of pictures
 
 
@@ -1064,7 +1181,7 @@ def test_a_folder_is_restored_for_a_task(tmp_path: Path, folder: Path, caplog: p
     assert [tuple(picture.shape) for picture in plain] == [(3, 20, 33), (3, 7, 5)]
     model, smallest = restoring.load_run(folder / "stage2")
     assert smallest == 0
-    generator = torch.Generator().manual_seed(chance(0, 0))
+    generator = torch.Generator().manual_seed(chance(0, zlib.crc32(b"a.png")))
     wanted = model.restore(read_picture(pictures / "a.png")[None], "restoration", generator=generator, smallest=0)[0]
     torch.testing.assert_close(plain[0], wanted, atol=0.51 / 255, rtol=0)
 
@@ -1075,6 +1192,12 @@ def test_a_folder_is_restored_for_a_task(tmp_path: Path, folder: Path, caplog: p
     for option, value in (("--steps", "4"), ("--smallest", "40"), ("--seed", "1")):
         assert not any(map(torch.equal, plain, restore("stage2", option, option, value)))
     restore("stage1", "first")
+    tiles = restore("stage2", "tiles", "--tile", "16", "--overlap", "4")
+    assert not any(map(torch.equal, plain[:1], tiles[:1])) and torch.equal(plain[1], tiles[1])
+    # the noise of a picture is its own, whatever lies beside it
+    shutil.copy(pictures / "a.png", pictures / "0.png")
+    assert all(map(torch.equal, plain, restore("stage2", "more")))
+    assert not torch.equal(read_picture(tmp_path / "more" / "0.png"), plain[0])
     shutil.copytree(folder / "prepared" / "prior", tmp_path / "prior")
     assert all(map(torch.equal, plain, restore("stage2", "moved", "--prior", str(tmp_path / "prior"))))
 
@@ -1091,6 +1214,8 @@ def test_restoring_enlarges_as_the_run_did(tmp_path: Path, folder: Path) -> None
         (["--task", "detection"], "`task` should be one of .*restoration.*, found 'detection'"),
         (["--prompts", "nowhere"], "found no such file"),
         (["--prompts", "{0}/add-task/prompts.safetensors", "--run", "{0}/other"], "fingerprint"),
+        (["--run", "{0}/stage1", "--task", "nonsense"], "`task` should be one of restoration, found 'nonsense'"),
+        (["--tile", "16", "--overlap", "9"], "`overlap` should be from 0 to half of `tile`, found 9 of 16"),
         (["--steps", "0"], "`steps` should be from 1 to 1000, found 0"),
         (["--seed", "-1"], "`seed` should be at least 0, found -1"),
         (["--run", "{0}"], "should be a finished run .*, found no config.yaml"),
@@ -1237,14 +1362,25 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "name": ("stage2", {"name": "detection"}, "`name` should be given for 'add-task' and no other stage"),
     "no name": ("add-task", {"name": None}, "`name` should be given for 'add-task'"),
     "no start": ("stage2", {"after": None}, "`after` should be a run of the stage before stage2, found None"),
-    "wrong start": ("stage2", {"after": "stage2"}, "`after` should be a run of stage1, found .*, which is stage2"),
-    "early start": ("add-task", {"after": "stage1"}, "`after` should be a run of stage2 or add-task, found .* stage1"),
-    "no run": ("stage2", {"after": "prepared"}, "`after` should be a run of stage1, found .*, which is none"),
+    "wrong start": ("stage2", {"after": "stage2"}, "should be a finished run of stage1, found .*which is stage2"),
+    "early start": ("add-task", {"after": "stage1"}, "should be a finished run of stage2 or add-task, found .* stage1"),
+    "no run": ("stage2", {"after": "prepared"}, "`after` should be a finished run of stage1, found .*, which is none"),
     "another gate": ("add-task", {"gate": "sigmoid"}, "`gate` should be 'softmax', as in .*stage2, found 'sigmoid'"),
     "other sizes": ("stage2", {"control_channels": 16}, "should hold the weights of this UniRestore"),
     "other features": ("stage2", {"cfrm": False}, "should hold the weights of this UniRestore"),
     "adapter": ("stage2", {"adapter": None}, "`adapter` should be there after stage 1"),
-    "prompts": ("add-task", {"adapter": "several"}, "should hold the weights of this UniRestore"),
+    "prompts": ("add-task", {"adapter": "several"}, "`adapter` should be 'prompts', as in .*, found 'several'"),
+    "steps of before": ("add-task", {"steps_of_diffusion": 4}, "`steps_of_diffusion` should be 1, as in"),
+    "size of before": ("add-task", {"smallest": 64}, "`smallest` should be 0, as in"),
+    "new task unread": (
+        "add-task", {"prepared": None, "prior": "prepared/prior", "tasks": ["restoration"]},
+        "`prepared` should be a folder of examples.unirestore.prepare, found None",
+    ),
+    "detection first": ("stage1", {"tasks": ["restoration", "detection"], "train_tasks": ["detection"]}, "of one size"),
+    "seen": ("stage2", {"degradation": "unseen_corruptions", "unseen": True}, "`unseen` should be false"),
+    "network after": ("stage2", {"network": "edsr-small"}, "`after` should be left out for `network` edsr-small"),
+    "prior nowhere": ("stage1", {"prior": "nowhere"}, "should be in the folder .*nowhere, or on the hub"),
+    "one picture": ("stage1", {"pictures": "stage1/tb"}, "at least two pictures, found 1"),
     "weight": ("stage2", {"task_weights": {"paint": 1.0}}, "`task_weights` should be for .*, found 'paint'"),
     "training": ("stage2", {"train_tasks": ["detection"]}, "`train_tasks` should be of `tasks`"),
     "training a new task": ("add-task", {"train_tasks": ["restoration"]}, "`train_tasks` should be left out"),
@@ -1261,7 +1397,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "steps": ("stage2", {"steps_of_diffusion": 0}, "`steps` should be from 1 to 1000, found 0"),
     "blocks": ("stage1", {"cfrm_blocks": [1, 1, 9]}, "first 2 levels"),
     "weights": ("stage1", {"cfrm_weights": [0.1]}, r"`cfrm_weights` should be 2 numbers, found \[0.1\]"),
-    "scale": ("stage2", {"scale": 4}, "`scale` should be 1 for corruptions"),
+    "scale": ("stage2", {"scale": 4}, "`scale` should be 1: pictures are restored at their own size"),
     "batch": ("stage2", {"batch": 0}, "`batch` should be at least 1, found 0"),
 }  # fmt: skip
 
@@ -1270,7 +1406,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_bad_options_are_named_and_leave_no_folder(
     stage: str, changes: dict[str, Any], message: str, tmp_path: Path, folder: Path
 ) -> None:
-    for name in ("after", "prepared", "prior"):
+    for name in ("after", "prepared", "prior", "pictures"):
         if isinstance(changes.get(name), str):
             changes = {**changes, name: folder / changes[name]}
     with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 
 import logging
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def load_folder(folder: Path, *, smallest: int) -> dict[str, Tensor]:
         ValueError: If the folder does not exist or nothing in it can be used.
     """
     if not folder.is_dir():
-        raise ValueError(f"`--images` should be a folder of pictures, found {folder}.")
+        raise ValueError(f"There should be a folder of pictures, found none at {folder}.")
     pictures = {}
     for name, picture in read_folder(folder):
         if min(picture.shape[1:]) < smallest:
@@ -43,7 +44,7 @@ def load_folder(folder: Path, *, smallest: int) -> dict[str, Tensor]:
         pictures[name] = picture
     if not pictures:
         raise ValueError(
-            f"`--images` should hold a picture of at least {smallest}x{smallest} pixels, found none in {folder}."
+            f"The folder should hold a picture of at least {smallest}x{smallest} pixels, found none in {folder}."
         )
     return pictures
 
@@ -65,25 +66,27 @@ def restore_folder(pictures: Path, out: Path, restore: Callable[[Tensor, int], T
 
     Args:
         pictures: the folder; what cannot be read in it is named in a warning.
-        out: where they go.
-        restore: (picture (1, 3, H, W), its number) -> restored.
+        out: where they go, outside of it.
+        restore: (picture (1, 3, H, W), a number) -> restored; the number comes from the path in the folder alone.
 
     Returns:
         How many there are.
 
     Raises:
-        ValueError: If there is no such folder, or no picture in it.
+        ValueError: If there is no such folder, no picture in it, or ``out`` is in it.
     """
     if not pictures.is_dir():
         raise ValueError(f"`pictures` should be a folder, found {pictures}.")
+    if out.resolve().is_relative_to(pictures.resolve()):
+        raise ValueError(f"`out` should be outside of the pictures that are read, found {out} in {pictures}.")
     written: set[Path] = set()
-    for number, (name, picture) in enumerate(tqdm(read_folder(pictures), unit="picture")):
+    for name, picture in tqdm(read_folder(pictures), unit="picture"):
         file = (out / name).with_suffix(".png")
         if file in written:
             file = out / f"{name}.png"
         written.add(file)
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_image(restore(picture[None], number), file)
+        save_image(restore(picture[None], zlib.crc32(Path(name).as_posix().encode())), file)
     if not written:
         raise ValueError(f"`pictures` should hold a picture that can be read, found none in {pictures}.")
     logger.info("%d pictures restored, in %s", len(written), out)

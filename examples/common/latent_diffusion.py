@@ -36,12 +36,17 @@ def load_latent_diffusion(path: Path | str) -> LatentDiffusion:
         for part in ("vae", "unet", "scheduler"):
             if not (Path(path) / part).is_dir():
                 raise ValueError(f"{path} should hold {part}/ as diffusers saves it, found no such folder.")
-    return LatentDiffusion(
-        AutoencoderKL.from_pretrained(path, subfolder="vae").float(),  # also of half-precision files
-        UNet2DConditionModel.from_pretrained(path, subfolder="unet").float(),
-        NoiseSchedule.from_diffusers(DDPMScheduler.from_pretrained(path, subfolder="scheduler")),
-        empty_prompt(path),
-    )
+    try:
+        return LatentDiffusion(
+            AutoencoderKL.from_pretrained(path, subfolder="vae").float(),  # also of half-precision files
+            UNet2DConditionModel.from_pretrained(path, subfolder="unet").float(),
+            NoiseSchedule.from_diffusers(DDPMScheduler.from_pretrained(path, subfolder="scheduler")),
+            empty_prompt(path),
+        )
+    except OSError as error:
+        raise ValueError(
+            f"A latent diffusion model should be in the folder {path}, or on the hub under that name: {error}"
+        ) from error
 
 
 def empty_prompt(path: Path | str) -> Tensor:

@@ -65,7 +65,7 @@ def photographs(folder: Path | None, *, smallest: int) -> tuple[dict[str, Tensor
         cut = picture.shape[2] * 2 // 3
         if picture.shape[2] - cut < smallest:
             raise ValueError(
-                f"`--images` holds one picture; to be split it should be {3 * smallest} wide, or add another."
+                f"{folder} holds one picture; to be split it should be {3 * smallest} wide, or add another."
             )
         return {name: picture[:, :, :cut]}, {name: picture[:, :, cut:]}
     names = list(pictures)

@@ -1,6 +1,6 @@
 """How is a small latent diffusion model trained on two cores, for recipes that want Stable Diffusion?"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class PriorConfig(DataOptions, RunOptions):
         width: of the narrowest layers of the diffusion model; those of the autoencoder are half as wide.
         levels: of the autoencoder; each but the first halves the resolution.
         lr: of both (AdamW).
+        of: what the pictures are, where they are given, so that a folder says what its model was trained on.
     """
 
     steps: int = 1000
@@ -39,6 +40,7 @@ class PriorConfig(DataOptions, RunOptions):
     lr: float = 1e-3
     degradation: Degradation = "mixture_b"
     scale: int = 1
+    of: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

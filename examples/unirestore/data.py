@@ -1,7 +1,9 @@
 """Which pictures are restored, for people and for each task?"""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +11,13 @@ from torch import Tensor
 
 from examples.common.clean_pictures import CleanPictures, training_photographs
 from examples.common.data import datasets
+from examples.common.folder import UNREADABLE, read_picture
 from examples.common.options import DataOptions
-from examples.common.photos import HELD_OUT, grid_crops, load_photo, photographs
+from examples.common.photos import HELD_OUT, grid_crops, load_photo
 from examples.common.tasks import InMemory, Task, TaskData
 from examples.unirestore.config import TASKS
+
+logger = logging.getLogger(__name__)
 
 
 def data_of(task: str, config: Any) -> tuple[TaskData, TaskData]:
@@ -31,23 +36,64 @@ def data_of(task: str, config: Any) -> tuple[TaskData, TaskData]:
 
 def _clean(config: Any) -> tuple[TaskData, TaskData]:
     size = config.size or (48 if config.data in ("generated", "photos") else 512)
-    if config.pictures is None:
-        train: Sequence[Tensor] = training_photographs(size)
-        held_out = {name: photo for name in HELD_OUT if min((photo := load_photo(name)).shape[1:]) >= size}
-        if not train or not held_out:
-            raise ValueError(
-                f"`pictures` should be a folder of photographs for `size` {size}; those at hand are smaller."
-            )
-    else:
-        found, held_out = photographs(config.pictures, smallest=size)
-        train = list(found.values())
+    if config.pictures is not None:
+        return _clean_files(config.pictures, config, size)
+    train = training_photographs(size)
+    held_out = {name: photo for name in HELD_OUT if min((photo := load_photo(name)).shape[1:]) >= size}
+    if not train or not held_out:
+        raise ValueError(f"`pictures` should be a folder of photographs for `size` {size}; those at hand are smaller.")
     each = -(-config.test_count // len(held_out))
-    crops = torch.cat([grid_crops(photo, size, each) for photo in held_out.values()])[: config.test_count]
+    # of all photographs in turn, so that the first few show each
+    crops = torch.stack([grid_crops(photo, size, each) for photo in held_out.values()], dim=1).flatten(0, 1)
+    crops = crops[: config.test_count]
     names = CleanPictures.class_names
     return (
         CleanPictures(train, config.train_count, size),
         InMemory("classification", names, crops, torch.zeros(len(crops), dtype=torch.long)),
     )
+
+
+def _clean_files(folder: Path, config: Any, size: int) -> tuple[TaskData, TaskData]:
+    """Every tenth picture of a folder, and at least one, is for the test; each is read when it is wanted."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    if len(files) < 2:
+        raise ValueError(f"`pictures` should be a folder of at least two pictures, found {len(files)} in {folder}.")
+    test = files[::10]
+    train = [file for file in files if file not in set(test)]
+    each = -(-config.test_count // len(test))
+    crops = [(file, number) for number in range(each) for file in test][: config.test_count]
+    return CleanPictures(train, config.train_count, size), FileCrops(crops, each, size)
+
+
+class FileCrops:
+    """Crops spread evenly over picture files: samples (picture (3, H, W), 0), None where a file cannot be used.
+
+    Args:
+        crops: file, and number of its crop.
+        each: crops of a file.
+        size: of the crops.
+    """
+
+    task: Task = "classification"
+    class_names = CleanPictures.class_names
+
+    def __init__(self, crops: Sequence[tuple[Path, int]], each: int, size: int) -> None:
+        self.crops, self.each, self.size = list(crops), each, size
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None:
+        file, number = self.crops[index]
+        try:
+            picture = read_picture(file)
+        except UNREADABLE as error:
+            logger.warning("%s skipped: %s", file, str(error) or type(error).__name__)
+            return None
+        if min(picture.shape[1:]) < self.size:
+            logger.warning("%s skipped: smaller than the crops of %d", file, self.size)
+            return None
+        return grid_crops(picture, self.size, self.each)[number], torch.tensor(0)
 
 
 class Mixed:

@@ -68,8 +68,8 @@ class Experiment:
 
     out: Path
     base: Config
-    prior_steps: int = 1000
-    prior_pictures: int = 4000
+    prior_steps: int = 5000
+    prior_pictures: int = 16000
     prepare_steps: int = 500
     _prepared: set[Path] = field(default_factory=set, repr=False)
 
@@ -99,7 +99,11 @@ class Experiment:
         if name in READ:
             return self._read("table", name, seed, {"stage": "stage2", "network": "edsr-small"})
         if name in PLAIN:
-            changes: dict[str, Any] = {"stage": "stage2", "network": "edsr-small", "train_tasks": PLAIN[name]}
+            # as many steps as both stages of UniRestore together
+            steps = 2 * self.base.steps
+            changes: dict[str, Any] = {
+                "stage": "stage2", "network": "edsr-small", "train_tasks": PLAIN[name], "steps": steps
+            }  # fmt: skip
         elif name in FIRST:
             changes = {"stage": "stage1", **FIRST[name]}
         else:
@@ -115,14 +119,15 @@ class Experiment:
         changes = {"stage": "add-task", "name": "detection", "after": start}
         for name in READ:
             self._read("new_task", name, seed, {"stage": "stage2", "network": "edsr-small", "tasks": ["detection"]})
-        self._train("new_task", "tir", seed, {"stage": "stage2", "network": "edsr-small", "tasks": ["detection"]})
+        plain = {"stage": "stage2", "network": "edsr-small", "tasks": ["detection"], "steps": 2 * self.base.steps}
+        self._train("new_task", "tir", seed, plain)
         self._train("new_task", "prompt", seed, changes)
         for name in ("restoration", "classification", "segmentation"):
             config = self.config("new_task", f"prompt_of_{name}", seed, **changes)
             trainer = Trainer(config)
             if trainer.run_directory.results is None:
-                read = trainer.restores(name)
-                trainer.run_directory.finish(trainer.figures(lambda _, read=read: read)[0])  # type: ignore[misc]
+                figures, _ = trainer.figures(lambda _, name=name, trainer=trainer: trainer.restores(name))  # type: ignore[misc]
+                trainer.run_directory.finish(figures)
 
     def _train(self, study: str, name: str, seed: int, changes: Mapping[str, Any]) -> dict[str, Any]:
         trainer = Trainer(self.config(study, name, seed, **changes))

@@ -239,7 +239,7 @@ class UniRestore(nn.Module):
         *,
         generator: Generators = None,
         steps: int | None = None,
-        smallest: int = 512,
+        smallest: int = 0,
     ) -> Tensor:
         """What :meth:`forward` gives, in [0, 1] and without a graph."""
         restored: Tensor = self(pictures, tasks, generator=generator, steps=steps, smallest=smallest)
@@ -317,9 +317,11 @@ class UniRestore(nn.Module):
         return model
 
     def fingerprint(self) -> str:
-        """A hash of the gate and of all that was trained but prompts, of every model whose prompts fit this one."""
+        """A hash of the gate and of all weights but prompts, frozen ones too: of models whose prompts fit this one."""
         digest = hashlib.sha256(self.gate.encode())
-        for name, value in sorted(self.state_dict().items()):
+        frozen = {f"{name}.{key}": value for name, network in (("vae", self._vae), ("unet", self._unet))
+                  for key, value in network.network.state_dict().items()}  # fmt: skip
+        for name, value in sorted((self.state_dict() | frozen).items()):
             if not name.startswith(PROMPTS):
                 digest.update(name.encode())
                 digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -6,7 +6,8 @@ In the folder, each a run directory that goes on after a stop:
 
 ========== ==============================================================================================
 TASK_hq    the task network, trained on clean pictures: what UniRestore is trained for
-TASK_judge another of other pictures and chance, for the evaluation alone: a recogniser it has not seen
+TASK_judge another, twice as long, of other chance and (where they are generated) other pictures: a
+           recogniser for the evaluation alone, which nothing was trained with
 prior      an autoencoder and a diffusion model in its latents, in the layout of Stable Diffusion
 ========== ==============================================================================================
 
@@ -77,12 +78,12 @@ def prepare(config: Config) -> None:
 
 def train_prior(config: Config, out: Path) -> None:
     """A small latent diffusion model of the pictures of all tasks, with two levels of features to restore."""
-    if (out / "prompt.safetensors").exists():
-        return
+    tasks = ["restoration", *config.tasks]
     options = {**shared(config), "out": out, "steps": config.prior_steps}
-    trainer = PriorTrainer(PriorConfig(**options, levels=3), mixed(["restoration", *config.tasks], config))
+    prior = PriorConfig(**options, levels=3, of=[*tasks, *([] if config.pictures is None else [str(config.pictures)])])
+    trainer = PriorTrainer(prior, mixed(tasks, config))
     trainer.run()
-    if trainer.main:
+    if trainer.main and not (out / "prompt.safetensors").exists():
         trainer.save_pretrained()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from examples.common.batches import chance
 from examples.common.folder import restore_folder
+from examples.common.tiles import tiled
 from examples.unirestore.model import UniRestore
 from examples.unirestore.train import FILE
 
@@ -33,7 +34,7 @@ def load_run(run: Path, prior: Path | str | None = None) -> tuple[UniRestore, in
     Raises:
         ValueError: If the folder is none.
     """
-    for name in ("config.yaml", f"{FILE}.safetensors"):
+    for name in ("config.yaml", f"{FILE}.safetensors", "results.json"):
         if not (run / name).is_file():
             raise ValueError(f"{run} should be a finished run of examples.unirestore.train, found no {name} in it.")
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -61,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prior", help="the latent diffusion model, if it has moved")
     parser.add_argument("--steps", type=int, help="of the diffusion, 1 to 4")
     parser.add_argument("--smallest", type=int, help="enlarge smaller pictures; the default is that of the run")
+    parser.add_argument(
+        "--tile", type=int, default=512, help="side above which pictures are restored in tiles; 0 never"
+    )
+    parser.add_argument("--overlap", type=int, default=64, help="pixels that tiles share")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
@@ -71,8 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model, smallest = load_run(options.run, options.prior)
         for file in options.prompts:
             model.load_prompts(file)
-        if model.tasks and options.task not in model.tasks:
-            raise ValueError(f"`task` should be one of {', '.join(model.tasks)}, found {options.task!r}.")
+        known = model.tasks or ("restoration",)
+        if options.task not in known:
+            raise ValueError(f"`task` should be one of {', '.join(known)}, found {options.task!r}.")
+        if options.tile < 0 or not 0 <= options.overlap <= options.tile // 2:
+            raise ValueError(
+                f"`overlap` should be from 0 to half of `tile`, found {options.overlap} of {options.tile}."
+            )
         model.timesteps(options.steps)
     except ValueError as error:
         parser.error(str(error))
@@ -82,10 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def restore(picture: Tensor, number: int) -> Tensor:
         generator = torch.Generator().manual_seed(chance(options.seed, number))
-        restored: Tensor = model.restore(
-            picture.to(options.device), options.task, steps=options.steps, smallest=smallest, generator=generator
-        )
-        return restored
+
+        def part(pixels: Tensor) -> Tensor:
+            restored: Tensor = model.restore(
+                pixels, options.task, steps=options.steps, smallest=smallest, generator=generator
+            )
+            return restored
+
+        picture = picture.to(options.device)
+        return tiled(part, picture, tile=options.tile, overlap=options.overlap) if options.tile else part(picture)
 
     try:
         restore_folder(options.pictures, options.out, restore)

@@ -33,7 +33,6 @@ from examples.common.networks import restorer
 from examples.common.recipe import Recipe, Stage
 from examples.common.recognition import Recognition
 from examples.common.tasks import TaskData, each, to_device
-from examples.common.tiles import apart, together
 from examples.unirestore.config import TASKS, WEIGHTS, Config, StageName
 from examples.unirestore.data import data_of
 from examples.unirestore.model import UniRestore, enlarged, reflected
@@ -203,9 +202,10 @@ class Trainer(Recipe[Batch]):
         terms = {}
         for part, pictures in zip(batch.parts, restored, strict=True):
             reader = self.readers[part.task]
-            if reader.network is None:
+            if part.task == "restoration":
                 loss = F.mse_loss(pictures, part.clean)
             else:
+                assert reader.network is not None
                 loss = reader.recognition.loss(reader.network, pictures, part.targets)
             terms[part.task] = weights[part.task] * loss
         if self.config.restored_too and any(part.task != "restoration" for part in batch.parts):
@@ -225,11 +225,21 @@ class Trainer(Recipe[Batch]):
         return torch.stack([F.l1_loss(one, other) for one, other in pairs]).mean()
 
     def _restored(self, batch: Batch, tasks: list[str]) -> list[Any]:
-        """All pictures in one pass, then apart again by part."""
-        degraded = together([picture for part in batch.parts for picture in part.degraded], 1)
-        found = self.net(degraded, tasks, generator=batch.chance, smallest=self.config.smallest)
-        pieces = found.split([len(part.clean) for part in batch.parts])
-        return [apart(piece, part.clean) for piece, part in zip(pieces, batch.parts, strict=True)]
+        """All pictures of one size in one pass, then apart again by part."""
+        degraded, chances = [picture for part in batch.parts for picture in part.degraded], batch.chance
+        found: dict[int, Tensor] = {}
+        for size in dict.fromkeys(picture.shape for picture in degraded):
+            rows = [n for n, picture in enumerate(degraded) if picture.shape == size]
+            restored = self.net(
+                torch.stack([degraded[n] for n in rows]), [tasks[n] for n in rows],
+                generator=[chances[n] for n in rows], smallest=self.config.smallest,
+            )  # fmt: skip
+            found |= dict(zip(rows, restored, strict=True))
+        pieces, every = [], iter(found[n] for n in range(len(degraded)))
+        for part in batch.parts:
+            pictures = [next(every) for _ in part.clean]
+            pieces.append(torch.stack(pictures) if isinstance(part.clean, Tensor) else pictures)
+        return pieces
 
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """The figures of each task, on corruptions like those of training and on others, and pictures of the first; a
@@ -237,6 +247,7 @@ class Trainer(Recipe[Batch]):
         """
         if self.config.stage == "add-task":
             self._check_the_others()
+        self._save_prompts()  # before results.json, which says that all is there
         return self.figures(self.restores)
 
     def restores(self, task: str) -> Callable[[Any, Any], Any]:
@@ -293,17 +304,11 @@ class Trainer(Recipe[Batch]):
             if not same and name != self.config.name:
                 raise RuntimeError(f"The weights of {name} should be what they were before {self.config.name}.")
 
-    def _finish(self, seconds: float) -> dict[str, Any]:
-        results = super()._finish(seconds)
-        if (
-            self.main
-            and self.config.stage != "stage1"
-            and self.config.network is None
-            and self.config.adapter == "prompts"
-        ):
-            names = None if self.config.name is None else [self.config.name]
+    def _save_prompts(self) -> None:
+        config = self.config
+        if config.stage != "stage1" and config.network is None and config.adapter == "prompts":
+            names = None if config.name is None else [config.name]
             self.model.save_prompts(self.options.out / "prompts.safetensors", names)
-        return results
 
 
 class _FirstStage(nn.Module):
@@ -369,17 +374,26 @@ def _check(config: Config) -> None:
         raise ValueError(f"`tasks` should be at least one, each once, found {config.tasks}.")
     if unknown := sorted(set(config.task_weights) - set(TASKS)):
         raise ValueError(f"`task_weights` should be for {', '.join(TASKS)}, found {unknown[0]!r}.")
+    if config.scale != 1:
+        raise ValueError(f"`scale` should be 1: pictures are restored at their own size, found {config.scale}.")
+    if config.unseen and config.degradation == "unseen_corruptions":
+        raise ValueError("`unseen` should be false where `degradation` is unseen_corruptions: these are seen then.")
     if config.stage == "stage1":
         if "restoration" not in config.tasks:
             raise ValueError(f"`tasks` should have 'restoration', which stage 1 trains on, found {config.tasks}.")
         if config.train_tasks is not None and len(config.train_tasks) != 1:
             raise ValueError(f"`train_tasks` should be one in stage 1, found {config.train_tasks}.")
+        if config.train_tasks == ["detection"]:
+            raise ValueError("`train_tasks` should not be detection in stage 1, whose pictures are of one size.")
         return
-    if config.prepared is None and set(config.tasks) != {"restoration"}:
+    tested = {config.name} if config.name is not None else set(config.tasks)
+    if config.prepared is None and tested != {"restoration"}:
         raise ValueError("`prepared` should be a folder of examples.unirestore.prepare, found None.")
     if config.restored_too and "restoration" not in config.tasks:
         raise ValueError(f"`restored_too` needs the task 'restoration', found {config.tasks}.")
     if config.network is not None:
+        if config.after is not None:
+            raise ValueError(f"`after` should be left out for `network` {config.network}, found {config.after}.")
         return
     if config.adapter is None:
         raise ValueError("`adapter` should be there after stage 1, which has nothing else to train, found None.")
@@ -392,11 +406,18 @@ def _check_before(config: Config, before: Path) -> None:
     """Raise ``ValueError`` for a run that the stage cannot begin with; what its weights cannot tell."""
     wanted = ("stage1",) if config.stage == "stage2" else ("stage2", "add-task")
     file = before / "config.yaml"
-    settings = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    done = file.is_file() and (before / "results.json").is_file()
+    settings = yaml.safe_load(file.read_text(encoding="utf-8")) if done else {}
     if (found := settings.get("stage", "none")) not in wanted:
-        raise ValueError(f"`after` should be a run of {' or '.join(wanted)}, found {before}, which is {found}.")
-    if config.stage == "add-task" and settings["gate"] != config.gate:
-        raise ValueError(f"`gate` should be {settings['gate']!r}, as in {before}, found {config.gate!r}.")
+        raise ValueError(
+            f"`after` should be a finished run of {' or '.join(wanted)}, found {before}, which is {found}."
+        )
+    if config.stage == "add-task":
+        for name in ("adapter", "gate", "steps_of_diffusion", "smallest"):
+            if settings[name] != getattr(config, name):
+                raise ValueError(
+                    f"`{name}` should be {settings[name]!r}, as in {before}, found {getattr(config, name)!r}."
+                )
 
 
 def main() -> None:
