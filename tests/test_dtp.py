@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
+from examples.common.degradations import DEGRADATIONS, degrade, motion_kernel
+from examples.common.pair_folders import LAYOUTS, pairs
+from examples.common.pairs import FolderPairs
 from examples.dtp import experiment
 from examples.dtp.config import PAPER, Config, MethodName
-from examples.dtp.data import FolderPairs
-from examples.dtp.degradations import DEGRADATIONS, degrade, motion_kernel
-from examples.dtp.folders import LAYOUTS, pairs
 from examples.dtp.methods import METHODS
 from examples.dtp.networks import NETWORKS, add_experts, timed_network
 from examples.dtp.train import Batch, FineTuning, Trainer, turns

@@ -31,10 +31,10 @@ def run(
     for name, options in (positional or {}).items():
         parser.add_argument(name, **options)
     parser.add_class_arguments(config_class, skip=set(positional or ()))
-    arguments = parser.parse_args()
+    arguments = parser.instantiate(parser.parse_args())
     arguments.pop("config", None)
     try:
-        results = train(config_class(**arguments.as_dict()))
+        results = train(config_class(**vars(arguments)))
     except ValueError as error:
         parser.error(str(error))
     if results is not None:

@@ -19,6 +19,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from examples.common.restormer import Restormer
 from examples.common.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,9 @@ def restorer(name: str, scale: int, weights: Path | None = None) -> nn.Module:
     """A restoration network that enlarges by ``scale``.
 
     Args:
-        name: "edsr" | "edsr-small" | "swinir" | "swinir-light" | "file" (whatever spandrel finds in ``weights``).
+        name: "edsr" | "edsr-small" | "swinir" | "swinir-light"; of scale 1 also "nafnet" | "nafnet-small" |
+            "restormer" | "restormer-small" | "spandrel/NAME", an architecture of spandrel as it is by default; "file"
+            for whatever spandrel finds in ``weights``.
         scale: of the super-resolution.
         weights: a state dict, or for "file" any checkpoint that spandrel reads.
 
@@ -100,9 +103,12 @@ def restorer(name: str, scale: int, weights: Path | None = None) -> nn.Module:
             raise ValueError(f"`s_weights` should be a network of scale {scale}, found {described}.")
         model: nn.Module = described.model
         return model.requires_grad_(True)
-    if name not in _RESTORERS:
-        raise ValueError(f"`restorer` should be one of {(*_RESTORERS, 'file')}, found {name!r}.")
-    network = _RESTORERS[name](scale)
+    if name.startswith("spandrel/"):
+        network = _same_size(_of_spandrel, scale)(name.removeprefix("spandrel/"))
+    elif name in _RESTORERS:
+        network = _RESTORERS[name](scale)
+    else:
+        raise ValueError(f"`restorer` should be one of {(*_RESTORERS, 'file', 'spandrel/NAME')}, found {name!r}.")
     if weights is not None:
         load_weights(network, weights)
     return network
@@ -111,14 +117,49 @@ def restorer(name: str, scale: int, weights: Path | None = None) -> nn.Module:
 def _swinir(scale: int, **size: Any) -> nn.Module:
     from spandrel.architectures.SwinIR import SwinIR
 
+    if scale == 1:  # nothing to enlarge: as in the paper's denoiser
+        size["upsampler"] = ""
     network: nn.Module = SwinIR(upscale=scale, window_size=8, mlp_ratio=2, img_size=64, **size)
     return network
+
+
+def _of_spandrel(name: str) -> nn.Module:
+    """An architecture of spandrel by its name, with the sizes that it has there by default."""
+    from importlib import import_module
+
+    try:
+        network: nn.Module = getattr(import_module(f"spandrel.architectures.{name}"), name)()
+    except (ModuleNotFoundError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"`restorer` should be an architecture of spandrel that needs no options, found {name!r}: {error}."
+        ) from error
+    return network
+
+
+def nafnet(width: int, encoders: tuple[int, ...], middle: int, decoders: tuple[int, ...]) -> nn.Module:
+    """NAFNet (Chen et al. 2022)."""
+    from spandrel.architectures.NAFNet import NAFNet
+
+    network: nn.Module = NAFNet(
+        img_channel=3, width=width, enc_blk_nums=list(encoders), middle_blk_num=middle, dec_blk_nums=list(decoders)
+    )
+    return network
+
+
+def _same_size(build: Callable[..., nn.Module], scale: int) -> Callable[..., nn.Module]:
+    if scale != 1:
+        raise ValueError(f"`scale` should be 1 for a {build.__name__}, which keeps the size, found {scale}.")
+    return build
 
 
 _RESTORERS: dict[str, Callable[[int], nn.Module]] = {
     "edsr": EDSR,
     "edsr-small": lambda scale: EDSR(scale, features=24, blocks=4, light=True),
     "swinir": lambda scale: _swinir(scale, embed_dim=180, depths=[6] * 6, num_heads=[6] * 6, upsampler="pixelshuffle"),
+    "nafnet": lambda scale: _same_size(nafnet, scale)(64, (1, 1, 1, 28), 1, (1, 1, 1, 1)),
+    "nafnet-small": lambda scale: _same_size(nafnet, scale)(16, (1, 1), 1, (1, 1)),
+    "restormer": lambda scale: _same_size(Restormer, scale)(48, (4, 6, 6, 8), (1, 2, 4, 8)),
+    "restormer-small": lambda scale: _same_size(Restormer, scale)(12),
     "swinir-light": lambda scale: _swinir(
         scale, embed_dim=60, depths=[6] * 4, num_heads=[6] * 4, upsampler="pixelshuffledirect"
     ),

@@ -89,6 +89,9 @@ class Recipe(ABC, Generic[Batch]):
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """Figures, and tensors for samples.pt: rows of pictures for a grid under "lr", "restored", "hr"."""
 
+    def keep(self, step: int, figures: Mapping[str, float], samples: Mapping[str, Any]) -> None:
+        """What a recipe does with an evaluation, on the way and at the end: nothing."""
+
     def first_number(self, step: int) -> int:
         """Of the pictures of a step, that of the first one of this process: what a picture's own chance comes from."""
         rank, processes = int(self.accelerator.process_index), int(self.accelerator.num_processes)
@@ -157,7 +160,8 @@ class Recipe(ABC, Generic[Batch]):
                     self.run_directory.log(before + step, values)
                     progress.set_postfix({name.rpartition("/")[2]: f"{value:.3f}" for name, value in values.items()})
                 if config.eval_every and (before + step) % config.eval_every == 0 and self.main:
-                    figures, _ = self.evaluate()
+                    figures, samples = self.evaluate()
+                    self.keep(before + step, figures, samples)
                     self.run_directory.log(before + step, {f"test/{name}": value for name, value in figures.items()})
                 if step % config.save_every == 0 or (last and number + 1 < len(self.stages)):
                     self._save(number, step, before + step, seconds)
@@ -182,6 +186,7 @@ class Recipe(ABC, Generic[Batch]):
         for name, network in self.networks.items():
             save_model(bare(network), str(self.options.out / f"{name}.safetensors"))
         figures, samples = self.evaluate()
+        self.keep(sum(stage.steps for stage in self.stages), figures, samples)
         torch.save(samples, self.options.out / "samples.pt")
         rows = [value for value in samples.values() if isinstance(value, Tensor) and value.ndim == 4]
         if rows:

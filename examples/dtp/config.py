@@ -1,11 +1,11 @@
 """What can be set, in a YAML file and on the command line?"""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from examples.common.options import RunOptions
-from examples.dtp.folders import LAYOUTS
+from examples.common.pairs import PairOptions
 
 MethodName = Literal[
     "pretrain", "scratch", "plain", "l2sp", "fisher", "mas", "gn", "taylor2", "replay", "project", "full",
@@ -20,25 +20,17 @@ PAPER: dict[str, float] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunOptions):
-    """One run. The defaults train on two cores in a few minutes.
+class Config(PairOptions, RunOptions):
+    """One run. The defaults train on two cores in a few minutes. ``degradations``: one (setting A) or several (B).
 
     Attributes:
         method: "pretrain" learns to generate (TMGP); the others learn to restore, see examples/dtp/methods.py.
         pretrained: the run directory of "pretrain", which the others begin with.
-        degradations: to restore: one (setting A) or several (setting B).
         order: how several are learned: all together, or one more after the other (TIT), by ``timesteps``.
         timesteps: t* of each degradation: "paper" takes the authors' table; "matched" finds them with the pre-trained
             network, and takes the table where no timestep helps; "first" tells all the same small one.
-        data: "photos" are at hand; "folders" are read from disk.
-        places: for "folders", "LAYOUT:ROOT" by the name of the degradation; layouts are in examples/dtp/folders.py.
-        shifted_places: likewise, where the network is tested after training on ``places``: REVIDE, Rain100H, ...
         clean: for "folders", the clean pictures of "pretrain", replay and importance, as "clean:ROOT"; the default is
             the clean sides of ``places``.
-        patch: side of the training crops.
-        train_count: crops an epoch of "photos".
-        test_size: side of the test pictures of "photos".
-        test_count: test pictures of each degradation.
         network: one of examples/dtp/networks.py.
         moe: a mixture of experts behind each decoder level.
         experts: of it.
@@ -58,17 +50,9 @@ class Config(RunOptions):
 
     method: MethodName = "plain"
     pretrained: Path | None = None
-    degradations: list[str] = field(default_factory=lambda: ["rainy"])
     order: Literal["joint", "ascending", "descending", "random"] = "ascending"
     timesteps: Literal["matched", "paper", "first"] = "matched"
-    data: Literal["photos", "folders"] = "photos"
-    places: dict[str, str] = field(default_factory=dict)
-    shifted_places: dict[str, str] = field(default_factory=dict)
     clean: str | None = None
-    patch: int = 48
-    train_count: int = 4096
-    test_size: int = 96
-    test_count: int = 24
     network: str = "restormer-small"
     moe: bool = False
     experts: int = 10
@@ -85,19 +69,3 @@ class Config(RunOptions):
     orthogonality_every: int = 1
     shallow: float = 0.5
     decay: float = 0.05
-
-    def place(self, name: str, places: dict[str, str] | None = None) -> tuple[str, Path]:
-        """Layout and root of the data set of a degradation.
-
-        Raises:
-            ValueError: If it is not named, or not as "LAYOUT:ROOT".
-        """
-        places = self.places if places is None else places
-        if name not in places:
-            raise ValueError(f"`places` should name the data of {name!r} as LAYOUT:ROOT, found {places}.")
-        layout, _, root = places[name].partition(":")
-        if layout not in LAYOUTS or not root:
-            raise ValueError(
-                f"`places` should be LAYOUT:ROOT with one of {', '.join(LAYOUTS)}, found {places[name]!r}."
-            )
-        return layout, Path(root)

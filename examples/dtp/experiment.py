@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
+from examples.common.degradations import DEGRADATIONS
 from examples.common.report import Sample
 from examples.dtp.config import PAPER, Config
-from examples.dtp.degradations import DEGRADATIONS
 from examples.dtp.train import Trainer
 from restoreloss.diffusion.matching import plot_matches
 

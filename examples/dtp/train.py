@@ -27,10 +27,11 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from examples.common import command_line
 from examples.common.batches import chance
+from examples.common.degradations import DEGRADATIONS
+from examples.common.pairs import test_pairs, training_pairs
 from examples.common.recipe import Recipe, Stage
 from examples.dtp.config import PAPER, Config
-from examples.dtp.data import clean_pictures, held_out_pictures, test_pairs, training_pairs
-from examples.dtp.degradations import DEGRADATIONS
+from examples.dtp.data import clean_pictures, held_out_pictures
 from examples.dtp.methods import METHODS, Method
 from examples.dtp.networks import timed_network
 from restoreloss import (

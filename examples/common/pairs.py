@@ -1,0 +1,184 @@
+"""Which pairs of degraded and clean pictures does a run train and test on?"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from examples.common.batches import chance
+from examples.common.clean_pictures import training_photographs
+from examples.common.degradations import degrade
+from examples.common.folder import UNREADABLE, read_picture
+from examples.common.pair_folders import LAYOUTS, pairs
+from examples.common.photos import grid_crops, photographs, pyramid, random_crops
+from examples.common.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions:
+    """Which pairs.
+
+    Attributes:
+        degradations: to restore, of examples/common/degradations.py.
+        data: "photos" are at hand; "folders" are read from disk.
+        places: for "folders", "LAYOUT:ROOT" by the name of the degradation; layouts are in
+            examples/common/pair_folders.py.
+        shifted_places: likewise, where the network is tested after training on ``places``: REVIDE, Rain100H, ...
+        patch: side of the training crops.
+        train_count: crops an epoch of "photos".
+        test_size: side of the test pictures of "photos".
+        test_count: test pictures of each degradation.
+    """
+
+    degradations: list[str] = field(default_factory=lambda: ["rainy"])
+    data: Literal["photos", "folders"] = "photos"
+    places: dict[str, str] = field(default_factory=dict)
+    shifted_places: dict[str, str] = field(default_factory=dict)
+    patch: int = 48
+    train_count: int = 4096
+    test_size: int = 96
+    test_count: int = 24
+
+    def place(self, name: str, places: dict[str, str] | None = None) -> tuple[str, Path]:
+        """Layout and root of the data set of a degradation.
+
+        Raises:
+            ValueError: If it is not named, or not as "LAYOUT:ROOT".
+        """
+        places = self.places if places is None else places
+        if name not in places:
+            raise ValueError(f"`places` should name the data of {name!r} as LAYOUT:ROOT, found {places}.")
+        layout, _, root = places[name].partition(":")
+        if layout not in LAYOUTS or not root:
+            raise ValueError(
+                f"`places` should be LAYOUT:ROOT with one of {', '.join(LAYOUTS)}, found {places[name]!r}."
+            )
+        return layout, Path(root)
+
+
+class Pairs(ABC):
+    """Samples ((2, 3, H, W), number of the degradation): degraded and clean.
+
+    Attributes:
+        class_names: the degradations, by number.
+    """
+
+    task: Task = "classification"
+    class_names: tuple[str, ...]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None: ...
+
+
+class PhotoPairs(Pairs):
+    """Crops of photographs, degraded when they are asked for, by torch's global generator.
+
+    Args:
+        photos: (3, H, W) each.
+        names: of degradations, which take turns.
+        count: of samples.
+        size: of the crops.
+    """
+
+    def __init__(self, photos: Sequence[Tensor], names: Sequence[str], count: int, size: int) -> None:
+        self.photos, self.class_names, self.count, self.size = list(photos), tuple(names), count, size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        number = index % len(self.class_names)
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        clean = random_crops(self.photos, 1, self.size, generator)[0]
+        return torch.stack([degrade(self.class_names[number], clean, generator), clean]), torch.tensor(number)
+
+
+class FolderPairs(Pairs):
+    """Crops of pairs of files. What cannot be read is None, after a warning that names it.
+
+    Args:
+        places: layout and root of the data set of each degradation, by its name.
+        split: "train": random crops of ``size``, turned and mirrored; "test": whole pictures.
+        size: of the crops.
+    """
+
+    def __init__(self, places: dict[str, tuple[str, Path]], split: str, size: int) -> None:
+        self.class_names, self.split, self.size = tuple(places), split, size
+        self.files = [pairs(layout, root, split, name) for name, (layout, root) in places.items()]
+
+    def __len__(self) -> int:
+        """As many of each degradation as the largest data set has."""
+        return len(self.files) * max(map(len, self.files))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None:
+        number, place = index % len(self.files), index // len(self.files)
+        name, files = self.class_names[number], self.files[number]
+        degraded_file, clean_file = files[place % len(files)]
+        try:
+            clean = read_picture(clean_file)
+            degraded = None if degraded_file is None else read_picture(degraded_file)
+        except UNREADABLE as error:
+            logger.warning("%s or its pair skipped: %s", clean_file, str(error) or type(error).__name__)
+            return None
+        if degraded is not None and degraded.shape != clean.shape:
+            found = tuple(degraded.shape[1:]), tuple(clean.shape[1:])
+            logger.warning("%s skipped: the pair should be of one size, found %s and %s", degraded_file, *found)
+            return None
+        seed = int(torch.randint(2**62, ())) if self.split == "train" else chance(place, number)
+        generator = torch.Generator().manual_seed(seed)
+        pair = clean[None] if degraded is None else torch.stack([degraded, clean])
+        if self.split == "train":
+            if min(pair.shape[2:]) < self.size:
+                logger.warning("%s skipped: smaller than the crops of %d", clean_file, self.size)
+                return None
+            pair = _turned_crop(pair, self.size, generator)
+        if degraded is None:
+            pair = torch.stack([degrade(name, pair[0], generator), pair[0]])
+        return pair, torch.tensor(number)
+
+
+def training_pairs(config: PairOptions, names: Sequence[str]) -> Pairs:
+    """The training pairs of these degradations."""
+    if config.data == "photos":
+        return PhotoPairs(training_photographs(config.patch), names, config.train_count, config.patch)
+    return FolderPairs({name: config.place(name) for name in names}, "train", config.patch)
+
+
+def test_pairs(config: PairOptions, name: str, *, shifted: bool) -> list[tuple[Tensor, Tensor]]:
+    """(degraded, clean) test pictures (1, 3, H, W); of photographs, held-out ones, the same for all runs."""
+    if config.data == "photos":
+        _, held_out = photographs(None, smallest=config.patch)
+        each = -(-config.test_count // len(held_out))
+        found = []
+        for number, photo in enumerate(held_out.values()):
+            for place, clean in enumerate(grid_crops(pyramid(photo, config.patch, (0.5,))[0], config.test_size, each)):
+                generator = torch.Generator().manual_seed(chance(number, place))
+                found.append((degrade(name, clean, generator, shifted=shifted)[None], clean[None]))
+        return found[: config.test_count]
+    if shifted:
+        if name not in config.shifted_places:
+            return []
+        data = FolderPairs({name: config.place(name, config.shifted_places)}, "test", config.patch)
+    else:
+        data = FolderPairs({name: config.place(name)}, "test", config.patch)
+    read = [data[index] for index in range(min(len(data), config.test_count))]
+    return [(sample[0][:1], sample[0][1:]) for sample in read if sample is not None]
+
+
+def _turned_crop(pair: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (), generator=generator))
+
+    top, left = draw(pair.shape[2] - size + 1), draw(pair.shape[3] - size + 1)
+    crop = pair[:, :, top : top + size, left : left + size].rot90(draw(4), dims=(2, 3))
+    return crop.flip(3) if draw(2) else crop

@@ -1,0 +1,124 @@
+"""What can be set, in a YAML file and on the command line?"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from examples.common.options import RunOptions
+from examples.common.pairs import PairOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pixel:
+    """The pixels.
+
+    Attributes:
+        weight: of the term.
+        distance: L1, or mean squared error as in the paper.
+    """
+
+    weight: float = 1.0
+    distance: Literal["l1", "mse"] = "l1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diff:
+    """A diffusion prior: :class:`restoreloss.DiffLoss`.
+
+    Attributes:
+        weight: gamma; 0 leaves the prior out.
+        share: instead of a weight, the share of the gradient that the prior has at the degraded test pictures.
+        prior: "small" for the one that ships, or what :func:`restoreloss.load_prior` reads: a folder, a file, a name.
+        head_channels: of a guided-diffusion file.
+        grouped_heads: of a guided-diffusion file.
+        noise_weight: of the predicted noise.
+        h_space_weight: of the bottleneck, lambda.
+        timesteps: to draw from, low included and high not; the default is all.
+        distance: of two predictions.
+        compare: the noise, or what the model itself predicts.
+        snr_power: weigh timesteps by SNR to this power.
+        crop: look at one tile of each picture, of so many pixels or such a share of the sides.
+        subset: look at so many pictures of a batch, or such a share.
+        every: look at every k-th step.
+        bf16: convert the prior to bfloat16.
+        checkpointing: recompute the prior's blocks in the backward pass.
+    """
+
+    weight: float = 0.0
+    share: float | None = None
+    prior: str = "small"
+    head_channels: int = 64
+    grouped_heads: bool = True
+    noise_weight: float = 1.0
+    h_space_weight: float = 0.01
+    timesteps: tuple[int, int] | None = None
+    distance: Literal["mse", "rms", "l2", "l1"] = "mse"
+    compare: Literal["noise", "native"] = "noise"
+    snr_power: float = 0.0
+    crop: int | float | None = None
+    subset: int | float | None = None
+    every: int = 1
+    bf16: bool = False
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perceptual:
+    """Features of a VGG16, to compare the prior to.
+
+    Attributes:
+        weight: of the term; 0 leaves it out.
+        layers: of torchvision's network.
+        weights: its state dict, where torchvision cannot download one.
+    """
+
+    weight: float = 0.0
+    layers: list[str] = field(default_factory=lambda: ["features.15", "features.22"])
+    weights: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adversarial:
+    """A discriminator of patches, to compare the prior to.
+
+    Attributes:
+        weight: of the term; 0 leaves it out.
+        lr: of the discriminator (Adam).
+        width: of its first layer.
+    """
+
+    weight: float = 0.0
+    lr: float = 1e-4
+    width: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(PairOptions, RunOptions):
+    """One run. The defaults train on two cores in a minute.
+
+    Attributes:
+        network: of examples/common/networks.py: nafnet-small, nafnet, restormer, swinir, ..., or "file".
+        weights: a checkpoint to begin with; of "file", whatever spandrel reads.
+        pixel: the pixel loss.
+        diff: the diffusion prior.
+        perceptual: features of a VGG16.
+        adversarial: a discriminator.
+        lr: of the restoration network (Adam), cosine to ``lr_min``.
+        lr_min: at the end.
+        ema: decay of the average of the weights, which is then tested and kept; 0 for none.
+        accumulate: parts of a batch that are looked at one after the other.
+        lpips: test with LPIPS as well, where its weights can be had.
+    """
+
+    network: str = "nafnet-small"
+    weights: Path | None = None
+    pixel: Pixel = field(default_factory=Pixel)
+    diff: Diff = field(default_factory=Diff)
+    perceptual: Perceptual = field(default_factory=Perceptual)
+    adversarial: Adversarial = field(default_factory=Adversarial)
+    lr: float = 1e-3
+    lr_min: float = 1e-6
+    ema: float = 0.0
+    accumulate: int = 1
+    lpips: bool = False
+    batch: int = 8
