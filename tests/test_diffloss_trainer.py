@@ -20,10 +20,11 @@ from spandrel import ModelLoader
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
+from examples.diffloss import experiment
 from examples.diffloss import train as training
 from examples.diffloss.config import Adversarial, Config, Diff, Perceptual, Pixel
 from examples.diffloss.train import Discriminator, Trainer, terms_of
-from restoreloss import audit
+from restoreloss import NoiseSchedule, audit, small_prior
 from tests.networks import tiny_unet
 
 ROOT = Path(__file__).parent.parent
@@ -254,6 +255,28 @@ def test_any_prior_and_any_network_may_be_named(tmp_path: Path) -> None:
     assert {weight.dtype for weight in weights} == {torch.bfloat16} and sum(map(torch.numel, weights)) < 100_000
 
 
+@pytest.mark.parametrize("constrain", ["image", "previous"])
+def test_pictures_may_be_compared_instead_of_noise(constrain: Any, tmp_path: Path) -> None:
+    diff = Diff(weight=1.0, h_space_weight=0.0, constrain=constrain)
+    trainer = Trainer(replace(TINY, out=tmp_path / "run", diff=diff))
+    prior = small_prior()
+    schedule, t = NoiseSchedule.linear(), 300
+    z, x, noise = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16), torch.randn(2, 3, 16, 16)
+    abar, before = float(schedule.alphas_cumprod[t]), float(schedule.alphas_cumprod[t - 1])
+    with torch.no_grad():
+        noisy = [schedule.add_noise(2 * image - 1, noise, t) for image in (z, x)]
+        clean = [(y - (1 - abar) ** 0.5 * prior(y, t).sample) / abar**0.5 for y in noisy]
+        alpha = abar / before
+        earlier = [  # Ho et al. 2020, Eq. (7)
+            before**0.5 * (1 - alpha) / (1 - abar) * c + alpha**0.5 * (1 - before) / (1 - abar) * y
+            for c, y in zip(clean, noisy, strict=True)
+        ]
+    assert trainer.diff is not None
+    found = trainer.diff(z, x, timestep=t, noise=noise)
+    expected = nn.functional.mse_loss(*(clean if constrain == "image" else earlier))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
 def test_pairs_on_disk_are_read(tmp_path: Path) -> None:
     for split, count in (("our485", 5), ("eval15", 2)):
         for side in ("low", "high"):
@@ -331,6 +354,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "share": ({"diff": Diff(share=1.5)}, "`diff.share` should be above 0 and below 1"),
     "alone": ({"diff": Diff(share=0.5), "pixel": Pixel(weight=0.0)}, "beside the pixel loss and no other"),
     "prior": ({"diff": Diff(weight=1.0, prior="./nowhere")}, "`diff.prior`: .*nowhere"),
+    "constrain": ({"diff": Diff(weight=1.0, constrain="image")}, "`diff.constrain` should be 'noise'"),
     "timesteps": ({"diff": Diff(weight=1.0, timesteps=(600, 100))}, "`timesteps` should satisfy"),
     "places": ({"data": "folders"}, "`places` should name the data of 'rainy' as LAYOUT:ROOT"),
     "batch": ({"batch": 100}, "`batch` should be between 1 and the 64 training samples"),
@@ -341,3 +365,36 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_options_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         Trainer(replace(TINY, out=tmp_path / "run", **changes)).run()
+
+
+# the experiment
+
+
+def test_the_experiment_runs_and_shows_each_kind_of_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = replace(TINY, out=tmp_path, steps=1)
+    study = experiment.Experiment(tmp_path, base)
+    gamma = dict(study.configs("gamma", 1))
+    assert len(gamma) == 3 * (1 + 3 * 4 + 2) and len(dict(study.configs("constrain", 1))) == 3 * 4
+    both = gamma["rainy/both_1e-03"].diff
+    assert (both.weight, both.noise_weight, both.h_space_weight) == (1e-3, 1.0, 0.01)
+    assert gamma["hazy/h_space_1e-01"].diff.noise_weight == 0 and gamma["hazy/pixel"].diff.weight == 0
+    assert gamma["low_light/noise_1e-04"].degradations == ["low_light"]
+    monkeypatch.setattr(experiment, "DEGRADATIONS", ("rainy",))
+    study.run("gamma", [1, 2], ["pixel", "both_1e-01"])
+    study.run("constrain", [1], ["pixel", "image"])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")}
+    assert len(before) == 6
+    study.run("gamma", [1, 2], ["pixel", "both_1e-01"])
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")}
+    found = study.results("gamma")["rainy"]
+    gap = [found["both_1e-01"][seed]["psnr"] - found["pixel"][seed]["psnr"] for seed in ("seed1", "seed2")]
+    text = study.tables()
+    assert "### gamma, rainy" in text and "### constrain, rainy" in text
+    row = next(line for line in text.splitlines() if "`both_1e-01`" in line)
+    assert f"{sum(gap) / 2:+.2f}" in row
+    assert study.plot().stat().st_size > 5000
+    monkeypatch.setattr(sys, "argv", ["experiment", "tables", f"--out={tmp_path}"])
+    experiment.main()
+    assert "both_1e-01" in capsys.readouterr().out

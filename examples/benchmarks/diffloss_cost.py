@@ -1,11 +1,14 @@
 """What does one DiffLoss call with its backward cost, next to what it must cost?
 
-    python -m examples.benchmarks.diffloss_cost
+    python -m examples.benchmarks.diffloss_cost                                              # two cores
+    python -m examples.benchmarks.diffloss_cost --prior adm --size 256 --device cuda         # the paper's prior
+    python -m examples.benchmarks.diffloss_cost --prior sd --size 512 --device cuda          # Stable Diffusion 2.1
 
-The floor is two forward passes of the bare U-Net without a graph and one backward pass to the input alone: the clean
+The floor is two forward passes of the bare network without a graph and one backward pass to the input alone: the clean
 image must be looked at once, the restored one once, and the gradient must come back. Everything is measured in turn,
 round after round, and reported as the median over rounds of the ratio to that round's floor. Memory is the growth of
-the process's peak during two steps, each variant in a process of its own (on CUDA: of the allocator's peak).
+the process's peak during two steps, each variant in a process of its own (on CUDA: of the allocator's peak). Priors
+have the sizes of the published ones and random weights.
 """
 
 import argparse
@@ -17,31 +20,110 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 from tqdm import tqdm
 
-from restoreloss import DiffLoss, NoiseSchedule
+from restoreloss import DiffLoss, LatentPrior, NoiseSchedule
 
-VARIANTS = ("naive", "ours", "ours, h-space only", "ours, checkpointing")
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "naive": {},
+    "ours": {},
+    "ours, h-space only": {"noise_weight": 0.0},
+    "ours, crop=0.5": {"crop": 0.5},
+    "ours, subset=0.25": {"subset": 0.25},
+    "ours, checkpointing": {"checkpointing": True},
+    "ours, bfloat16": {"dtype": torch.bfloat16},
+    "ours, compiled": {},
+}
+"""Options of DiffLoss."""
 TIMESTEP = 300
 
 
-def unet(device: str) -> UNet2DModel:
-    """A DDPM U-Net with attention at its deepest levels, 21 M parameters."""
+@dataclass(frozen=True)
+class Subject:
+    """A prior: a diffusion model, and for a latent one its autoencoder and the embedded prompt."""
+
+    net: Any
+    vae: Any = None
+    states: Tensor | None = None
+
+    def look(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted noise and bottleneck for images in [0, 1] under noise."""
+        z = 2 * image - 1
+        if self.vae is not None:
+            z = self.vae.encode(z).latent_dist.mode() * self.vae.config.scaling_factor
+        noise = torch.randn(z.shape, generator=torch.Generator(z.device).manual_seed(0), device=z.device)
+        z_t = NoiseSchedule.linear().to(z.device).add_noise(z, noise, TIMESTEP)
+        seen: list[Tensor] = []
+        handle = self.net.mid_block.register_forward_hook(lambda _module, _args, output: seen.append(output))
+        text = () if self.states is None else (self.states.expand(len(z), -1, -1),)
+        output = self.net(z_t, TIMESTEP, *text).sample
+        handle.remove()
+        return output, seen[0]
+
+    def loss(self, **options: Any) -> DiffLoss:
+        if self.vae is None:
+            return DiffLoss(self.net, **options)
+        prior = LatentPrior(self.vae, self.net, self.states, schedule=NoiseSchedule.scaled_linear())
+        return DiffLoss(prior, **options)
+
+    def parameters(self) -> list[Tensor]:
+        modules = [self.net] if self.vae is None else [self.net, self.vae.encoder]
+        return [weight for module in modules for weight in module.parameters()]
+
+
+def subject(prior: str, device: str) -> Subject:
+    """A DDPM of 21 M parameters with attention at its deepest level, the ADM of the paper (552.8 M), or the U-Net and
+    the encoder of Stable Diffusion 2.1 (865.9 M and 34.2 M).
+    """
     torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=64,
-        block_out_channels=(64, 128, 192, 256),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
-    ).to(device)
+    with torch.device(device):
+        if prior == "ddpm":
+            return Subject(
+                UNet2DModel(
+                    sample_size=64,
+                    block_out_channels=(64, 128, 192, 256),
+                    layers_per_block=2,
+                    down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+                    up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
+                )
+            )
+        if prior == "adm":
+            return Subject(
+                UNet2DModel(
+                    out_channels=6,
+                    block_out_channels=(256, 256, 512, 512, 1024, 1024),
+                    layers_per_block=2,
+                    down_block_types=("ResnetDownsampleBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
+                    up_block_types=("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",) * 3,
+                    downsample_type="resnet",
+                    upsample_type="resnet",
+                    resnet_time_scale_shift="scale_shift",
+                    attention_head_dim=64,
+                    attn_norm_num_groups=32,
+                )
+            )
+        unet = UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280, 1280),
+            attention_head_dim=(5, 10, 20, 20),
+            cross_attention_dim=1024,
+            use_linear_projection=True,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+        )
+        return Subject(unet, vae, torch.zeros(1, 77, 1024))
 
 
 def images(batch: int, size: int, device: str) -> tuple[Tensor, Tensor]:
@@ -50,42 +132,30 @@ def images(batch: int, size: int, device: str) -> tuple[Tensor, Tensor]:
     return torch.rand(shape, generator=generator).to(device), torch.rand(shape, generator=generator).to(device)
 
 
-def naive_step(net: UNet2DModel, restored: Tensor, clean: Tensor) -> Callable[[], None]:
+def naive_step(prior: Subject, restored: Tensor, clean: Tensor) -> Callable[[], None]:
     """DiffLoss written without a thought: live weights, and a graph for the clean image too."""
-    net = copy.deepcopy(net)
-    schedule = NoiseSchedule.linear().to(restored.device)
-    seen: list[Tensor] = []
-    net.mid_block.register_forward_hook(lambda _module, _args, output: seen.append(output))
 
     def step() -> None:
-        seen.clear()
-        z = restored.clone().requires_grad_()
-        noise = torch.randn_like(z)
-        t = torch.full((len(z),), TIMESTEP, device=z.device)
-        noise_z = net(schedule.add_noise(2 * z - 1, noise, t), t).sample
-        noise_x = net(schedule.add_noise(2 * clean - 1, noise, t), t).sample
-        (F.mse_loss(noise_z, noise_x) + 0.01 * F.mse_loss(seen[0], seen[1])).backward()
+        (noise_z, h_z), (noise_x, h_x) = prior.look(restored.clone().requires_grad_()), prior.look(clean)
+        (F.mse_loss(noise_z, noise_x) + 0.01 * F.mse_loss(h_z, h_x)).backward()
         # the weights' gradients stay: the optimiser that zeroes gradients is the restorer's
 
     return step
 
 
-def our_step(net: UNet2DModel, restored: Tensor, clean: Tensor, **options: float) -> Callable[[], None]:
-    loss = DiffLoss(copy.deepcopy(net), **options)  # type: ignore[arg-type]
+def make_step(variant: str, prior: Subject, restored: Tensor, clean: Tensor) -> Callable[[], None]:
+    """A copy of the prior, used one way."""
+    prior = copy.deepcopy(prior)
+    if variant == "naive":
+        return naive_step(prior, restored, clean)
+    loss: Any = prior.loss(**VARIANTS[variant])
+    if variant == "ours, compiled":
+        loss = torch.compile(loss)
 
     def step() -> None:
         loss(restored.clone().requires_grad_(), clean, timestep=TIMESTEP).backward()
 
     return step
-
-
-def make_step(variant: str, net: UNet2DModel, restored: Tensor, clean: Tensor) -> Callable[[], None]:
-    if variant == "naive":
-        return naive_step(net, restored, clean)
-    if variant == "ours, checkpointing":
-        net = copy.deepcopy(net)
-        net.enable_gradient_checkpointing()
-    return our_step(net, restored, clean, noise_weight=0.0 if variant == "ours, h-space only" else 1.0)
 
 
 def seconds(step: Callable[[], object], device: str) -> float:
@@ -98,27 +168,22 @@ def seconds(step: Callable[[], object], device: str) -> float:
     return time.perf_counter() - started
 
 
-def floor(net: UNet2DModel, restored: Tensor, clean: Tensor, device: str) -> float:
+def floor(prior: Subject, restored: Tensor, clean: Tensor, device: str) -> float:
     """Seconds of two forward passes without a graph and of one backward pass to the input."""
-
-    def look(image: Tensor) -> Tensor:
-        output: Tensor = net(image, TIMESTEP).sample
-        return output
-
     with torch.no_grad():
-        forward = seconds(lambda: look(restored), device) + seconds(lambda: look(clean), device)
-    z = restored.clone().requires_grad_()
-    value = F.mse_loss(look(z), clean)
+        forward = seconds(lambda: prior.look(restored), device) + seconds(lambda: prior.look(clean), device)
+    noise, _ = prior.look(restored.clone().requires_grad_())
+    value = noise.square().mean()
     return forward + seconds(value.backward, device)
 
 
-def peak(variant: str, batch: int, size: int, device: str, answer: "multiprocessing.Queue[float]") -> None:
+def peak(variant: str, name: str, batch: int, size: int, device: str, answer: "multiprocessing.Queue[float]") -> None:
     """MiB by which two steps raise the peak of this process."""
     restored, clean = images(batch, size, device)
-    net = unet(device)
+    prior = subject(name, device)
     with torch.no_grad():
-        net(restored[:1, :, :16, :16], TIMESTEP)  # what is loaded at the first call is not the step's
-    step = make_step(variant, net, restored, clean)
+        prior.look(restored[:1, :, :32, :32])  # what is loaded at the first call is not the step's
+    step = make_step(variant, prior, restored, clean)
     if device == "cpu":
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         step()
@@ -132,16 +197,16 @@ def peak(variant: str, batch: int, size: int, device: str, answer: "multiprocess
         answer.put((torch.cuda.max_memory_allocated() - before) / 2**20)
 
 
-def memory_of_each(batch: int, size: int, device: str) -> dict[str, float]:
+def memory_of_each(variants: Sequence[str], name: str, batch: int, size: int, device: str) -> dict[str, float]:
     """MiB by variant. To be called while this process is small: a child's peak starts from its parent's."""
     context, memory = multiprocessing.get_context("spawn"), {}
     # glibc then gives freed tensors back at once, so that the peak is theirs and not the heap's fragmentation
     with patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": "65536"}):
-        for variant in tqdm(VARIANTS, desc="memory"):
+        for variant in tqdm(variants, desc="memory"):
             answer: multiprocessing.Queue[float] = context.Queue()
-            process = context.Process(target=peak, args=(variant, batch, size, device, answer))
+            process = context.Process(target=peak, args=(variant, name, batch, size, device, answer))
             process.start()
-            memory[variant] = answer.get(timeout=300)
+            memory[variant] = answer.get(timeout=600)
             process.join()
     return memory
 
@@ -164,30 +229,38 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="(default: %(default)s)")
     parser.add_argument("--size", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--prior", default="ddpm", choices=["ddpm", "adm", "sd"], help="(default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="also compiled, which takes minutes")
     args = parser.parse_args()
 
-    memory = memory_of_each(args.batch, args.size, args.device)
-    net = unet(args.device)
+    variants = [variant for variant in VARIANTS if args.compile or variant != "ours, compiled"]
+    memory = memory_of_each(variants, args.prior, args.batch, args.size, args.device)
+    prior = subject(args.prior, args.device)
     restored, clean = images(args.batch, args.size, args.device)
-    steps = {variant: make_step(variant, net, restored, clean) for variant in VARIANTS}
-    frozen = net.requires_grad_(False).eval()
-    for step in steps.values():
-        step()
-    floor(frozen, restored, clean, args.device)
-    ratios: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    floors = []
+    ratios: dict[str, list[float]] = {variant: [] for variant in variants}
+    floors: list[float] = []
+    steps = {}
+    for variant in variants:
+        steps[variant] = make_step(variant, prior, restored, clean)
+        steps[variant]()
+    for module in (prior.net, prior.vae):
+        if module is not None:
+            module.requires_grad_(False).eval()
+    floor(prior, restored, clean, args.device)
     for _ in tqdm(range(args.rounds), desc="rounds"):
-        floors.append(floor(frozen, restored, clean, args.device))
+        floors.append(floor(prior, restored, clean, args.device))
         for variant, step in steps.items():
             ratios[variant].append(seconds(step, args.device) / floors[-1])
 
-    parameters = sum(p.numel() for p in net.parameters()) / 1e6
-    print(f"UNet2DModel, {parameters:.1f} M parameters, {args.batch} images of {args.size}x{args.size}, {args.device}")
+    parameters = sum(p.numel() for p in prior.parameters()) / 1e6
+    print(f"{args.prior}, {parameters:.1f} M parameters, {args.batch} images of {args.size}x{args.size}, {args.device}")
     print(f"floor {1000 * statistics.median(floors):.0f} ms; ratios are medians over {args.rounds} rounds\n")
     print(f"{'':<24}{'time / floor':>14}{'peak memory':>14}{'/ naive':>10}")
-    for variant in VARIANTS:
-        share = memory[variant] / memory["naive"]
-        print(f"{variant:<24}{statistics.median(ratios[variant]):>14.2f}{memory[variant]:>10.0f} MiB{share:>10.2f}")
+    for variant in variants:
+        line = f"{variant:<24}{statistics.median(ratios[variant]):>14.2f}"
+        if args.device != "cpu" or variant != "ours, bfloat16":  # a process's peak still holds the float32 weights
+            line += f"{memory[variant]:>10.0f} MiB{memory[variant] / memory['naive']:>10.2f}"
+        print(line)
     print(f"\nimport restoreloss / import torch: {import_ratio(7):.2f}")
 
 

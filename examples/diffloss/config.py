@@ -36,6 +36,8 @@ class Diff:
         timesteps: to draw from, low included and high not; the default is all.
         distance: of two predictions.
         compare: the noise, or what the model itself predicts.
+        constrain: what is made of the noise before it is compared (Table 4): nothing, the clean picture x0-hat, or the
+            mean of the picture one step less noisy, x_{t-1}; for priors of pixels, without h-space.
         snr_power: weigh timesteps by SNR to this power.
         crop: look at one tile of each picture, of so many pixels or such a share of the sides.
         subset: look at so many pictures of a batch, or such a share.
@@ -54,6 +56,7 @@ class Diff:
     timesteps: tuple[int, int] | None = None
     distance: Literal["mse", "rms", "l2", "l1"] = "mse"
     compare: Literal["noise", "native"] = "noise"
+    constrain: Literal["noise", "image", "previous"] = "noise"
     snr_power: float = 0.0
     crop: int | float | None = None
     subset: int | float | None = None

@@ -31,7 +31,21 @@ from examples.common.networks import load_weights, restorer
 from examples.common.pairs import test_pairs, training_pairs
 from examples.common.recipe import Recipe, Stage
 from examples.diffloss.config import Config, Diff, Perceptual
-from restoreloss import Alternation, DiffLoss, Phase, TDPLoss, WeightedSum, audit, calibrate, load_prior, small_prior
+from restoreloss import (
+    Alternation,
+    Denoiser,
+    DiffLoss,
+    LatentPrior,
+    NoiseSchedule,
+    Phase,
+    TDPLoss,
+    WeightedSum,
+    as_denoiser,
+    audit,
+    calibrate,
+    load_prior,
+    small_prior,
+)
 from restoreloss.frozen import bare
 
 logger = logging.getLogger(__name__)
@@ -289,11 +303,38 @@ def _diff_loss(options: Diff) -> DiffLoss:
             prior = load_prior(options.prior, head_channels=options.head_channels, grouped_heads=options.grouped_heads)
         except OSError as error:
             raise ValueError(f"`diff.prior`: {error}") from error
+    if options.constrain != "noise":
+        prior = _constrained(prior, options)
     return DiffLoss(
         prior, noise_weight=options.noise_weight, h_space_weight=options.h_space_weight, timesteps=options.timesteps,
         distance=options.distance, compare=options.compare, snr_power=options.snr_power, crop=options.crop,
         subset=options.subset, every=options.every, dtype=torch.bfloat16 if options.bf16 else None,
         checkpointing=options.checkpointing,
+    )  # fmt: skip
+
+
+class Constrained(nn.Module):
+    """What a denoiser makes of a noisy picture: the clean one, or the mean of the one a step less noisy (Table 4)."""
+
+    def __init__(self, denoiser: Denoiser, kind: str) -> None:
+        super().__init__()
+        self.denoiser, self.kind = denoiser, kind
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        schedule = self.denoiser.schedule
+        clean = schedule.predict_x0(x_t, self.denoiser(x_t, t), t)
+        if self.kind == "image":
+            return clean
+        return schedule.posterior(x_t, clean, t, (t - 1).clamp(min=0))[0]
+
+
+def _constrained(prior: Any, options: Diff) -> Denoiser:
+    if isinstance(prior, LatentPrior) or options.h_space_weight:
+        raise ValueError("`diff.constrain` should be 'noise' for a latent prior and beside the h-space.")
+    denoiser = as_denoiser(prior)
+    return Denoiser(
+        Constrained(denoiser, options.constrain), NoiseSchedule(denoiser.schedule.alphas_cumprod),
+        multiple=denoiser.multiple, in_channels=denoiser.in_channels, has_bottleneck=False,
     )  # fmt: skip
 
 

@@ -1,0 +1,166 @@
+"""Which claims of DiffLoss hold where two cores can test them? All runs of docs/diffloss.md, "With the trainer".
+
+    python -m examples.diffloss.experiment gamma --out runs/diffloss       # Fig. 7: terms and weights
+    python -m examples.diffloss.experiment constrain --out runs/diffloss   # Table 4: noise, x0-hat, x_{t-1}
+    python -m examples.diffloss.experiment tables --out runs/diffloss
+    python -m examples.diffloss.experiment plot --out runs/diffloss
+
+Finished runs are not done again: the same command goes on after a stop.
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.common.report import Sample, markdown
+from examples.diffloss.config import Config, Diff
+from examples.diffloss.train import Trainer
+
+logger = logging.getLogger(__name__)
+
+DEGRADATIONS = ("hazy", "rainy", "low_light")
+"""The paper's three."""
+TERMS: Mapping[str, tuple[float, float]] = {"noise": (1.0, 0.0), "h_space": (0.0, 0.01), "both": (1.0, 0.01)}
+"""Weights of the two terms, with the paper's lambda."""
+GAMMAS = (1e-4, 1e-3, 1e-2, 1e-1)
+SHARES = (0.2, 0.5)
+CONSTRAINED = ("noise", "image", "previous")
+COLUMNS: Mapping[str, tuple[str, float, int]] = {
+    "psnr": ("PSNR", 1.0, 2), "ssim": ("SSIM", 1.0, 3), "share": ("share of the gradient (%)", 100.0, 1),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs below one folder."""
+
+    out: Path
+    base: Config
+
+    def configs(self, study: str, seed: int) -> Iterator[tuple[str, Config]]:
+        """Every run of a study by its name, "DEGRADATION/NAME"."""
+        for degradation in DEGRADATIONS:
+            for name, diff in self._priors(study):
+                out = self.out / study / degradation / name / f"seed{seed}"
+                yield (
+                    f"{degradation}/{name}",
+                    replace(self.base, out=out, seed=seed, degradations=[degradation], diff=diff),
+                )
+
+    @staticmethod
+    def _priors(study: str) -> Iterator[tuple[str, Diff]]:
+        yield "pixel", Diff()
+        if study == "gamma":
+            for terms, (noise, h_space) in TERMS.items():
+                for gamma in GAMMAS:
+                    yield f"{terms}_{gamma:.0e}", Diff(weight=gamma, noise_weight=noise, h_space_weight=h_space)
+            for share in SHARES:
+                yield f"share_{share:g}", Diff(share=share, timesteps=(100, 600))
+        else:
+            for kind in CONSTRAINED:
+                found: Any = kind
+                yield kind, Diff(share=0.2, h_space_weight=0.0, constrain=found, timesteps=(100, 600))
+
+    def run(self, study: str, seeds: list[int], names: list[str] | None = None) -> None:
+        """What is not finished, one after the other, the first seed of all runs first."""
+        for seed in seeds:
+            for name, config in self.configs(study, seed):
+                if names is not None and name.split("/")[1] not in names:
+                    continue
+                fresh = not (config.out / "results.json").exists()
+                results = Trainer(config).run()
+                if fresh:
+                    logger.info("%s, seed %d: %.2f dB, %.3f", name, seed, results["psnr"], results["ssim"])
+
+    def results(self, study: str) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+        """Figures by degradation, name and seed."""
+        found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+        for file in sorted((self.out / study).glob("*/*/seed*/results.json")):
+            degradation, name, seed = file.parts[-4:-1]
+            figures = json.loads(file.read_text(encoding="utf-8"))
+            figures["share"] = sum(value for key, value in figures.items() if key.startswith("share/diff"))
+            found.setdefault(degradation, {}).setdefault(name, {})[seed] = figures
+        return found
+
+    def tables(self) -> str:
+        """Differences to the pixel loss alone, paired by seed, with 95 % intervals."""
+        parts = []
+        for study in ("gamma", "constrain"):
+            for degradation, runs in self.results(study).items():
+                plain = runs.get("pixel", {})
+                rows = []
+                for name, seeds in runs.items():
+                    cells = [f"`{name}`"]
+                    for key, (_, factor, digits) in COLUMNS.items():
+                        if key == "share" or name == "pixel":
+                            cells.append(Sample.of(factor * run[key] for run in seeds.values()).spread(digits))
+                        else:
+                            gaps = [factor * (seeds[seed][key] - plain[seed][key]) for seed in seeds if seed in plain]
+                            cells.append(Sample.of(gaps).change(digits))
+                    rows.append(cells)
+                header = ["", *(title for title, _, _ in COLUMNS.values())]
+                parts.append(f"### {study}, {degradation}\n\n{markdown(header, rows)}")
+        return "\n\n".join(parts)
+
+    def plot(self) -> Path:
+        """Fig. 7: the difference in PSNR by gamma, a panel for each degradation, a line for each set of terms."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        found = self.results("gamma")
+        figure, axes = pyplot.subplots(1, len(found), figsize=(4 * len(found), 3.2), sharey=True, squeeze=False)
+        for axis, (degradation, runs) in zip(axes[0], found.items(), strict=True):
+            for terms in TERMS:
+                points = []
+                for gamma in GAMMAS:
+                    seeds = runs.get(f"{terms}_{gamma:.0e}", {})
+                    gaps = torch.tensor(
+                        [run["psnr"] - runs["pixel"][seed]["psnr"] for seed, run in seeds.items()], dtype=torch.float64
+                    )
+                    if len(gaps):
+                        points.append((gamma, float(gaps.mean()), float(gaps.std()) if len(gaps) > 1 else 0.0))
+                if points:
+                    x, y, error = zip(*points, strict=True)
+                    axis.errorbar(x, y, error, marker="o", capsize=3, label=terms)
+            axis.axhline(0, color="grey", linewidth=0.8)
+            axis.set(xscale="log", xlabel="gamma", title=degradation.replace("_", " "))
+        axes[0][0].set_ylabel("PSNR, difference to pixels alone (dB)")
+        axes[0][0].legend()
+        path = self.out / "gamma.png"
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
+        return path
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=["gamma", "constrain", "tables", "plot"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--test_count", type=int, default=24)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--names", nargs="+", help="of the runs; the default is all")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # runs side by side, and figures that do not depend on the number of cores
+    base = Config(out=arguments.out, steps=arguments.steps, test_count=arguments.test_count, cpu=True)
+    experiment = Experiment(arguments.out, base)
+    if arguments.study == "tables":
+        print(experiment.tables())
+    elif arguments.study == "plot":
+        print(experiment.plot())
+    else:
+        experiment.run(arguments.study, arguments.seeds, arguments.names)
+
+
+if __name__ == "__main__":
+    main()
