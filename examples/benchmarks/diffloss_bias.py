@@ -5,8 +5,8 @@
 On held-out photographs, blurred and made noisy, with the prior that ships. For each setting the gradient at the
 restored images is averaged over so many draws of timesteps, noise, tiles and samples that all settings have looked at
 as many pixels, and compared by its cosine with an average of the whole over draws of its own. "again" is the whole
-itself, averaged anew: no estimate can be nearer. Time is of one call with its backward, as a ratio to the floor (two forward
-passes without a graph and one backward pass to the input), the median over interleaved rounds.
+itself, averaged anew: no estimate can be nearer. Time is of one call with its backward, as a ratio to the floor (two
+forward passes without a graph and one backward pass to the input), the median over interleaved rounds.
 """
 
 import argparse
