@@ -1,11 +1,15 @@
-"""What the examples in docstrings may use without importing it."""
+"""What the examples in docstrings may use without importing it, and how many threads a test may."""
 
+import os
 from typing import Any
 
 import pytest
 import torch
 
 import restoreloss
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -168,9 +168,11 @@ def _tables(runs: Mapping[str, Any], columns: Mapping[str, tuple[str, int]], ref
     for name, seeds in runs.items():
         mean, gap = [f"`{name}`"], [f"`{name}` - `{reference}`"]
         for key, (_, digits) in columns.items():
-            found = {seed: run[key] for seed, run in seeds.items() if key in run}
+            # None is infinite: a picture that was left as it is
+            found = {seed: run[key] for seed, run in seeds.items() if run.get(key) is not None}
             mean.append(Sample.of(found.values()).spread(digits))
-            gap.append(Sample.of(found[seed] - known[seed][key] for seed in found if seed in known).change(digits))
+            paired = [found[seed] - known[seed][key] for seed in found if known.get(seed, {}).get(key) is not None]
+            gap.append(Sample.of(paired).change(digits))
         means.append(mean)
         if name != reference:
             gaps.append(gap)
