@@ -1310,7 +1310,7 @@ def test_the_experiment_runs_each_kind_of_name_once(
 ) -> None:
     base = replace(TINY, out=tmp_path, steps=1, unseen=True, **{**SMALL, "train_count": 16})
     study = experiment.Experiment(tmp_path, base, prior_steps=1, prior_pictures=16, prepare_steps=1)
-    names = ("lq", "pir", "unirestore", "one_prompt")
+    names = ("lq", "pir", "tir", "pir_tir", "unirestore", "one_prompt")
     found = {name: study.run(name, 1) for name in names}
     study.new_task(1)
     steps = [0]
@@ -1338,6 +1338,9 @@ def test_the_experiment_runs_each_kind_of_name_once(
     for row in (*(f"| `{name}`" for name in (*names, "no_tfa")), "| `one_prompt` - `unirestore`", "### new_task",
                 "| `prompt_of_restoration` - `prompt`", "| `prompt`"):  # fmt: skip
         assert row in text, row
+    monkeypatch.setattr(sys, "argv", ["experiment", "sheet", f"--out={tmp_path}"])
+    experiment.main()
+    assert Path(capsys.readouterr().out.strip()).stat().st_size > 5000
     monkeypatch.setattr(sys, "argv", ["experiment", "table", f"--out={tmp_path}", "--names", "nothing"])
     with pytest.raises(SystemExit):
         experiment.main()

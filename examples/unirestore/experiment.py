@@ -3,6 +3,7 @@
     python -m examples.unirestore.experiment table --out runs/unirestore        # Tables 1 to 5
     python -m examples.unirestore.experiment new_task --out runs/unirestore     # Table 6: detection by a prompt alone
     python -m examples.unirestore.experiment tables --out runs/unirestore
+    python -m examples.unirestore.experiment sheet --out runs/unirestore        # pictures of the first seed
 
 Finished runs are not done again: the same command goes on after a stop.
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from examples.common.folder import read_picture
 from examples.common.options import shared
 from examples.common.report import Sample, markdown
 from examples.unirestore.config import Config
@@ -54,6 +56,12 @@ COLUMNS: Mapping[str, tuple[str, int]] = {
     "segmentation_judge": ("another network", 1),
     "segmentation_unseen_score": ("unseen", 1),
 }
+SHEET: Mapping[str, tuple[str, int]] = {
+    "degraded": ("unirestore", 0), "w/o TFA": ("no_tfa", 1), "UniRestore": ("unirestore", 1),
+    "plain, for all": ("pir_tir", 1), "plain, for people": ("pir", 1), "plain, for machines": ("tir", 1),
+    "clean": ("unirestore", 2),
+}  # fmt: skip
+"""Rows of the sheet: the run, and which row of its grid."""
 DETECTION: Mapping[str, tuple[str, int]] = {
     "detection_score": ("mAP", 1),
     "detection_judge": ("another network", 1),
@@ -159,6 +167,28 @@ class Experiment:
                 parts.append(f"### {study}\n\n{_tables(runs, columns, reference)}")
         return "\n\n".join(parts)
 
+    def sheet(self, seed: int = 1) -> Path:
+        """What the rows of the table look like: photographs for people, textures for the classifier."""
+        from matplotlib.figure import Figure
+
+        tasks = ("restoration", "classification")
+        figure = Figure(figsize=(14, 0.9 * len(SHEET)))
+        axes = figure.subplots(len(SHEET), len(tasks))
+        for row, (title, (name, part)) in enumerate(SHEET.items()):
+            for column, task in enumerate(tasks):
+                grid = read_picture(self.out / "table" / name / f"seed{seed}" / "samples" / f"{task}.png")
+                side = (grid.shape[1] - 2) // 3  # degraded, restored, clean
+                axis = axes[row, column]
+                axis.imshow(grid[:, part * side + 2 : (part + 1) * side].permute(1, 2, 0), interpolation="nearest")
+                axis.set(xticks=[], yticks=[])
+                if column == 0:
+                    axis.set_ylabel(title, rotation=0, ha="right", va="center")
+                if row == 0:
+                    axis.set_title(task)
+        figure.tight_layout(pad=0.3)
+        figure.savefig(self.out / "sheet.png", dpi=80)
+        return self.out / "sheet.png"
+
 
 def _tables(runs: Mapping[str, Any], columns: Mapping[str, tuple[str, int]], reference: str) -> str:
     """Means, then paired differences to the reference."""
@@ -182,7 +212,7 @@ def _tables(runs: Mapping[str, Any], columns: Mapping[str, tuple[str, int]], ref
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["table", "new_task", "tables"])
+    parser.add_argument("study", choices=["table", "new_task", "tables", "sheet"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", default="generated", choices=["generated", "photos"])
     parser.add_argument("--contrast", type=float, nargs=2, default=[0.07, 0.18], help="of the generated textures")
@@ -200,6 +230,9 @@ def main() -> None:
     experiment = Experiment(arguments.out, base)
     if arguments.study == "tables":
         print(experiment.tables())
+        return
+    if arguments.study == "sheet":
+        print(experiment.sheet(arguments.seeds[0]))
         return
     names = [*READ, *PLAIN, *FIRST, *SECOND]
     if unknown := sorted(set(arguments.names or ()) - set(names)):
