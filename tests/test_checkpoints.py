@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from restoreloss import Denoiser, DiffLoss, FlowLevels, LatentPrior, NoiseSchedule, load_prior, null_text
+from restoreloss.diffusion import layouts
 from tests.adm import ADM
 from tests.networks import tiny_autoencoder, tiny_conditional_unet, tiny_transformer, tiny_unet
 
@@ -107,7 +108,16 @@ def test_a_guided_diffusion_prior_is_used_as_it_was_trained(tmp_path: Path) -> N
     assert torch.equal(cosine.schedule.alphas_cumprod, NoiseSchedule.cosine().alphas_cumprod)
 
 
-def test_guided_diffusion_that_no_unet2dmodel_can_be_is_refused(tmp_path: Path) -> None:
+def test_guided_diffusion_that_no_unet2dmodel_can_be_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(adm().state_dict(), tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="`head_channels` should be at least 1, found 0"):
+        load_prior(tmp_path / "net.pt", head_channels=0)
+    monkeypatch.setattr(layouts, "FOUR_HEADS", [32, 64, 64])
+    with pytest.raises(ValueError, match="128x128 model has four heads of any width"):
+        load_prior(tmp_path / "net.pt")
+    load_prior(tmp_path / "net.pt", head_channels=16)
     torch.save(adm(channels=64, mults=(0.5, 1), attention=(1,)).state_dict(), tmp_path / "half.pt")
     with pytest.raises(ValueError, match="embeds time in as many channels as its first level has, 32, found 64"):
         load_prior(tmp_path / "half.pt")
@@ -235,6 +245,12 @@ def test_latent_diffusion_is_numerically_the_same(options: dict[str, Any], suffi
         )  # fmt: skip
     v = load_prior(tmp_path / f"model.{suffix}", conditioning=conditioning, prediction_type="v_prediction")
     assert isinstance(v, LatentPrior) and v.denoiser.schedule.prediction_type == "v_prediction"
+    if suffix == "ckpt" and options is V1:
+        halved = {key: value.half() for key, value in (weights | {"alphas_cumprod": abar}).items()}
+        torch.save(halved, tmp_path / "half.ckpt")
+        half = load_prior(tmp_path / "half.ckpt", conditioning=conditioning)
+        assert isinstance(half, LatentPrior)  # the rounded table is not used
+        torch.testing.assert_close(half.denoiser.schedule.alphas_cumprod, NoiseSchedule.scaled_linear().alphas_cumprod)
     DiffLoss(prior)(pictures.requires_grad_(), torch.rand(2, 3, 16, 16)).backward()
     assert pictures.grad is not None and pictures.grad.any()
 
@@ -275,12 +291,40 @@ def test_folders_of_diffusers_are_read_with_their_scheduler(tmp_path: Path) -> N
     unet.float()
     for name in ("alone", "beside", "pipeline", "below", "half", "pipeline/unet"):
         prior = denoiser(load_prior(tmp_path / name))
-        table = NoiseSchedule.from_diffusers(scheduler) if name in ("beside", "pipeline") else NoiseSchedule.linear()
+        said = name in ("beside", "pipeline", "pipeline/unet")
+        table = NoiseSchedule.from_diffusers(scheduler) if said else NoiseSchedule.linear()
         torch.testing.assert_close(prior.schedule.alphas_cumprod, table.alphas_cumprod)
         assert {p.dtype for p in prior.parameters()} == {torch.float32}
         torch.testing.assert_close(prior(NOISY, T), unet(NOISY, T).sample, rtol=1e-2, atol=1e-2)
     given = denoiser(load_prior(str(tmp_path / "pipeline"), schedule=NoiseSchedule.scaled_linear()))
     assert torch.equal(given.schedule.alphas_cumprod, NoiseSchedule.scaled_linear().alphas_cumprod)
+
+
+def test_folders_with_other_weights_are_refused(tmp_path: Path) -> None:
+    unet = tiny_unet()
+    weights = {name: value.contiguous() for name, value in unet.state_dict().items()}
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    unet.save_pretrained(tmp_path / "unet")
+    lacking = {name: value for name, value in weights.items() if name != "mid_block.resnets.0.conv1.bias"}
+    for changed, message in (
+        (lacking, "found 1 missing: mid_block.resnets.0.conv1.bias"),
+        (weights | {"extra": torch.zeros(1)}, "found 1 unexpected: extra"),
+    ):
+        save_file(changed, file)
+        with pytest.raises(ValueError, match=message):
+            load_prior(tmp_path / "unet")
+    for content in (b"", file.read_bytes()[:-1000]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="should hold the weights of a UNet2DModel, found"):
+            load_prior(tmp_path / "unet")
+    file.unlink()
+    torch.save(Code(), tmp_path / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="should hold the weights of a UNet2DModel, found"):
+        load_prior(tmp_path / "unet")
+    unet.half().save_pretrained(tmp_path / "half", variant="fp16")
+    assert {p.dtype for p in denoiser(load_prior(tmp_path / "half")).parameters()} == {torch.float32}
+    unet.save_pretrained(tmp_path / "folder.pt")
+    assert denoiser(load_prior(tmp_path / "folder.pt")).in_channels == 3
 
 
 def test_folders_of_transformers_are_read(tmp_path: Path) -> None:
@@ -432,17 +476,19 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     asked = []
 
-    def unreachable(repository: str, *, filename: str, local_files_only: bool, **options: Any) -> None:
-        asked.append((filename, local_files_only))
+    def unreachable(repository: str, *, filename: str, local_files_only: bool, revision: str, **options: Any) -> None:
+        asked.append((filename, local_files_only, revision))
         raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(diffusers.configuration_utils, "hf_hub_download", unreachable)
     with pytest.raises(OSError, match="Without a network download it elsewhere"):
         load_prior("someone/else")
-    assert asked[0] == ("model_index.json", False)
-    assert {filename for filename, local in asked[1:] if local} == {"config.json"} and all(
-        local for _, local in asked[1:]
-    )
+    assert asked[0][:2] == ("model_index.json", False)
+    assert {filename for filename, local, _ in asked[1:] if local} == {"config.json"}
+    assert all(local for _, local, _ in asked[1:])
+    with pytest.raises(OSError, match="Without a network"):
+        load_prior("someone/else", revision="v2")
+    assert {revision for _, _, revision in asked[-4:]} == {"v2"}
 
 
 # what is no prior
@@ -486,6 +532,8 @@ def test_missing_and_foreign_weights_are_named(tmp_path: Path) -> None:
     refused(without, r"guided-diffusion layout .* found 1 missing: mid_block.attentions.0.to_out.0.bias\.")
     refused(weights | {"extra.weight": torch.zeros(1)}, "found 1 unexpected: extra.weight")
     refused(weights | {"out.2.bias": torch.zeros(5)}, "found 1 of another shape: conv_out.bias")
+    for key in ("input_blocks.1.0.emb_layers.1.weight", "input_blocks.0.0.bias", "out.2.weight"):
+        refused({name: value for name, value in weights.items() if name != key}, "should|layout")
     half = {key: value for key, value in weights.items() if not key.startswith(("output_blocks.3", "output_blocks.2"))}
     refused(half, "as many blocks in each level, found 9 on the way down, 7 on the way up")
     swin = {"patch_embed.proj.weight": torch.zeros(2), "layers.0.weight": torch.zeros(2)}

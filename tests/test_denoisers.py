@@ -94,6 +94,7 @@ def sdxl_case(rows):
 
 
 CAPTION, POOLED = randn(1, 4, 6, seed=3), randn(1, 5, seed=4)
+SIX = torch.ones(1, 6)
 CAPTION_2 = CAPTION.expand(2, -1, -1)
 STATES_1 = STATES[:1].expand(2, -1, -1)
 CASES = {
@@ -470,6 +471,47 @@ class Pipeline:
 def test_what_cannot_work_is_refused_when_wrapped(model, conditioning, message):
     with pytest.raises(ValueError, match=message):
         as_denoiser(model(), NoiseSchedule.linear(), conditioning=conditioning)
+
+
+@pytest.mark.parametrize(
+    ("make", "conditioning", "message"),
+    [
+        (lambda: tiny_unet(num_class_embeds=5), torch.tensor([5]), "class labels below 5"),
+        (lambda: tiny_unet(num_class_embeds=5), torch.ones(1), "class labels of shape .* found torch.float32"),
+        (lambda: tiny_transformer("DiT"), torch.tensor([6]), "class labels below 6"),
+        (lambda: tiny_transformer("PixArt"), None, r"tokens, 6\).*found None"),
+        (lambda: tiny_transformer("SD3"), {"encoder_hidden_states": CAPTION}, r"`pooled_projections` of shape"),
+        (lambda: tiny_transformer("SD3"), CAPTION, r"`pooled_projections` of shape"),
+        (
+            lambda: tiny_conditional_unet(**SDXL),
+            {"encoder_hidden_states": STATES, "added_cond_kwargs": {"text_embeds": POOLED, "time_ids": SIX}},
+            r"widths p and k with p \+ k \* 4 = 32 .* found 5 and 6",
+        ),
+        (
+            lambda: tiny_conditional_unet(**SDXL),
+            {"encoder_hidden_states": STATES, "added_cond_kwargs": {"text_embeds": POOLED}},
+            "should have text_embeds and time_ids",
+        ),
+    ],
+)  # fmt: skip
+def test_conditioning_of_another_kind_or_width_is_refused(make, conditioning, message):
+    with pytest.raises(ValueError, match=message):
+        as_denoiser(make(), NoiseSchedule.linear(), conditioning=conditioning)
+
+
+def test_flux_is_to_be_wrapped():
+    flux = type("FluxTransformer2DModel", (Bare,), {})
+    with pytest.raises(ValueError, match="wrapped in a function .* docs/priors.md"):
+        as_denoiser(flux.__new__(flux))
+
+
+def test_a_layer_may_be_named():
+    unet = tiny_unet()
+    first = as_denoiser(unet, bottleneck="down_blocks.0")
+    assert first.bottleneck(NOISY, T).shape == (2, 8, 4, 4)
+    assert as_denoiser(unet).bottleneck(NOISY, T).shape == (2, 16, 2, 2)
+    with pytest.raises(ValueError, match="`bottleneck` should name a layer of UNet2DModel .*found 'middle'"):
+        as_denoiser(unet, bottleneck="middle")
 
 
 def test_a_real_pipeline_is_refused():

@@ -228,6 +228,10 @@ def test_terms_are_what_the_options_say(tmp_path: Path, monkeypatch: pytest.Monk
         expected = 0.01 * (1 + (-judged).exp()).log().mean()
     torch.testing.assert_close(terms["adversarial"], expected, rtol=1e-3, atol=1e-6)
     judged_terms = trainer._judge_terms(batch)
+    with torch.no_grad():
+        clean = Discriminator.__call__(trainer.judge, batch.clean)  # type: ignore[arg-type]
+    torch.testing.assert_close(judged_terms["clean"].detach(), (1 + (-clean).exp()).log().mean(), rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(judged_terms["restored"].detach(), (1 + judged.exp()).log().mean(), rtol=1e-2, atol=1e-4)
     sum(judged_terms.values()).backward()  # type: ignore[union-attr]
     assert trainer.judge is not None and all(p.grad is not None for p in trainer.judge.parameters())
     assert all(p.grad is None for p in trainer.net.parameters())
@@ -235,10 +239,74 @@ def test_terms_are_what_the_options_say(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_share_is_a_share(tmp_path: Path) -> None:
     trainer = Trainer(replace(TINY, out=tmp_path / "run", diff=replace(DIFF, weight=0.0, share=0.3)))
-    degraded, clean = (torch.cat(each) for each in zip(*trainer.tests["rainy"], strict=True))
+    torch.manual_seed(5)
+    degraded, clean = torch.stack([sample[0] for n in range(8) if (sample := trainer.train_data[n])]).unbind(1)
     report = audit(trainer.objectives, degraded, clean)
     found = report["diff/noise"].share + report["diff/h_space"].share
-    assert 0.2 < found < 0.45  # terms of one objective share its gradient, not its norm
+    assert 0.2 < found < 0.45  # of other crops, and terms of one objective share its gradient, not its norm
+    half = Trainer(
+        replace(TINY, out=tmp_path / "half", diff=replace(DIFF, weight=0.0, share=0.3), pixel=Pixel(weight=0.5))
+    )
+    assert half.objectives.weights == pytest.approx({k: v / 2 for k, v in trainer.objectives.weights.items()})
+
+
+def test_the_network_begins_the_same_whatever_the_terms(tmp_path: Path) -> None:
+    starts = [
+        Trainer(replace(TINY, out=tmp_path / str(number), diff=diff)).net.state_dict()
+        for number, diff in enumerate((Diff(), DIFF, Diff(share=0.5)))
+    ]
+    for other in starts[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in starts[0].items())
+
+
+def test_indices_are_not_averaged(tmp_path: Path) -> None:
+    trainer = run(tmp_path / "run", network="swinir-light", ema=0.9995, steps=2, batch=1, patch=16, test_size=16)
+    own = trainer.net.state_dict()
+    indices = {name: value for name, value in trainer.tested.state_dict().items() if not value.is_floating_point()}
+    assert indices and all(torch.equal(value, own[name]) for name, value in indices.items())
+
+
+def test_every_option_of_the_prior_reaches_it(tmp_path: Path) -> None:
+    diff = Diff(
+        weight=0.3, noise_weight=0.7, h_space_weight=0.2, timesteps=(3, 40), distance="l1", compare="native",
+        snr_power=0.25, crop=0.5, subset=0.75, every=3,
+    )  # fmt: skip
+    loss = Trainer(replace(TINY, out=tmp_path / "run", diff=diff)).diff
+    assert loss is not None
+    for name in ("noise_weight", "h_space_weight", "timesteps", "distance", "compare", "snr_power", "crop", "subset"):
+        assert getattr(loss, name) == getattr(diff, name), name
+    assert loss.every == 3
+
+
+def test_each_step_has_a_chance_of_its_own(tmp_path: Path) -> None:
+    trainer = Trainer(replace(TINY, out=tmp_path / "run"))
+    drawn = [
+        torch.rand(4, generator=trainer.batch(*read, step, 4).generator) for step, read in enumerate(trainer.read(0, 3))
+    ]
+    assert len({tuple(values.tolist()) for values in drawn}) == 3
+
+
+def test_networks_are_tested_at_rest_and_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.norm(self.layer(x))
+            return found
+
+    monkeypatch.setattr(training, "restorer", lambda *_: Counting())
+    trainer = Trainer(replace(TINY, out=tmp_path / "run"))
+    norm: Any = trainer.net.norm
+    assert trainer.net.training and not norm.running_mean.any() and int(norm.num_batches_tracked) == 0
+    before = trainer.evaluate()[0]["psnr"]
+    assert trainer.net.training and not norm.running_mean.any()
+    trainer.tested.eval()
+    degraded, clean = trainer.tests["rainy"][0]
+    with torch.no_grad():
+        mse = (trainer.net(degraded).clamp(0, 1) - clean).square().mean()
+    assert before == pytest.approx(float(-10 * mse.log10()), abs=3.0)  # one of two pictures
 
 
 def test_any_prior_and_any_network_may_be_named(tmp_path: Path) -> None:
@@ -345,14 +413,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "degradation": ({"degradations": ["foggy"]}, "`degradations` should be of blurry, .*found \\['foggy'\\]"),
     "accumulate": ({"accumulate": 3}, "`batch` should be a multiple of `accumulate` 3 .* found 4"),
     "ema": ({"ema": 1.0}, "`ema` should be a decay from 0 to below 1, found 1.0"),
-    "network": ({"network": "unet"}, "`restorer` should be one of .*spandrel/NAME.*found 'unet'"),
+    "network": ({"network": "unet"}, "restoration network should be one of .*spandrel/NAME.*found 'unet'"),
     "no such": ({"network": "spandrel/Nothing"}, "an architecture of spandrel that needs no options, found 'Nothing'"),
     "grey": ({"network": "spandrel/DRUNet"}, "`network` spandrel/DRUNet should map .* to the same shape, found"),
     "larger": ({"network": "file", "weights": Path("nowhere.pth")}, "a checkpoint that spandrel reads: nowhere.pth"),
     "weight": ({"pixel": Pixel(weight=-1.0)}, "`pixel` should have a weight of at least 0, found -1.0"),
     "nothing": ({"pixel": Pixel(weight=0.0)}, "`pixel`, `diff` or `perceptual` should have a weight above 0"),
     "share": ({"diff": Diff(share=1.5)}, "`diff.share` should be above 0 and below 1"),
-    "alone": ({"diff": Diff(share=0.5), "pixel": Pixel(weight=0.0)}, "beside the pixel loss and no other"),
+    "alone": ({"diff": Diff(share=0.5), "pixel": Pixel(weight=0.0)}, "beside the pixel loss and no other, found"),
+    "both": ({"diff": Diff(share=0.5, weight=0.1)}, "without `diff.weight`, found 0.5 and 0.1"),
+    "patch": ({"patch": 0}, "`patch` should be at least 1, found 0"),
+    "lr": ({"lr": 0.0}, "`lr` should be above 0"),
+    "crop": ({"diff": Diff(weight=1.0, crop=32)}, "`diff.crop` should be at most `patch` 24, found 32"),
     "prior": ({"diff": Diff(weight=1.0, prior="./nowhere")}, "`diff.prior`: .*nowhere"),
     "constrain": ({"diff": Diff(weight=1.0, constrain="image")}, "`diff.constrain` should be 'noise'"),
     "timesteps": ({"diff": Diff(weight=1.0, timesteps=(600, 100))}, "`timesteps` should satisfy"),

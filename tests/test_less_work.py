@@ -145,6 +145,32 @@ def test_the_network_sees_the_crop_only() -> None:
     assert seen[-1] == (2, 4, 12, 15)  # half of 50 and of 60, in steps of 2, and halved by the autoencoder
 
 
+def test_crops_of_what_was_resized_and_of_squares() -> None:
+    for size, shape in (("resize", (14, 22)), ("pad", (14, 22))):
+        denoiser = as_denoiser(pointwise)
+        denoiser.multiple = 4
+        whole, part = (DiffLoss(denoiser, h_space_weight=0.0, size=size, crop=c) for c in (None, 8))  # type: ignore[arg-type]
+        z, x = (uniform(1, 1, *shape, seed=seed).expand(3000, -1, -1, -1) for seed in (0, 1))
+        expected = value_and_gradient(whole, z[:1], x[:1], timestep=300)[0]
+        found = value_and_gradient(part, z, x, timestep=300, generator=torch.Generator().manual_seed(0))[0]
+        assert float(found) == pytest.approx(float(expected), rel=0.03)
+    dit = DiffLoss(tiny_transformer("DiT"), conditioning=torch.tensor([1]), crop=0.5)
+    z = uniform(2, 3, 12, 20).requires_grad_()
+    dit(z, uniform(2, 3, 12, 20, seed=1)).backward()
+    assert z.grad is not None
+    for sample in z.grad:  # a square, of half of the shorter side
+        rows, columns = sample.any(0).any(1), sample.any(0).any(0)
+        assert int(rows.sum()) == int(columns.sum()) == 6
+
+
+def test_tiles_begin_at_steps_of_the_encoder() -> None:
+    loss = DiffLoss(lambda x_t, t: x_t, h_space_weight=0.0, crop=12, encoder=lambda image: F.avg_pool2d(image, 4))
+    z = uniform(2, 3, 30, 30).requires_grad_()
+    with pytest.raises(ValueError, match="`crop` should give tiles at multiples of the encoder's step, 4 pixels"):
+        loss(z, uniform(2, 3, 30, 30))
+    loss(uniform(2, 3, 24, 36).requires_grad_(), uniform(2, 3, 24, 36))
+
+
 # samples
 
 

@@ -265,6 +265,11 @@ def test_a_model_of_a_flow_is_told_its_level_and_read_as_a_velocity() -> None:
     assert isinstance(as_denoiser(velocity, diffusers.FlowMatchEulerDiscreteScheduler()).schedule, FlowLevels)
 
 
+def test_a_model_may_count_its_time_otherwise() -> None:
+    levels = FlowLevels([0.25, 0.5], time_scale=1.0)
+    assert levels.model_time(torch.tensor([1, 0])).tolist() == [0.5, 0.25]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -108,7 +108,9 @@ def restorer(name: str, scale: int, weights: Path | None = None) -> nn.Module:
     elif name in _RESTORERS:
         network = _RESTORERS[name](scale)
     else:
-        raise ValueError(f"`restorer` should be one of {(*_RESTORERS, 'file', 'spandrel/NAME')}, found {name!r}.")
+        raise ValueError(
+            f"The restoration network should be one of {(*_RESTORERS, 'file', 'spandrel/NAME')}, found {name!r}."
+        )
     if weights is not None:
         load_weights(network, weights)
     return network
@@ -131,7 +133,8 @@ def _of_spandrel(name: str) -> nn.Module:
         network: nn.Module = getattr(import_module(f"spandrel.architectures.{name}"), name)()
     except (ModuleNotFoundError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"`restorer` should be an architecture of spandrel that needs no options, found {name!r}: {error}."
+            "The restoration network should be an architecture of spandrel that needs no options, found "
+            f"{name!r}: {error}."
         ) from error
     return network
 

@@ -27,9 +27,9 @@ class Diff:
 
     Attributes:
         weight: gamma; 0 leaves the prior out.
-        share: instead of a weight, the share of the gradient that the prior has at the degraded test pictures.
+        share: instead of a weight, the share of the gradient that the prior has at degraded training pictures.
         prior: "small" for the one that ships, or what :func:`restoreloss.load_prior` reads: a folder, a file, a name.
-        head_channels: of a guided-diffusion file.
+        head_channels: of a guided-diffusion file; the default is 64.
         grouped_heads: of a guided-diffusion file.
         noise_weight: of the predicted noise.
         h_space_weight: of the bottleneck, lambda.
@@ -49,7 +49,7 @@ class Diff:
     weight: float = 0.0
     share: float | None = None
     prior: str = "small"
-    head_channels: int = 64
+    head_channels: int | None = None
     grouped_heads: bool = True
     noise_weight: float = 1.0
     h_space_weight: float = 0.01

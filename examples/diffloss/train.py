@@ -81,21 +81,29 @@ class Trainer(Recipe[Batch]):
                 f"`batch` should be a multiple of `accumulate` {config.accumulate} on each of {processes} processes, "
                 f"found {config.batch}."
             )
+        for name in ("patch", "test_count", "test_size"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"`{name}` should be at least 1, found {getattr(config, name)}.")
+        if config.lr <= 0:
+            raise ValueError(f"`lr` should be above 0, found {config.lr}.")
+        if isinstance(config.diff.crop, int) and config.diff.crop > config.patch:
+            raise ValueError(f"`diff.crop` should be at most `patch` {config.patch}, found {config.diff.crop}.")
         if not 0 <= config.ema < 1:
             raise ValueError(f"`ema` should be a decay from 0 to below 1, found {config.ema}.")
         self.train_data = training_pairs(config, config.degradations)
         self.tests = {name: test_pairs(config, name, shifted=False) for name in config.degradations}
         if empty := [name for name, found in self.tests.items() if not found]:
             raise ValueError(f"`places` should have test pictures of {empty[0]!r} that can be read, found none.")
-        self.objectives, self.diff = self._objectives()
-        network = restorer(config.network, 1, config.weights)
+        network = restorer(config.network, 1, config.weights)  # first: the same one whatever the terms
         _check_size(network, config.patch, config.network)
+        self.objectives, self.diff = self._objectives()
         self.net: nn.Module = self.accelerator.prepare(network.to(self.device))
         self.networks = {"restorer": self.net}
         self.average: AveragedModel | None = None
         if config.ema > 0:
             average = get_ema_multi_avg_fn(config.ema)
-            self.average = AveragedModel(bare(self.net), multi_avg_fn=average, use_buffers=True)
+            # buffers are copied: averages of indices and of counts are rounded
+            self.average = AveragedModel(bare(self.net), multi_avg_fn=average, use_buffers=False)
             self.networks["average"] = self.average
         self.judge: nn.Module | None = None
         if config.adversarial.weight > 0:
@@ -190,7 +198,8 @@ class Trainer(Recipe[Batch]):
         means = {key: sum(each) / len(each) for key, each in every.items()}
         shown = slice(None, None, max(1, len(rows["hr"]) // 8))
         samples: dict[str, Any] = {kind: torch.cat(pictures[shown]) for kind, pictures in rows.items()}
-        report = audit(self.objectives, samples["restored"][:4].to(self.device), samples["hr"][:4].to(self.device))
+        first = (samples[kind][:4, :, : self.config.patch, : self.config.patch] for kind in ("restored", "hr"))
+        report = audit(self.objectives, *(pictures.to(self.device) for pictures in first))
         return {**means, **figures, **{f"share/{row.name}": row.share for row in report}}, samples
 
     def keep(self, step: int, figures: Mapping[str, float], samples: Mapping[str, Any]) -> None:
@@ -216,14 +225,16 @@ class Trainer(Recipe[Batch]):
         for objective in objectives.values():
             objective.to(self.device)
         if config.diff.share is not None:
-            if list(objectives) != ["pixel", "diff"] or not 0 < config.diff.share < 1:
-                raise ValueError(
-                    "`diff.share` should be above 0 and below 1, beside the pixel loss and no other, found "
-                    f"{config.diff.share} beside {', '.join(name for name in objectives if name != 'diff')}."
-                )
-            found = [pair for pairs in self.tests.values() for pair in pairs]
-            same = [pair for pair in found if pair[1].shape == found[0][1].shape][:8]
-            degraded, clean = (torch.cat(each).to(self.device) for each in zip(*same, strict=True))
+            if list(objectives) != ["pixel", "diff"]:
+                others = [name for name in objectives if name != "diff"]
+                raise ValueError(f"`diff.share` should stand beside the pixel loss and no other, found {others}.")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(chance(config.seed, 2))
+                read = [self.train_data[number] for number in range(min(8, len(self.train_data)))]
+            pairs = [sample[0] for sample in read if sample is not None]
+            if not pairs:
+                raise ValueError("`diff.share` needs training pictures, of the first ones none could be read.")
+            degraded, clean = torch.stack(pairs).to(self.device).unbind(1)
             shares = {"diff": config.diff.share}
             weights = {
                 name: config.pixel.weight * weight
@@ -275,16 +286,24 @@ def _normed(before: int, after: int, size: int, stride: int) -> nn.Module:
 @torch.no_grad()
 def _check_size(network: nn.Module, patch: int, name: str) -> None:
     """Raise ``ValueError`` unless a network maps colour pictures to colour pictures of the same size."""
+    training = network.training
+    network.eval()
     try:
         found: Any = tuple(network(torch.zeros(2, 3, patch, patch)).shape)
     except Exception as error:  # of channels or sizes that it cannot read
         found = error
+    network.train(training)
     if found != (2, 3, patch, patch):
         raise ValueError(f"`network` {name} should map (2, 3, {patch}, {patch}) to the same shape, found {found}.")
 
 
 def terms_of(config: Config) -> list[str]:
     """The terms that a run has."""
+    if config.diff.share is not None and (config.diff.weight or not 0 < config.diff.share < 1):
+        raise ValueError(
+            f"`diff.share` should be above 0 and below 1, without `diff.weight`, found {config.diff.share} and "
+            f"{config.diff.weight}."
+        )
     weights = {
         "pixel": config.pixel.weight, "diff": config.diff.share or config.diff.weight,
         "perceptual": config.perceptual.weight, "adversarial": config.adversarial.weight,
@@ -332,9 +351,11 @@ def _constrained(prior: Any, options: Diff) -> Denoiser:
     if isinstance(prior, LatentPrior) or options.h_space_weight:
         raise ValueError("`diff.constrain` should be 'noise' for a latent prior and beside the h-space.")
     denoiser = as_denoiser(prior)
+    if type(denoiser.schedule) is not NoiseSchedule:
+        raise ValueError("`diff.constrain` should be 'noise' for a flow, whose pictures are mixed otherwise.")
     return Denoiser(
         Constrained(denoiser, options.constrain), NoiseSchedule(denoiser.schedule.alphas_cumprod),
-        multiple=denoiser.multiple, in_channels=denoiser.in_channels, has_bottleneck=False,
+        multiple=denoiser.multiple, square=denoiser.square, in_channels=denoiser.in_channels, has_bottleneck=False,
     )  # fmt: skip
 
 

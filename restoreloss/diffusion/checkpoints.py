@@ -39,7 +39,7 @@ def load_prior(
     prediction_type: PredictionType | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
-    head_channels: int = 64,
+    head_channels: int | None = None,
     grouped_heads: bool = True,
 ) -> Denoiser | LatentPrior:
     """Load a diffusion model as a prior for :class:`DiffLoss`.
@@ -64,7 +64,7 @@ def load_prior(
             Diffusion 2. Default: "epsilon".
         revision: of a hub repository.
         local_files_only: use what is in the cache and download nothing.
-        head_channels: of guided-diffusion files, ``num_head_channels``: 64 in OpenAI's.
+        head_channels: of guided-diffusion files, ``num_head_channels``. Default: 64, as in OpenAI's.
         grouped_heads: of guided-diffusion files; False for ``use_new_attention_order=True`` (their 64x64 model).
 
     Returns:
@@ -88,8 +88,8 @@ def load_prior(
         >>> unet.save_pretrained(folder)
         >>> loss = DiffLoss(load_prior(folder))
     """
-    path = Path(source)
-    if path.suffix in FILES:
+    path = Path(source).expanduser()
+    if path.suffix in FILES and not path.is_dir():
         if not path.is_file():
             raise FileNotFoundError(f"`source` should be a file, found none at {path}.")
         return _from_file(path, conditioning, schedule, prediction_type, head_channels, grouped_heads)
@@ -138,17 +138,13 @@ class _Repository:
         self.unreachable: type[Exception] = errors.LocalEntryNotFoundError
         self.index = self.config("DiffusionPipeline") or {}
 
-    def config(self, kind: str, subfolder: str = "") -> dict[str, Any] | None:
-        """What a pipeline, a model or a scheduler is, from its JSON file; None where there is none.
-
-        Raises:
-            OSError: If the hub cannot be asked.
-        """
-        reader = getattr(self.diffusers, kind)
-        if Path(self.source).is_dir() and not (Path(self.source) / subfolder / reader.config_name).is_file():
+    def config(self, kind: str, subfolder: str = "", source: str | None = None) -> dict[str, Any] | None:
+        """What a pipeline, a model or a scheduler is, from its JSON file; None where there is none."""
+        reader, source = getattr(self.diffusers, kind), source or self.source
+        if Path(source).is_dir() and not (Path(source) / subfolder / reader.config_name).is_file():
             return None
         try:
-            found: dict[str, Any] = reader.load_config(self.source, subfolder=subfolder or None, **self.options)
+            found: dict[str, Any] = reader.load_config(source, subfolder=subfolder or None, **self.options)
         except OSError as error:
             self.error = error  # a file that is not there and a hub that is not there look alike in a cache
             if isinstance(error.__context__, self.unreachable):
@@ -158,15 +154,37 @@ class _Repository:
 
     def load(self, kind: str, subfolder: str) -> Any:
         """A model, in float32 (also of half-precision files)."""
-        model = getattr(self.diffusers, kind).from_pretrained(self.source, subfolder=subfolder or None, **self.options)
+        read = getattr(self.diffusers, kind).from_pretrained
+        options = {**self.options, "subfolder": subfolder or None, "output_loading_info": True}
+        place = f"{self.source}/{subfolder}".rstrip("/")
+        try:
+            try:
+                model, info = read(self.source, **options)
+            except OSError:
+                model, info = read(self.source, variant="fp16", **options)  # where that is all there is
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{place} should hold the weights of a {kind}, found: {error}") from error
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if keys := [str(key) for key in info.get(problem, ())]:
+                some = f"{', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+                raise ValueError(
+                    f"{place} should hold every weight of a {kind} and no other, found {len(keys)} "
+                    f"{problem.partition('_')[0]}: {some}."
+                )
         return model.float()
 
     def scheduler(self) -> Any:
         """The scheduler, or None, which means the default."""
-        for place in ("scheduler", ""):
-            config = self.config("DDPMScheduler", place)
-            if config is not None and "_class_name" in config:
-                return getattr(self.diffusers, config["_class_name"]).from_config(config)
+        above = str(Path(self.source).parent)  # of a model's own folder in that of a pipeline
+        for source, place in ((self.source, "scheduler"), (self.source, ""), (above, "scheduler")):
+            if source == above and not Path(self.source).is_dir():
+                break
+            config = self.config("DDPMScheduler", place, source)
+            if (
+                config is not None
+                and (kind := getattr(self.diffusers, config.get("_class_name", ""), None)) is not None
+            ):
+                return kind.from_config(config)
         return None
 
 
@@ -191,7 +209,7 @@ def _from_diffusers(
     if conditioning is None:
         if any(name.startswith("text_encoder") for name in index):
             conditioning = _empty_prompt(repository)
-        elif config.get("num_embeds_ada_norm") is not None:
+        elif kind in ("DiTTransformer2DModel", "Transformer2DModel") and config.get("num_embeds_ada_norm"):
             conditioning = torch.tensor([config["num_embeds_ada_norm"]])
     vae = repository.config("AutoencoderKL", "vae") if "vae" in index or Path(source).is_dir() else None
     if vae is not None and vae.get("_class_name") != "AutoencoderKL":
@@ -205,6 +223,8 @@ def _from_diffusers(
 def _empty_prompt(repository: _Repository) -> Tensor | dict[str, Any]:
     require("transformers", purpose="the empty prompt of a pipeline", install="'restoreloss[examples]'")
     name: str = repository.index["_class_name"]
+    if not name.startswith("StableDiffusion"):
+        raise ValueError(f"`conditioning` should be given for a {name}, whose empty prompt is not known.")
     # None: what is not loaded, and what the pipeline was saved without
     others = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "image_encoder")
     index = repository.index
@@ -223,29 +243,39 @@ def _empty_prompt(repository: _Repository) -> Tensor | dict[str, Any]:
         )
     if name.startswith("StableDiffusionXL"):
         _, states, _, pooled = found  # of the negative prompt: zeros where the pipeline was trained with them
-        times = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]])
+        # a refiner is told how beautiful the picture is, and not its size after cropping
+        last = [6.0] if index.get("requires_aesthetics_score") else [1024.0, 1024.0]
+        times = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, *last]])
         return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": times}}
     if name.startswith("StableDiffusion3"):
         states, _, pooled, _ = found
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
-    if name.startswith("StableDiffusion"):
-        return found[0]  # type: ignore[no-any-return]
-    raise ValueError(f"`conditioning` should be given for a {name}, whose empty prompt is not known.")
+    return found[0]  # type: ignore[no-any-return]
 
 
 def _from_file(
     path: Path, conditioning: Conditioning | None, schedule: Any, prediction_type: PredictionType | None,
-    head_channels: int, grouped_heads: bool,
+    head_channels: int | None, grouped_heads: bool,
 ) -> Denoiser | LatentPrior:  # fmt: skip
     weights = _weights_in(path)
+    try:
+        return _of_weights(weights, path, conditioning, schedule, prediction_type, head_channels, grouped_heads)
+    except (KeyError, AttributeError, IndexError) as error:  # of a weight that the layout is read from
+        raise ValueError(f"{path.name} should be {_KNOWN}, found one without {error}.") from error
+
+
+def _of_weights(
+    weights: dict[str, Tensor], path: Path, conditioning: Conditioning | None, schedule: Any,
+    prediction_type: PredictionType | None, head_channels: int | None, grouped_heads: bool,
+) -> Denoiser | LatentPrior:  # fmt: skip
     if layouts.is_latent_diffusion(weights):
         unet, vae, alphas_cumprod = layouts.latent_diffusion(weights)
         if schedule is None:
             kind: PredictionType = prediction_type or "epsilon"
-            schedule = (
-                NoiseSchedule.scaled_linear(prediction_type=kind) if alphas_cumprod is None
-                else NoiseSchedule(alphas_cumprod.float(), prediction_type=kind)
-            )  # fmt: skip
+            if alphas_cumprod is None or alphas_cumprod.dtype in (torch.float16, torch.bfloat16):  # rounded
+                schedule = NoiseSchedule.scaled_linear(prediction_type=kind)
+            else:
+                schedule = NoiseSchedule(alphas_cumprod, prediction_type=kind)
         return LatentPrior(vae, unet, conditioning, schedule=schedule)
     if prediction_type is not None:
         raise ValueError(f"`prediction_type` should be left out for {path.name}; give `schedule`.")
@@ -272,7 +302,7 @@ def _weights_in(path: Path) -> dict[str, Tensor]:
                 f"{path.name} should hold tensors only, found a pickle that runs code or is broken, which is not "
                 "loaded. If you trust it, save its state dict with safetensors where you do."
             ) from error
-        except (RuntimeError, EOFError, OSError) as error:
+        except Exception as error:  # of a damaged file torch raises nearly anything
             raise ValueError(f"{path.name} should be a whole file of torch.save, found: {error}") from error
     for name in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):

@@ -411,8 +411,9 @@ def _transformer(
             )
     elif kind == "PixArtTransformer2DModel":
         _check_states(conditioning, kind, config.caption_channels or config.cross_attention_dim)
-    elif conditioning is None:
-        raise ValueError(f"`conditioning` should be class labels of shape (1,) or (N,) for {kind}, found None.")
+    else:
+        # one more than there are classes: none
+        _check_labels(conditioning, kind, None if (count := config.num_embeds_ada_norm) is None else count + 1)
     blocks = inner.transformer_blocks
     return Denoiser(
         model,
@@ -473,8 +474,34 @@ def _check_diffusers_conditioning(model: Any, conditioning: Conditioning | None)
             f"`conditioning` should be a mapping with `added_cond_kwargs` for this {name} "
             f"(addition_embed_type={config.addition_embed_type!r}), found {type(conditioning).__name__}."
         )
-    if getattr(model, "class_embedding", None) is not None and not _is_conditional(model) and conditioning is None:
-        raise ValueError(f"`conditioning` should be class labels of shape (1,) or (N,) for this {name}, found None.")
+    if getattr(config, "addition_embed_type", None) == "text_time" and isinstance(conditioning, Mapping):
+        _check_text_time(conditioning["added_cond_kwargs"], name, config)
+    if getattr(model, "class_embedding", None) is not None and not _is_conditional(model):
+        _check_labels(conditioning, name, getattr(config, "num_class_embeds", None))
+
+
+def _check_labels(conditioning: Conditioning | None, name: str, count: int | None) -> None:
+    """Raise ``ValueError`` unless there are class labels, of classes that there are."""
+    labels = conditioning.get("class_labels") if isinstance(conditioning, Mapping) else conditioning
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim > 1:
+        found = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else labels
+        raise ValueError(f"`conditioning` should be class labels of shape (1,) or (N,) for this {name}, found {found}.")
+    if count is not None and labels.device.type == "cpu" and not bool(((labels >= 0) & (labels < count)).all()):
+        raise ValueError(f"`conditioning` should be class labels below {count} for this {name}, found {labels}.")
+
+
+def _check_text_time(added: Any, name: str, config: Any) -> None:
+    """Raise ``ValueError`` unless the pooled text and the sizes have the width that this model adds to its time."""
+    parts = [added.get(key) if isinstance(added, Mapping) else None for key in ("text_embeds", "time_ids")]
+    if not all(isinstance(part, Tensor) and part.ndim == 2 for part in parts):
+        raise ValueError(f"`added_cond_kwargs` should have text_embeds and time_ids of two dimensions for this {name}.")
+    text, times = (part.shape[1] for part in parts if isinstance(part, Tensor))
+    width = config.projection_class_embeddings_input_dim
+    if width is not None and text + times * config.addition_time_embed_dim != width:
+        raise ValueError(
+            f"`added_cond_kwargs` should have text_embeds and time_ids of widths p and k with p + k * "
+            f"{config.addition_time_embed_dim} = {width} for this {name}, found {text} and {times}."
+        )
 
 
 def _check_states(conditioning: Conditioning | None, name: str, width: Any) -> None:

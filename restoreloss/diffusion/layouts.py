@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Weights = Mapping[str, Tensor]
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 """Where a file of latent diffusion has its parts."""
+FOUR_HEADS = [256, 256, 512, 768, 1024]
+"""The levels of OpenAI's 128x128 models, whose weights do not say that they have four heads."""
 
 _RESNET = {
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
@@ -40,12 +42,12 @@ def is_latent_diffusion(weights: Weights) -> bool:
     return f"{UNET}input_blocks.0.0.weight" in weights
 
 
-def guided_diffusion(weights: Weights, *, head_channels: int, grouped_heads: bool) -> "UNet2DModel":
+def guided_diffusion(weights: Weights, *, head_channels: int | None, grouped_heads: bool) -> "UNet2DModel":
     """A ``UNet2DModel`` that is numerically the U-Net of guided-diffusion with these weights, in float32.
 
     Args:
         weights: its state dict.
-        head_channels: ``num_head_channels``.
+        head_channels: ``num_head_channels``; the default is 64.
         grouped_heads: whether queries, keys and values of each head lie together
             (``use_new_attention_order=False``).
 
@@ -62,6 +64,14 @@ def guided_diffusion(weights: Weights, *, head_channels: int, grouped_heads: boo
             f"A UNet2DModel embeds time in as many channels as its first level has, {channels[0]}, found {width}: this "
             "guided-diffusion U-Net (channel_mult does not begin with 1) cannot be loaded as one."
         )
+    if head_channels is None and channels == FOUR_HEADS:
+        raise ValueError(
+            "OpenAI's 128x128 model has four heads of any width in each attention, which a UNet2DModel has not. If "
+            "this is another one, say how wide its heads are: `head_channels`."
+        )
+    head_channels = 64 if head_channels is None else head_channels
+    if head_channels < 1:
+        raise ValueError(f"`head_channels` should be at least 1, found {head_channels}.")
     for attended, wide in [*zip(attends, channels, strict=True), (True, channels[-1])]:
         if attended and wide % head_channels:
             raise ValueError(

@@ -67,8 +67,8 @@ class DiffLoss(Objective):
         size: "pad" (reflect, and crop what comes out) | "resize" | "error", for sizes that the networks cannot halve.
         reduction: over samples: "mean" | "sum" | "none" (returns (N,)).
         compare: the "noise" that the denoiser predicts, or what it predicts by itself ("native"): velocity or image.
-        snr_power: weigh timesteps by :math:`\text{SNR}_t^p`, of mean 1 over ``timesteps``. With p = -1 the mean squared
-            error is that of the denoised image; p > 0 prefers little noise.
+        snr_power: weigh timesteps by :math:`\text{SNR}_t^p`, of mean 1 over ``timesteps``. With p = -1 noise counts as
+            it enters the denoised image; p > 0 prefers little noise.
         crop: look at one random tile of each image, of so many pixels or such a share of each side.
         subset: look at so many samples, or such a share of them.
         every: look at every k-th call only, and count it k times; the others return 0. ``calls`` counts them.
@@ -213,6 +213,8 @@ class DiffLoss(Objective):
         with torch.no_grad():
             x = self._to_model_space(target)
         denoiser.check_input(z, "restored" if self._encoder is None else "encoder(restored)")
+        if tiles is not None:
+            tiles.check_steps(z)
         size = _height_width(z)
         z, x = (fit_size(image, denoiser.multiple, self.size, square=denoiser.square) for image in (z, x))
         if self.size == "resize":

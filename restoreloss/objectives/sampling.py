@@ -6,6 +6,7 @@ average over the choices is the whole.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -94,6 +95,15 @@ class Tiles:
             image = image.gather(dim, places.view(shape).expand(target))
         return image
 
+    def check_steps(self, latents: Tensor) -> None:
+        """Raise ``ValueError`` where tiles do not begin at a step of what an encoder made of them."""
+        for cells, size, starts in zip(latents.shape[-2:], self.size, self.starts, strict=True):
+            if any(start * cells % size for start in starts):
+                raise ValueError(
+                    f"`crop` should give tiles at multiples of the encoder's step, {size / cells:g} pixels, found "
+                    f"tiles of {size} at {starts}."
+                )
+
     def weights(self, features: Tensor) -> Tensor | None:
         """What each cell of a map of the tiles counts, (N, 1, h, w); None where all count alike, or for what is no map.
 
@@ -108,20 +118,19 @@ class Tiles:
             pixels, rest = divmod(size, cells)
             if rest or any(start % pixels for start in starts):
                 return None
-            firsts, whole = [start // pixels for start in starts], -(-valid // pixels)
-            coverage = [sum(first <= cell < first + cells for first in firsts) for cell in range(firsts[-1] + cells)]
-            table = [
-                [
-                    len(firsts) * cells / (whole * coverage[cell]) if cell < whole else 0.0
-                    for cell in range(first, first + cells)
-                ]
-                for first in firsts
-            ]
-            sides.append((table, chosen))
-        if all(value == 1 for table, _ in sides for row in table for value in row):
+            sides.append((_table(tuple(start // pixels for start in starts), cells, -(-valid // pixels)), chosen))
+        if all(bool((table == 1).all()) for table, _ in sides):
             return None
-        rows, columns = (torch.tensor(table, device=features.device)[chosen] for table, chosen in sides)
+        rows, columns = (table.to(features.device)[chosen] for table, chosen in sides)
         return rows[:, None, :, None] * columns[:, None, None, :]
+
+
+@cache
+def _table(firsts: tuple[int, ...], cells: int, whole: int) -> Tensor:
+    """What each cell of each tile along a side counts, (tiles, cells); cells beyond ``whole`` count nothing."""
+    places = torch.tensor(firsts)[:, None] + torch.arange(cells)
+    coverage = torch.bincount(places.flatten())
+    return torch.where(places < whole, len(firsts) * cells / (whole * coverage[places].double()), 0.0).float()
 
 
 def _starts(length: int, size: int, multiple: int) -> list[int]:
