@@ -644,7 +644,10 @@ def test_layers_that_cannot_be_are_refused_when_the_extractor_is_made(layers, me
         FeatureExtractor(real("resnet18"), layers)
 
 
-@pytest.mark.parametrize("network", [lambda x: x, "resnet18", None, nn.Linear], ids=["function", "name", "none", "class"])
+KINDS = {"function": lambda x: x, "name": "resnet18", "none": None, "class": nn.Linear}
+
+
+@pytest.mark.parametrize("network", KINDS.values(), ids=KINDS)
 def test_what_is_no_module_is_refused(network):
     with pytest.raises(ValueError, match="should be an nn.Module, found (function|str|NoneType|type)"):
         FeatureExtractor(network, ["0"])
