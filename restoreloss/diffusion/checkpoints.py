@@ -179,11 +179,8 @@ class _Repository:
         for source, place in ((self.source, "scheduler"), (self.source, ""), (above, "scheduler")):
             if source == above and not Path(self.source).is_dir():
                 break
-            config = self.config("DDPMScheduler", place, source)
-            if (
-                config is not None
-                and (kind := getattr(self.diffusers, config.get("_class_name", ""), None)) is not None
-            ):
+            config = self.config("DDPMScheduler", place, source) or {}
+            if (kind := getattr(self.diffusers, config.get("_class_name", ""), None)) is not None:
                 return kind.from_config(config)
         return None
 

@@ -256,7 +256,8 @@ class DiffLoss(Objective):
             timestep: fixes t, an integer or (N,). Default: drawn from ``timesteps``.
             noise: fixes epsilon, in the shape of what the denoiser sees: the images, or the latents, resized where
                 ``size="resize"`` had to. Default: drawn from N(0, I).
-            generator: for what is drawn, t first, then the noise, on the generator's own device.
+            generator: for what is drawn, on the generator's own device: with ``subset`` the samples, with ``crop`` the
+                tiles, then t, then the noise.
 
         Returns:
             A scalar, or (N,) with ``reduction="none"``, in float32 or higher.
