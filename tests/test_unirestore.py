@@ -1338,6 +1338,8 @@ def test_the_experiment_runs_each_kind_of_name_once(
     for row in (*(f"| `{name}`" for name in (*names, "no_tfa")), "| `one_prompt` - `unirestore`", "### new_task",
                 "| `prompt_of_restoration` - `prompt`", "| `prompt`"):  # fmt: skip
         assert row in text, row
+    rows = study.latents().splitlines()
+    assert len(rows) == 4 and all(float(cell) >= 0 for row in rows[2:] for cell in row.strip("| ").split("|")[1:])
     monkeypatch.setattr(sys, "argv", ["experiment", "sheet", f"--out={tmp_path}"])
     experiment.main()
     assert Path(capsys.readouterr().out.strip()).stat().st_size > 5000

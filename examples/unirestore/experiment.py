@@ -4,6 +4,7 @@
     python -m examples.unirestore.experiment new_task --out runs/unirestore     # Table 6: detection by a prompt alone
     python -m examples.unirestore.experiment tables --out runs/unirestore
     python -m examples.unirestore.experiment sheet --out runs/unirestore        # pictures of the first seed
+    python -m examples.unirestore.experiment latents --out runs/unirestore      # how far from clean, of stage 1
 
 Finished runs are not done again: the same command goes on after a stop.
 """
@@ -18,13 +19,19 @@ from typing import Any
 
 import torch
 
+from examples.common.data import TEST_SEED
+from examples.common.degrade import degradation
 from examples.common.folder import read_picture
 from examples.common.options import shared
 from examples.common.report import Sample, markdown
-from examples.unirestore.config import Config
+from examples.common.tasks import collate
+from examples.unirestore.config import TASKS, Config
+from examples.unirestore.data import data_of
 from examples.unirestore.prepare import Config as PrepareConfig
 from examples.unirestore.prepare import prepare, train_prior
+from examples.unirestore.restore import load_run
 from examples.unirestore.train import Trainer
+from restoreloss.diffusion.partial import standard_normal
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +174,26 @@ class Experiment:
                 parts.append(f"### {study}\n\n{_tables(runs, columns, reference)}")
         return "\n\n".join(parts)
 
+    @torch.no_grad()
+    def latents(self) -> str:
+        """Mean squared error to the clean latents, of those of degraded test photographs and of restored ones."""
+        rows = []
+        for task in ("restoration", "classification"):
+            errors: dict[str, list[float]] = {"degraded": [], "restored": []}
+            for run in sorted((self.out / "table" / "no_tfa").glob("seed*")):
+                config = replace(self.base, seed=int(run.name.removeprefix("seed")))
+                model, _ = load_run(run)
+                read = collate([data_of(task, config)[1][number] for number in range(min(50, config.test_count))])
+                assert read is not None
+                degrade = degradation(config, config.seed, TEST_SEED, TASKS.index(task))
+                degraded, _ = model.encode(degrade(read[0], 0))
+                clean, _ = model.encode(read[0], restored=False)
+                noise = standard_normal(clean, torch.Generator().manual_seed(config.seed))
+                for name, found in (("degraded", degraded), ("restored", model.denoise(degraded, noise))):
+                    errors[name].append(float((found - clean).square().mean()))
+            rows.append([task, *(Sample.of(values).spread(2) for values in errors.values())])
+        return markdown(["", "degraded", "restored"], rows)
+
     def sheet(self, seed: int = 1) -> Path:
         """What the rows of the table look like: photographs for people, textures for the classifier."""
         from matplotlib.figure import Figure
@@ -212,7 +239,7 @@ def _tables(runs: Mapping[str, Any], columns: Mapping[str, tuple[str, int]], ref
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["table", "new_task", "tables", "sheet"])
+    parser.add_argument("study", choices=["table", "new_task", "tables", "sheet", "latents"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", default="generated", choices=["generated", "photos"])
     parser.add_argument("--contrast", type=float, nargs=2, default=[0.07, 0.18], help="of the generated textures")
@@ -230,6 +257,9 @@ def main() -> None:
     experiment = Experiment(arguments.out, base)
     if arguments.study == "tables":
         print(experiment.tables())
+        return
+    if arguments.study == "latents":
+        print(experiment.latents())
         return
     if arguments.study == "sheet":
         print(experiment.sheet(arguments.seeds[0]))
