@@ -147,12 +147,15 @@ def main() -> None:
     parser.add_argument("study", choices=["gamma", "constrain", "tables", "plot"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--test_count", type=int, default=24)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--names", nargs="+", help="of the runs; the default is all")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # runs side by side, and figures that do not depend on the number of cores
-    base = Config(out=arguments.out, steps=arguments.steps, test_count=arguments.test_count, cpu=True)
+    base = Config(
+        out=arguments.out, steps=arguments.steps, batch=arguments.batch, test_count=arguments.test_count, cpu=True
+    )
     experiment = Experiment(arguments.out, base)
     if arguments.study == "tables":
         print(experiment.tables())
