@@ -1,0 +1,233 @@
+"""How is an objective written in an options file? As a type and plain values, which become a module here.
+
+    type: DiffLoss
+    prior: small             # or a folder, a file or a hub name, as load_prior reads them
+    timesteps: [100, 600]
+    loss_weight: 0.1
+
+Frameworks that build their losses from YAML or TOML register these classes, each in its own dress.
+"""
+
+import difflib
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import restoreloss
+from restoreloss.diffusion.checkpoints import load_prior
+from restoreloss.diffusion.prior import small_prior
+from restoreloss.frozen import FrozenNetwork
+from restoreloss.integrations.task_networks import normalization, task_network
+from restoreloss.objectives.base import Objective
+from restoreloss.objectives.diffloss import Compare
+from restoreloss.objectives.distances import Distance
+from restoreloss.objectives.sizes import SizePolicy
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Criterion(Objective):
+    """An objective that is built from plain values, times its weight.
+
+    Attributes:
+        loss_weight: of the whole.
+    """
+
+    loss_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.type in (float, "float") and isinstance(value, str):
+                raise ValueError(
+                    f"`{option.name}` should be a number, found the text {value!r} (YAML reads 1e-3 as text, and "
+                    "1.0e-3 as a number)."
+                )
+        self.objective = self.build()
+
+    @abstractmethod
+    def build(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """What these values describe, of weight 1."""
+
+    def terms(self, restored: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The weighted terms of the objective, from two float (N, C, H, W)."""
+        found = getattr(self.objective, "terms", None)
+        terms = {"loss": self.objective(restored, target)} if found is None else found(restored, target)
+        return {name: self.loss_weight * value for name, value in terms.items()}
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class DiffLoss(Criterion):
+    """:class:`restoreloss.DiffLoss`, whose options these are, with the prior by name.
+
+    Attributes:
+        prior: "small" for the one that ships, or what :func:`restoreloss.load_prior` reads.
+        dtype: to convert the prior to, "bfloat16" or "float16".
+
+    Example:
+        >>> loss = criterion({"type": "DiffLoss", "timesteps": [100, 600], "loss_weight": 0.1})
+        >>> loss(restored, clean) > 0
+        tensor(True)
+    """
+
+    prior: str = "small"
+    revision: str | None = None
+    local_files_only: bool = False
+    head_channels: int | None = None
+    grouped_heads: bool = True
+    noise_weight: float = 1.0
+    h_space_weight: float = 0.01
+    timesteps: Sequence[int] | None = None
+    distance: Distance = "mse"
+    size: SizePolicy = "pad"
+    compare: Compare = "noise"
+    snr_power: float = 0.0
+    crop: int | float | None = None
+    subset: int | float | None = None
+    every: int = 1
+    dtype: str | None = None
+    checkpointing: bool = False
+    input_range: Sequence[float] = (0.0, 1.0)
+
+    def build(self) -> Objective:
+        """The loss."""
+        prior: Any
+        if self.prior == "small":
+            prior = small_prior()
+        else:
+            prior = load_prior(
+                self.prior, revision=self.revision, local_files_only=self.local_files_only,
+                head_channels=self.head_channels, grouped_heads=self.grouped_heads,
+            )  # fmt: skip
+        dtype = None if self.dtype is None else getattr(torch, self.dtype, None)
+        if self.dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"`dtype` should be a dtype of torch, as 'bfloat16', found {self.dtype!r}.")
+        return restoreloss.DiffLoss(
+            prior, noise_weight=self.noise_weight, h_space_weight=self.h_space_weight,
+            timesteps=None if self.timesteps is None else (self.timesteps[0], self.timesteps[1]),
+            distance=self.distance, input_range=(self.input_range[0], self.input_range[1]), size=self.size,
+            compare=self.compare, snr_power=self.snr_power, crop=self.crop, subset=self.subset, every=self.every,
+            dtype=dtype, checkpointing=self.checkpointing,
+        )  # fmt: skip
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class TDPLoss(Criterion):
+    """:class:`restoreloss.TDPLoss`, whose options these are, with the task network by name and at rest.
+
+    Attributes:
+        task: "library/name", as :func:`~restoreloss.integrations.task_networks.task_network` takes it.
+        weights: "pretrained", a file, or "random".
+        num_classes: where the head is not that of the pretrained network.
+        normalize: (mean, std); the default is what the network wants.
+
+    Example:
+        >>> loss = criterion({"type": "TDPLoss", "task": "torchvision/resnet18", "weights": "random"})
+        >>> loss(torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)) > 0
+        tensor(True)
+    """
+
+    task: str
+    weights: str
+    num_classes: int | None = None
+    layers: Sequence[str] | None = None
+    normalize: Sequence[Sequence[float]] | None = None
+    distance: Distance = "l1"
+    layer_weights: Mapping[str, float] | None = None
+    input_range: Sequence[float] = (0.0, 1.0)
+
+    def build(self) -> Objective:
+        """The loss."""
+        network = task_network(self.task, weights=self.weights, num_classes=self.num_classes)
+        self.network = FrozenNetwork(network)  # the loss only borrows it: it would not follow `.to()`
+        return restoreloss.TDPLoss(
+            network, self.layers, normalize=normalization(self.task) if self.normalize is None else self.normalize,
+            distance=self.distance, layer_weights=self.layer_weights,
+            input_range=(self.input_range[0], self.input_range[1]),
+        )  # fmt: skip
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class WeightedSum(Criterion):
+    """:class:`restoreloss.WeightedSum` of objectives that are options themselves, for frameworks with one slot.
+
+    Attributes:
+        objectives: by name, each a mapping with a ``type``: one of these classes, or a loss of torch.nn ("L1Loss").
+            Their ``loss_weight`` weighs them.
+
+    Example:
+        >>> parts = {"pixel": {"type": "L1Loss"}, "diff": {"type": "DiffLoss", "loss_weight": 0.1}}
+        >>> loss = criterion({"type": "WeightedSum", "objectives": parts})
+        >>> sorted(loss.terms(restored, clean))
+        ['diff/h_space', 'diff/noise', 'pixel/loss']
+    """
+
+    objectives: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def build(self) -> Objective:
+        """The sum."""
+        if not isinstance(self.objectives, Mapping) or not self.objectives:
+            raise ValueError(f"`objectives` should be a mapping of names to options, found {self.objectives!r}.")
+        return restoreloss.WeightedSum({name: criterion(options) for name, options in self.objectives.items()})
+
+
+TYPES: Mapping[str, type[Criterion]] = {cls.__name__: cls for cls in (DiffLoss, TDPLoss, WeightedSum)}
+_PIXELS = ("L1Loss", "MSELoss", "SmoothL1Loss", "HuberLoss")
+
+
+def criterion(options: Mapping[str, Any]) -> nn.Module:
+    """The objective that options describe.
+
+    Args:
+        options: "type" and the options of that type: a class of this file, or "L1Loss", "MSELoss", "SmoothL1Loss" or
+            "HuberLoss" of torch, with a ``loss_weight``.
+
+    Returns:
+        A module called with (restored, target).
+
+    Raises:
+        ValueError: For an unknown type or option, naming those that come near.
+
+    Example:
+        >>> criterion({"type": "DiffLoss", "prior": "small", "timestep": [100, 600]})
+        Traceback (most recent call last):
+        ValueError: `DiffLoss` has no option 'timestep'; did you mean 'timesteps'?
+    """
+    if not isinstance(options, Mapping) or "type" not in options:
+        raise ValueError(f"An objective should be a mapping with a `type`, found {options!r}.")
+    given = {name: value for name, value in options.items() if name != "type"}
+    kind = options["type"]
+    if kind in _PIXELS:
+        return Pixel(kind=kind, **_checked(Pixel, kind, given))
+    if kind not in TYPES:
+        raise ValueError(f"`type` should be one of {[*TYPES, *_PIXELS]}, found {kind!r}.")
+    return TYPES[kind](**_checked(TYPES[kind], kind, given))
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Pixel(Criterion):
+    """A loss of torch on the pixels."""
+
+    kind: str = "L1Loss"
+
+    def build(self) -> nn.Module:
+        """The loss."""
+        loss: nn.Module = getattr(nn, self.kind)()
+        return loss
+
+
+def _checked(cls: type[Criterion], name: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    known = [option.name for option in fields(cls) if option.name != "kind"]
+    for option in given:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}."
+            raise ValueError(f"`{name}` has no option {option!r}; {hint}")
+    required = [option.name for option in fields(cls) if option.default is option.default_factory is MISSING]
+    if missing := [option for option in required if option not in given]:
+        raise ValueError(f"`{name}` should be given {missing}, found {list(given)}.")
+    return given

@@ -1,0 +1,148 @@
+"""Which network will read the image? One of torchvision, timm or transformers by its name, for an options file.
+
+In Python code you need none of this: ``TDPLoss(torchvision.models.resnet50(weights="DEFAULT"))``.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restoreloss._optional import require
+from restoreloss.features import IMAGENET
+
+LIBRARIES = ("torchvision", "timm", "transformers")
+
+
+def task_network(name: str, *, weights: str | Path, num_classes: int | None = None) -> nn.Module:
+    """A network by "library/name", e.g. "torchvision/resnet50", "timm/vit_small_patch16_224", "transformers/FOLDER".
+
+    Args:
+        name: of transformers, a folder or a name on the hub with a ``config.json``.
+        weights: "pretrained" for what the library downloads (of transformers: what lies in the folder), "random", or a
+            file with a state dict (``.safetensors``, or ``.pth`` and ``.pt``, read with ``weights_only=True``, under
+            "state_dict", "model", "params" or by itself). There is no default: a perceptual loss in random features is
+            rarely what is meant.
+        num_classes: where the head is not that of the pretrained network.
+
+    Returns:
+        The network in eval mode, on the CPU.
+
+    Raises:
+        ValueError: For an unknown library or network, and weights that do not fit.
+        FileNotFoundError: For a file that is not there.
+        ImportError: If the library is not installed.
+
+    Example:
+        >>> network = task_network("torchvision/resnet18", weights="random", num_classes=10)
+        >>> loss = TDPLoss(network)
+    """
+    library, _, model = name.partition("/")
+    if library not in LIBRARIES or not model:
+        raise ValueError(f"`name` should be 'library/name' with a library of {LIBRARIES}, found {name!r}.")
+    if str(weights) not in ("pretrained", "random") and not Path(weights).expanduser().is_file():
+        raise FileNotFoundError(f"`weights` should be 'pretrained', 'random' or a file, found none at {weights}.")
+    pretrained = str(weights) == "pretrained"
+    build = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}[library]
+    network = build(model, pretrained, num_classes)
+    if not pretrained and str(weights) != "random":
+        _load(network, Path(weights).expanduser())
+    return network.eval()
+
+
+def normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(mean, std) that a network of :func:`task_network` wants; None where it normalises its own input.
+
+    Example:
+        >>> normalization("timm/vit_tiny_patch16_224")
+        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    """
+    library, _, model = name.partition("/")
+    if library == "timm":
+        timm = require("timm", purpose=f"{name!r}", install="timm")
+        config = timm.get_pretrained_cfg(model)
+        if config is not None:
+            return tuple(config.mean), tuple(config.std)
+    if library == "torchvision" and _is_detector(model):
+        return None
+    if library == "transformers":
+        transformers = require("transformers", purpose=f"{name!r}", install='"restoreloss[examples]"')
+        try:
+            found: dict[str, Any] = transformers.ImageProcessingMixin.get_image_processor_dict(model)[0]
+        except OSError:  # a folder with a network and nothing else
+            return IMAGENET
+        if "image_mean" in found and found.get("do_normalize", True):
+            return tuple(found["image_mean"]), tuple(found["image_std"])
+    return IMAGENET
+
+
+def _torchvision(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
+    models = require("torchvision.models", purpose=f"'torchvision/{name}'", install="torchvision")
+    if name not in models.list_models():
+        raise ValueError(f"`name` should be one of `torchvision.models.list_models()`, found {name!r}.")
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    if not pretrained and any(module in models.get_model_builder(name).__module__ for module in _WITH_BACKBONE):
+        options["weights_backbone"] = None  # else it would be downloaded
+    network: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
+    return network
+
+
+_WITH_BACKBONE = ("detection", "segmentation")
+
+
+def _is_detector(name: str) -> bool:
+    models = require("torchvision.models", purpose=f"'torchvision/{name}'", install="torchvision")
+    return name in models.list_models(module=models.detection)
+
+
+def _timm(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
+    timm = require("timm", purpose=f"'timm/{name}'", install="timm")
+    if not timm.is_model(name):
+        raise ValueError(f"`name` should be one of `timm.list_models()`, found {name!r}.")
+    network: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    return network
+
+
+def _transformers(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
+    transformers = require("transformers", purpose=f"'transformers/{name}'", install='"restoreloss[examples]"')
+    config = transformers.AutoConfig.from_pretrained(name)
+    if num_classes is not None:
+        config.num_labels = num_classes
+    # the class that the folder was saved from: a head is a part of the task network
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if kind is None:
+        raise ValueError(
+            f"`name` should be a folder whose config.json names its class in `architectures`, found "
+            f"{config.architectures} in {name!r}."
+        )
+    network: nn.Module = kind.from_pretrained(name, config=config) if pretrained else kind(config)
+    return network
+
+
+def _load(network: nn.Module, path: Path) -> None:
+    if path.suffix == ".safetensors":
+        state = require("safetensors.torch", purpose=f"{path.name}", install="safetensors").load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model", "params"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"`weights` should hold a state dict, found {type(state).__name__} in {path}.")
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    wanted = network.state_dict()
+    missing = [key for key in wanted if key not in state]
+    extra = [key for key in state if key not in wanted]
+    shapes = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
+    if missing or extra or shapes:
+        raise ValueError(
+            f"`weights` should be of {type(network).__name__}; {path} lacks {_few(missing)}, has {_few(extra)} "
+            f"besides, and {_few(shapes)} of another shape (is `num_classes` right?)."
+        )
+    network.load_state_dict(state)
+
+
+def _few(names: list[str]) -> str:
+    return f"{names[:3]}{' and more' if len(names) > 3 else ''}" if names else "none"
