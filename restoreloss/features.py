@@ -246,6 +246,7 @@ def default_layers(network: nn.Module) -> tuple[str, ...]:
     torchvision and timm classifiers      the last stage before pooling ("layer4")
     torchvision DeepLabV3, FCN, LRASPP    the backbone's deepest output
     torchvision detectors                 the backbone's maps, "pool" excepted
+    transformers                          the last hidden state below the head; of DETR, of its encoder
     ===================================== =======================================
 
     Raises:
@@ -264,6 +265,10 @@ def default_layers(network: nn.Module) -> tuple[str, ...]:
     stages = getattr(network, "feature_info", None)  # timm
     if stages and hasattr(network, "pretrained_cfg"):
         return (stages[-1]["module"],)
+    below = getattr(network, "base_model_prefix", "")  # transformers
+    if below in children:
+        parts = dict(children[below].named_children())
+        return (f"{below}.encoder/last_hidden_state" if "decoder" in parts else f"{below}/last_hidden_state",)
     for name in _LAST_STAGES:
         if name in children:
             return (name,)

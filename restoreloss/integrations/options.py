@@ -12,7 +12,7 @@ import difflib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from restoreloss.objectives.base import Objective
 from restoreloss.objectives.diffloss import Compare
 from restoreloss.objectives.distances import Distance
 from restoreloss.objectives.sizes import SizePolicy
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -108,8 +110,8 @@ class DiffLoss(Criterion):
             raise ValueError(f"`dtype` should be a dtype of torch, as 'bfloat16', found {self.dtype!r}.")
         return restoreloss.DiffLoss(
             prior, noise_weight=self.noise_weight, h_space_weight=self.h_space_weight,
-            timesteps=None if self.timesteps is None else (self.timesteps[0], self.timesteps[1]),
-            distance=self.distance, input_range=(self.input_range[0], self.input_range[1]), size=self.size,
+            timesteps=None if self.timesteps is None else _pair("timesteps", self.timesteps),
+            distance=self.distance, input_range=_pair("input_range", self.input_range), size=self.size,
             compare=self.compare, snr_power=self.snr_power, crop=self.crop, subset=self.subset, every=self.every,
             dtype=dtype, checkpointing=self.checkpointing,
         )  # fmt: skip
@@ -123,6 +125,7 @@ class TDPLoss(Criterion):
         task: "library/name", as :func:`~restoreloss.integrations.task_networks.task_network` takes it.
         weights: "pretrained", a file, or "random".
         num_classes: where the head is not that of the pretrained network.
+        image_size: for timm's transformers that read one size.
         normalize: (mean, std); the default is what the network wants.
 
     Example:
@@ -134,6 +137,7 @@ class TDPLoss(Criterion):
     task: str
     weights: str
     num_classes: int | None = None
+    image_size: int | None = None
     layers: Sequence[str] | None = None
     normalize: Sequence[Sequence[float]] | None = None
     distance: Distance = "l1"
@@ -142,12 +146,14 @@ class TDPLoss(Criterion):
 
     def build(self) -> Objective:
         """The loss."""
-        network = task_network(self.task, weights=self.weights, num_classes=self.num_classes)
+        network = task_network(
+            self.task, weights=self.weights, num_classes=self.num_classes, image_size=self.image_size
+        )
         self.network = FrozenNetwork(network)  # the loss only borrows it: it would not follow `.to()`
         return restoreloss.TDPLoss(
             network, self.layers, normalize=normalization(self.task) if self.normalize is None else self.normalize,
             distance=self.distance, layer_weights=self.layer_weights,
-            input_range=(self.input_range[0], self.input_range[1]),
+            input_range=_pair("input_range", self.input_range),
         )  # fmt: skip
 
 
@@ -218,6 +224,12 @@ class Pixel(Criterion):
         """The loss."""
         loss: nn.Module = getattr(nn, self.kind)()
         return loss
+
+
+def _pair(name: str, values: Sequence[Number]) -> tuple[Number, Number]:
+    if not isinstance(values, Sequence) or len(values) != 2:
+        raise ValueError(f"`{name}` should be (low, high), found {values!r}.")
+    return values[0], values[1]
 
 
 def _checked(cls: type[Criterion], name: str, given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,7 +16,9 @@ from restoreloss.features import IMAGENET
 LIBRARIES = ("torchvision", "timm", "transformers")
 
 
-def task_network(name: str, *, weights: str | Path, num_classes: int | None = None) -> nn.Module:
+def task_network(
+    name: str, *, weights: str | Path, num_classes: int | None = None, image_size: int | None = None
+) -> nn.Module:
     """A network by "library/name", e.g. "torchvision/resnet50", "timm/vit_small_patch16_224", "transformers/FOLDER".
 
     Args:
@@ -26,6 +28,7 @@ def task_network(name: str, *, weights: str | Path, num_classes: int | None = No
             "state_dict", "model", "params" or by itself). There is no default: a perceptual loss in random features is
             rarely what is meant.
         num_classes: where the head is not that of the pretrained network.
+        image_size: of the pictures, for timm's transformers that read one size (ViT, Swin), which are then made for it.
 
     Returns:
         The network in eval mode, on the CPU.
@@ -45,8 +48,14 @@ def task_network(name: str, *, weights: str | Path, num_classes: int | None = No
     if str(weights) not in ("pretrained", "random") and not Path(weights).expanduser().is_file():
         raise FileNotFoundError(f"`weights` should be 'pretrained', 'random' or a file, found none at {weights}.")
     pretrained = str(weights) == "pretrained"
-    build = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}[library]
-    network = build(model, pretrained, num_classes)
+    if image_size is not None and library != "timm":
+        raise ValueError(f"`image_size` should be left out for {library}: only timm makes its transformers for a size.")
+    if library == "torchvision":
+        network = _torchvision(model, pretrained, num_classes)
+    elif library == "timm":
+        network = _timm(model, pretrained, num_classes, image_size)
+    else:
+        network = _transformers(model, pretrained, num_classes)
     if not pretrained and str(weights) != "random":
         _load(network, Path(weights).expanduser())
     return network.eval()
@@ -97,11 +106,17 @@ def _is_detector(name: str) -> bool:
     return name in models.list_models(module=models.detection)
 
 
-def _timm(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
+def _timm(name: str, pretrained: bool, num_classes: int | None, image_size: int | None) -> nn.Module:
     timm = require("timm", purpose=f"'timm/{name}'", install="timm")
     if not timm.is_model(name):
         raise ValueError(f"`name` should be one of `timm.list_models()`, found {name!r}.")
-    network: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    size = {} if image_size is None else {"img_size": image_size}
+    try:
+        network: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **size)
+    except TypeError as error:
+        if image_size is None:
+            raise
+        raise ValueError(f"`image_size` should be left out for {name!r}, which reads any size.") from error
     return network
 
 

@@ -1,0 +1,118 @@
+"""Objectives out of an options file are the objectives that Python code builds."""
+
+import copy
+from dataclasses import fields
+from inspect import signature
+
+import pytest
+import torch
+from torch import nn
+
+import restoreloss
+from restoreloss import audit
+from restoreloss.integrations import options
+from restoreloss.integrations.options import criterion
+from tests.networks import tiny_unet
+from tests.objectives import images
+
+
+@pytest.fixture
+def prior(tmp_path):
+    network = tiny_unet()
+    network.save_pretrained(tmp_path / "prior")
+    return network, str(tmp_path / "prior")
+
+
+def test_diffloss_with_all_of_its_options(prior):
+    network, folder = prior
+    given = {"noise_weight": 0.5, "h_space_weight": 0.2, "distance": "l1", "snr_power": 0.5, "every": 2}
+    found = criterion(
+        {"type": "DiffLoss", "prior": folder, "loss_weight": 0.1, "timesteps": [100, 600], "input_range": [-1, 1]}
+        | given
+    )
+    wanted = restoreloss.DiffLoss(network, timesteps=(100, 600), input_range=(-1, 1), **given)
+    restored, target = (2 * image - 1 for image in images())
+    for _ in range(3):
+        torch.manual_seed(5)
+        expected = 0.1 * wanted(restored, target)
+        torch.manual_seed(5)
+        torch.testing.assert_close(found(restored, target), expected)
+
+
+def test_every_option_of_the_losses_can_be_written():
+    elsewhere = {
+        "DiffLoss": {"denoiser", "schedule", "conditioning", "encoder", "reduction"},  # the prior by name has them
+        "TDPLoss": {"reduction"},  # a framework wants a scalar
+        "WeightedSum": {"weights"},  # each objective has a loss_weight
+    }
+    for name, absent in elsewhere.items():
+        known = set(signature(getattr(restoreloss, name)).parameters)
+        assert known - absent <= {option.name for option in fields(options.TYPES[name])}
+
+
+def test_tdp_loss_with_its_network_by_name():
+    options_ = {
+        "type": "TDPLoss",
+        "task": "timm/resnet18",
+        "weights": "random",
+        "layers": ["layer2"],
+        "loss_weight": 2.0,
+    }
+    found = criterion(options_)
+    wanted = restoreloss.TDPLoss(found.network.network, ["layer2"])
+    restored, target = (torch.rand(1, 3, 32, 32) for _ in range(2))
+    torch.testing.assert_close(found(restored, target), 2 * wanted(restored, target))
+
+
+def test_networks_are_hidden_and_follow_the_criterion(prior):
+    found = criterion(
+        {
+            "type": "WeightedSum",
+            "objectives": {
+                "pixel": {"type": "L1Loss"},
+                "diff": {"type": "DiffLoss", "prior": prior[1], "loss_weight": 0.1},
+                "task": {"type": "TDPLoss", "task": "torchvision/resnet18", "weights": "random"},
+            },
+        }
+    )
+    assert list(found.parameters()) == []
+    assert found.state_dict() == {}
+    restored, target = images(torch.float64, (2, 3, 32, 32))
+    found.double()
+    terms = found.terms(restored, target)
+    assert list(terms) == ["pixel/loss", "diff/noise", "diff/h_space", "task/layer4"]
+    assert all(value.dtype == torch.float64 for value in terms.values())
+    copy.deepcopy(found)(restored, target).backward()
+    assert restored.grad.abs().sum() > 0
+    assert all(term.gradient_norm > 0 for term in audit(found, restored, target).terms)
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("L1Loss", nn.L1Loss()), ("MSELoss", nn.MSELoss())])
+def test_pixel_losses_of_torch(kind, loss):
+    restored, target = images()
+    torch.testing.assert_close(
+        criterion({"type": kind, "loss_weight": 3})(restored, target), 3 * loss(restored, target)
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prior": "small"}, r"should be a mapping with a `type`, found \{'prior'"),
+        ({"type": "DifLoss"}, r"`type` should be one of \['DiffLoss', .*found 'DifLoss'"),
+        ({"type": "DiffLoss", "timestep": [1, 2]}, r"has no option 'timestep'; did you mean 'timesteps'\?"),
+        ({"type": "L1Loss", "kind": "CrossEntropyLoss"}, r"`L1Loss` has no option 'kind'"),
+        ({"type": "DiffLoss", "loss_weight": "1e-3"}, r"`loss_weight` should be a number, found the text '1e-3'"),
+        ({"type": "DiffLoss", "dtype": "bf16"}, r"`dtype` should be a dtype of torch, as 'bfloat16', found 'bf16'"),
+        ({"type": "DiffLoss", "timesteps": [100]}, r"`timesteps` should be \(low, high\), found \[100\]"),
+        ({"type": "TDPLoss", "task": "timm/resnet18"}, r"`TDPLoss` should be given \['weights'\]"),
+        (
+            {"type": "WeightedSum", "objectives": []},
+            r"`objectives` should be a mapping of names to options, found \[\]",
+        ),
+        ({"type": "WeightedSum", "objectives": {"a": {"type": "L2"}}}, r"`type` should be one of"),
+    ],
+)
+def test_wrong_options_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        criterion(given)
