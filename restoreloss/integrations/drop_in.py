@@ -1,0 +1,94 @@
+"""How do our losses reach a framework that imports whatever lies in its losses folder? By one small file there.
+
+traiNNer-redux and neosr share this way: a registry, and every ``*_loss.py`` of one folder imported at the start.
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILE = "restoreloss_loss.py"
+
+
+@dataclass(frozen=True)
+class Framework:
+    """A framework, and the file that it is given.
+
+    Attributes:
+        name: as people call it.
+        package: of Python; the folder of that name in a checkout.
+        adapter: the module of restoreloss.integrations with its ``register``.
+    """
+
+    name: str
+    package: str
+    adapter: str
+
+    @property
+    def source(self) -> str:
+        """What the file says."""
+        return (
+            f'"""The losses of restoreloss, registered where {self.name} looks for its own."""\n\n'
+            f"from restoreloss.integrations.{self.adapter} import register\n\n"
+            f"from {self.package}.utils.registry import LOSS_REGISTRY\n\n"
+            "register(LOSS_REGISTRY)\n"
+        )
+
+    def write(self, repository: str | Path) -> Path:
+        """Write the file into the losses folder; where it is already there, leave it.
+
+        Args:
+            repository: the checkout, with the folder ``package``.
+
+        Returns:
+            The file.
+
+        Raises:
+            ValueError: If this is no checkout of the framework, or its losses are found in another way.
+            FileExistsError: If another file of that name is there.
+        """
+        package = Path(repository).expanduser() / self.package
+        for name, sign in (("losses/__init__.py", "_loss.py"), ("utils/registry.py", "LOSS_REGISTRY")):
+            if not (package / name).is_file() or sign not in (package / name).read_text(encoding="utf-8"):
+                raise ValueError(
+                    f"`repository` should be a checkout of {self.name}, with {sign!r} in {self.package}/{name}, found "
+                    f"none in {Path(repository)}."
+                )
+        path = package / "losses" / FILE
+        if path.exists() and path.read_text(encoding="utf-8") != self.source:
+            raise FileExistsError(f"{path} should be absent or what this command writes, found another file.")
+        path.write_text(self.source, encoding="utf-8")
+        return path
+
+    def main(self, arguments: Sequence[str] | None = None) -> None:
+        """The command line: one argument, the checkout."""
+        parser = argparse.ArgumentParser(
+            prog=f"python -m restoreloss.integrations.{self.adapter}",
+            description=f"Add the losses of restoreloss to a checkout of {self.name}: one file, {FILE}.",
+        )
+        parser.add_argument("repository", type=Path, help=f"the folder that holds {self.package}/")
+        try:
+            path = self.write(parser.parse_args(arguments).repository)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        parser.exit(message=f"{path}\n")
+
+
+def register_all(registry: Any, losses: Iterable[type]) -> None:
+    """Register classes under their own names, all or none; those that are there already stay.
+
+    Args:
+        registry: with ``register(cls)``, ``get(name)`` and ``name in registry``.
+        losses: the classes.
+
+    Raises:
+        ValueError: If a name is taken by something else.
+    """
+    missing = [loss for loss in losses if loss.__name__ not in registry]
+    for loss in losses:
+        if loss not in missing and registry.get(loss.__name__) is not loss:
+            raise ValueError(f"The name {loss.__name__!r} should be free, found {registry.get(loss.__name__)!r}.")
+    for loss in missing:
+        registry.register(loss)

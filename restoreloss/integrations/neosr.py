@@ -1,0 +1,27 @@
+"""How does neosr take our losses? As they are: one tensor, weighted by itself, in one of its slots.
+
+    python -m restoreloss.integrations.neosr PATH_TO_REPOSITORY
+
+writes the file that registers them; docs/trainner-neosr.md has the TOML. neosr itself is not imported: doing so reads
+the command line.
+"""
+
+from typing import Any
+
+from restoreloss.integrations import options
+from restoreloss.integrations.drop_in import Framework, register_all
+
+FRAMEWORK = Framework("neosr", "neosr", "neosr")
+
+
+def register(registry: Any) -> None:
+    """Add ``DiffLoss``, ``TDPLoss`` and ``WeightedSum`` to ``neosr.utils.registry.LOSS_REGISTRY``.
+
+    Raises:
+        ValueError: If one of the names is taken.
+    """
+    register_all(registry, options.TYPES.values())
+
+
+if __name__ == "__main__":
+    FRAMEWORK.main()
