@@ -1,0 +1,46 @@
+"""How does a loss that looks at every k-th call go on after a restart? Its counts are saved beside the networks."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from restoreloss.objectives.diffloss import DiffLoss
+
+
+class CallCounts:
+    """How often each :class:`~restoreloss.DiffLoss` within a module was called, as a state to save.
+
+    A loss is no part of a checkpoint of its own accord: its networks are hidden. With ``every=k`` the number of calls
+    so far decides which call is the next to be looked at.
+
+    Args:
+        module: a loss, a :class:`~restoreloss.WeightedSum`, or anything that holds some.
+
+    Example:
+        >>> loss = WeightedSum({"pixel": nn.L1Loss(), "diff": DiffLoss(lambda x, t: x, h_space_weight=0, every=4)})
+        >>> CallCounts(loss).state_dict()
+        {'objective_diff': 0}
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts by the names of the losses within the module."""
+        return {name: loss.calls for name, loss in self._losses().items()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """What :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: If the losses are not those that were saved.
+        """
+        losses = self._losses()
+        if set(losses) != set(state):
+            raise ValueError(f"`state` should be of the losses {sorted(losses)}, found {sorted(state)}.")
+        for name, loss in losses.items():
+            loss.calls = state[name]
+
+    def _losses(self) -> dict[str, DiffLoss]:
+        found = self.module.named_modules()
+        return {name.replace("_orig_mod.", ""): module for name, module in found if isinstance(module, DiffLoss)}
