@@ -278,12 +278,12 @@ def test_every_option_of_the_prior_reaches_it(tmp_path: Path) -> None:
     assert loss.every == 3
 
 
-def test_each_step_has_a_chance_of_its_own(tmp_path: Path) -> None:
+def test_each_picture_has_a_chance_of_its_own(tmp_path: Path) -> None:
     trainer = Trainer(replace(TINY, out=tmp_path / "run"))
-    drawn = [
-        torch.rand(4, generator=trainer.batch(*read, step, 4).generator) for step, read in enumerate(trainer.read(0, 3))
-    ]
-    assert len({tuple(values.tolist()) for values in drawn}) == 3
+    batches = [trainer.batch(*read, step, 4) for step, read in enumerate(trainer.read(0, 3))]
+    seeds = [generator.initial_seed() for batch in batches for generator in batch.chance]
+    assert len(set(seeds)) == len(seeds) == 3 * 4
+    assert [len(part.chance) for part in batches[0].split(2)] == [2, 2]
 
 
 def test_networks_are_tested_at_rest_and_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -156,7 +156,7 @@ class Recipe(ABC, Generic[Batch]):
                 progress.update()
                 last = step == stage.steps
                 if step % 50 == 0 or last:
-                    values = {name: float(value) for name, value in logs.items()}
+                    values = self._mean({name: float(value) for name, value in logs.items()})
                     self.run_directory.log(before + step, values)
                     progress.set_postfix({name.rpartition("/")[2]: f"{value:.3f}" for name, value in values.items()})
                 if config.eval_every and (before + step) % config.eval_every == 0 and self.main:
@@ -166,6 +166,13 @@ class Recipe(ABC, Generic[Batch]):
                 if step % config.save_every == 0 or (last and number + 1 < len(self.stages)):
                     self._save(number, step, before + step, seconds)
         return seconds
+
+    @staticmethod
+    def _mean(values: dict[str, float]) -> dict[str, float]:
+        """Over the processes; a term that one of them lacks, over the others."""
+        every = gather_object([values])
+        found = {name: [each[name] for each in every if name in each] for each in every for name in each}
+        return {name: sum(numbers) / len(numbers) for name, numbers in found.items()}
 
     def _save(self, stage: int, stage_step: int, step: int, seconds: float) -> None:
         number, done = (stage + 1, 0) if stage_step == self.stages[stage].steps else (stage, stage_step)

@@ -53,17 +53,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs, and the chance of the step."""
+    """Pairs, and the chance of each: what the prior is shown of a pair depends on no other, nor on the process."""
 
     degraded: Tensor
     clean: Tensor
     step: int
-    generator: torch.Generator
+    chance: list[torch.Generator]
 
     def split(self, parts: int) -> list["Batch"]:
-        """As so many batches of one size; the chance goes on from one to the next."""
+        """As so many batches of one size."""
+        chances = iter(self.chance)
         pairs = zip(self.degraded.chunk(parts), self.clean.chunk(parts), strict=True)
-        return [replace(self, degraded=degraded, clean=clean) for degraded, clean in pairs]
+        return [
+            replace(self, degraded=degraded, clean=clean, chance=[next(chances) for _ in degraded])
+            for degraded, clean in pairs
+        ]
 
 
 class Trainer(Recipe[Batch]):
@@ -116,8 +120,9 @@ class Trainer(Recipe[Batch]):
     def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
         """Pairs of the training data, which were degraded when they were read."""
         degraded, clean = pictures.to(self.device).unbind(1)
-        seed = chance(self.config.seed, 1, step, self.accelerator.process_index)
-        return Batch(degraded, clean, step, torch.Generator().manual_seed(seed))
+        numbers = range(first := self.first_number(step), first + len(degraded))
+        chances = [torch.Generator().manual_seed(chance(self.config.seed, 1, number)) for number in numbers]
+        return Batch(degraded, clean, step, chances)
 
     def phases(self) -> Alternation[Batch]:
         """The discriminator, where there is one, and the restoration network."""
@@ -146,7 +151,7 @@ class Trainer(Recipe[Batch]):
         if self.diff is not None:
             self.diff.calls = batch.step  # so that every k-th step is the same step after a stop
         restored = self.net(batch.degraded)
-        terms = self.objectives.terms(restored, batch.clean, generator=batch.generator)
+        terms = self.objectives.terms(restored, batch.clean, generator=batch.chance)
         if self.judge is not None:
             terms["adversarial"] = self.config.adversarial.weight * F.softplus(-self.judge(restored)).mean()
         return terms

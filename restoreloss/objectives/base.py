@@ -5,8 +5,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from restoreloss.diffusion.partial import Generators
 
 
 class Objective(nn.Module, ABC):
@@ -49,7 +50,7 @@ def named_terms(
     objective: Callable[[Tensor, Tensor], Tensor],
     restored: Tensor,
     target: Tensor,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> dict[str, Tensor]:
     """The terms of an objective as "name/term", or its value as "name" where it has no terms.
 

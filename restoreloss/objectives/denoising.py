@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from restoreloss.diffusion.denoisers import Denoiser, prediction_in
 from restoreloss.diffusion.levels import NoiseLevels
-from restoreloss.diffusion.partial import standard_normal
+from restoreloss.diffusion.partial import Generators, standard_normal
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.images import check_pair, check_range, into_range
 from restoreloss.objectives.base import total
 from restoreloss.objectives.distances import Distance, Reduction, check_choice, distance_per_sample, reduce_samples
+from restoreloss.objectives.sampling import check_generators, integers
 
 
 class DenoisingLoss(nn.Module):
@@ -118,14 +119,13 @@ class DenoisingLoss(nn.Module):
         *,
         timestep: Tensor | int | None = None,
         noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> dict[str, Tensor]:
         """The one term, "denoising". Arguments as in :meth:`forward`."""
         check_pair(clean, clean, names=("clean", "clean"))
-        low, high = self.timesteps
-        device = clean.device if generator is None else generator.device
+        check_generators(generator, len(clean))
         if timestep is None:
-            timestep = torch.randint(low, high, (len(clean),), generator=generator, device=device)
+            timestep = integers(*self.timesteps, len(clean), generator, clean.device)
         if noise is None:
             noise = standard_normal(clean, generator)
         noise = noise.to(clean.device)
@@ -147,7 +147,7 @@ class DenoisingLoss(nn.Module):
         *,
         timestep: Tensor | int | None = None,
         noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Tensor:
         """The loss.
 
@@ -155,7 +155,8 @@ class DenoisingLoss(nn.Module):
             clean: images without degradation, float (N, C, H, W) in ``input_range``.
             timestep: fixes t, an integer or (N,). Default: drawn from ``timesteps``.
             noise: fixes epsilon, shape of ``clean``. Default: drawn from N(0, I).
-            generator: for what is drawn, t first, then the noise, on the generator's own device.
+            generator: for what is drawn, t first, then the noise, on the generator's own device; one, or one for each
+                sample.
 
         Returns:
             A scalar, or (N,) with ``reduction="none"``, in float32 or higher.

@@ -4,7 +4,7 @@ It is shown the restored and the clean image under the same noise at the same ti
 the other (the noise it predicts, the semantics in its bottleneck) is the loss.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import index
 from typing import Any, Literal, TypeAlias
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_denoiser, as_schedule
 from restoreloss.diffusion.latents import LatentEncoder, LatentPrior
-from restoreloss.diffusion.partial import standard_normal
+from restoreloss.diffusion.partial import Generators, standard_normal
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.images import check_pair, check_range, to_unit_range, warn_if_out_of_range
@@ -27,7 +27,17 @@ from restoreloss.objectives.distances import (
     distance_per_sample,
     reduce_samples,
 )
-from restoreloss.objectives.sampling import Tiles, check_every, check_share, choose_samples, nothing, weighted
+from restoreloss.objectives.sampling import (
+    Tiles,
+    check_every,
+    check_generators,
+    check_share,
+    choose_samples,
+    each,
+    integers,
+    nothing,
+    weighted,
+)
 from restoreloss.objectives.sizes import SizePolicy, crop_map, fit_size, pad_to
 
 TimestepSampler: TypeAlias = Callable[[int, torch.Generator | None], Tensor]
@@ -186,10 +196,11 @@ class DiffLoss(Objective):
         *,
         timestep: Tensor | int | None = None,
         noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> dict[str, Tensor]:
         """The weighted terms "noise" and "h_space"; one of weight 0 is absent. Arguments as in :meth:`forward`."""
         check_pair(restored, target)
+        check_generators(generator, len(restored))
         if not (self._range_checked or torch.compiler.is_compiling() or target.is_meta):
             warn_if_out_of_range(target, self.input_range)
             self._range_checked = True
@@ -202,6 +213,9 @@ class DiffLoss(Objective):
             if self.subset is not None:
                 rows = choose_samples(count, self.subset, generator, restored.device)
             if rows is not None:
+                if isinstance(generator, Sequence):
+                    generator = [generator[row] for row in rows.tolist()]
+                rows = rows.to(restored.device)
                 restored, target = (image.index_select(0, rows) for image in (restored, target))
                 if isinstance(timestep, Tensor) and timestep.numel() == count:
                     timestep = timestep.reshape(-1).to(rows.device).index_select(0, rows)
@@ -246,7 +260,7 @@ class DiffLoss(Objective):
         *,
         timestep: Tensor | int | None = None,
         noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Tensor:
         """The loss.
 
@@ -257,7 +271,8 @@ class DiffLoss(Objective):
             noise: fixes epsilon, in the shape of what the denoiser sees: the images, or the latents, resized where
                 ``size="resize"`` had to. Default: drawn from N(0, I).
             generator: for what is drawn, on the generator's own device: with ``subset`` the samples, with ``crop`` the
-                tiles, then t, then the noise.
+                tiles, then t, then the noise. One, or one for each sample, whose chance then does not depend on the
+                batch that it is in, nor on the process.
 
         Returns:
             A scalar, or (N,) with ``reduction="none"``, in float32 or higher.
@@ -276,7 +291,7 @@ class DiffLoss(Objective):
         return (self.calls - 1) % self.every == 0
 
     def _tiles(
-        self, crop: int | float, restored: Tensor, target: Tensor, generator: torch.Generator | None
+        self, crop: int | float, restored: Tensor, target: Tensor, generator: Generators
     ) -> tuple[Tiles, Tensor, Tensor]:
         """The tiles that are looked at, and what they show of both images."""
         encoder, multiple = self._encoder, self._denoiser.network.multiple
@@ -298,16 +313,19 @@ class DiffLoss(Objective):
         latents: Tensor = encoder(fit_size(image, encoder.multiple, self.size))
         return latents
 
-    def _timestep(self, z: Tensor, generator: torch.Generator | None) -> Tensor:
-        if callable(self.timesteps):
-            drawn = self.timesteps(len(z), generator)
-            if not isinstance(drawn, Tensor) or drawn.shape != (len(z),):
+    def _timestep(self, z: Tensor, generator: Generators) -> Tensor:
+        sampler = self.timesteps
+        if not callable(sampler):
+            return integers(*sampler, len(z), generator, z.device)
+
+        def sample(count: int, one: torch.Generator | None) -> Tensor:
+            drawn = sampler(count, one)
+            if not isinstance(drawn, Tensor) or drawn.shape != (count,):
                 found = tuple(drawn.shape) if isinstance(drawn, Tensor) else type(drawn).__name__
-                raise ValueError(f"The sampler `timesteps` should return integers of shape ({len(z)},), found {found}.")
+                raise ValueError(f"The sampler `timesteps` should return integers of shape ({count},), found {found}.")
             return drawn
-        low, high = self.timesteps
-        device = z.device if generator is None else generator.device
-        return torch.randint(low, high, (len(z),), generator=generator, device=device)
+
+        return each(sample, len(z), generator)
 
     @staticmethod
     def _fit_noise(noise: Tensor, z: Tensor, size: tuple[int, int]) -> Tensor:

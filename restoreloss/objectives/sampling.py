@@ -4,7 +4,7 @@ It looks at a random part (some samples, one tile of each image, every k-th call
 average over the choices is the whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,23 +12,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from restoreloss.diffusion.partial import Generators
 
-def choose_samples(
-    count: int, share: int | float, generator: torch.Generator | None, device: torch.device
-) -> Tensor | None:
+
+def each(draw: Callable[[int, torch.Generator | None], Tensor], count: int, generator: Generators) -> Tensor:
+    """What ``draw(count, generator)`` draws, or one by one where each sample has a generator of its own."""
+    if isinstance(generator, Sequence):
+        return torch.cat([draw(1, one) for one in generator])
+    return draw(count, generator)
+
+
+def integers(low: int, high: int, count: int, generator: Generators, device: torch.device) -> Tensor:
+    """(N,) of ``low`` to ``high - 1``, on the generator's device, or on ``device`` without one."""
+
+    def draw(number: int, one: torch.Generator | None) -> Tensor:
+        return torch.randint(low, high, (number,), generator=one, device=device if one is None else one.device)
+
+    return each(draw, count, generator)
+
+
+def check_generators(generator: Generators, count: int) -> None:
+    """Raise ``ValueError`` for several generators that are not one for each sample."""
+    if isinstance(generator, Sequence) and len(generator) != count:
+        raise ValueError(f"`generator` should be one, or one for each of {count}, found {len(generator)}.")
+
+
+def choose_samples(count: int, share: int | float, generator: Generators, device: torch.device) -> Tensor | None:
     """Some of the samples, without repetition; None for all of them.
 
     Args:
         count: N.
         share: how many, an integer, or which part of N, a float; at least one, at most all.
-        generator: for the choice, on its own device.
-        device: of the samples.
+        generator: for the choice, on its own device, where the result is as well; one, or one for each sample.
+        device: of the result without a generator.
     """
     chosen = max(1, min(count, share if isinstance(share, int) else round(share * count)))
     if chosen == count:
         return None
-    order = torch.randperm(count, generator=generator, device=device if generator is None else generator.device)
-    return order[:chosen].to(device)
+    if isinstance(generator, Sequence):  # each draws a number, and the lowest are chosen
+        order = torch.cat([torch.rand(1, generator=one, device=one.device) for one in generator]).argsort()
+    else:
+        order = torch.randperm(count, generator=generator, device=device if generator is None else generator.device)
+    return order[:chosen]
 
 
 @dataclass(frozen=True)
@@ -50,7 +75,7 @@ class Tiles:
     @classmethod
     def draw(
         cls, image: Tensor, crop: int | float, *, valid: tuple[int, int], multiple: int, square: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> "Tiles":  # fmt: skip
         """One of the tiles for each sample, all equally likely.
 
@@ -60,7 +85,7 @@ class Tiles:
             valid: height and width before it was padded.
             multiple: what sizes and positions of tiles must be multiples of.
             square: make tiles as high as wide.
-            generator: for the choice, on its own device.
+            generator: for the choice, on its own device; one, or one for each sample.
 
         Raises:
             ValueError: If the image is smaller than the tile.
@@ -74,10 +99,8 @@ class Tiles:
             sides.append(min(padded, multiple * max(1, int(rounded))))
         sides = [min(sides)] * 2 if square else sides
         starts = [_starts(padded, side, multiple) for padded, side in zip(image.shape[-2:], sides, strict=True)]
-        device = image.device if generator is None else generator.device
         rows, columns = (
-            torch.randint(len(each), (len(image),), generator=generator, device=device).to(image.device)
-            for each in starts
+            integers(0, len(places), len(image), generator, image.device).to(image.device) for places in starts
         )
         return cls((sides[0], sides[1]), (starts[0], starts[1]), valid, (rows, columns))
 

@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
-import torch
 from torch import Tensor, nn
 
+from restoreloss.diffusion.partial import Generators
 from restoreloss.features import FeatureExtractor
 from restoreloss.images import check_pair
 from restoreloss.objectives.base import Objective, named_terms, total
@@ -74,13 +74,13 @@ class WeightedSum(Objective):
             name: functions[name] if name in functions else getattr(self, f"objective_{name}") for name in self.weights
         }
 
-    def terms(self, restored: Tensor, target: Tensor, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def terms(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> dict[str, Tensor]:
         """The weighted terms: "diff/noise" for a term of an objective that has terms, "pixel" for one that has none.
 
         Args:
             restored: float (N, C, H, W).
             target: the same shape.
-            generator: handed to those objectives that take one, in order.
+            generator: handed to those objectives that take one, in order; one, or one for each sample.
 
         Returns:
             Scalars (or (N,) each, where all objectives have ``reduction="none"``), which sum to the call.
@@ -104,7 +104,7 @@ class WeightedSum(Objective):
         extractors = [extractor for extractor in found if isinstance(extractor, FeatureExtractor)]
         return [extractor for n, extractor in enumerate(extractors) if extractor in extractors[:n]]
 
-    def _weighted_terms(self, restored: Tensor, target: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+    def _weighted_terms(self, restored: Tensor, target: Tensor, generator: Generators) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
         for name, objective in self.objectives.items():
             weight = self.weights[name]
@@ -119,7 +119,7 @@ class WeightedSum(Objective):
             raise ValueError(f"Objectives should return one shape (the same `reduction`), found {shapes}.")
         return terms
 
-    def forward(self, restored: Tensor, target: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> Tensor:
         """The weighted sum. Arguments as in :meth:`terms`."""
         return total(self.terms(restored, target, generator=generator))
 

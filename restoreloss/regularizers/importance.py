@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from restoreloss.frozen import bare
 from restoreloss.regularizers.layer_decay import layer_of
+from restoreloss.sharding import cut_like, is_sharded, whole
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ class ParameterImportance(nn.Module):
     ``torch.compile`` and FSDP: save them with ``state_dict()``, in float32 or higher. The network is neither registered
     nor copied. A parameter that had no importance when it was measured (frozen, or new) is not charged; one that has
     gone is not missed; a tied one counts once.
+
+    Parameters that ``fully_shard`` (FSDP2) has cut are charged, each process its part, by importances that each holds
+    whole. Measure before: gradients of single samples need whole parameters.
 
     Args:
         model: the network, at the parameters to stay close to.
@@ -119,8 +123,8 @@ class ParameterImportance(nn.Module):
         """Measure the importance on data of the first training; more calls refine the mean over all samples.
 
         The network runs in eval mode and is left as it was. Gradients are those of single samples: by ``torch.func``
-        where the network allows it, else one by one. Over several processes, each with its own batches, it is the mean
-        over all of them; then every process must call this.
+        where the network allows it, else one by one. Over several processes, each with its own batches or none, it
+        is the mean over all of them; then every process must call this.
 
         Args:
             loss_fn: ``loss_fn(model, batch)`` returns the mean loss over the batch, or for "mas" and "gn" the output
@@ -133,12 +137,17 @@ class ParameterImportance(nn.Module):
 
         Raises:
             ValueError: For a loss that is no scalar, samples without a first dimension in common, no batch at all, a
-                gradient that is not finite, or parameters that have moved since the first call.
+                gradient that is not finite, and parameters that FSDP2 has cut or that moved since the first call.
         """
         model = bare(self._model[0])
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not parameters:
             raise ValueError("`model` should have parameters that require a gradient, found none.")
+        if cut := [name for name, p in parameters.items() if is_sharded(p)]:
+            raise ValueError(
+                f"`model` should be whole while its importance is measured, found {cut[0]!r} cut by `fully_shard`: "
+                "measure before, or load the `state_dict()` of what was measured on the whole network."
+            )
         self._check_anchor()
         sums = {name: torch.zeros_like(p, dtype=_exact(p)) for name, p in parameters.items()}
         function = _PerSample(model, loss_fn, self.estimator)
@@ -151,8 +160,6 @@ class ParameterImportance(nn.Module):
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        if count == 0:
-            raise ValueError("`batches` should hold at least one batch, found none.")
         self._keep(parameters, sums, count)
         return int(self._buffer("samples"))
 
@@ -217,7 +224,7 @@ class ParameterImportance(nn.Module):
                 term = (omega * moved).abs().sum() + 0.5 * (omega * moved).square().sum()
             else:
                 term = (omega * moved.square()).sum() * (1.0 if self.estimator == "mas" else 0.5)
-            terms.append(weight * term)
+            terms.append(weight * whole(term))
         if not terms:
             raise ValueError("No parameter of `model` has an importance: was it measured on another network?")
         return torch.stack([term.to(terms[0]) for term in terms]).sum()
@@ -294,7 +301,8 @@ class ParameterImportance(nn.Module):
                     )
                 device = parameter.device  # the network may have moved since
                 weight = self.strength * self._layer_weight(name) / count
-                yield parameter, omega.to(device), anchor.to(device), weight
+                omega, anchor = (cut_like(each.to(device), parameter) for each in (omega, anchor))
+                yield parameter, omega, anchor, weight
 
     def _layer_weight(self, name: str) -> float:
         if name not in self._factors:
@@ -306,7 +314,7 @@ class ParameterImportance(nn.Module):
         """A task with the parameters of this moment for anchor, nothing measured."""
         anchor = torch.empty(0)
         for name, parameter in bare(self._model[0]).named_parameters():
-            anchor = parameter.detach().to(_exact(parameter), copy=True)
+            anchor = whole(parameter.detach()).to(_exact(parameter), copy=True)
             self.register_buffer(_key(task, "anchor", name), anchor)
         self.register_buffer(f"{task}/samples", torch.zeros((), dtype=torch.int64, device=anchor.device))
 
@@ -316,6 +324,8 @@ class ParameterImportance(nn.Module):
             for tensor in [*sums.values(), total]:
                 torch.distributed.all_reduce(tensor)
         task, new = self.tasks - 1, int(total)
+        if new == 0:
+            raise ValueError("`batches` should hold at least one batch, found none.")
         before = int(self._buffer("samples"))
         for name in parameters:
             key = _key(task, "importance", name)

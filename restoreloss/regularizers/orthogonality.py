@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from restoreloss.sharding import is_sharded
+
 Losses = Tensor | Sequence[Tensor]
 
 
@@ -31,7 +33,7 @@ class GradientOrthogonality(nn.Module):
         mode: "orthogonal"; or "align", in which s and d change places: the authors' published statement.
 
     Raises:
-        ValueError: Without a parameter that requires a gradient, or for an unknown mode.
+        ValueError: Without a parameter that requires a gradient, for one that FSDP2 has cut, or for an unknown mode.
 
     Example:
         >>> network = nn.Conv2d(3, 3, 3, padding=1)
@@ -64,6 +66,11 @@ class GradientOrthogonality(nn.Module):
         unique = {id(p): p for p in parameters if p.requires_grad}
         if not unique:
             raise ValueError("`parameters` should hold at least one that requires a gradient, found none.")
+        if any(map(is_sharded, unique.values())):
+            raise ValueError(
+                "`parameters` should be whole, found some that `fully_shard` has cut: `torch.autograd.grad` finds no "
+                "gradient of these. Train under DDP."
+            )
         if mode not in ("orthogonal", "align"):
             raise ValueError(f"`mode` should be 'orthogonal' or 'align', found {mode!r}.")
         self._parameters_shared = tuple(unique.values())  # in a tuple: not registered

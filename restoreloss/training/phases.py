@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from restoreloss.frozen import bare, frozen
+from restoreloss.sharding import whole
 
 Batch = TypeVar("Batch")
 Mode = Literal["train", "eval"]
@@ -289,9 +290,8 @@ class Alternation(Generic[Batch]):
             for optimizer in _listed(phase.optimizers):
                 self._scaler.unscale_(_unwrapped(optimizer))
         elif self._accelerator is not None:
-            norm: Tensor = self._accelerator.clip_grad_norm_(parameters, max_norm)
-            return norm
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
+            return whole(self._accelerator.clip_grad_norm_(parameters, max_norm))
+        return whole(nn.utils.clip_grad_norm_(parameters, max_norm))
 
 
 @contextmanager
