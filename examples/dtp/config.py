@@ -6,6 +6,7 @@ from typing import Literal
 
 from examples.common.options import RunOptions
 from examples.common.pairs import PairOptions
+from examples.dtp.methods import AggregatorName
 
 MethodName = Literal[
     "pretrain", "scratch", "plain", "l2sp", "fisher", "mas", "gn", "taylor2", "replay", "project", "full",
@@ -45,6 +46,7 @@ class Config(PairOptions, RunOptions):
         orthogonality_weight: lambda_2. L_orth is 1 or so from the start, where an L1 loss is a few hundredths.
         orthogonality_every: steps between those that have this term.
         shallow: the share of layers that generation goes on to train.
+        aggregator: for the method "project", one of TorchJD in the place of the projection.
         decay: a of w_l.
     """
 
@@ -68,4 +70,5 @@ class Config(PairOptions, RunOptions):
     orthogonality_weight: float = 0.001
     orthogonality_every: int = 1
     shallow: float = 0.5
+    aggregator: AggregatorName | None = None
     decay: float = 0.05

@@ -4,10 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import nn
+
+from restoreloss._optional import require
 from restoreloss.regularizers.importance import Estimator
 
 Penalty = Estimator | Literal["l2sp"]
 Conflict = Literal["project", "full", "orthogonality"]
+AggregatorName = Literal["upgrad", "dualproj", "pcgrad", "mgda"]
 
 
 @dataclass(frozen=True)
@@ -44,3 +49,17 @@ METHODS: Mapping[str, Method] = {
     "gef": Method(penalty="taylor2", replay=True, conflict="orthogonality", decay=True),
     "gef_project": Method(penalty="taylor2", replay=True, conflict="project", decay=True),
 }
+
+
+def aggregator(name: AggregatorName) -> nn.Module:
+    """One of TorchJD in the place of the projection. Those that would average both gradients add them, as it does."""
+    jd = require("torchjd.aggregation", purpose="`aggregator`", install='"restoreloss[integrations]"')
+    found: nn.Module
+    if name in ("upgrad", "dualproj"):
+        linalg = require("torchjd.linalg", purpose="`aggregator`", install='"restoreloss[integrations]"')
+        # as it comes, it would take gradients as short as these for zeros, and free them of nothing
+        projector = linalg.QuadprogProjector(norm_eps=1e-30)
+        found = (jd.UPGrad if name == "upgrad" else jd.DualProj)(torch.ones(2), projector=projector)
+    else:
+        found = jd.PCGrad() if name == "pcgrad" else jd.MGDA()
+    return found

@@ -32,7 +32,7 @@ from examples.common.pairs import test_pairs, training_pairs
 from examples.common.recipe import Recipe, Stage
 from examples.dtp.config import PAPER, Config
 from examples.dtp.data import clean_pictures, held_out_pictures
-from examples.dtp.methods import METHODS, Method
+from examples.dtp.methods import METHODS, Method, aggregator
 from examples.dtp.networks import timed_network
 from restoreloss import (
     DenoisingLoss,
@@ -46,6 +46,7 @@ from restoreloss import (
 from restoreloss.blocks.time_moe import TimeMoE
 from restoreloss.diffusion.matching import plot_matches
 from restoreloss.frozen import bare
+from restoreloss.integrations.torchjd import aggregate
 from restoreloss.regularizers.layer_decay import add_gradients, execution_order, layer_of, layer_weights, shallow
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ class Trainer(Recipe[Batch]):
         self.method = METHODS.get(config.method, Method(pretrained=False))
         if config.precision == "fp16" and (self.method.replay or self.method.penalty):
             raise ValueError("`precision` should be 'no' or 'bf16' where gradients are added to, found 'fp16'.")
+        if config.aggregator and config.method != "project":
+            raise ValueError(f"`aggregator` should be left out for {config.method!r}: it is for 'project'.")
         for name in ("importance_samples", "orthogonality_every", "test_count", "patch"):
             if getattr(config, name) < 1:
                 raise ValueError(f"`{name}` should be at least 1, found {getattr(config, name)}.")
@@ -328,6 +331,7 @@ class FineTuning(_Steps):
         known = {id(p) for p in self.shallow}
         self.deep = [p for p in network.parameters() if id(p) not in known]
         self.orthogonality = GradientOrthogonality(self.shallow)
+        self.aggregator = aggregator(config.aggregator).to(trainer.device) if config.aggregator else None
         names_of = {id(p): name for name, p in network.named_parameters()}
         self.factors = [self.weights[layer_of(names_of[id(p)], order) or ""] for p in self.shallow]  # w_l
 
@@ -345,10 +349,15 @@ class FineTuning(_Steps):
                 terms["restoration"] = self._restoration(network, batch) + self._balance()
                 weight = trainer.replay_weight(batch.replay)
                 terms["generative"] = weight * trainer.generative_loss(network, batch.replay)
-            terms["cosine"] = self.orthogonality.project(
-                terms["generative"], terms["restoration"], others=self.deep, weight=self.factors,
-                policy="full" if method.conflict == "full" else "conflict",
-            )  # fmt: skip
+            if self.aggregator is None:
+                terms["cosine"] = self.orthogonality.project(
+                    terms["generative"], terms["restoration"], others=self.deep, weight=self.factors,
+                    policy="full" if method.conflict == "full" else "conflict",
+                )  # fmt: skip
+            else:
+                both = {name: terms[name] for name in ("generative", "restoration")}
+                weights = aggregate(both, self.shallow, self.aggregator, own={"restoration": self.deep})
+                terms |= {f"weight_{name}": weight for name, weight in weights.items()}
         else:
             with accelerator.autocast():
                 terms["restoration"] = loss = self._restoration(trainer.net, batch) + self._balance()
@@ -416,7 +425,8 @@ class FineTuning(_Steps):
             return
         self.importance = self._unmeasured()
         processes, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-        places = [(3, k) for k in range(config.importance_samples)][rank::processes]
+        first, last = (part * config.importance_samples // processes for part in (rank, rank + 1))
+        places = [(3, k) for k in range(first, last)]
         noisy = trainer.noisy(trainer._pool(places), places)
         x_t = trainer.levels.add_noise(noisy.clean, noisy.noise, noisy.t)
 
@@ -426,6 +436,8 @@ class FineTuning(_Steps):
             return seen - output if penalty in ("mas", "gn") else F.l1_loss(output, clean)
 
         generator = torch.Generator().manual_seed(chance(config.seed, 7))
+        # the signs of "gn": every process draws its part of those of all pictures
+        torch.randint(0, 2, (first, *noisy.clean.shape[1:]), generator=generator)
         # adapters that have learned nothing yet have nothing to hold on to
         new = [network.get_parameter(name) for name in trainer.new] if len(self.names) == len(trainer.turns[0]) else []
         for parameter in new:
