@@ -1,0 +1,171 @@
+"""How do losses, regularisers and phases run under Hugging Face accelerate?
+
+Your loop stays yours. What trains goes through ``prepare``, what only looks on is moved to the device, and what must
+survive a restart is registered by name. ``Alternation(phases, accelerator=accelerator)`` needs nothing else.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from restoreloss._optional import require
+from restoreloss.integrations.calls import CallCounts
+from restoreloss.regularizers.orthogonality import GradientOrthogonality
+
+
+def prepare(accelerator: Any, *objects: Any) -> Any:
+    """``accelerator.prepare`` for what trains; a module that does not is moved to the device and comes back as it is.
+
+    accelerate wraps every module that it is given in DDP, which refuses one without parameters to train, and saves it
+    with each ``save_state``. A loss and a frozen network want neither.
+
+    Args:
+        accelerator: an ``accelerate.Accelerator``.
+        objects: networks, optimizers, loaders, schedulers, and also losses and frozen networks.
+
+    Returns:
+        One object, or a tuple in the order given, as ``accelerator.prepare``.
+
+    Raises:
+        ValueError: For no object, or something else than an accelerator.
+        ImportError: If accelerate is absent or too old.
+    """
+    _check(accelerator)
+    if not objects:
+        raise ValueError("`objects` should be at least one, found none.")
+    rests = [isinstance(one, nn.Module) and not any(p.requires_grad for p in one.parameters()) for one in objects]
+    training = [one for one, at_rest in zip(objects, rests, strict=True) if not at_rest]
+    prepared = accelerator.prepare(*training) if training else ()
+    prepared = iter(prepared if len(training) > 1 else [prepared])
+    results = []
+    for one, at_rest in zip(objects, rests, strict=True):
+        if not at_rest:
+            results.append(next(prepared))
+        else:
+            results.append(one.to(accelerator.device) if accelerator.device_placement else one)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def register(accelerator: Any, parts: Mapping[str, Any]) -> None:
+    """Have ``save_state`` and ``load_state`` keep what is not prepared, by name.
+
+    accelerate numbers what is registered and cannot tell if a later run registers it in another order. Here each part
+    has a name, and a checkpoint with other names is refused.
+
+    Args:
+        accelerator: an ``accelerate.Accelerator``.
+        parts: by name, anything with ``state_dict`` and ``load_state_dict``: a ``ParameterImportance``, an
+            ``Alternation`` (its optimizers and schedulers). Of a loss also how often it was called, which ``every=k``
+            needs.
+
+    Raises:
+        ValueError: For a name or a part that was registered before, a part without a state, or no part.
+        ImportError: If accelerate is absent or too old.
+    """
+    _check(accelerator)
+    if not isinstance(parts, Mapping) or not parts:
+        raise ValueError(f"`parts` should be a mapping of names to what is saved, found {parts!r}.")
+    earlier = [one for one in accelerator._custom_objects if isinstance(one, _Named)]
+    known = {name: part for one in earlier for name, part in one.parts.items()}
+    for name, part in parts.items():
+        if not hasattr(part, "state_dict") or not hasattr(part, "load_state_dict"):
+            raise ValueError(
+                f"`parts` should have `state_dict` and `load_state_dict`, found {name!r}: {type(part).__name__}."
+            )
+        if name in known:
+            raise ValueError(f"`parts` should have names of their own, found {name!r} registered before.")
+        twin = [other for other, one in known.items() if one is part]
+        if twin:
+            raise ValueError(f"`parts` should be registered once, found {twin[0]!r} again as {name!r}.")
+        known[name] = part
+    accelerator.register_for_checkpointing(_Named(dict(parts)))
+
+
+def project(
+    accelerator: Any,
+    orthogonality: GradientOrthogonality,
+    network: nn.Module,
+    generation: Callable[[], Tensor],
+    reconstruction: Callable[[], Tensor],
+    *,
+    policy: Literal["conflict", "full"] = "conflict",
+    weight: float | Sequence[float] = 1.0,
+    others: Iterable[nn.Parameter] = (),
+) -> Tensor:
+    """:meth:`GradientOrthogonality.project` under accelerate: its autocast and loss scale, and one averaging.
+
+    The two gradients are averaged over the processes first and projected then, as one process would on the whole
+    batch. DDP must not average as well, so the losses are computed in here, under ``no_sync``. Step the optimizer
+    next; ``accelerator.clip_grad_norm_`` may come between.
+
+    Args:
+        accelerator: an ``accelerate.Accelerator``.
+        orthogonality: made with parameters of the network.
+        network: as ``prepare`` gave it, which both losses run.
+        generation: returns the scalar loss of the generative batch.
+        reconstruction: returns the scalar loss of the degraded batch.
+        policy: as in :meth:`GradientOrthogonality.project`.
+        weight: likewise.
+        others: likewise.
+
+    Returns:
+        The cosine of the two gradients before the projection.
+
+    Raises:
+        ValueError: Where parameters are sharded (FSDP, DeepSpeed, Megatron-LM), with ``gradient_accumulation_steps``
+            above 1, and for losses that are no scalars.
+        ImportError: If accelerate is absent or too old.
+    """
+    _check(accelerator)
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise ValueError(f"`accelerator` should run one process or DDP, whose parameters are whole, found {kind}.")
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            "`accelerator` should have gradient_accumulation_steps=1, found "
+            f"{accelerator.gradient_accumulation_steps}: a sum of projected gradients is not the projected sum."
+        )
+    with accelerator.no_sync(network), accelerator.autocast():
+        losses = [generation(), reconstruction()]
+    for name, loss in zip(("generation", "reconstruction"), losses, strict=True):
+        if not isinstance(loss, Tensor):  # before the scaler, which takes lists
+            raise ValueError(f"`{name}` should return a scalar loss, found {type(loss).__name__}.")
+    if accelerator.scaler is not None:
+        losses = [accelerator.scaler.scale(loss) for loss in losses]
+    return orthogonality.project(*losses, policy=policy, weight=weight, others=others)
+
+
+class _Named:
+    """Parts by name, as one object that accelerate saves."""
+
+    def __init__(self, parts: dict[str, Any]) -> None:
+        self.parts = parts
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            name: {"state": part.state_dict()}
+            | ({"calls": CallCounts(part).state_dict()} if isinstance(part, nn.Module) else {})
+            for name, part in self.parts.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if set(state) != set(self.parts):
+            raise ValueError(f"The checkpoint should hold {sorted(self.parts)}, as registered, found {sorted(state)}.")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name]["state"])
+            if isinstance(part, nn.Module):
+                CallCounts(part).load_state_dict(state[name]["calls"])
+
+
+def _check(accelerator: Any) -> None:
+    accelerate = require(
+        "accelerate", purpose="restoreloss.integrations.accelerate", install='"restoreloss[integrations]"'
+    )
+    if int(accelerate.__version__.partition(".")[0]) < 1:
+        raise ImportError(
+            f"restoreloss.integrations.accelerate needs `accelerate` 1.0 or newer, found {accelerate.__version__}: "
+            'pip install "restoreloss[integrations]"'
+        )
+    if not isinstance(accelerator, accelerate.Accelerator):
+        raise ValueError(f"`accelerator` should be an accelerate.Accelerator, found {type(accelerator).__name__}.")
