@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState, GradientState
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -21,8 +22,12 @@ def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     torch.manual_seed(0)
     # the README's first three lines show only the change to a loop that has these already
     namespace = {"F": F, "restored": torch.rand(1, 3, 16, 16, requires_grad=True), "clean": torch.rand(1, 3, 16, 16)}
-    for snippet in snippets(page):
-        exec(compile(snippet, str(page), "exec"), namespace)
+    try:
+        for snippet in snippets(page):
+            exec(compile(snippet, str(page), "exec"), namespace)
+    finally:  # an Accelerator is one for the process
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def test_links_lead_somewhere() -> None:
