@@ -221,7 +221,9 @@ def test_project_refuses_what_it_cannot_get_right(accelerator):
 def test_project_refuses_sharded_parameters(accelerator, monkeypatch):
     monkeypatch.setattr(type(accelerator), "distributed_type", accelerate.DistributedType.FSDP)
     with pytest.raises(ValueError, match="should run one process or DDP, whose parameters are whole, found FSDP"):
-        project(accelerator, None, None, None, None)
+        project(accelerator, None, None, float, float)
+    with pytest.raises(ValueError, match="`generation` should be a function that returns the loss, found Tensor"):
+        project(accelerator, None, None, torch.zeros(()), torch.zeros(()))
 
 
 # Checkpoints

@@ -39,6 +39,84 @@ def test_diffloss_with_all_of_its_options(prior):
         torch.testing.assert_close(found(restored, target), expected)
 
 
+class Recorder(nn.Module):
+    """Stands for a loss, and remembers how it was made."""
+
+    def __init__(self, *arguments, **given):
+        super().__init__()
+        Recorder.found = arguments, given
+
+
+OTHER = {  # than the defaults
+    "noise_weight": 0.5, "h_space_weight": 0.2, "timesteps": (100, 600), "distance": "rms", "size": "resize",
+    "compare": "native", "snr_power": 0.5, "crop": 16, "subset": 0.5, "every": 3, "checkpointing": True,
+    "input_range": (-1.0, 1.0),
+}  # fmt: skip
+
+
+def test_every_option_of_diffloss_reaches_it(monkeypatch):
+    monkeypatch.setattr(restoreloss, "DiffLoss", Recorder)
+    loads = []
+    monkeypatch.setattr(options, "load_prior", lambda *given, **named: loads.append((given, named)) or "prior")
+    prior = {"revision": "main", "local_files_only": True, "head_channels": 32, "grouped_heads": False}
+    criterion({"type": "DiffLoss", "prior": "some/where", "dtype": "torch.bfloat16", **prior, **OTHER})
+    assert loads == [(("some/where",), prior)]
+    assert Recorder.found == (("prior",), {**OTHER, "dtype": torch.bfloat16})
+    known = {option.name for option in fields(options.DiffLoss)}
+    assert known == {*OTHER, *prior, "prior", "dtype", "loss_weight"}
+
+
+def test_every_option_of_tdp_loss_reaches_it(monkeypatch):
+    monkeypatch.setattr(restoreloss, "TDPLoss", Recorder)
+    network, calls = nn.Conv2d(3, 3, 1), []
+    monkeypatch.setattr(options, "task_network", lambda *given, **named: calls.append((given, named)) or network)
+    named = {"weights": "file.pth", "num_classes": 7, "image_size": 64}
+    seen = {"distance": "mse", "layer_weights": {"0": 2.0}, "input_range": (-1, 1), "normalize": ((0.5,), (0.5,))}
+    criterion({"type": "TDPLoss", "task": "timm/some", "layers": ["0"], **named, **seen})
+    assert calls == [(("timm/some",), named)]
+    assert Recorder.found == ((network, ["0"]), seen)
+    known = {option.name for option in fields(options.TDPLoss)}
+    assert known == {*named, *seen, "task", "layers", "loss_weight"}
+
+
+@pytest.mark.parametrize("name", options.TYPES)
+def test_defaults_are_those_of_the_losses(name):
+    theirs = signature(getattr(restoreloss, name)).parameters
+    for option in fields(options.TYPES[name]):
+        if option.name in theirs and option.name not in ("task", "normalize", "objectives"):  # ours are names
+            assert option.default == theirs[option.name].default, option.name
+
+
+def test_a_generator_is_handed_on_also_through_a_sum_and_a_compiled_loss(prior):
+    parts = {"pixel": {"type": "L1Loss"}, "diff": {"type": "DiffLoss", "prior": prior[1]}}
+    compiled = torch.compile(restoreloss.DiffLoss(prior[0]), backend="aot_eager")
+    restored, target = (image.detach() for image in images())
+    for loss in (
+        criterion(parts["diff"]),
+        criterion({"type": "WeightedSum", "objectives": parts}),
+        restoreloss.WeightedSum({"diff": criterion(parts["diff"])}),
+        restoreloss.WeightedSum({"diff": compiled}),
+    ):
+        one, two = (
+            loss(restored, target, generator=[torch.Generator().manual_seed(n) for n in range(len(restored))])
+            for _ in range(2)
+        )
+        assert one == two
+
+
+def test_what_weighs_nothing_is_not_computed(monkeypatch):
+    loss = criterion(
+        {"type": "WeightedSum", "objectives": {"l1": {"type": "L1Loss"}, "l2": {"type": "MSELoss", "loss_weight": 0}}}
+    )
+    assert list(loss.terms(*images())) == ["l1/loss"]
+
+
+def test_a_transformer_of_another_size_says_so():
+    loss = criterion({"type": "TDPLoss", "task": "timm/vit_tiny_patch16_224", "weights": "random", "image_size": 32})
+    with pytest.raises(ValueError, match=r"`task` should read images of 48x64, found that timm/vit.*`image_size`"):
+        loss(torch.rand(1, 3, 48, 64), torch.rand(1, 3, 48, 64))
+
+
 def test_every_option_of_the_losses_can_be_written():
     elsewhere = {
         "DiffLoss": {"denoiser", "schedule", "conditioning", "encoder", "reduction"},  # the prior by name has them
@@ -103,6 +181,11 @@ def test_pixel_losses_of_torch(kind, loss):
         ({"type": "DiffLoss", "timestep": [1, 2]}, r"has no option 'timestep'; did you mean 'timesteps'\?"),
         ({"type": "L1Loss", "kind": "CrossEntropyLoss"}, r"`L1Loss` has no option 'kind'"),
         ({"type": "DiffLoss", "loss_weight": "1e-3"}, r"`loss_weight` should be a number, found the text '1e-3'"),
+        ({"type": "DiffLoss", "crop": "5e-1"}, r"`crop` should be a number, found the text '5e-1'"),
+        ({"type": "DiffLoss", "timesteps": ["1e2", 600]}, r"`timesteps` should be a number, found the text '1e2'"),
+        ({"type": "DiffLoss", "loss_weight": None}, r"`loss_weight` should be a finite number, found None"),
+        ({"type": "L1Loss", "loss_weight": float("nan")}, r"`loss_weight` should be a finite number, found nan"),
+        ({"type": "L1Loss", "reduction": "none"}, r"`reduction` should be 'mean' or 'sum', found 'none'"),
         ({"type": "DiffLoss", "dtype": "bf16"}, r"`dtype` should be a dtype of torch, as 'bfloat16', found 'bf16'"),
         ({"type": "DiffLoss", "timesteps": [100]}, r"`timesteps` should be \(low, high\), found \[100\]"),
         ({"type": "TDPLoss", "task": "timm/resnet18"}, r"`TDPLoss` should be given \['weights'\]"),

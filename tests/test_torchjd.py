@@ -319,7 +319,11 @@ def test_short_gradients_are_freed_too(name: Any) -> None:
         ),
         ({"losses": {"a": 1.0}}, "scalars that depend on the parameters, found 'a': float"),
         ({"parameters": []}, "`parameters` should hold at least one that requires a gradient, found none"),
-        ({"aggregator": nn.Linear(1, 1)}, "`aggregator` should be one of torchjd.aggregation, found Linear"),
+        (
+            {"aggregator": nn.Linear(1, 1)},
+            "`aggregator` should be an instance of one of torchjd.aggregation, found Linear",
+        ),
+        ({"aggregator": UPGrad}, "`aggregator` should be an instance of one of torchjd.aggregation, found UPGrad"),
         ({"own": {"restorer": []}}, r"`own` should be named after losses \['generative', .*found \['restorer'\]"),
     ],
 )

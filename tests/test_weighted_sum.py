@@ -354,3 +354,9 @@ def test_an_attribute_named_terms_that_is_no_method_does_not_matter():
 def test_objectives_without_names_are_refused(objectives):
     with pytest.raises(ValueError, match="mapping by name"):
         WeightedSum(objectives)
+
+
+@pytest.mark.parametrize("generator", [0, "ab", [0, 1], [torch.Generator()], iter([torch.Generator()] * 2)])
+def test_wrong_generators_are_refused_also_where_nothing_draws(generator):
+    with pytest.raises(ValueError, match="`generator` should be"):
+        WeightedSum({"pixel": nn.L1Loss()})(torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4), generator=generator)

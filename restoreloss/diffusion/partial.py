@@ -168,15 +168,29 @@ def _listed(steps: int | Tensor | Sequence[int], schedule: NoiseSchedule) -> lis
     return listed
 
 
+def check_generators(generator: object, count: int) -> None:
+    """Raise ``ValueError`` for what is no generator, and for several that are not one for each sample."""
+    several = isinstance(generator, Sequence) and not isinstance(generator, str)
+    found: Sequence[object] = generator if several else [generator]  # type: ignore[assignment]
+    for one in found:
+        if one is not None and not isinstance(one, torch.Generator):
+            raise ValueError(f"`generator` should be a torch.Generator, or one for each, found {type(one).__name__}.")
+    if several and len(found) != count:
+        raise ValueError(f"`generator` should be one, or one for each of {count}, found {len(found)}.")
+
+
 def standard_normal(like: Tensor, generator: Generators = None) -> Tensor:
     """Noise in the shape, dtype and device of ``like``.
 
     Raises:
         ValueError: If there are several generators and not one for each sample.
     """
-    if isinstance(generator, Sequence):
-        if len(generator) != len(like):
-            raise ValueError(f"`generator` should be one, or one for each of {len(like)}, found {len(generator)}.")
-        return torch.cat([standard_normal(x, one) for x, one in zip(like.split(1), generator, strict=True)])
-    device = like.device if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+    check_generators(generator, len(like))
+
+    def draw(count: int, one: torch.Generator | None) -> Tensor:
+        device = like.device if one is None else one.device
+        return torch.randn((count, *like.shape[1:]), generator=one, device=device, dtype=like.dtype)
+
+    if isinstance(generator, Sequence):  # moved to the device together
+        return torch.cat([draw(1, one) for one in generator]).to(like.device)
+    return draw(len(like), generator).to(like.device)

@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from restoreloss._optional import require
 from restoreloss.integrations.calls import CallCounts
 from restoreloss.regularizers.orthogonality import GradientOrthogonality
+from restoreloss.sharding import is_sharded
+from restoreloss.training.phases import Alternation
 
 
 def prepare(accelerator: Any, *objects: Any) -> Any:
@@ -56,11 +59,12 @@ def register(accelerator: Any, parts: Mapping[str, Any]) -> None:
     Args:
         accelerator: an ``accelerate.Accelerator``.
         parts: by name, anything with ``state_dict`` and ``load_state_dict``: a ``ParameterImportance``, an
-            ``Alternation`` (its optimizers and schedulers). Of a loss also how often it was called, which ``every=k``
-            needs.
+            ``Alternation`` (its schedulers: accelerate saves the optimizers that it prepared). Of a loss also how often
+            it was called, which ``every=k`` needs.
 
     Raises:
-        ValueError: For a name or a part that was registered before, a part without a state, or no part.
+        ValueError: For a name or a part that was registered before, a part without a state, an ``Alternation`` whose
+            optimizers are not prepared, or no part; at ``save_state`` for a part with tensors that FSDP2 has cut.
         ImportError: If accelerate is absent or too old.
     """
     _check(accelerator)
@@ -79,7 +83,9 @@ def register(accelerator: Any, parts: Mapping[str, Any]) -> None:
         if twin:
             raise ValueError(f"`parts` should be registered once, found {twin[0]!r} again as {name!r}.")
         known[name] = part
-    accelerator.register_for_checkpointing(_Named(dict(parts)))
+        if isinstance(part, Alternation):
+            _check_prepared(name, part)
+    accelerator.register_for_checkpointing(_Named(parts))
 
 
 def project(
@@ -118,6 +124,9 @@ def project(
         ImportError: If accelerate is absent or too old.
     """
     _check(accelerator)
+    for name, function in (("generation", generation), ("reconstruction", reconstruction)):
+        if not callable(function):
+            raise ValueError(f"`{name}` should be a function that returns the loss, found {type(function).__name__}.")
     kind = accelerator.distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise ValueError(f"`accelerator` should run one process or DDP, whose parameters are whole, found {kind}.")
@@ -136,26 +145,65 @@ def project(
     return orthogonality.project(*losses, policy=policy, weight=weight, others=others)
 
 
+class _Schedules:
+    """What accelerate does not save of an Alternation: the schedulers of its phases."""
+
+    def __init__(self, alternation: Alternation[Any]) -> None:
+        self.phases = {phase.name: _listed(phase.schedulers) for phase in alternation.phases}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: [schedule.state_dict() for schedule in listed] for name, listed in self.phases.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        expected, found = ({name: len(listed) for name, listed in each.items()} for each in (self.phases, state))
+        if expected != found:
+            raise ValueError(f"The checkpoint should be of phases with schedulers {expected}, found {found}.")
+        for name, listed in self.phases.items():
+            for schedule, values in zip(listed, state[name], strict=True):
+                schedule.load_state_dict(values)
+
+
 class _Named:
     """Parts by name, as one object that accelerate saves."""
 
-    def __init__(self, parts: dict[str, Any]) -> None:
-        self.parts = parts
+    def __init__(self, parts: Mapping[str, Any]) -> None:
+        self.parts = dict(parts)
+        self._saved = {n: _Schedules(part) if isinstance(part, Alternation) else part for n, part in parts.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state = {
             name: {"state": part.state_dict()}
             | ({"calls": CallCounts(part).state_dict()} if isinstance(part, nn.Module) else {})
-            for name, part in self.parts.items()
+            for name, part in self._saved.items()
         }
+        # accelerate writes what the first process has, and all would read it
+        cut = [name for name, each in state.items() if any(map(is_sharded, tree_leaves(each)))]
+        if cut:
+            raise ValueError(f"`parts` should be whole, found {cut} with tensors that `fully_shard` has cut.")
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if set(state) != set(self.parts):
             raise ValueError(f"The checkpoint should hold {sorted(self.parts)}, as registered, found {sorted(state)}.")
-        for name, part in self.parts.items():
+        for name, part in self._saved.items():
             part.load_state_dict(state[name]["state"])
             if isinstance(part, nn.Module):
                 CallCounts(part).load_state_dict(state[name]["calls"])
+
+
+def _check_prepared(name: str, alternation: Alternation[Any]) -> None:
+    prepared = require("accelerate.optimizer", purpose="register", install='"restoreloss[integrations]"')
+    for phase in alternation.phases:
+        for optimizer in _listed(phase.optimizers):
+            if not isinstance(optimizer, prepared.AcceleratedOptimizer):
+                raise ValueError(
+                    f"The optimizers of {name!r} should be prepared, which saves them, found "
+                    f"{type(optimizer).__name__} in phase {phase.name!r}."
+                )
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, Sequence) else [value]
 
 
 def _check(accelerator: Any) -> None:

@@ -10,8 +10,6 @@ is the ``train.py`` of BasicSR with two lines above its imports, to which your o
 docs/basicsr.md has the YAML. BasicSR is imported when ``register`` is called and not before.
 """
 
-import difflib
-import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +30,7 @@ import restoreloss
 from restoreloss._optional import require
 from restoreloss.integrations import forks, options
 from restoreloss.integrations.calls import CallCounts
+from restoreloss.integrations.checks import call, check_numbers, near
 from restoreloss.integrations.drop_in import register_all
 from restoreloss.integrations.task_networks import normalization, task_network
 from restoreloss.objectives.distances import Distance
@@ -191,6 +190,8 @@ class WithRestoreloss:
     output: Tensor
     log_dict: Mapping[str, float]
 
+    known_options: Sequence[str] = (*_LOSSES, *_OURS)
+    """The ``*_opt`` of ``train``; a model of your own adds its own to them."""
     net_t: nn.Module | None = None
     importance: restoreloss.ParameterImportance | None = None
     gt_path: Sequence[str] | None = None
@@ -199,7 +200,7 @@ class WithRestoreloss:
         """Networks, losses, optimizers and schedulers."""
         this: Any = super()
         train = self.opt["train"]
-        _check_options(self.opt)
+        _check_options(self.opt, self.known_options)
         if self.opt.get("network_t"):
             self._build_task_network()
         this.init_training_settings()
@@ -293,8 +294,7 @@ class WithRestoreloss:
         if state is None:
             _log.warning("The training state is of another model: what our losses count begins at 0.")
             return
-        calls = self._calls()
-        calls.load_state_dict({name: state["calls"].get(name, 0) for name in calls.state_dict()})
+        self._calls().load_state_dict(state["calls"])
         if self.importance is not None and state["importance"] is not None:
             self.importance.load_state_dict(state["importance"])
 
@@ -419,12 +419,12 @@ def _model() -> type:
     return type("RestorelossModel", (WithRestoreloss, base), {"__doc__": WithRestoreloss.__doc__})
 
 
-def _check_options(opt: Mapping[str, Any]) -> None:
+def _check_options(opt: Mapping[str, Any], known: Sequence[str]) -> None:
     """BasicSR ignores what it does not know."""
     train = opt["train"]
     for key in train:
-        if key.endswith("_opt") and key not in (*_LOSSES, *_OURS):
-            raise ValueError(f"`train` has no option {key!r}; {_near(key, [*_LOSSES, *_OURS])}")
+        if key.endswith("_opt") and key not in known:
+            raise ValueError(f"`train` has no option {key!r}; {near(key, known)}")
     together = {"network_t": opt.get("network_t"), **{key: train.get(key) for key in ("task_opt", "optim_t")}}
     missing = [key for key, value in together.items() if not value]
     if 0 < len(missing) < len(together):
@@ -439,35 +439,11 @@ def _check_slot(key: str, loss: nn.Module | None) -> None:
 
 
 def _call(function: Callable[..., Any], where: str, given: Any) -> Any:
-    """What a function makes of the options that it is given."""
-    if not isinstance(given, Mapping):
-        raise ValueError(f"`{where}` should be a mapping of options, found {given!r}.")
-    known = inspect.signature(function).parameters
-    for option, value in given.items():
-        if option not in known:
-            raise ValueError(f"`{where}` has no option {option!r}; {_near(option, list(known))}")
-        if isinstance(value, str) and _is_number(value):
-            raise ValueError(
-                f"`{option}` of `{where}` should be a number, found the text {value!r} (YAML reads 1e-3 as text, and "
-                "1.0e-3 as a number)."
-            )
-    missing = [name for name, each in known.items() if each.default is inspect.Parameter.empty and name not in given]
-    if missing:
-        raise ValueError(f"`{where}` should be given {missing}, found {list(given)}.")
-    return function(**given)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _near(option: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(option, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}."
+    """What a function makes of its options, none of which is a number by name."""
+    for option, value in given.items() if isinstance(given, Mapping) else ():
+        if option not in ("layers", "weights"):
+            check_numbers(f"{option}` of `{where}", value)
+    return call(function, where, given)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ def _lightning() -> Any:
         return require("lightning.pytorch", purpose=purpose, install=install)
     if version in _COMPROMISED:
         raise ImportError(
-            f"`lightning` {version} is malware (advisory GHSA-w37p-236h-pfx3), and is not imported: take it off this "
-            f"machine, renew the credentials on it, then pip install {install}"
+            f"`lightning` {version} is malware (advisory GHSA-w37p-236h-pfx3): take it off this machine, renew the "
+            f"credentials if it was ever imported, then pip install {install}"
         )
     if tuple(int(number) for number in version.split(".")[:2]) < _OLDEST:
         raise ImportError(

@@ -8,21 +8,24 @@
 Frameworks that build their losses from YAML or TOML register these classes, each in its own dress.
 """
 
-import difflib
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import restoreloss
 from restoreloss.diffusion.checkpoints import load_prior
+from restoreloss.diffusion.partial import Generators
 from restoreloss.diffusion.prior import small_prior
 from restoreloss.frozen import FrozenNetwork
+from restoreloss.integrations.checks import call, check_numbers
 from restoreloss.integrations.task_networks import normalization, task_network
-from restoreloss.objectives.base import Objective
+from restoreloss.objectives.base import Objective, named_terms, total
 from restoreloss.objectives.diffloss import Compare
 from restoreloss.objectives.distances import Distance
 from restoreloss.objectives.sizes import SizePolicy
@@ -43,23 +46,24 @@ class Criterion(Objective):
     def __post_init__(self) -> None:
         super().__init__()
         for option in fields(self):
-            value = getattr(self, option.name)
-            if option.type in (float, "float") and isinstance(value, str):
-                raise ValueError(
-                    f"`{option.name}` should be a number, found the text {value!r} (YAML reads 1e-3 as text, and "
-                    "1.0e-3 as a number)."
-                )
+            if option.type not in (str, str | None) and option.name not in ("layers", "objectives"):
+                check_numbers(option.name, getattr(self, option.name))
+        if not isinstance(self.loss_weight, int | float) or not math.isfinite(self.loss_weight):
+            raise ValueError(f"`loss_weight` should be a finite number, found {self.loss_weight!r}.")
         self.objective = self.build()
 
     @abstractmethod
     def build(self) -> Callable[[Tensor, Tensor], Tensor]:
         """What these values describe, of weight 1."""
 
-    def terms(self, restored: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The weighted terms of the objective, from two float (N, C, H, W)."""
-        found = getattr(self.objective, "terms", None)
-        terms = {"loss": self.objective(restored, target)} if found is None else found(restored, target)
-        return {name: self.loss_weight * value for name, value in terms.items()}
+    def terms(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> dict[str, Tensor]:
+        """The weighted terms of the objective, from two float (N, C, H, W); ``generator`` for one that draws."""
+        terms = named_terms("loss", self.objective, restored, target, generator)
+        return {name.removeprefix("loss/"): self.loss_weight * value for name, value in terms.items()}
+
+    def forward(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> Tensor:
+        """The sum of :meth:`terms`."""
+        return total(self.terms(restored, target, generator=generator))
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -105,7 +109,7 @@ class DiffLoss(Criterion):
                 self.prior, revision=self.revision, local_files_only=self.local_files_only,
                 head_channels=self.head_channels, grouped_heads=self.grouped_heads,
             )  # fmt: skip
-        dtype = None if self.dtype is None else getattr(torch, self.dtype, None)
+        dtype = None if self.dtype is None else getattr(torch, self.dtype.removeprefix("torch."), None)
         if self.dtype is not None and not isinstance(dtype, torch.dtype):
             raise ValueError(f"`dtype` should be a dtype of torch, as 'bfloat16', found {self.dtype!r}.")
         return restoreloss.DiffLoss(
@@ -156,6 +160,21 @@ class TDPLoss(Criterion):
             input_range=_pair("input_range", self.input_range),
         )  # fmt: skip
 
+    def terms(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> dict[str, Tensor]:
+        """The weighted terms.
+
+        Raises:
+            ValueError: Also for images of a size that a transformer does not read.
+        """
+        try:
+            return super().terms(restored, target, generator=generator)
+        except AssertionError as error:  # what timm and torchvision raise
+            size = "x".join(map(str, restored.shape[2:]))
+            raise ValueError(
+                f"`task` should read images of {size}, found that {self.task} does not: {error} Of timm's, "
+                "`image_size` makes one for a size."
+            ) from error
+
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class WeightedSum(Criterion):
@@ -178,14 +197,16 @@ class WeightedSum(Criterion):
         """The sum."""
         if not isinstance(self.objectives, Mapping) or not self.objectives:
             raise ValueError(f"`objectives` should be a mapping of names to options, found {self.objectives!r}.")
-        return restoreloss.WeightedSum({name: criterion(options) for name, options in self.objectives.items()})
+        parts = {name: criterion(options) for name, options in self.objectives.items()}
+        # what weighs nothing is not computed
+        return restoreloss.WeightedSum(parts, {name: 0.0 for name, part in parts.items() if part.loss_weight == 0})
 
 
 TYPES: Mapping[str, type[Criterion]] = {cls.__name__: cls for cls in (DiffLoss, TDPLoss, WeightedSum)}
 _PIXELS = ("L1Loss", "MSELoss", "SmoothL1Loss", "HuberLoss")
 
 
-def criterion(options: Mapping[str, Any]) -> nn.Module:
+def criterion(options: Mapping[str, Any]) -> Criterion:
     """The objective that options describe.
 
     Args:
@@ -208,21 +229,24 @@ def criterion(options: Mapping[str, Any]) -> nn.Module:
     given = {name: value for name, value in options.items() if name != "type"}
     kind = options["type"]
     if kind in _PIXELS:
-        return Pixel(kind=kind, **_checked(Pixel, kind, given))
+        return call(partial(Pixel, kind), kind, given)
     if kind not in TYPES:
         raise ValueError(f"`type` should be one of {[*TYPES, *_PIXELS]}, found {kind!r}.")
-    return TYPES[kind](**_checked(TYPES[kind], kind, given))
+    return call(TYPES[kind], kind, given)
 
 
-@dataclass(kw_only=True, eq=False, repr=False)
 class Pixel(Criterion):
-    """A loss of torch on the pixels."""
+    """A loss of torch on the pixels, by its name in torch.nn."""
 
-    kind: str = "L1Loss"
+    def __init__(self, kind: str, *, loss_weight: float = 1.0, reduction: Literal["mean", "sum"] = "mean") -> None:
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"`reduction` should be 'mean' or 'sum', found {reduction!r}.")
+        self.kind, self.reduction = kind, reduction
+        super().__init__(loss_weight=loss_weight)
 
     def build(self) -> nn.Module:
         """The loss."""
-        loss: nn.Module = getattr(nn, self.kind)()
+        loss: nn.Module = getattr(nn, self.kind)(reduction=self.reduction)
         return loss
 
 
@@ -230,16 +254,3 @@ def _pair(name: str, values: Sequence[Number]) -> tuple[Number, Number]:
     if not isinstance(values, Sequence) or len(values) != 2:
         raise ValueError(f"`{name}` should be (low, high), found {values!r}.")
     return values[0], values[1]
-
-
-def _checked(cls: type[Criterion], name: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
-    known = [option.name for option in fields(cls) if option.name != "kind"]
-    for option in given:
-        if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}."
-            raise ValueError(f"`{name}` has no option {option!r}; {hint}")
-    required = [option.name for option in fields(cls) if option.default is option.default_factory is MISSING]
-    if missing := [option for option in required if option not in given]:
-        raise ValueError(f"`{name}` should be given {missing}, found {list(given)}.")
-    return given

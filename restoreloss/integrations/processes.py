@@ -1,10 +1,10 @@
 """Do all processes hold equally many samples? Else what they average is no average of the samples."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 
 def check_equal_batches(batch: Any) -> None:
@@ -16,7 +16,8 @@ def check_equal_batches(batch: Any) -> None:
     Every process must call this, and it waits for all: once, at the first step, rather than at each.
 
     Args:
-        batch: tensors, or tuples, lists or dicts of them; the first one tells how many samples there are.
+        batch: tensors, or tuples, lists or mappings of them; the first one tells how many samples there are. A list of
+            pictures (C, H, W), as detectors take, is as many samples.
 
     Raises:
         ValueError: If they differ, and for a batch without a tensor.
@@ -24,15 +25,29 @@ def check_equal_batches(batch: Any) -> None:
     Example:
         >>> check_equal_batches({"degraded": torch.rand(4, 3, 8, 8), "clean": torch.rand(4, 3, 8, 8)})
     """
-    sizes = [len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
-    if not sizes:
-        raise ValueError(f"`batch` should hold tensors of several samples, found {type(batch).__name__}.")
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, sizes[0])
+    torch.distributed.all_gather_object(found, _size(batch))
+    if None in found:
+        raise ValueError(f"`batch` should hold tensors of several samples, found {type(batch).__name__}.")
     if len(set(found)) > 1:
         raise ValueError(
             f"`batch` should hold equally many samples on all processes, found {found}: the mean of their means is "
             "not the mean over the samples."
         )
+
+
+def _size(batch: Any) -> int | None:
+    """How many samples; None where nothing tells."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else None
+    if isinstance(batch, Mapping):
+        parts = list(batch.values())
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        parts = list(batch)
+        if parts and all(isinstance(part, Tensor) and part.ndim == 3 for part in parts):
+            return len(parts)
+    else:
+        return None
+    return next((size for size in map(_size, parts) if size is not None), None)

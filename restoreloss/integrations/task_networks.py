@@ -152,12 +152,11 @@ def _load(network: nn.Module, path: Path) -> None:
     extra = [key for key in state if key not in wanted]
     shapes = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
     if missing or extra or shapes:
-        raise ValueError(
-            f"`weights` should be of {type(network).__name__}; {path} lacks {_few(missing)}, has {_few(extra)} "
-            f"besides, and {_few(shapes)} of another shape (is `num_classes` right?)."
-        )
+        wrong = {"lacks": missing, "has besides": extra, "has in another shape (is `num_classes` right?)": shapes}
+        found = "; ".join(f"{what} {_few(names)}" for what, names in wrong.items() if names)
+        raise ValueError(f"`weights` should be of {type(network).__name__}, found that {path} {found}.")
     network.load_state_dict(state)
 
 
 def _few(names: list[str]) -> str:
-    return f"{names[:3]}{' and more' if len(names) > 3 else ''}" if names else "none"
+    return f"{names[:3]}{' and more' if len(names) > 3 else ''}"

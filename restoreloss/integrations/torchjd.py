@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss._optional import require
-from restoreloss.regularizers.orthogonality import _average, _gradients
+from restoreloss.regularizers.gradients import average_, gradients_of
 from restoreloss.sharding import is_sharded
 
 try:
@@ -120,7 +120,8 @@ def aggregate(
     """
     autojac, aggregation = _torchjd("autojac", "aggregate"), _torchjd("aggregation", "aggregate")
     if not isinstance(aggregator, aggregation.Aggregator):
-        raise ValueError(f"`aggregator` should be one of torchjd.aggregation, found {type(aggregator).__name__}.")
+        found = getattr(aggregator, "__name__", type(aggregator).__name__)
+        raise ValueError(f"`aggregator` should be an instance of one of torchjd.aggregation, found {found}.")
     _check(losses)
     shared = list({id(p): p for p in parameters if p.requires_grad}.values())
     if not shared:
@@ -133,9 +134,9 @@ def aggregate(
     rows: list[list[Tensor]] = []
     for name, loss in losses.items():
         alone = [p for p in own.get(name, ()) if p.requires_grad and id(p) not in known]
-        gradients = _gradients(loss, [*shared, *alone], retain_graph=len(rows) + 1 < len(losses))
+        gradients = gradients_of(loss, [*shared, *alone], retain_graph=len(rows) + 1 < len(losses))
         rows.append(gradients[: len(shared)])
-        _average(gradients[len(shared) :])
+        average_(gradients[len(shared) :])
         for parameter, gradient in zip(alone, gradients[len(shared) :], strict=True):
             _add(parameter, gradient)
     with torch.no_grad(), torch.autocast(shared[0].device.type, enabled=False):
@@ -158,7 +159,7 @@ def _write(jacobians: list[Tensor], shared: list[nn.Parameter], aggregator: nn.M
     """The aggregate of all columns together into ``.grad``; the weights, if there are any."""
     exact = torch.promote_types(shared[0].dtype, torch.float32)
     matrix = torch.cat([jacobian.flatten(1).to(exact) for jacobian in jacobians], dim=1)
-    _average([matrix])
+    average_([matrix])
     weights: Tensor | None = None
     if matrix.isfinite().all():
         whole: Any = torch.zeros_like(matrix[0], requires_grad=True)  # to TorchJD all is one parameter
@@ -168,7 +169,8 @@ def _write(jacobians: list[Tensor], shared: list[nn.Parameter], aggregator: nn.M
     else:  # a solver would raise, and the scaler never see it
         gradient = matrix.sum(dim=0)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast(gradient, 0)
+        for drawn in [gradient] if weights is None else [gradient, weights]:
+            torch.distributed.broadcast(drawn, 0)
     for parameter, part in zip(shared, gradient.split([p.numel() for p in shared]), strict=True):
         _add(parameter, part.view_as(parameter).to(parameter.dtype))
     return weights

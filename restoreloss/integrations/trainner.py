@@ -8,7 +8,6 @@ input.
 """
 
 import logging
-from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor
@@ -57,13 +56,17 @@ class WeightedSum(_ByTerm, options.WeightedSum):
 
     def build(self) -> Objective:
         """The sum."""
-        for name, given in self.objectives.items() if isinstance(self.objectives, Mapping) else ():
-            weight = given.get("loss_weight", 1.0) if isinstance(given, Mapping) else 1.0
-            if isinstance(weight, int | float) and weight < 0:
+        found = super().build()
+        weights = {
+            name: part.loss_weight for name, part in found.named_modules() if isinstance(part, options.Criterion)
+        }
+        for name, weight in weights.items():
+            if weight < 0:
+                inner = name.replace("objective_", "").replace(".objective.", "/")
                 raise ValueError(
-                    f"`loss_weight` of {name!r} should be at least 0, found {weight}: it would be dropped."
+                    f"`loss_weight` of {inner!r} should be at least 0, found {weight}: it would be dropped."
                 )
-        return super().build()
+        return found
 
 
 def register(registry: Any) -> None:

@@ -61,7 +61,8 @@ def named_terms(
         terms = None  # torch.compile's wrapper would hand out the terms of the network it wraps, uncompiled
     function: Callable[..., Any] = objective if terms is None else terms
     # asked only when needed: reading a signature costs time, and breaks a compiled graph
-    if generator is not None and _takes_generator(getattr(function, "forward", function)):
+    inner = getattr(function, "_orig_mod", function)
+    if generator is not None and _takes_generator(getattr(inner, "forward", inner)):
         result = function(restored, target, generator=generator)
     else:
         result = function(restored, target)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_denoiser, as_schedule
 from restoreloss.diffusion.latents import LatentEncoder, LatentPrior
-from restoreloss.diffusion.partial import Generators, standard_normal
+from restoreloss.diffusion.partial import Generators, check_generators, standard_normal
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.images import check_pair, check_range, to_unit_range, warn_if_out_of_range
@@ -30,7 +30,6 @@ from restoreloss.objectives.distances import (
 from restoreloss.objectives.sampling import (
     Tiles,
     check_every,
-    check_generators,
     check_share,
     choose_samples,
     each,
@@ -248,7 +247,8 @@ class DiffLoss(Objective):
                 weights=None if tiles is None else tiles.weights(reference),
             )
             if self._snr_weights is not None:
-                values = values * self._snr_weights.to(values.device)[t]
+                self._snr_weights = self._snr_weights.to(values.device)
+                values = values * self._snr_weights[t]
             values = weighted(values, rows, count)
             terms[name] = self._weights[name] * factor * reduce_samples(values, self.reduction)
         return terms

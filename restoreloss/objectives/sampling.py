@@ -31,12 +31,6 @@ def integers(low: int, high: int, count: int, generator: Generators, device: tor
     return each(draw, count, generator)
 
 
-def check_generators(generator: Generators, count: int) -> None:
-    """Raise ``ValueError`` for several generators that are not one for each sample."""
-    if isinstance(generator, Sequence) and len(generator) != count:
-        raise ValueError(f"`generator` should be one, or one for each of {count}, found {len(generator)}.")
-
-
 def choose_samples(count: int, share: int | float, generator: Generators, device: torch.device) -> Tensor | None:
     """Some of the samples, without repetition; None for all of them.
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 from torch import Tensor, nn
 
-from restoreloss.diffusion.partial import Generators
+from restoreloss.diffusion.partial import Generators, check_generators
 from restoreloss.features import FeatureExtractor
 from restoreloss.images import check_pair
 from restoreloss.objectives.base import Objective, named_terms, total
@@ -89,6 +89,7 @@ class WeightedSum(Objective):
             ValueError: For images that do not fit, and objectives that return no tensor or different shapes.
         """
         check_pair(restored, target)
+        check_generators(generator, len(restored))
         target = target.detach()  # torch's own losses would differentiate it
         extractors = self._shared_extractors()
         if not extractors:

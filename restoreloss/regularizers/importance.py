@@ -317,6 +317,7 @@ class ParameterImportance(nn.Module):
             anchor = whole(parameter.detach()).to(_exact(parameter), copy=True)
             self.register_buffer(_key(task, "anchor", name), anchor)
         self.register_buffer(f"{task}/samples", torch.zeros((), dtype=torch.int64, device=anchor.device))
+        self._measured = False
 
     def _keep(self, parameters: Mapping[str, nn.Parameter], sums: dict[str, Tensor], count: int) -> None:
         total = torch.tensor(count, device=next(iter(sums.values())).device)
@@ -334,6 +335,7 @@ class ParameterImportance(nn.Module):
                 mean = (old * before + sums[name]) / (before + new)
             self.register_buffer(key, mean)
         self.register_buffer(f"{task}/samples", total + before)
+        self._measured = True
         if not any(bool(value.any()) for value in self._named(task, "importance").values()):
             logger.warning("All importances are 0: the loss has no gradient there, and the penalty will be 0.")
 
@@ -351,7 +353,7 @@ class ParameterImportance(nn.Module):
                 )
 
     def _check_measured(self) -> None:
-        if not int(self._buffer("samples")):
+        if not self._measured:  # not the buffer: reading it would wait for the device at every step
             raise ValueError("The importance is not measured: call `accumulate(loss_fn, batches)` first.")
 
     def _buffer(self, kind: str) -> Tensor:
@@ -378,6 +380,8 @@ class ParameterImportance(nn.Module):
                 device = devices.get(_name(name.split("/", 2)[-1]), usual)
                 self.register_buffer(name, torch.empty_like(state_dict[prefix + name], device=device))
         super()._load_from_state_dict(state_dict, prefix, *others)
+        samples = self._buffer("samples")
+        self._measured = samples.is_meta or int(samples) > 0
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ParameterImportance":
         exact = dict(self._buffers)

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from restoreloss.regularizers.gradients import average_, gradients_of
 from restoreloss.sharding import is_sharded
 
 Losses = Tensor | Sequence[Tensor]
@@ -104,7 +105,7 @@ class GradientOrthogonality(nn.Module):
         sides = [_as_list(generation, "generation"), _as_list(reconstruction, "reconstruction")]
         if at is None:
             gradients = [
-                [_gradients(loss, self._parameters_shared, create_graph=True) for loss in side] for side in sides
+                [gradients_of(loss, self._parameters_shared, create_graph=True) for loss in side] for side in sides
             ]
         else:
             points = [_as_list(at[0], "at", scalar=False), _as_list(at[1], "at", scalar=False)]
@@ -178,13 +179,13 @@ class GradientOrthogonality(nn.Module):
         shared = self._parameters_shared
         known = {id(p) for p in shared}
         rest = [p for p in others if p.requires_grad and id(p) not in known]
-        of_generation = _gradients(generation, shared, retain_graph=True)  # the two graphs may share a part
+        of_generation = gradients_of(generation, shared, retain_graph=True)  # the two graphs may share a part
         weights = [weight] * len(shared) if isinstance(weight, int | float) else list(weight)
         if len(weights) != len(shared):
             raise ValueError(f"`weight` should be one, or {len(shared)}, found {len(weights)}.")
         of_generation = [w * gradient for w, gradient in zip(weights, of_generation, strict=True)]
-        of_both = _gradients(reconstruction, [*shared, *rest])
-        _average([*of_generation, *of_both])
+        of_both = gradients_of(reconstruction, [*shared, *rest])
+        average_([*of_generation, *of_both])
         of_reconstruction = of_both[: len(shared)]
         exact = torch.promote_types(shared[0].dtype, torch.float32)
         rows = [[gradient.to(exact) for gradient in side] for side in (of_generation, of_reconstruction)]
@@ -220,22 +221,13 @@ def _as_list(losses: Losses, name: str, *, scalar: bool = True) -> list[Tensor]:
     return found
 
 
-def _gradients(
-    loss: Tensor, tensors: Sequence[Tensor], *, create_graph: bool = False, retain_graph: bool = False
-) -> list[Tensor]:
-    return list(
-        torch.autograd.grad(
-            loss, tensors, create_graph=create_graph, retain_graph=create_graph or retain_graph, allow_unused=True,
-            materialize_grads=True,
-        )
-    )  # fmt: skip
-
-
 def _by_sample(losses: list[Tensor], tensors: list[Tensor]) -> list[list[Tensor]]:
     """The gradients of every sample, as micro-batches of one."""
     if len(losses) != len(tensors):
         raise ValueError(f"`at` should hold one tensor for each loss ({len(losses)}), found {len(tensors)}.")
-    gradients = [_gradients(loss, [tensor], create_graph=True)[0] for loss, tensor in zip(losses, tensors, strict=True)]
+    gradients = [
+        gradients_of(loss, [tensor], create_graph=True)[0] for loss, tensor in zip(losses, tensors, strict=True)
+    ]
     return [[sample] for gradient in gradients for sample in gradient]
 
 
@@ -298,11 +290,3 @@ def _check_twice(penalty: Tensor, parameters: Sequence[Tensor]) -> None:
             f"The network cannot be differentiated twice: {text.partition(chr(10))[0]} {way}, or use `project`, which "
             "needs no second derivative."
         ) from error
-
-
-def _average(gradients: Sequence[Tensor]) -> None:
-    """In place, over all processes."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for gradient in gradients:
-            torch.distributed.all_reduce(gradient)
-            gradient /= torch.distributed.get_world_size()

@@ -54,7 +54,7 @@ class Phase(Generic[Batch]):
     trains: Sequence[Trainable]
     objective: Callable[[Batch], Tensor | Mapping[str, Tensor]]
     optimizers: Optimizer | Sequence[Optimizer]
-    schedulers: LRScheduler | Sequence[LRScheduler] = ()
+    schedulers: LRScheduler | Sequence[LRScheduler] | None = ()
     frozen: Sequence[nn.Module] = ()
     modes: Mapping[nn.Module, Mode] = field(default_factory=dict)
     max_norm: float | None = None
@@ -357,4 +357,6 @@ def _unwrapped(optimizer: Any) -> Optimizer:
 
 
 def _listed(value: Any) -> list[Any]:
+    if value is None:  # Lightning's `lr_schedulers()`, where there is none
+        return []
     return list(value) if isinstance(value, Sequence) else [value]

@@ -1,0 +1,26 @@
+"""Gradients of single losses, and their mean over processes: what projections and aggregators begin with."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def gradients_of(
+    loss: Tensor, tensors: Sequence[Tensor], *, create_graph: bool = False, retain_graph: bool = False
+) -> list[Tensor]:
+    """The gradient of a loss with respect to each tensor, zeros where it does not depend on it."""
+    return list(
+        torch.autograd.grad(
+            loss, tensors, create_graph=create_graph, retain_graph=create_graph or retain_graph, allow_unused=True,
+            materialize_grads=True,
+        )
+    )  # fmt: skip
+
+
+def average_(gradients: Sequence[Tensor]) -> None:
+    """Replace each by its mean over all processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+            gradient /= torch.distributed.get_world_size()
