@@ -139,6 +139,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert alike(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.slow  # test_distributed.py has the full method
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     options = ["--steps=2", "--batch=4", "--patch=24", "--train_count=64", "--test_size=32", "--test_count=2"]
     options += ["--cpu=true", "--ema=0.5", "--pixel.distance=mse"]

@@ -249,7 +249,8 @@ def test_a_stopped_run_resumes_with_the_same_numbers(
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-@pytest.mark.parametrize("method", [pytest.param("replay", marks=pytest.mark.slow), "project"])
+@pytest.mark.slow  # test_distributed.py has the full method
+@pytest.mark.parametrize("method", ["replay", "project"])
 def test_two_processes_train_the_network_that_one_trains(method: str, tmp_path: Path, pretrained: Path) -> None:
     small = [f"--{name}={str(value).lower()}" for name, value in SMALL.items()]
     options = [*small, "--steps=2", f"--pretrained={pretrained}", f"--method={method}", "--replay_share=0.5"]

@@ -139,6 +139,7 @@ def test_a_stopped_run_resumes_with_the_same_numbers(
         assert all(torch.equal(value, other[name]) for name, value in load_file(file).items())
 
 
+@pytest.mark.slow  # test_distributed.py has the full method
 def test_two_processes_train_the_restorer_that_one_trains(tmp_path: Path, prepared: Path) -> None:
     small = [f"--{name}={str(value).lower()}" for name, value in SMALL.items()]
     # the reference's features alone: those of H follow its batch statistics, which are each process's own

@@ -13,7 +13,7 @@ from restoreloss import audit
 from restoreloss.integrations import options
 from restoreloss.integrations.options import criterion
 from tests.networks import tiny_unet
-from tests.objectives import images
+from tests.objectives import images, pointwise
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_defaults_are_those_of_the_losses(name):
 
 def test_a_generator_is_handed_on_also_through_a_sum_and_a_compiled_loss(prior):
     parts = {"pixel": {"type": "L1Loss"}, "diff": {"type": "DiffLoss", "prior": prior[1]}}
-    compiled = torch.compile(restoreloss.DiffLoss(prior[0]), backend="aot_eager")
+    compiled = torch.compile(restoreloss.DiffLoss(pointwise), backend="aot_eager")
     restored, target = (image.detach() for image in images())
     for loss in (
         criterion(parts["diff"]),

@@ -138,6 +138,7 @@ def test_a_finished_run_is_not_done_again(tmp_path: Path, prepared: dict[str, Pa
         run(tmp_path / "run", prepared, steps=5)
 
 
+@pytest.mark.slow  # test_distributed.py has the full method
 def test_two_processes_train_the_restorer_that_one_trains(tmp_path: Path) -> None:
     options = ["--steps=3", "--batch=4", "--train_count=20", "--test_count=8", "--method=no_tdp", "--cpu=true"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

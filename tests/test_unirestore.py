@@ -913,11 +913,8 @@ PROCESSES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("stage", "changes"),
-    [pytest.param(*run, marks=[pytest.mark.slow] if name != "stage2" else []) for name, run in PROCESSES.items()],
-    ids=PROCESSES,
-)
+@pytest.mark.slow  # test_distributed.py has the second stage
+@pytest.mark.parametrize(("stage", "changes"), PROCESSES.values(), ids=PROCESSES)
 def test_two_processes_train_the_model_that_one_trains(
     stage: str, changes: dict[str, Any], tmp_path: Path, folder: Path
 ) -> None:
