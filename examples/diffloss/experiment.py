@@ -1,4 +1,4 @@
-"""Which claims of DiffLoss hold where two cores can test them? All runs of docs/diffloss.md, "With the trainer".
+"""Which claims of DiffLoss hold where two cores can test them? All runs of docs/diffloss-recipe.md.
 
     python -m examples.diffloss.experiment gamma --out runs/diffloss       # Fig. 7: terms and weights
     python -m examples.diffloss.experiment constrain --out runs/diffloss   # Table 4: noise, x0-hat, x_{t-1}
