@@ -22,20 +22,11 @@ from restoreloss import (
 )
 from restoreloss.integrations.accelerate import prepare, project, register
 from restoreloss.integrations.processes import check_equal_batches
+from tests.networks import Classifier
 
 accelerate = pytest.importorskip("accelerate")  # pytest looks into this file for doctests
 
 BATCH, STEPS = 8, 3
-
-
-class Classifier(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.Tanh(), nn.Conv2d(6, 6, 3))
-        self.head = nn.Linear(6, 2)
-
-    def forward(self, images):
-        return self.head(self.features(images).mean(dim=(2, 3)))
 
 
 class Seen(nn.Module):

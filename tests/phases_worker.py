@@ -10,6 +10,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from restoreloss import Alternation, CQMix, Phase, TDPLoss
+from tests.networks import Classifier
 
 STEPS, BATCH, RANKS = 3, 8, 2
 MAX_NORM = 0.1  # less than the gradient of the restorer
@@ -19,16 +20,6 @@ CASES = {  # micro-batches, DDP's options
     "four micro-batches": (4, {"gradient_as_bucket_view": True}),
     "unused parameters": (2, {"find_unused_parameters": True}),
 }
-
-
-class Classifier(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.Tanh(), nn.Conv2d(6, 6, 3))
-        self.head = nn.Linear(6, 2)
-
-    def forward(self, images):
-        return self.head(self.features(images).mean(dim=(2, 3)))
 
 
 class Run:

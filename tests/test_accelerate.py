@@ -1,8 +1,6 @@
 """Under accelerate: does everything get the numbers of a plain loop, and does a restart go on with them?"""
 
 import copy
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from restoreloss import Alternation, DiffLoss, GradientOrthogonality, ParameterImportance, Phase, WeightedSum  # noqa: E402
 from restoreloss.integrations.accelerate import prepare, project, register  # noqa: E402
 from restoreloss.integrations.calls import CallCounts  # noqa: E402
+from tests.processes import launch  # noqa: E402
 
 from .accelerate_worker import Run, batches, phases_after, projected_after  # noqa: E402
 
@@ -63,12 +62,7 @@ def measured(network, strength=3.0):
 
 
 def test_two_processes_are_one_on_the_whole_batch(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    worker, out = str(ROOT / "tests" / "accelerate_worker.py"), str(tmp_path / "two")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker, out]
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = launch("tests/accelerate_worker.py", str(tmp_path / "two"), timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("unequal batches refused") == 2
     weights, resumed = phases_after(tmp_path / "one", 1)

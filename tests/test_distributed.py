@@ -18,17 +18,7 @@ from restoreloss import DenoisingLoss, DiffLoss, NoiseSchedule, Objective, Weigh
 from tests import distributed_recipes_worker as recipes
 from tests import fsdp_worker
 from tests.networks import tiny_unet
-
-ROOT = Path(__file__).parents[1]
-
-
-def launch(*command: str, cwd: Path = ROOT, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command],
-        cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-
+from tests.processes import ROOT, launch
 
 # the recipes
 

@@ -11,7 +11,6 @@ from torch import nn
 import restoreloss
 from restoreloss.integrations import forks
 from tests.frameworks import snippet
-from tests.networks import tiny_unet
 
 
 class L1Loss(nn.Module):
@@ -72,13 +71,6 @@ def nafnet(losses, train, preds, gt):
             log["l_style"] = l_style
     total.backward()
     return {name: value.mean().item() for name, value in log.items()}
-
-
-@pytest.fixture
-def prior(tmp_path):
-    network = tiny_unet()
-    network.save_pretrained(tmp_path / "prior")
-    return network, str(tmp_path / "prior")
 
 
 def images(count=1):

@@ -1,7 +1,6 @@
 """A real Trainer on the CPU: are its numbers those of a plain loop?"""
 
 import copy
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from restoreloss.integrations.lightning import (  # noqa: E402
     ObjectivesCallback,
     log_terms,
 )
+from tests.processes import launch  # noqa: E402
 
 from .lightning_worker import BATCH, STEPS, TaskDriven, data, measured, trainer, weights_after  # noqa: E402
 
@@ -327,12 +327,7 @@ def test_importance_is_charged_in_the_phase_of_its_network_only(tmp_path):
 
 
 def test_two_processes_are_one_on_the_whole_batch(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    worker, out = str(ROOT / "tests" / "lightning_worker.py"), str(tmp_path / "two")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker, out]
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = launch("tests/lightning_worker.py", str(tmp_path / "two"), timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("unequal batches refused") == 2
     one = weights_after(tmp_path, 1)

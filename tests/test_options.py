@@ -12,15 +12,7 @@ import restoreloss
 from restoreloss import audit
 from restoreloss.integrations import options
 from restoreloss.integrations.options import criterion
-from tests.networks import tiny_unet
 from tests.objectives import images, pointwise
-
-
-@pytest.fixture
-def prior(tmp_path):
-    network = tiny_unet()
-    network.save_pretrained(tmp_path / "prior")
-    return network, str(tmp_path / "prior")
 
 
 def test_diffloss_with_all_of_its_options(prior):

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import os
 import pickle
 import re
 import subprocess
@@ -29,6 +28,7 @@ from torchjd.autogram import Engine
 from torchjd.autojac import backward, jac_to_grad
 
 from restoreloss.integrations.torchjd import Projection, ProjectionWeighting, aggregate
+from tests.processes import launch
 
 ROOT = Path(__file__).parents[1]
 E2 = (0.0, 1.0)
@@ -247,11 +247,7 @@ def test_grad_scaler_skips_a_step_that_overflows() -> None:
 
 
 def test_two_processes_are_one_on_the_whole_batch() -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "tests/torchjd_worker.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
+    done = launch("tests/torchjd_worker.py", timeout=300)
     for name in ("Projection", "MGDA", "PCGrad", "GradDrop"):
         assert f"{name}: equal" in done.stdout, done.stderr[-3000:]
 

@@ -12,7 +12,6 @@ import yaml
 import restoreloss
 from restoreloss.integrations import trainner
 from tests.frameworks import checkout, import_losses, snippet
-from tests.networks import tiny_unet
 
 CROP = (2, 3, 24, 24)
 
@@ -64,13 +63,6 @@ def repository(tmp_path):
 def build_loss(repository, monkeypatch):
     trainner.FRAMEWORK.write(repository)
     return import_losses(repository, "traiNNer", monkeypatch).build_loss
-
-
-@pytest.fixture
-def prior(tmp_path):
-    network = tiny_unet()
-    network.save_pretrained(tmp_path / "prior")
-    return network, str(tmp_path / "prior")
 
 
 def images(seed=0):

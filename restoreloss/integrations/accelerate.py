@@ -14,7 +14,7 @@ from restoreloss._optional import require
 from restoreloss.integrations.calls import CallCounts
 from restoreloss.regularizers.orthogonality import GradientOrthogonality
 from restoreloss.sharding import is_sharded
-from restoreloss.training.phases import Alternation
+from restoreloss.training.phases import Alternation, listed
 
 
 def prepare(accelerator: Any, *objects: Any) -> Any:
@@ -149,17 +149,17 @@ class _Schedules:
     """What accelerate does not save of an Alternation: the schedulers of its phases."""
 
     def __init__(self, alternation: Alternation[Any]) -> None:
-        self.phases = {phase.name: _listed(phase.schedulers) for phase in alternation.phases}
+        self.phases = {phase.name: listed(phase.schedulers) for phase in alternation.phases}
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: [schedule.state_dict() for schedule in listed] for name, listed in self.phases.items()}
+        return {name: [schedule.state_dict() for schedule in each] for name, each in self.phases.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        expected, found = ({name: len(listed) for name, listed in each.items()} for each in (self.phases, state))
+        expected, found = ({name: len(each) for name, each in phases.items()} for phases in (self.phases, state))
         if expected != found:
             raise ValueError(f"The checkpoint should be of phases with schedulers {expected}, found {found}.")
-        for name, listed in self.phases.items():
-            for schedule, values in zip(listed, state[name], strict=True):
+        for name, schedules in self.phases.items():
+            for schedule, values in zip(schedules, state[name], strict=True):
                 schedule.load_state_dict(values)
 
 
@@ -194,16 +194,12 @@ class _Named:
 def _check_prepared(name: str, alternation: Alternation[Any]) -> None:
     prepared = require("accelerate.optimizer", purpose="register", install='"restoreloss[integrations]"')
     for phase in alternation.phases:
-        for optimizer in _listed(phase.optimizers):
+        for optimizer in listed(phase.optimizers):
             if not isinstance(optimizer, prepared.AcceleratedOptimizer):
                 raise ValueError(
                     f"The optimizers of {name!r} should be prepared, which saves them, found "
                     f"{type(optimizer).__name__} in phase {phase.name!r}."
                 )
-
-
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, Sequence) else [value]
 
 
 def _check(accelerator: Any) -> None:

@@ -66,7 +66,7 @@ class Phase(Generic[Batch]):
             if not isinstance(given, Sequence) or not all(isinstance(item, kinds) for item in given):
                 found = [type(item).__name__ for item in given] if isinstance(given, Sequence) else type(given).__name__
                 raise ValueError(f"`{name}` of phase {self.name!r} should be a list of networks, found {found}.")
-        for optimizer in _listed(self.optimizers):
+        for optimizer in listed(self.optimizers):
             if not hasattr(optimizer, "param_groups"):
                 found = type(optimizer).__name__
                 raise ValueError(f"`optimizers` of phase {self.name!r} should be optimizers, found {found}.")
@@ -206,8 +206,8 @@ class Alternation(Generic[Batch]):
         """The state of all optimizers, schedulers and the scaler; the networks are yours to save."""
         state: dict[str, Any] = {
             phase.name: {
-                "optimizers": [optimizer.state_dict() for optimizer in _listed(phase.optimizers)],
-                "schedulers": [scheduler.state_dict() for scheduler in _listed(phase.schedulers)],
+                "optimizers": [optimizer.state_dict() for optimizer in listed(phase.optimizers)],
+                "schedulers": [scheduler.state_dict() for scheduler in listed(phase.schedulers)],
             }
             for phase in self.phases
         }
@@ -225,14 +225,14 @@ class Alternation(Generic[Batch]):
             )
         for phase in self.phases:
             saved = state["phases"][phase.name]
-            for key, parts in (("optimizers", _listed(phase.optimizers)), ("schedulers", _listed(phase.schedulers))):
+            for key, parts in (("optimizers", listed(phase.optimizers)), ("schedulers", listed(phase.schedulers))):
                 for part, values in zip(parts, saved[key], strict=True):
                     part.load_state_dict(values)
         if self._scaler is not None and state["scaler"] is not None:
             self._scaler.load_state_dict(state["scaler"])
 
     def _run(self, phase: Phase[Batch], micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
-        optimizers = _listed(phase.optimizers)
+        optimizers = listed(phase.optimizers)
         for optimizer in optimizers:
             optimizer.zero_grad()
         logs: dict[str, Tensor] = {}
@@ -262,7 +262,7 @@ class Alternation(Generic[Batch]):
                 self._scaler.step(_unwrapped(optimizer))
         if self._scaler is not None:
             self._scaler.update()
-        for scheduler in _listed(phase.schedulers):
+        for scheduler in listed(phase.schedulers):
             scheduler.step()
         for optimizer in optimizers:
             optimizer.zero_grad()  # the next phase needs the memory, not these gradients
@@ -287,7 +287,7 @@ class Alternation(Generic[Batch]):
     def _clip(self, phase: Phase[Batch], max_norm: float) -> Tensor:
         parameters = [p for p in _parameters(phase.trains) if p.requires_grad]
         if self._scaler is not None:
-            for optimizer in _listed(phase.optimizers):
+            for optimizer in listed(phase.optimizers):
                 self._scaler.unscale_(_unwrapped(optimizer))
         elif self._accelerator is not None:
             return whole(self._accelerator.clip_grad_norm_(parameters, max_norm))
@@ -313,11 +313,9 @@ def _check(phase: Phase[Any]) -> None:
         raise ValueError(
             f"`modes` of phase {phase.name!r} should be 'train' or 'eval', found {[*phase.modes.values()]}."
         )
-    if not _listed(phase.optimizers):
+    if not listed(phase.optimizers):
         raise ValueError(f"`optimizers` of phase {phase.name!r} should be at least one, found none.")
-    stepped = {
-        p for optimizer in _listed(phase.optimizers) for group in optimizer.param_groups for p in group["params"]
-    }
+    stepped = {p for optimizer in listed(phase.optimizers) for group in optimizer.param_groups for p in group["params"]}
     trained = set(_parameters(phase.trains))
     if stepped - trained:
         raise ValueError(
@@ -356,7 +354,8 @@ def _unwrapped(optimizer: Any) -> Optimizer:
     return inner
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """One or several, as a list."""
     if value is None:  # Lightning's `lr_schedulers()`, where there is none
         return []
     return list(value) if isinstance(value, Sequence) else [value]
