@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from restoreloss._optional import require
+from restoreloss.checks import check_choice
 from restoreloss.diffusion.denoisers import as_denoiser
 from restoreloss.diffusion.partial import standard_normal
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.frozen import frozen
 from restoreloss.images import check_pair, check_range, into_range
-from restoreloss.objectives.distances import Distance, check_choice, distance_per_sample
+from restoreloss.objectives.distances import Distance, distance_per_sample
 
 logger = logging.getLogger(__name__)
 

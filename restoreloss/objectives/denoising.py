@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from restoreloss.checks import check_choice
 from restoreloss.diffusion.denoisers import Denoiser, prediction_in
 from restoreloss.diffusion.levels import NoiseLevels
 from restoreloss.diffusion.partial import Generators, check_generators, standard_normal
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.images import check_pair, check_range, into_range
 from restoreloss.objectives.base import total
-from restoreloss.objectives.distances import Distance, Reduction, check_choice, distance_per_sample, reduce_samples
+from restoreloss.objectives.distances import Distance, Reduction, distance_per_sample, reduce_samples
 from restoreloss.objectives.sampling import integers
 
 

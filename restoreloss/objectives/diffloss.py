@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from restoreloss.checks import check_choice
 from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_denoiser, as_schedule
 from restoreloss.diffusion.latents import LatentEncoder, LatentPrior
 from restoreloss.diffusion.partial import Generators, check_generators, standard_normal
@@ -20,13 +21,7 @@ from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.images import check_pair, check_range, to_unit_range, warn_if_out_of_range
 from restoreloss.objectives.base import Objective, total
-from restoreloss.objectives.distances import (
-    Distance,
-    Reduction,
-    check_choice,
-    distance_per_sample,
-    reduce_samples,
-)
+from restoreloss.objectives.distances import Distance, Reduction, distance_per_sample, reduce_samples
 from restoreloss.objectives.sampling import (
     Tiles,
     check_every,

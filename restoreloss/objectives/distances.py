@@ -1,6 +1,6 @@
 """How far are two predictions apart, one number for each sample?"""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -47,9 +47,3 @@ def reduce_samples(values: Tensor, reduction: Reduction) -> Tensor:
     if reduction == "none":
         return values
     return values.mean() if reduction == "mean" else values.sum()
-
-
-def check_choice(name: str, value: str, choices: object) -> None:
-    """Raise ``ValueError`` unless ``value`` is one of a ``Literal``'s."""
-    if value not in get_args(choices):
-        raise ValueError(f"`{name}` should be one of {get_args(choices)}, found {value!r}.")

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from restoreloss.checks import check_choice
 from restoreloss.features import FeatureExtractor, Images, Normalize, normalizes_itself
 from restoreloss.frozen import FrozenNetwork, bare, frozen
 from restoreloss.images import check_pair, warn_if_out_of_range
 from restoreloss.objectives.base import Objective, total
-from restoreloss.objectives.distances import Distance, Reduction, check_choice, distance_per_sample, reduce_samples
+from restoreloss.objectives.distances import Distance, Reduction, distance_per_sample, reduce_samples
 
 
 class TDPLoss(Objective):

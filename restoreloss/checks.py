@@ -1,0 +1,64 @@
+"""Checks of arguments that all modules share: numbers, whole numbers, choices, and how a message describes a value."""
+
+import math
+from numbers import Real
+from operator import index
+from typing import Any, get_args
+
+from torch import Tensor, nn
+
+
+def describe(value: Any) -> str:
+    """What an error message says was found: the value where it is short, else what kind of thing it is."""
+    if isinstance(value, type):
+        return f"the class {value.__name__} (an instance is needed)"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+    if type(value).__name__ == "ndarray":
+        return f"a numpy array of shape {value.shape} (torch.from_numpy makes a tensor of it)"
+    if isinstance(value, nn.Module):
+        return f"a {type(value).__name__}"
+    if value is None or isinstance(value, str | Real):
+        return repr(value)
+    if callable(value) and hasattr(value, "__name__"):
+        return f"the function {value.__name__} (is the call missing?)"
+    return type(value).__name__
+
+
+def check_number(
+    name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, above: bool = False
+) -> float:
+    """The value as a float, or ``ValueError`` unless it is a finite number within [low, high].
+
+    Args:
+        name: of the argument.
+        value: text is no number (YAML reads 1e-3 as text), and neither is a bool.
+        low: the least that is allowed.
+        high: the most that is allowed.
+        above: exclude ``low`` itself.
+    """
+    fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if fits and low <= value <= high and not (above and value == low):
+        return float(value)
+    least = "" if low == -math.inf else f" {'above' if above else 'of at least'} {low:g}"
+    most = "" if high == math.inf else f"{' and' if least else ' of'} at most {high:g}"
+    hint = " (YAML reads 1e-3 as text, and 1.0e-3 as a number)" if isinstance(value, str) else ""
+    raise ValueError(f"`{name}` should be a finite number{least}{most}, found {describe(value)}{hint}.")
+
+
+def check_whole(name: str, value: Any, *, low: int = 1, high: float = math.inf) -> int:
+    """The value as an int, or ``ValueError`` unless it is a whole number within [low, high]."""
+    try:
+        number = index(value)
+        if not isinstance(value, bool) and low <= number <= high:
+            return number
+    except TypeError:
+        pass
+    most = "" if high == math.inf else f" and at most {high:g}"
+    raise ValueError(f"`{name}` should be a whole number of at least {low}{most}, found {describe(value)}.")
+
+
+def check_choice(name: str, value: Any, choices: object) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of a ``Literal``'s."""
+    if value not in get_args(choices):
+        raise ValueError(f"`{name}` should be one of {get_args(choices)}, found {value!r}.")
