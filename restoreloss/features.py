@@ -1,4 +1,4 @@
-"""What does a network see in an image, layer by layer?
+"""FeatureExtractor: the outputs of named layers of a network that is borrowed.
 
 The network is borrowed, not owned: it is neither copied nor registered nor changed. It runs up to the deepest layer
 that is asked for and no further.
@@ -8,20 +8,18 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
+from restoreloss.checks import describe
+from restoreloss.default_layers import default_layers
 from restoreloss.frozen import bare
+from restoreloss.half_precision import enter, leave
 from restoreloss.images import check_range
-
-Images: TypeAlias = Tensor | Sequence[Tensor]
-"""Float (N, C, H, W), or a list of (C, H, W) for networks that take lists (torchvision's detectors)."""
-Normalize: TypeAlias = Any
-"""How images in [0, 1] are normalised for the network; see :class:`FeatureExtractor`."""
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+from restoreloss.normalization import Images, Normalize, Statistics, normalization
 
 
 class FeatureExtractor:
@@ -29,18 +27,21 @@ class FeatureExtractor:
 
     Args:
         network: any module. Wrappers of DDP, DataParallel and ``torch.compile`` are looked through.
-        layers: names as in ``network.named_modules()``; "" is the network itself. Of a layer that returns a mapping,
-            list or tuple (a feature pyramid), "backbone" stands for all its tensors and "backbone/0" for one. Default:
-            :func:`default_layers`. A layer that runs more than once in a pass is seen at its first run.
-        normalize: "imagenet" | "model" (what a timm model states in its ``pretrained_cfg``) | torchvision weights
-            (``ResNet18_Weights.DEFAULT``) | ((mean, ...), (std, ...)) | None. A torchvision detector normalises its own
-            input: with "imagenet" or "model" it is left to.
+        layers: a name or several, as in ``network.named_modules()``; "" is the network itself. Of a layer that returns
+            a mapping, list or tuple (a feature pyramid), "backbone" stands for all its tensors and "backbone/0" for
+            one. Default: :func:`~restoreloss.default_layers.default_layers`. A layer that runs more than once in a pass
+            is seen at its first run.
+        normalize: "auto" (what the network states: a timm model in its ``pretrained_cfg``; else ImageNet's) |
+            "imagenet" | "model" (what the network states, or an error) | torchvision weights
+            (``ResNet18_Weights.DEFAULT``) | ((mean, ...), (std, ...)) | a callable, from images in [0, 1] to the
+            network's input, of which a tuple is its positional arguments | None. A torchvision detector normalizes its
+            own input: with a name it is left to.
         input_range: what the caller's images span.
 
     Raises:
         ValueError: At construction for a layer that the network does not have, naming those that come near, and for a
-            normalisation that cannot be told. At a call for images that do not fit, a layer that did not run, and one
-            that returned no tensor.
+            normalization that cannot be told. At a call for images that do not fit, a layer that did not run, one that
+            returned no tensor, and one that returned the network's own input among others.
 
     Example:
         >>> from torchvision.models import resnet18
@@ -49,21 +50,23 @@ class FeatureExtractor:
         {'layer3': (2, 256, 4, 4), 'layer4': (2, 512, 2, 2)}
 
     The network runs as it is found: in its mode, with its gradients. Use :func:`restoreloss.frozen` around a call to
-    keep it at rest. The pass itself is never compiled: hooks added later would be ignored by a compiled network.
+    keep it at rest. Features of a frozen network in float16 are returned in float32, so that their gradients do not
+    underflow. The pass itself is never compiled: hooks added later would be ignored by a compiled network.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        layers: Sequence[str] | None = None,
+        layers: str | Sequence[str] | None = None,
         *,
-        normalize: Normalize = "imagenet",
+        normalize: Normalize = "auto",
         input_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         if not isinstance(network, nn.Module):
-            raise ValueError(f"The network should be an nn.Module, found {type(network).__name__}.")
-        if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers or ()):
-            raise ValueError(f"`layers` should be a list of names, found {layers!r}.")
+            raise ValueError(f"`network` should be an nn.Module, found {describe(network)}.")
+        layers = [layers] if isinstance(layers, str) else layers
+        if layers is not None and not (isinstance(layers, Sequence) and all(isinstance(one, str) for one in layers)):
+            raise ValueError(f"`layers` should be a name or a list of names, found {layers!r}.")
         self.network = network
         self.layers = tuple(default_layers(bare(network)) if layers is None else layers)
         if not self.layers:
@@ -73,7 +76,7 @@ class FeatureExtractor:
         if twice:
             raise ValueError(f"`layers` should name every tensor once, found {twice} twice.")
         self.input_range = check_range(input_range)
-        self._statistics = _statistics(bare(network), normalize)
+        self._normalization = normalization(bare(network), normalize)
         self._paths = _group_by_module(bare(network), self.layers)
         self._overwritten: set[str] = set()
         self._looking = False
@@ -86,6 +89,7 @@ class FeatureExtractor:
         Args:
             images: float (N, C, H, W) in ``input_range``, or a list of (C, H, W) for networks that take lists.
         """
+        _check_images(images)
         if self._memo is None:
             return self._run(images)
         parts = (images,) if isinstance(images, Tensor) else tuple(images)
@@ -93,7 +97,7 @@ class FeatureExtractor:
             return self._run(images)
         key = self._key(parts)
         if key not in self._memo:
-            self._memo[key] = (parts, self._run(images))  # holding the images keeps their id theirs
+            self._memo[key] = (parts, self._run(images))  # keep a reference so that id() stays unique
         return self._memo[key][1]
 
     @contextmanager
@@ -158,7 +162,7 @@ class FeatureExtractor:
 
     def _run(self, images: Images) -> dict[str, Tensor]:
         network = bare(self.network)
-        prepared = self._prepare(images, network)
+        arguments, door = self._prepare(images, network)
         outputs: dict[str, Any] = {}
         versions: dict[str, list[int]] = {}
 
@@ -183,13 +187,27 @@ class FeatureExtractor:
             stack.enter_context(suppress(_Reached))
             stack.callback(setattr, self, "_looking", self._looking)
             self._looking = True
-            network(prepared)
+            network(*arguments)
         self._check_ran(outputs)
+        self._check_not_the_input(outputs, arguments)
         changed = {path for path in outputs if versions[path] != [_version(v) for v in outputs[path].values()]}
         if changed:  # by an in-place layer that follows, like VGG's ReLU: keep a copy, from now on
             self._overwritten |= changed
             return self._run(images)
-        return self._chosen(outputs)
+        chosen = self._chosen(outputs)
+        return dict(zip(chosen, leave(door, *chosen.values()), strict=True))
+
+    def _check_not_the_input(self, outputs: dict[str, dict[str, Tensor]], arguments: Sequence[Any]) -> None:
+        """A loss on a container that holds the input is, by a part, a pixel loss; one that is named alone is meant."""
+        inputs = {id(part) for part in arguments if isinstance(part, Tensor)}
+        for layer in self.layers:
+            own = [name for name, value in outputs.get(layer, {}).items() if name != layer and id(value) in inputs]
+            if own:
+                others = [name for name in outputs[layer] if name not in own]
+                raise ValueError(
+                    f"`layers` should name the tensors of {layer!r} one by one, as {own[0]!r} is the network's input "
+                    f"itself: choose from {others}."
+                )
 
     def _check_ran(self, outputs: dict[str, Any]) -> None:
         silent = [path for path in self._paths if path not in outputs]
@@ -212,76 +230,60 @@ class FeatureExtractor:
             )
         return chosen
 
-    def _prepare(self, images: Images, network: nn.Module) -> Any:
-        """The images as the network wants them: in [0, 1], normalised, in its dtype."""
-        if not isinstance(images, Tensor):
-            return [self._prepare(image[None], network)[0] for image in images]
-        if images.ndim != 4 or not images.is_floating_point():
-            raise ValueError(
-                f"The images should be float (N, C, H, W), or a list of (C, H, W), found {images.dtype} of "
-                f"{tuple(images.shape)}."
-            )
-        weight = next((p for p in network.parameters() if p.is_floating_point()), images)
-        if weight.device != images.device:
-            raise ValueError(f"The images should be on the network's device {weight.device}, found {images.device}.")
-        images = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
+    def _prepare(self, images: Images, network: nn.Module) -> tuple[tuple[Any, ...], Tensor | None]:
+        """The arguments of the network: images in [0, 1], normalized, in its dtype; and the door of half precision."""
+        parts = [images] if isinstance(images, Tensor) else images
+        weight = next((p for p in network.parameters() if p.is_floating_point()), parts[0])
+        for part in parts:
+            if weight.device != part.device:
+                raise ValueError(f"The images should be on the network's device {weight.device}, found {part.device}.")
+        unit = [self._unit(part) for part in parts]
+        if callable(self._normalization):
+            found = self._normalization(unit[0] if isinstance(images, Tensor) else unit)
+            arguments = found if isinstance(found, tuple) else (found,)
+        else:
+            normalized = [self._normalized(part, self._normalization) for part in unit]
+            arguments = (normalized[0] if isinstance(images, Tensor) else normalized,)
+        floating = [part for part in tree_leaves(arguments) if isinstance(part, Tensor) and part.is_floating_point()]
+        casts, door = enter(floating, weight.dtype, network)
+        rest = iter(casts)
+        return tree_map(
+            lambda part: next(rest) if isinstance(part, Tensor) and part.is_floating_point() else part, arguments
+        ), door
+
+    def _unit(self, image: Tensor) -> Tensor:
+        """In [0, 1], in float32 or higher."""
+        image = image.float() if image.dtype in (torch.float16, torch.bfloat16) else image
         low, high = self.input_range
-        if (low, high) != (0.0, 1.0):
-            images = (images - low) / (high - low)
-        if self._statistics is not None:
-            mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in self._statistics)
-            if images.shape[1] != mean.shape[1]:
-                raise ValueError(
-                    f"The images should have {mean.shape[1]} channels, as many as the normalisation, found "
-                    f"{images.shape[1]}."
-                )
-            images = (images - mean) / std
-        return images.to(weight.dtype)
+        return image if (low, high) == (0.0, 1.0) else (image - low) / (high - low)
+
+    @staticmethod
+    def _normalized(image: Tensor, statistics: Statistics | None) -> Tensor:
+        if statistics is None:
+            return image
+        # (N, C, H, W) or (C, H, W)
+        mean, std = (image.new_tensor(values).view(-1, 1, 1) for values in statistics)
+        if image.shape[-3] != len(mean):
+            grey = "; of grey ones `images.expand(-1, 3, -1, -1)` makes three" if image.shape[-3] == 1 else ""
+            last = "; are the channels last?" if image.shape[-1] == len(mean) else ""
+            raise ValueError(
+                f"The images should have {len(mean)} channels, as many as the normalization, found "
+                f"{image.shape[-3]}{grey}{last}; give `normalize` if the network reads others."
+            )
+        return (image - mean) / std
 
 
-def default_layers(network: nn.Module) -> tuple[str, ...]:
-    """The last spatial features before the head: what a task is decided on.
-
-    ===================================== =======================================
-    torchvision and timm classifiers      the last stage before pooling ("layer4")
-    torchvision DeepLabV3, FCN, LRASPP    the backbone's deepest output
-    torchvision detectors                 the backbone's maps, "pool" excepted
-    transformers                          the last hidden state below the head; of DETR, of its encoder
-    ===================================== =======================================
-
-    Raises:
-        ValueError: For any other network.
-    """
-    children = dict(network.named_children())
-    if "backbone" in children:
-        backbone = children["backbone"]
-        pyramid = getattr(getattr(backbone, "fpn", None), "inner_blocks", None)
-        if isinstance(pyramid, nn.ModuleList):
-            return tuple(f"backbone/{level}" for level in range(len(pyramid)))
-        names = getattr(backbone, "return_layers", None)  # torchvision's IntermediateLayerGetter
-        if names is not None:
-            return (f"backbone/{'out' if 'out' in names.values() else list(names.values())[-1]}",)
-        return ("backbone",)
-    stages = getattr(network, "feature_info", None)  # timm
-    if stages and hasattr(network, "pretrained_cfg"):
-        return (stages[-1]["module"],)
-    below = getattr(network, "base_model_prefix", "")  # transformers
-    if below in children:
-        parts = dict(children[below].named_children())
-        return (f"{below}.encoder/last_hidden_state" if "decoder" in parts else f"{below}/last_hidden_state",)
-    for name in _LAST_STAGES:
-        if name in children:
-            return (name,)
-    raise ValueError(
-        f"`layers` should name the layers of {type(network).__name__}, which has no known default; its children are "
-        f"{list(children)}."
-    )
-
-
-# torchvision's names of the last stage before pooling, the telling ones first
-_LAST_STAGES = (
-    "layer4", "trunk_output", "Mixed_7c", "inception5b", "conv5", "features", "encoder", "blocks", "layers",
-)  # fmt: skip
+def _check_images(images: Any) -> None:
+    """Raise ``ValueError`` unless these are float (N, C, H, W), or a list of (C, H, W)."""
+    several = isinstance(images, list | tuple)
+    for image in images if several else [images]:
+        if not isinstance(image, Tensor) or image.ndim != (3 if several else 4) or not image.is_floating_point():
+            raise ValueError(
+                f"The images should be float (N, C, H, W), or a list of (C, H, W), found {describe(image)}"
+                f"{' in a list' if several else ''}."
+            )
+    if several and not images:
+        raise ValueError("The images should be at least one, found an empty list.")
 
 
 class _Reached(Exception):
@@ -335,46 +337,3 @@ def _group_by_module(network: nn.Module, layers: Sequence[str]) -> tuple[str, ..
                 f"{', '.join(map(repr, candidates))} and more in `named_modules()`."
             )
     return tuple(paths)
-
-
-def normalizes_itself(network: nn.Module) -> bool:
-    """Whether this is a detector of torchvision."""
-    return hasattr(getattr(network, "transform", None), "image_mean")
-
-
-def _statistics(network: nn.Module, normalize: Normalize) -> tuple[Sequence[float], Sequence[float]] | None:
-    """(mean, std) of images in [0, 1], or None."""
-    by_itself = normalizes_itself(network)
-    named = normalize if isinstance(normalize, str) else None
-    if normalize is None or (by_itself and named in ("imagenet", "model")):
-        return None
-    if named == "imagenet":
-        return IMAGENET
-    if named == "model":
-        config = getattr(network, "pretrained_cfg", None) or {}
-        if "mean" not in config or "std" not in config:
-            raise ValueError(
-                f"`normalize` should be 'imagenet', (mean, std) or torchvision weights for {type(network).__name__}, "
-                "which does not state its own; found 'model'."
-            )
-        return config["mean"], config["std"]
-    if by_itself:
-        raise ValueError(
-            f"`normalize` should be None for {type(network).__name__}, whose `transform` normalises, found "
-            f"{normalize!r}."
-        )
-    if hasattr(normalize, "transforms") and not isinstance(normalize, type):  # torchvision weights
-        preset = normalize.transforms()
-        if not hasattr(preset, "mean"):
-            raise ValueError(f"`normalize` should be weights that state their mean and std, found {normalize}.")
-        return preset.mean, preset.std
-    try:
-        mean, std = (tuple(float(value) for value in values) for values in normalize)
-    except (TypeError, ValueError):
-        raise ValueError(
-            "`normalize` should be 'imagenet', 'model', None, torchvision weights or ((mean, ...), (std, ...)), found "
-            f"{normalize!r}."
-        ) from None
-    if len(mean) != len(std) or not all(value > 0 for value in std):
-        raise ValueError(f"`normalize` should have as many positive std as mean, found {normalize!r}.")
-    return mean, std

@@ -1,17 +1,65 @@
-"""How is a network kept from being trained by accident?
+"""Networks kept from being trained by accident: frozen for good by a loss, or for the length of a ``with`` block.
 
-Two answers, for two owners. A :class:`FrozenNetwork` belongs to a loss: it is frozen for good and hidden from whoever
-owns the loss. A network that somebody else is training is only borrowed: :func:`frozen` freezes it for the length of a
-``with`` block and puts everything back.
+A :class:`FrozenNetwork` belongs to a loss: it is frozen for good and hidden from whoever owns the loss. A network that
+somebody else is training is only borrowed: :func:`frozen` freezes it for a while and puts everything back.
+
+At rest a network is in eval mode, with one exception: an RNN stays in train mode without dropout, which computes the
+same, because cuDNN cannot run backward through an RNN in eval mode.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import gc
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import nn
+from torch.optim import Optimizer
+
+from restoreloss.checks import describe
 
 Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass
+class _Condition:
+    """What freezing changes, as it was before."""
+
+    modes: dict[nn.Module, bool]
+    flags: dict[nn.Parameter, bool]
+    dropouts: dict[nn.RNNBase, float]
+
+    @classmethod
+    def of(cls, *networks: nn.Module) -> "_Condition":
+        modules = [module for network in networks for module in network.modules()]
+        return cls(
+            {module: module.training for module in modules},
+            {parameter: parameter.requires_grad for network in networks for parameter in network.parameters()},
+            {module: module.dropout for module in modules if isinstance(module, nn.RNNBase)},
+        )
+
+    def restore(self) -> None:
+        for module, mode in self.modes.items():
+            module.training = mode
+        for parameter, flag in self.flags.items():
+            parameter.requires_grad_(flag)
+        for module, dropout in self.dropouts.items():
+            module.dropout = dropout
+
+
+def _rest(network: nn.Module) -> None:
+    """Put a network to rest where it is not."""
+    modules = list(network.modules())
+    rnns = [module for module in modules if isinstance(module, nn.RNNBase)]
+    if any(module.training for module in modules if module not in rnns):
+        network.eval()
+    for rnn in rnns:
+        rnn.training, rnn.dropout = True, 0.0
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
 
 
 class FrozenNetwork(nn.Module, Generic[Network]):
@@ -37,21 +85,14 @@ class FrozenNetwork(nn.Module, Generic[Network]):
         super().__init__()
         # nn.Module registers the modules it is given as attributes, but does not look into a tuple
         self._held = (network,)
-        self._lock()
+        self._before: _Condition | None = _Condition.of(network)
+        _rest(network)
 
     @property
     def network(self) -> Network:
-        """The network, in eval mode and without gradients, whatever was done to it since the last use."""
-        self._lock()
+        """The network, at rest and without gradients, whatever was done to it since the last use."""
+        _rest(self._held[0])
         return self._held[0]
-
-    def _lock(self) -> None:
-        network = self._held[0]
-        if any(module.training for module in network.modules()):
-            network.eval()
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenNetwork[Network]":
         self._held[0]._apply(fn, recurse)
@@ -62,6 +103,29 @@ class FrozenNetwork(nn.Module, Generic[Network]):
         """What ``repr`` shows."""
         count = sum(parameter.numel() for parameter in self._held[0].parameters())
         return f"{type(self._held[0]).__name__}, {count:,} parameters, hidden"
+
+
+def serving(*held: FrozenNetwork[Any]) -> AbstractContextManager[None]:
+    """A block in which frozen networks serve their owner; if their first use raises, they are given back as found.
+
+    What was handed over may be another network than was meant, and should not stay frozen for that.
+    """
+    if torch.compiler.is_compiling() or all(one._before is None for one in held):
+        return nullcontext()
+    return _first_use(held)
+
+
+@contextmanager
+def _first_use(held: Sequence[FrozenNetwork[Any]]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for one in held:
+            if one._before is not None:
+                one._before.restore()
+        raise
+    for one in held:
+        one._before = None
 
 
 def bare(network: nn.Module) -> nn.Module:
@@ -94,17 +158,41 @@ def frozen(*networks: nn.Module) -> Iterator[None]:
     """
     for network in networks:
         if not isinstance(network, nn.Module):
-            raise ValueError(f"`networks` should be modules, one argument each, found {type(network).__name__}.")
-    modes = {module: module.training for network in networks for module in network.modules()}
-    flags = {parameter: parameter.requires_grad for network in networks for parameter in network.parameters()}
+            raise ValueError(f"`networks` should be modules, one argument each, found {describe(network)}.")
+    before = _Condition.of(*networks)
     try:
         for network in networks:
-            network.eval()
-        for parameter in flags:
-            parameter.requires_grad_(False)
+            _rest(network)
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+        before.restore()
+
+
+def warn_if_trained(network: nn.Module, name: str) -> None:
+    """Warn where a network that is about to be frozen for good seems to be in training, as far as that can be known.
+
+    Its parameters hold gradients, or an optimizer that still exists holds them.
+
+    Args:
+        network: what will be frozen.
+        name: of the argument that it was given as.
+    """
+    trained = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
+    if not trained:
+        return
+    reason = None
+    if any(parameter.grad is not None for parameter in network.parameters()):
+        reason = "its parameters hold gradients"
+    else:
+        # by the exact type, as isinstance would wake up lazy objects
+        optimizers = [thing for thing in gc.get_objects() if issubclass(type(thing), Optimizer)]
+        holders = [o for o in optimizers if any(id(p) in trained for group in o.param_groups for p in group["params"])]
+        if holders:
+            reason = f"an optimizer ({type(holders[0]).__name__}) holds its parameters"
+    if reason:
+        warnings.warn(
+            f"`{name}` ({type(network).__name__}) is frozen from now on, and {reason}: is it the network that you "
+            f"train, and were two arguments exchanged? If it has been trained and is to rest, `{name}.requires_grad_("
+            "False)` beforehand says so.",
+            stacklevel=4,
+        )

@@ -1,32 +1,28 @@
-"""Are these two batches of images fit to be compared, and how do they reach the range of a network?"""
+"""Checks of image batches (shape, dtype, device, range) and maps between ranges."""
 
 import math
 import warnings
+from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
+
+from restoreloss.checks import describe
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
 def check_pair(restored: Tensor, target: Tensor, *, names: tuple[str, str] = ("restored", "target")) -> None:
-    """Raise ``ValueError`` unless both are float (N, C, H, W) of one shape and device, and not empty.
+    """Raise ``ValueError`` unless both are float (N, C, H, W) of one shape and device, not empty and not exchanged.
 
-    Half and single precision may meet (under autocast the network's output is half); float64 meets float64 only.
+    Half and single precision may meet (under autocast the network's output is half); float64 meets float64 only. With
+    gradients enabled, a target that requires one beside a restored image that does not means that the two arguments
+    were exchanged: the loss would train nothing.
     """
     one, other = names
     for name, image in ((one, restored), (other, target)):
-        if not isinstance(image, Tensor):
-            raise ValueError(f"`{name}` should be a tensor, found {type(image).__name__}.")
-        if image.ndim != 4:
-            raise ValueError(f"`{name}` should have shape (N, C, H, W), found {tuple(image.shape)}.")
-        if not image.is_floating_point():
-            raise ValueError(
-                f"`{name}` should be floating point, found {image.dtype}: convert it with `.float()`, and divide by "
-                "255 or say `input_range=(0, 255)`."
-            )
-        if image.numel() == 0:
-            raise ValueError(f"`{name}` should hold at least one image and one pixel, found {tuple(image.shape)}.")
+        check_images(name, image)
     if restored.shape != target.shape:
         raise ValueError(
             f"`{other}` should have the shape of `{one}` {tuple(restored.shape)}, found {tuple(target.shape)}."
@@ -35,14 +31,34 @@ def check_pair(restored: Tensor, target: Tensor, *, names: tuple[str, str] = ("r
         raise ValueError(f"`{other}` should be on the device of `{one}` {restored.device}, found {target.device}.")
     if restored.dtype != target.dtype and torch.float64 in (restored.dtype, target.dtype):
         raise ValueError(f"`{other}` should have the dtype of `{one}` {restored.dtype}, found {target.dtype}.")
+    if target.requires_grad and not restored.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"`{one}` should require a gradient where `{other}` does, found the opposite: were the two exchanged? "
+            f"`{one}` comes first. Detach `{other}` if this is meant, or evaluate under torch.no_grad()."
+        )
+
+
+def check_images(name: str, images: Tensor) -> None:
+    """Raise ``ValueError`` unless ``images`` is a float tensor (N, C, H, W) with at least one pixel."""
+    if not isinstance(images, Tensor):
+        raise ValueError(f"`{name}` should be a tensor, found {describe(images)}.")
+    if images.ndim != 4:
+        raise ValueError(f"`{name}` should have shape (N, C, H, W), found {tuple(images.shape)}.")
+    if not images.is_floating_point():
+        raise ValueError(
+            f"`{name}` should be floating point, found {images.dtype}: convert it with `.float()`, and divide by "
+            "255 or say `input_range=(0, 255)`."
+        )
+    if images.numel() == 0:
+        raise ValueError(f"`{name}` should hold at least one image and one pixel, found {tuple(images.shape)}.")
 
 
 def check_range(input_range: tuple[float, float]) -> tuple[float, float]:
     """The range as two floats, or ``ValueError``."""
-    try:
-        low, high = map(float, input_range)
-    except (TypeError, ValueError):
-        raise ValueError(f"`input_range` should be two numbers (low, high), found {input_range!r}.") from None
+    fits = isinstance(input_range, Sequence) and not isinstance(input_range, str) and len(input_range) == 2
+    if not fits or not all(isinstance(end, Real) and not isinstance(end, bool) for end in input_range):
+        raise ValueError(f"`input_range` should be two numbers (low, high), found {input_range!r}.")
+    low, high = map(float, input_range)
     if not -math.inf < low < high < math.inf:
         raise ValueError(f"`input_range` should rise from low to high, both finite, found {input_range!r}.")
     return low, high
@@ -63,17 +79,68 @@ def into_range(image: Tensor, source: tuple[float, float], target: tuple[float, 
     return to_unit_range(image, source) * ((high - low) / 2) + (low + high) / 2
 
 
-def warn_if_out_of_range(target: Tensor, input_range: tuple[float, float], *, name: str = "target") -> None:
-    """Warn where ``target`` can hardly span ``input_range``. Reads two numbers from the device: call it once."""
+class RangeWatch:
+    """Warns once where images can hardly span the range that the caller promised.
+
+    It looks at the first, the tenth, the hundredth and the thousandth call, outside of compiled code, as reading the
+    lowest and the highest value synchronizes with the device.
+
+    Args:
+        input_range: what the images should span.
+
+    Example:
+        >>> watch = RangeWatch((0.0, 255.0))
+        >>> watch.look({"target": torch.linspace(0, 255, 12).view(1, 3, 2, 2)})
+    """
+
+    def __init__(self, input_range: tuple[float, float]) -> None:
+        self.input_range = input_range
+        self.told = False
+        self._calls = 0
+
+    def look(self, images: Mapping[str, Tensor]) -> None:
+        """Warn if any of these images is clearly out of range; arguments as of :func:`warn_if_out_of_range`."""
+        if self.told or torch.compiler.is_compiling() or any(image.is_meta for image in images.values()):
+            return
+        self._calls += 1
+        if self._calls in (1, 10, 100, 1000):
+            self.told = warn_if_out_of_range(images, self.input_range)
+
+
+def warn_if_out_of_range(images: Mapping[str, Tensor], input_range: tuple[float, float]) -> bool:
+    """Warn where images can hardly span ``input_range``, and return whether any did not.
+
+    Args:
+        images: by the name of the argument. What a network made, "restored" and "student_images", may overshoot by
+            three quarters of the range, as it may be untrained yet; others by a quarter.
+        input_range: what they should span.
+    """
     low, high = input_range
     span = high - low
-    darkest, brightest = (float(value) for value in target.detach().aminmax())
-    outside = darkest < low - span / 4 or brightest > high + span / 4
-    # a batch of photographs without one pixel in the lower half of a signed range, or in the upper 99 % of a wide one
-    inside = darkest < brightest and (low < 0 <= darkest or (span > 2 and brightest - low <= span / 100))
-    if outside or inside:
+    found = []
+    for name, image in images.items():
+        slack = span * (0.75 if name in ("restored", "student_images") else 0.25)
+        darkest, brightest = (float(value) for value in image.detach().aminmax())
+        outside = -math.inf < darkest < low - slack or math.inf > brightest > high + slack
+        # photographs without one pixel in the lower half of a signed range, or in the upper 99 % of a wide one
+        inside = darkest < brightest and (low < 0 <= darkest or (span > 2 and brightest - low <= span / 100))
+        if outside or inside:
+            found.append(f"`{name}` spans [{darkest:.4g}, {brightest:.4g}]")
+    if found:
         warnings.warn(
-            f"`{name}` spans [{darkest:.4g}, {brightest:.4g}] while `input_range` says ({low:g}, {high:g}). If your "
-            "images have another range, give it as `input_range`; this is said once.",
-            stacklevel=2,
+            f"{' and '.join(found)} while `input_range` says ({low:g}, {high:g}). If your images have another range, "
+            "give it as `input_range`; this is said once.",
+            stacklevel=3,
         )
+    return bool(found)
+
+
+def mirrored(length: int, before: int, after: int) -> Tensor:
+    """Indices that continue ``length`` pixels on either side, mirrored at the middle of the first and the last.
+
+    Images of few pixels are mirrored as often as it takes. ``index_select`` with them has a deterministic backward on
+    every device, which padding by reflection lacks on CUDA.
+    """
+    period = max(1, 2 * (length - 1))
+    place = torch.arange(-before, length + after).remainder(period)
+    return torch.minimum(place, period - place) if length > 1 else torch.zeros_like(place)

@@ -5,6 +5,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tests.objectives import CASES, ELSEWHERE, LIVE, SHAPE, Case, images, live_n
 every_objective = pytest.mark.parametrize("case", CASES, ids=str)
 every_live = pytest.mark.parametrize("case", LIVE, ids=str)
 ROOT = Path(__file__).parents[1]
+QUICKLY_TRACED = ("DiffLoss-callable", "TDPLoss-l1", "TDPLoss-detector", "HLFLoss-l1")
 
 
 def value_and_gradient(objective: nn.Module, z: Tensor, x: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -62,6 +64,32 @@ def test_gradient_reaches_restored_and_nothing_else(case: Case) -> None:
     assert z.grad is not None and x.grad is None
     held = [p for network in networks(objective) for p in network.parameters()]
     assert all(p.grad is None and not p.requires_grad for p in held)
+
+
+@every_objective
+def test_exchanged_arguments_are_refused_where_a_gradient_is_asked_for(case: Case) -> None:
+    objective, (z, x) = case.build(), images()
+    for call in (objective, objective.terms):
+        with pytest.raises(ValueError, match=r"`restored` should require a gradient .* were the two exchanged"):
+            call(x, z)
+    with torch.no_grad():
+        objective(x, z)
+    objective(z.detach(), x)
+
+
+@every_objective
+@pytest.mark.parametrize("which", [0, 1], ids=["restored", "target"])
+def test_a_range_that_is_clearly_wrong_is_told_once(case: Case, which: int) -> None:
+    objective, pair = case.build(), [image.detach() for image in images()]
+    pair[which] = 255 * pair[which]
+    for expected in (1, 0):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            objective(*pair)
+        # two objectives of a sum say the same, which Python shows once
+        told = {str(one.message) for one in caught if "input_range" in str(one.message)}
+        name = ("restored", "target")[which]
+        assert len(told) == expected and all(f"`{name}` spans" in message for message in told)
 
 
 @every_objective
@@ -165,6 +193,23 @@ def test_compiles_to_the_same_numbers(case: Case) -> None:
     for one, other in zip(value_and_gradient(compiled, z, x), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
     assert [condition(network) for network in live_networks(objective)] == before
+
+
+@pytest.mark.parametrize(
+    "case",
+    # tracing a U-Net with symbolic sizes takes most of a minute
+    [case if case.name in QUICKLY_TRACED else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    ids=str,
+)
+def test_compiled_for_one_size_it_takes_others_and_a_smaller_last_batch(case: Case) -> None:
+    torch._dynamo.reset()
+    objective = case.build()
+    compiled = torch.compile(objective, backend="aot_eager")
+    for shape in (SHAPE, (4, 3, 16, 8), (2, 3, 8, 12), (2, 3, 8, 8)):
+        z, x = images(shape=shape)
+        expected = value_and_gradient(objective, z, x)
+        for one, other in zip(value_and_gradient(compiled, z, x), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_compiled_networks_stay_in_eval_mode() -> None:

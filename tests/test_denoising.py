@@ -264,8 +264,8 @@ def test_images_of_any_range_reach_the_network_in_its_own(schedule: NoiseSchedul
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: DenoisingLoss("net", LEVELS), "`denoiser` should be a network or a function, found str"),
-        (lambda: DenoisingLoss(Network(), 50), "`schedule` should be NoiseLevels or a NoiseSchedule, found int"),
+        (lambda: DenoisingLoss("net", LEVELS), "`denoiser` should be a network or a function, found 'net'"),
+        (lambda: DenoisingLoss(Network(), 50), "`schedule` should be NoiseLevels or a NoiseSchedule, found 50"),
         (lambda: DenoisingLoss(Network(), LEVELS, distance="l3"), "`distance` should be one of .* found 'l3'"),
         (lambda: DenoisingLoss(Network(), LEVELS, reduction="max"), "`reduction` should be one of"),
         (lambda: DenoisingLoss(Network(), LEVELS, timesteps=(5, 5)), r"0 <= low < high <= 51, found \(5, 5\)"),

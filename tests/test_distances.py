@@ -1,18 +1,11 @@
 import math
-import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from restoreloss.objectives.distances import (
-    Distance,
-    Reduction,
-    check_choice,
-    distance_per_sample,
-    reduce_samples,
-)
+from restoreloss.objectives.distances import distance_per_sample, reduce_samples
 
 DISTANCES = ("mse", "rms", "l2", "l1")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -106,20 +99,3 @@ def test_half_precision_inputs_do_not_overflow(distance, value):
 @pytest.mark.parametrize(("reduction", "expected"), [("mean", 3.0), ("sum", 9.0), ("none", [1.0, 2.0, 6.0])])
 def test_reduction_over_samples(reduction, expected):
     assert reduce_samples(torch.tensor([1.0, 2.0, 6.0]), reduction).tolist() == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "choices", "known"),
-    [
-        ("distance", "L1", Distance, "('mse', 'rms', 'l2', 'l1')"),
-        ("reduction", "max", Reduction, "('mean', 'sum', 'none')"),
-    ],
-)
-def test_unknown_choice_is_refused_by_name(name, value, choices, known):
-    with pytest.raises(ValueError, match=re.escape(f"`{name}` should be one of {known}, found '{value}'")):
-        check_choice(name, value, choices)
-
-
-@pytest.mark.parametrize("value", DISTANCES)
-def test_known_choice_is_accepted(value):
-    check_choice("distance", value, Distance)

@@ -27,7 +27,10 @@ def images(*shape, seed=0, dtype=torch.float32):
     return torch.rand(shape or (2, 3, 32, 32), generator=generator, dtype=torch.float64).to(dtype)
 
 
-def normalised(batch, statistics=IMAGENET):
+def normalised(batch, statistics=IMAGENET, network=None):
+    """By the statistics, or by those that a network states."""
+    if hasattr(network, "pretrained_cfg"):
+        statistics = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
     mean, std = (torch.tensor(values, dtype=batch.dtype).view(-1, 1, 1) for values in statistics)
     return (batch - mean) / std
 
@@ -147,7 +150,7 @@ def real(name):
 @pytest.mark.parametrize("name", REAL)
 def test_features_are_what_plain_hooks_on_the_full_network_see(name):
     network, layers, batch = real(name), REAL[name][2], images()
-    expected = seen_in_a_full_pass(network, layers, batch if "rcnn" in name else normalised(batch))
+    expected = seen_in_a_full_pass(network, layers, batch if "rcnn" in name else normalised(batch, network=network))
     features = FeatureExtractor(network, layers)
     for _ in range(2):  # the first call finds out what is overwritten
         found = features(batch)
@@ -165,7 +168,9 @@ def test_default_layers_are_the_last_spatial_features(name):
     found = FeatureExtractor(network)(images())
     assert {layer: tuple(value.shape) for layer, value in found.items()} == layers
     paths = list(dict.fromkeys(layer.partition("/")[0] for layer in layers))
-    expected = seen_in_a_full_pass(network, paths, images() if "rcnn" in name else normalised(images()))
+    expected = seen_in_a_full_pass(
+        network, paths, images() if "rcnn" in name else normalised(images(), network=network)
+    )
     for layer, value in found.items():
         torch.testing.assert_close(value, expected[layer])
 
@@ -398,7 +403,7 @@ class Returns(nn.Module):
         self.backbone = Made(make)
 
     def forward(self, x):
-        self.backbone(x)
+        self.backbone(x + 0)
         return x
 
 
@@ -500,7 +505,8 @@ NORMALISATIONS = {
         (0.6, 0.5, 0.4),
     ),
     "model": ({"normalize": "model", "network": Stated()}, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
-    "imagenet although the model states another": ({"network": Stated()}, *IMAGENET),
+    "what the model states": ({"network": Stated()}, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+    "imagenet although the model states another": ({"normalize": "imagenet", "network": Stated()}, *IMAGENET),
     "none": ({"normalize": None}, (0, 0, 0), (1, 1, 1)),
 }
 
@@ -519,9 +525,10 @@ def test_a_timm_model_states_its_normalisation():
     network, batch = real("timm vit"), images()
     halves = ((0.5,) * 3, (0.5,) * 3)
     assert network.pretrained_cfg["mean"] == halves[0]
-    found = FeatureExtractor(network, ["patch_embed"], normalize="model")(batch)["patch_embed"]
-    torch.testing.assert_close(found, network.patch_embed(normalised(batch, halves)))
-    other = FeatureExtractor(network, ["patch_embed"])(batch)["patch_embed"]
+    for options in ({}, {"normalize": "model"}):
+        found = FeatureExtractor(network, "patch_embed", **options)(batch)["patch_embed"]
+        torch.testing.assert_close(found, network.patch_embed(normalised(batch, halves)))
+    other = FeatureExtractor(network, "patch_embed", normalize="imagenet")(batch)["patch_embed"]
     assert not torch.allclose(found, other, atol=1e-2)
 
 
@@ -633,7 +640,7 @@ def sequential():
         (["layer4", "layr2.0.conv1"], r"found 'layr2.0.conv1'; there is .*'layer2.0.conv1'"),
         (["layer5/0"], r"found 'layer5'; there is .*'layer4'"),
         (["zzz"], r"found 'zzz'; there is 'conv1', 'bn1'.* and more"),
-        ("layer4", "`layers` should be a list of names, found 'layer4'"),
+        (4, "`layers` should be a name or a list of names, found 4"),
         ([], "at least one layer, found none"),
         ((), "at least one layer, found none"),
     ],
@@ -649,7 +656,9 @@ KINDS = {"function": lambda x: x, "name": "resnet18", "none": None, "class": nn.
 
 @pytest.mark.parametrize("network", KINDS.values(), ids=KINDS)
 def test_what_is_no_module_is_refused(network):
-    with pytest.raises(ValueError, match="should be an nn.Module, found (function|str|NoneType|type)"):
+    with pytest.raises(
+        ValueError, match="`network` should be an nn.Module, found (the function|'resnet18'|None|the class)"
+    ):
         FeatureExtractor(network, ["0"])
 
 
@@ -694,7 +703,7 @@ def test_a_layer_that_does_not_run_is_refused_by_name():
 @pytest.mark.parametrize(
     ("normalize", "message"),
     [
-        ("half", "'imagenet', 'model', None, torchvision weights or .*, found 'half'"),
+        ("half", "'auto', 'model', 'imagenet', None, torchvision weights, .*, found 'half'"),
         ("model", "be 'imagenet', .* for Sequential, which does not state its own; found 'model'"),
         (0.5, "found 0.5"),
         ((0.5, 0.5), r"found \(0.5, 0.5\)"),
@@ -735,7 +744,7 @@ def test_a_range_that_does_not_rise_is_refused(input_range):
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_channels_that_do_not_fit_the_normalisation_are_refused(channels):
-    with pytest.raises(ValueError, match=f"should have 3 channels, as many as the normalisation, found {channels}"):
+    with pytest.raises(ValueError, match=f"should have 3 channels, as many as the normalization, found {channels}"):
         FeatureExtractor(sequential(), ["0"])(images(2, channels, 4, 4))
     with pytest.raises(ValueError, match=f"should have 3 channels.*found {channels}"):
         FeatureExtractor(TakesLists(), ["stack"])([images(3, 4, 4), images(channels, 4, 4)])
@@ -1084,11 +1093,11 @@ def test_a_recorded_pass_leaves_what_a_pass_for_its_own_sake_sees(name):
     network, layers, batch = real(name), REAL[name][2], images()
     features = FeatureExtractor(network, layers)
     with features.recording() as seen:
-        output = network(normalised(batch))
+        output = network(normalised(batch, network=network))
     expected = features(batch)
     assert list(seen) == list(expected)
     assert all(torch.equal(seen[layer], value) for layer, value in expected.items())
-    assert torch.equal(output, network(normalised(batch)))  # to its end, and undisturbed
+    assert torch.equal(output, network(normalised(batch, network=network)))  # to its end, and undisturbed
 
 
 @pytest.mark.parametrize("layers", [["backbone"], ["backbone/1", "rpn.head.conv"]])

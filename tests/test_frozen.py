@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from restoreloss.frozen import FrozenNetwork, frozen
+from restoreloss.frozen import FrozenNetwork, frozen, serving, warn_if_trained
 
 
 def network():
@@ -285,3 +285,64 @@ def test_frozen_leaves_other_networks_alone():
     with frozen(net):
         assert other.training
         assert all(parameter.requires_grad for parameter in other.parameters())
+
+
+# recurrent networks, networks in training, and failures
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(4, 4, num_layers=2, dropout=0.5, batch_first=True)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, sequence):
+        return self.drop(self.rnn(sequence)[0])
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_recurrent_network_rests_in_train_mode_without_dropout(mode):
+    reader, sequence = Reader().train(mode), torch.rand(2, 3, 4)
+    expected = copy.deepcopy(reader).eval()(sequence)
+    with frozen(reader):
+        # cuDNN has no backward through an RNN in eval mode
+        assert (reader.rnn.training, reader.rnn.dropout, reader.drop.training) == (True, 0.0, False)
+        assert torch.equal(reader(sequence), expected)
+    assert (reader.rnn.training, reader.rnn.dropout, reader.drop.training) == (mode, 0.5, mode)
+    held = FrozenNetwork(reader)
+    nn.Sequential(held).train()
+    assert (held.network.rnn.training, held.network.rnn.dropout, held.network.drop.training) == (True, 0.0, False)
+    assert torch.equal(held.network(sequence), expected)
+
+
+def test_a_first_use_that_fails_gives_the_network_back():
+    net = network().train()
+    before, held = state(net), FrozenNetwork(net)
+    with pytest.raises(KeyError), serving(held):
+        raise KeyError
+    assert same(state(net), before)
+    with serving(held):
+        assert not trains(held.network)
+    with pytest.raises(KeyError), serving(held):  # later failures have other reasons
+        raise KeyError
+    assert not trains(net)
+
+
+def test_a_network_in_training_is_told_when_it_is_frozen():
+    with_gradients, with_an_optimizer = network(), network()
+    with_gradients(image()).sum().backward()
+    optimizer = torch.optim.Adam(with_an_optimizer.parameters())
+    for net, reason in ((with_gradients, "its parameters hold"), (with_an_optimizer, "an optimizer")):
+        with pytest.warns(UserWarning, match=rf"`teacher` \(Sequential\) is frozen from now on, and {reason}"):
+            warn_if_trained(net, "teacher")
+    assert optimizer.param_groups
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_network_that_only_could_be_trained_is_not_told():
+    optimizer, fresh = torch.optim.Adam(network().parameters()), network()
+    warn_if_trained(fresh, "teacher")
+    trained = network()
+    trained(image()).sum().backward()
+    optimizer.add_param_group({"params": list(trained.parameters())})
+    warn_if_trained(trained.requires_grad_(False), "teacher")

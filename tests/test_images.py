@@ -130,7 +130,7 @@ def test_half_and_single_precision_may_meet(restored, target):
 def test_clearly_wrong_range_warns_with_both_ranges(spans, input_range):
     expected = rf"`target` spans \[{spans[0]}, {spans[1]}\] .* \({input_range[0]:g}, {input_range[1]:g}\)"
     with pytest.warns(UserWarning, match=expected):
-        warn_if_out_of_range(spanning(*spans), input_range)
+        warn_if_out_of_range({"target": spanning(*spans)}, input_range)
 
 
 def within(low, high):
@@ -149,7 +149,7 @@ def within(low, high):
 def test_overshoot_and_constant_images_do_not_warn(input_range, case):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_if_out_of_range(within(*input_range)[case], input_range)
+        warn_if_out_of_range({name: within(*input_range)[case] for name in ("restored", "target")}, input_range)
 
 
 def test_diffloss_warns_once_only():
@@ -159,7 +159,9 @@ def test_diffloss_warns_once_only():
         warnings.simplefilter("always")
         for _ in range(3):
             loss(image, image)
-    assert [str(each.message).partition(" while")[0] for each in caught] == ["`target` spans [0, 255]"]
+    assert [str(each.message).partition(" while")[0] for each in caught] == [
+        "`restored` spans [0, 255] and `target` spans [0, 255]"
+    ]
 
 
 def test_diffloss_does_not_warn_for_the_range_it_was_told():

@@ -314,7 +314,7 @@ IMAGE = images(2, 3, 4, 4)
         ({"clean": IMAGE.float()}, "`clean` should have the dtype of `degraded`"),
         ({"mode": "forward"}, "`mode` should be one of .* found 'forward'"),
         ({"distance": "psnr"}, "`distance` should be one of"),
-        ({"ddim_steps": 0}, "`ddim_steps` should be at least 1, found 0"),
+        ({"ddim_steps": 0}, "`ddim_steps` should be a whole number of at least 1, found 0"),
         ({"timesteps": []}, "`timesteps` should be at least one, found none"),
         ({"timesteps": [5, 51]}, r"in \[0, 51\), found 51"),
         ({"timesteps": [0, 5]}, "`timesteps` should hold noise, found 0, which holds none"),

@@ -1,4 +1,4 @@
-"""How does a picture go bad in the nineteen ways, of five severities each, that classifiers are examined with?"""
+"""The nineteen corruptions of ImageNet-C, of five severities each, on batches of tensors."""
 
 import functools
 import math
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoreloss.augmentations.mixtures import blur, gaussian_kernel, jpeg
-from restoreloss.diffusion.partial import Generators, standard_normal
-from restoreloss.images import check_range, into_range
+from restoreloss.generators import Generators, check_generators, standard_normal, uniform
+from restoreloss.images import RangeWatch, check_images, check_range, into_range, warn_if_out_of_range
 
 Chance: TypeAlias = torch.Generator | None
 
@@ -64,7 +64,8 @@ def corrupt(
 
     Args:
         image: float (N, 3, H, W) in [0, 1], what is outside is clipped; sides of 8 pixels or more. Half precision is
-            computed in single.
+            computed in single. On the CPU images that are clearly of another range, 0..255 or -1..1, warn;
+            :class:`Corruptions` looks once, on any device.
         name: one of :data:`CORRUPTIONS`, or one for each sample.
         severity: 1 to 5, or one for each sample. Lengths are pixels of pictures of 224 and stay what they are on larger
             and smaller ones, but for ``zoom_blur``, ``fog`` and ``elastic_transform``, which follow the size.
@@ -96,6 +97,15 @@ def corrupt(
     ``spatter`` are exact; lines go on at the edge of a picture smaller than they are; JPEG alone rounds to 8 bits.
     """
     _check_image(image)
+    if image.device.type == "cpu":  # elsewhere it would synchronize with the device at every call
+        warn_if_out_of_range({"image": image}, (0.0, 1.0))
+    return _corrupted(image, name, severity, generator)
+
+
+def _corrupted(
+    image: Tensor, name: str | Sequence[str], severity: int | Sequence[int], generator: Generators
+) -> Tensor:
+    check_generators(generator, len(image))
     names, severities, generators = (
         _one_for_each(argument, value, len(image))
         for argument, value in (("name", name), ("severity", severity), ("generator", generator))
@@ -150,6 +160,7 @@ class Corruptions(nn.Module):
         self.names = tuple(names)
         self.severities = tuple(severities)
         self.input_range = check_range(input_range)
+        self._range = RangeWatch(self.input_range)
 
     @torch.no_grad()
     def forward(self, image: Tensor, *, generator: Generators = None) -> Tensor:
@@ -163,16 +174,18 @@ class Corruptions(nn.Module):
             Shape, dtype, device and range of ``image``; without gradient.
         """
         _check_image(image)
+        check_generators(generator, len(image))
+        self._range.look({"image": image})
         names, severities = zip(*self.draw(len(image), generator=generator), strict=True)
         unit = into_range(image, self.input_range, (0.0, 1.0))
-        corrupted = corrupt(unit, names, severities, generator=generator)
+        corrupted = _corrupted(unit, names, severities, generator)
         return into_range(corrupted, (0.0, 1.0), self.input_range).to(image.dtype)
 
     def draw(self, count: int, *, generator: Generators = None) -> list[Corruption]:
         """What to do to ``count`` pictures."""
         drawn = []
         for one in _one_for_each("generator", generator, count):
-            name, severity = _uniform(torch.empty(2, dtype=torch.float64), one).tolist()
+            name, severity = uniform(torch.empty(2, dtype=torch.float64), one).tolist()
             name, severity = int(name * len(self.names)), int(severity * len(self.severities))
             drawn.append(Corruption(self.names[name], self.severities[severity]))
         return drawn
@@ -195,7 +208,7 @@ def _shot_noise(x: Tensor, level: int, generator: Chance) -> Tensor:
 
 def _impulse_noise(x: Tensor, level: int, generator: Chance) -> Tensor:
     share = (0.03, 0.06, 0.09, 0.17, 0.27)[level]
-    chance = _uniform(x, generator)
+    chance = uniform(x, generator)
     return x.masked_fill(chance < share / 2, 0).masked_fill(chance >= 1 - share / 2, 1)
 
 
@@ -211,7 +224,7 @@ def _glass_blur(x: Tensor, level: int, generator: Chance) -> Tensor:
     sigma, reach, passes = ((0.7, 1, 2), (0.9, 2, 1), (1.0, 2, 3), (1.1, 3, 2), (1.5, 4, 2))[level]
     seen = _smooth(x, (sigma, sigma))
     for _ in range(passes):
-        offsets = (2 * reach * _uniform(seen[:, :2], generator)).long() - reach
+        offsets = (2 * reach * uniform(seen[:, :2], generator)).long() - reach
         origin = _copied_from(offsets, reach).flatten(1)[:, None].expand(-1, 3, -1)
         seen = seen.flatten(2).gather(2, origin).view_as(seen)
     return _smooth(seen, (sigma, sigma))
@@ -301,7 +314,7 @@ def _plasma(like: Tensor, decay: float, generator: Chance) -> Tensor:
 
 
 def _settled(four: Tensor, wobble: float, generator: Chance) -> Tensor:
-    return four / 4 + wobble * (2 * _uniform(four, generator) - 1)
+    return four / 4 + wobble * (2 * uniform(four, generator) - 1)
 
 
 def _frost(x: Tensor, level: int, generator: Chance) -> Tensor:
@@ -327,7 +340,7 @@ def _ice(x: Tensor, generator: Chance) -> Tensor:
     crystals = (needles.clamp(min=0) * _plasma(noise, 1.4, generator).square()).amax(dim=1, keepdim=True)
     clouds = _plasma(x[:, :1], 2, generator)
     texture = _standard(_standard(crystals) + 0.7 * _standard(clouds))
-    pane = x.new_tensor(_PANES)[(len(_PANES) * _uniform(x[:, 0, 0, 0], generator)).long(), :, None, None]
+    pane = x.new_tensor(_PANES)[(len(_PANES) * uniform(x[:, 0, 0, 0], generator)).long(), :, None, None]
     return (pane[:, :3] + pane[:, 3:] * texture).clamp(0, 1)
 
 
@@ -351,7 +364,7 @@ def _contrast(x: Tensor, level: int, _: Chance) -> Tensor:
 def _elastic_transform(x: Tensor, level: int, generator: Chance) -> Tensor:
     strength = (12.5, 16.25, 21.25, 25, 30)[level]
     height, width = x.shape[2:]
-    push = 0.01 * height * (_uniform(x[:, :2], generator) - 0.5)
+    push = 0.01 * height * (uniform(x[:, :2], generator) - 0.5)
     push = strength * _smooth(push, (0.01 * height, 0.01 * width), truncate=3, mirror=True)
     row = torch.arange(height, device=x.device)[:, None] + push[:, 0]
     column = torch.arange(width, device=x.device) + push[:, 1]
@@ -478,7 +491,7 @@ def _drag(x: Tensor, radius: int, sigma: float, degrees: tuple[float, float], ge
     reach = 2 * radius
     weights = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(reach + 1)]
     low, high = degrees
-    angles = torch.deg2rad(low + (high - low) * _uniform(x[:, 0, 0, 0], generator)).tolist()
+    angles = torch.deg2rad(low + (high - low) * uniform(x[:, 0, 0, 0], generator)).tolist()
     smeared = []
     for picture, angle in zip(F.pad(x, (reach,) * 4, mode="replicate"), angles, strict=True):
         line = [[reach + math.ceil(k * side(angle) - 0.5) for k in range(reach + 1)] for side in (math.sin, math.cos)]
@@ -505,12 +518,6 @@ def _zoom(x: Tensor, factor: float) -> Tensor:
     return F.interpolate(middle, size=size, mode="bilinear", align_corners=True)
 
 
-def _uniform(like: Tensor, generator: Chance) -> Tensor:
-    """Chance in [0, 1), in the shape, dtype and device of ``like``."""
-    device = like.device if generator is None else generator.device
-    return torch.rand(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
-
-
 def _one_for_each(argument: str, value: Any, count: int) -> list[Any]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         return [value] * count
@@ -531,9 +538,7 @@ def _check_kinds(
 
 
 def _check_image(image: Tensor) -> None:
-    if not isinstance(image, Tensor) or image.ndim != 4 or not image.is_floating_point() or len(image) == 0:
-        found = f"{image.dtype} of {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-        raise ValueError(f"`image` should be float (N, 3, H, W), found {found}.")
+    check_images("image", image)
     if image.shape[1] != 3:
         raise ValueError(f"`image` should have three channels, found {image.shape[1]}.")
     if min(image.shape[2:]) < _SMALLEST:

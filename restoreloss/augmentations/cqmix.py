@@ -1,6 +1,6 @@
-"""How is a task network kept from leaning on one sharp detail?
+"""CQMix: images of which random cells are restored and the others are the target's own.
 
-It is trained on images of which random cells are restored and the others are the target's own.
+A task network that is trained on them does not learn to lean on one sharp detail.
 """
 
 from collections.abc import Sequence
@@ -8,6 +8,9 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+
+from restoreloss.checks import check_number, check_whole, describe
+from restoreloss.generators import check_generators, uniform
 
 
 class CQMix(nn.Module):
@@ -42,12 +45,10 @@ class CQMix(nn.Module):
 
     def __init__(self, grid: tuple[int, int] = (4, 4), *, p: float = 0.5) -> None:
         super().__init__()
-        if not isinstance(grid, Sequence) or len(grid) != 2 or not all(isinstance(n, int) and n >= 1 for n in grid):
-            raise ValueError(f"`grid` should be (rows, columns), both at least 1, found {grid!r}.")
-        if not 0 <= p <= 1:
-            raise ValueError(f"`p` should be in [0, 1], found {p}.")
-        self.grid = (grid[0], grid[1])
-        self.p = float(p)
+        if not isinstance(grid, Sequence) or isinstance(grid, str) or len(grid) != 2:
+            raise ValueError(f"`grid` should be (rows, columns), both at least 1, found {describe(grid)}.")
+        self.grid = (check_whole("grid[0]", grid[0]), check_whole("grid[1]", grid[1]))
+        self.p = check_number("p", p, low=0, high=1)
 
     @overload
     def forward(self, restored: Tensor, target: Tensor, *, generator: torch.Generator | None = None) -> Tensor: ...
@@ -85,11 +86,12 @@ class CQMix(nn.Module):
             The mixed images; with ``return_mask`` also a mask (N, 1, H, W) (or a list of (1, H, W)) in the dtype of the
             images, 1 where ``restored`` was taken.
         """
+        check_generators(generator, None)
         if isinstance(restored, Tensor) or isinstance(target, Tensor):
             mixed, mask = self._mix("", 4, restored, target, generator)
             return (mixed, mask.to(mixed.dtype)) if return_mask else mixed
         if not (isinstance(restored, Sequence) and isinstance(target, Sequence)):
-            found = f"{type(restored).__name__} and {type(target).__name__}"
+            found = f"{describe(restored)} and {describe(target)}"
             raise ValueError(f"`restored` and `target` should be tensors, or lists of tensors, found {found}.")
         if len(restored) != len(target):
             raise ValueError(f"`target` should be as many images as `restored` ({len(restored)}), found {len(target)}.")
@@ -123,10 +125,9 @@ class CQMix(nn.Module):
                 f"`grid` should have no more cells than `restored{index}` has pixels, {height}x{width}, found "
                 f"{rows}x{columns}."
             )
-        device = restored.device if generator is None else generator.device
         # one uniform number a cell: n cells drawn at once are the same as n drawn one after the other
-        coins = torch.rand(*samples, 1, rows, columns, generator=generator, device=device) < self.p
-        coins = coins.to(restored.device)
+        cells = torch.empty(*samples, 1, rows, columns, device=restored.device)
+        coins = uniform(cells, generator) < self.p
         row = torch.arange(height, device=restored.device) * rows // height
         column = torch.arange(width, device=restored.device) * columns // width
         mask = coins[..., row, :][..., column]

@@ -1,14 +1,17 @@
-"""How does a picture go bad in several ways at once, as it does outside of benchmarks?"""
+"""Mixed degradations, Mixture-A and Mixture-B: images that go bad in several ways at once."""
 
 import io
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from restoreloss.images import check_range
+from restoreloss.checks import check_number, check_whole
+from restoreloss.generators import check_generators, standard_normal, uniform
+from restoreloss.images import RangeWatch, check_images, check_range, mirrored
 
 Span = tuple[float, float]
 
@@ -35,14 +38,15 @@ class MixtureA(nn.Module):
 
     def __init__(self, scale: float = 8, quality: int = 75, *, input_range: Span = (0.0, 1.0)) -> None:
         super().__init__()
-        self.scale, _ = _span("scale", (scale, scale), 1, math.inf)
-        self.quality = int(_span("quality", (quality, quality), 1, 100)[0])
+        self.scale = check_number("scale", scale, low=1)
+        self.quality = check_whole("quality", quality, high=100)
         self.input_range = check_range(input_range)
+        self._range = RangeWatch(self.input_range)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """The degraded images, shape, dtype, device and range of ``images``; without gradient."""
-        unit = _to_unit(images, self.input_range)
+        unit = _to_unit(images, self._range)
         degraded = [_enlarged(jpeg(shrink(image, self.scale), self.quality), image) for image in unit.split(1)]
         return _from_unit(torch.cat(degraded), images, self.input_range)
 
@@ -118,11 +122,12 @@ class MixtureB(nn.Module):
         self.noise = _span("noise", noise, 0, math.inf)
         low, high = _span("quality", quality, 1, 100)
         self.quality = (int(low), int(high))
-        self.anisotropic, _ = _span("anisotropic", (anisotropic, anisotropic), 0, 1)
+        self.anisotropic = check_number("anisotropic", anisotropic, low=0, high=1)
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"`kernel_size` should be odd and at least 1, found {kernel_size!r}.")
         self.kernel_size = kernel_size
         self.input_range = check_range(input_range)
+        self._range = RangeWatch(self.input_range)
 
     @torch.no_grad()
     def forward(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -135,7 +140,8 @@ class MixtureB(nn.Module):
         Returns:
             Shape, dtype, device and range of ``images``; without gradient.
         """
-        unit = _to_unit(images, self.input_range)
+        check_generators(generator, None)
+        unit = _to_unit(images, self._range)
         drawn = self.draw(len(images), generator=generator)
         degraded = [
             self.degrade(image, what, generator=generator) for image, what in zip(unit.split(1), drawn, strict=True)
@@ -144,14 +150,13 @@ class MixtureB(nn.Module):
 
     def draw(self, count: int, *, generator: torch.Generator | None = None) -> list[Degradation]:
         """What to do to ``count`` pictures."""
-        device = "cpu" if generator is None else generator.device
-        chance = torch.rand(count, 7, generator=generator, device=device, dtype=torch.float64).tolist()
+        drawn_numbers = uniform(torch.empty(count, 7, dtype=torch.float64), generator).tolist()
 
         def between(span: Span, u: float) -> float:
             return span[0] + (span[1] - span[0]) * u
 
         drawn = []
-        for coin, first, second, turn, scale, noise, quality in chance:
+        for coin, first, second, turn, scale, noise, quality in drawn_numbers:
             sigma = between(self.sigma, first)
             two = coin < self.anisotropic
             low, high = self.quality
@@ -170,8 +175,7 @@ class MixtureB(nn.Module):
         """One degradation of images in [0, 1], (N, C, H, W) in float32 or higher."""
         kernel = gaussian_kernel(self.kernel_size, what.sigma, what.angle).to(images.device, images.dtype)
         small = shrink(blur(images, kernel), what.scale)
-        device = images.device if generator is None else generator.device
-        grain = torch.randn(small.shape, generator=generator, device=device, dtype=images.dtype).to(images.device)
+        grain = standard_normal(small, generator)
         return _enlarged(jpeg(small + what.noise / 255 * grain, what.quality), images)
 
     def extra_repr(self) -> str:
@@ -203,7 +207,9 @@ def blur(images: Tensor, kernel: Tensor) -> Tensor:
     """Every channel of (N, C, H, W) convolved with a kernel of odd sides, edges mirrored as often as it takes."""
     height, width = images.shape[-2:]
     rows, columns = kernel.shape
-    down, right = (_mirror(n, side // 2).to(images.device) for n, side in ((height, rows), (width, columns)))
+    down, right = (
+        mirrored(n, side // 2, side // 2).to(images.device) for n, side in ((height, rows), (width, columns))
+    )
     padded = images.index_select(-2, down).index_select(-1, right)
     size = padded.shape[-2:]
     # a product of spectra: a kernel of 41 x 41 costs 1,681 products a pixel otherwise
@@ -223,6 +229,9 @@ def jpeg(images: Tensor, quality: int) -> Tensor:
     import numpy as np
     from PIL import Image
 
+    if not bool(images.isfinite().all()):
+        bad = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(f"`images` should be finite, as 8 bits have no NaN, found NaN or infinity in images {bad}.")
     pixels = (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8).movedim(1, -1).numpy()
     coded = []
     for picture in pixels:
@@ -234,25 +243,17 @@ def jpeg(images: Tensor, quality: int) -> Tensor:
     return torch.from_numpy(np.stack(coded)).movedim(-1, 1).to(images.device, images.dtype) / 255
 
 
-def _mirror(length: int, more: int) -> Tensor:
-    """Indices of ``length`` pixels with ``more`` on either side, mirrored at the middle of the first and the last."""
-    period = max(1, 2 * (length - 1))
-    place = torch.arange(-more, length + more).remainder(period)
-    return torch.minimum(place, period - place) if length > 1 else torch.zeros_like(place)
-
-
 def _enlarged(small: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(small, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def _to_unit(images: Tensor, input_range: Span) -> Tensor:
+def _to_unit(images: Tensor, watch: RangeWatch) -> Tensor:
     """To [0, 1], in float32 or higher."""
-    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point() or images.numel() == 0:
-        found = f"{images.dtype} of {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"`images` should be float (N, C, H, W), found {found}.")
+    check_images("images", images)
     if images.shape[1] not in (1, 3):
         raise ValueError(f"`images` should have one or three channels, as JPEG does, found {images.shape[1]}.")
-    low, high = input_range
+    watch.look({"images": images})
+    low, high = watch.input_range
     wide = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
     return ((wide - low) / (high - low)).clamp(0, 1)
 
@@ -263,10 +264,9 @@ def _from_unit(unit: Tensor, like: Tensor, input_range: Span) -> Tensor:
 
 
 def _span(name: str, values: Span, lowest: float, highest: float) -> Span:
-    try:
-        low, high = (float(value) for value in values)
-    except (TypeError, ValueError):
-        raise ValueError(f"`{name}` should be numbers (lowest, highest), found {values!r}.") from None
-    if not (lowest <= low <= high <= highest and math.isfinite(high)):
-        raise ValueError(f"`{name}` should rise within [{lowest:g}, {highest:g}], found {values!r}.")
+    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != 2:
+        raise ValueError(f"`{name}` should be numbers (lowest, highest), found {values!r}.")
+    low, high = (check_number(name, value, low=lowest, high=highest) for value in values)
+    if low > high:
+        raise ValueError(f"`{name}` should rise from lowest to highest, found {values!r}.")
     return low, high

@@ -1,11 +1,11 @@
-"""Which noise is a degradation most like? The timestep at which a denoiser restores it best.
+"""Timestep matching: the noise that a degradation is most like, by the timestep at which a denoiser restores it best.
 
 A restoration network that was pre-trained to remove noise of T strengths is told that timestep when it goes on to learn
 the degradation, and several degradations are learned in its order.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from restoreloss._optional import require
-from restoreloss.checks import check_choice
+from restoreloss.checks import check_choice, check_whole, describe
 from restoreloss.diffusion.denoisers import as_denoiser
-from restoreloss.diffusion.partial import standard_normal
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.frozen import frozen
-from restoreloss.images import check_pair, check_range, into_range
+from restoreloss.generators import check_generators, standard_normal
+from restoreloss.images import check_pair, check_range, into_range, warn_if_out_of_range
 from restoreloss.objectives.distances import Distance, distance_per_sample
 
 logger = logging.getLogger(__name__)
@@ -145,12 +145,13 @@ def match_timestep(
     check_pair(degraded, clean, names=("degraded", "clean"))
     check_choice("mode", mode, Mode)
     check_choice("distance", distance, Distance)
-    if ddim_steps < 1:
-        raise ValueError(f"`ddim_steps` should be at least 1, found {ddim_steps}.")
+    check_whole("ddim_steps", ddim_steps)
+    check_generators(generator, None)
     wrapped = as_denoiser(denoiser, schedule)
     schedule = wrapped.schedule
     tried = _tried(timesteps, schedule)
     source, target = check_range(input_range), schedule.model_range
+    warn_if_out_of_range({"degraded": degraded, "clean": clean}, source)
     y, x = (into_range(images, source, target) for images in (degraded, clean))
     noise = standard_normal(y, generator)
 
@@ -234,6 +235,8 @@ def _tried(timesteps: Sequence[int] | None, schedule: NoiseSchedule) -> list[int
     every = range(first, schedule.num_timesteps)
     if timesteps is None:
         return list(every) if len(every) <= 100 else [every[k * (len(every) - 1) // 49] for k in range(50)]
+    if isinstance(timesteps, str) or not isinstance(timesteps, Iterable):
+        raise ValueError(f"`timesteps` should be a list of integers, found {describe(timesteps)}.")
     tried = sorted(set(timesteps))
     if not tried:
         raise ValueError("`timesteps` should be at least one, found none.")

@@ -8,16 +8,13 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from restoreloss.diffusion.schedule import NoiseSchedule
+from restoreloss.generators import Generators, standard_normal
 
 PredictsNoise: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """``(x_t, t) -> noise`` with t of shape (N,): a :class:`~restoreloss.Denoiser`, or your own function of a network."""
-
-Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
-"""One generator, on any device, or one for each sample, so that a sample's noise does not depend on its batch."""
 
 
 def short_steps(t_p: int = 200, n: int = 1) -> list[int]:
@@ -166,31 +163,3 @@ def _listed(steps: int | Tensor | Sequence[int], schedule: NoiseSchedule) -> lis
     if not all(int(t) > int(s) for t, s in itertools.pairwise(listed)):
         raise ValueError(f"`steps` should fall, found {listed}.")
     return listed
-
-
-def check_generators(generator: object, count: int) -> None:
-    """Raise ``ValueError`` for what is no generator, and for several that are not one for each sample."""
-    several = isinstance(generator, Sequence) and not isinstance(generator, str)
-    found: Sequence[object] = generator if several else [generator]  # type: ignore[assignment]
-    for one in found:
-        if one is not None and not isinstance(one, torch.Generator):
-            raise ValueError(f"`generator` should be a torch.Generator, or one for each, found {type(one).__name__}.")
-    if several and len(found) != count:
-        raise ValueError(f"`generator` should be one, or one for each of {count}, found {len(found)}.")
-
-
-def standard_normal(like: Tensor, generator: Generators = None) -> Tensor:
-    """Noise in the shape, dtype and device of ``like``.
-
-    Raises:
-        ValueError: If there are several generators and not one for each sample.
-    """
-    check_generators(generator, len(like))
-
-    def draw(count: int, one: torch.Generator | None) -> Tensor:
-        device = like.device if one is None else one.device
-        return torch.randn((count, *like.shape[1:]), generator=one, device=device, dtype=like.dtype)
-
-    if isinstance(generator, Sequence):  # moved to the device together
-        return torch.cat([draw(1, one) for one in generator]).to(like.device)
-    return draw(len(like), generator).to(like.device)

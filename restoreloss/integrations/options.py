@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import restoreloss
 from restoreloss.diffusion.checkpoints import load_prior
-from restoreloss.diffusion.partial import Generators
 from restoreloss.diffusion.prior import small_prior
 from restoreloss.frozen import FrozenNetwork
+from restoreloss.generators import Generators
 from restoreloss.integrations.checks import call, check_numbers
 from restoreloss.integrations.task_networks import normalization, task_network
 from restoreloss.objectives.base import Objective, named_terms, total

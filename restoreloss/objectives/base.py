@@ -1,13 +1,14 @@
-"""What is an objective? Anything called with (restored, target); this base adds named terms."""
+"""Objective: the base of all losses that compare (restored, target), with named terms."""
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from restoreloss.diffusion.partial import Generators
+from restoreloss.checks import describe
+from restoreloss.generators import Generators
 
 
 class Objective(nn.Module, ABC):
@@ -35,10 +36,9 @@ class Objective(nn.Module, ABC):
         return total(self.terms(restored, target))
 
 
-def total(terms: dict[str, Tensor]) -> Tensor:
+def total(terms: Mapping[str, Tensor]) -> Tensor:
     """The sum of the terms, left to right."""
-    if not terms:
-        raise ValueError("`terms` should name at least one term, found none.")
+    _check_terms(terms)
     first, *others = terms.values()
     for term in others:
         first = first + term
@@ -66,7 +66,20 @@ def named_terms(
         result = function(restored, target, generator=generator)
     else:
         result = function(restored, target)
-    return {name: result} if terms is None else {f"{name}/{key}": value for key, value in result.items()}
+    if terms is None:
+        return {name: result}
+    _check_terms(result, name)
+    return {f"{name}/{key}": value for key, value in result.items()}
+
+
+def _check_terms(terms: Any, name: str | None = None) -> None:
+    """Raise ``ValueError`` unless these are tensors by name, at least one."""
+    whose = "`terms`" if name is None else f"`terms` of objective {name!r}"
+    if not isinstance(terms, Mapping) or not terms:
+        raise ValueError(f"{whose} should return at least one term by name, found {describe(terms)}.")
+    for key, value in terms.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{whose} should return tensors by name, found {key!r}: {describe(value)}.")
 
 
 def _takes_generator(function: Callable[..., Any]) -> bool:

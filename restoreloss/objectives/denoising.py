@@ -1,4 +1,4 @@
-"""How does a restoration network learn to generate? It learns to take noise out of clean images, at every level.
+"""DenoisingLoss: a network learns to generate by taking noise out of clean images, at every level.
 
 :class:`DenoisingLoss` trains the network itself: it is the generative pre-training of DTP, and that of any diffusion
 model. :class:`~restoreloss.DiffLoss` is the other way round: there the denoiser is frozen and the image learns.
@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restoreloss.checks import check_choice
+from restoreloss.checks import check_choice, describe
 from restoreloss.diffusion.denoisers import Denoiser, prediction_in
 from restoreloss.diffusion.levels import NoiseLevels
-from restoreloss.diffusion.partial import Generators, check_generators, standard_normal
 from restoreloss.diffusion.schedule import NoiseSchedule
-from restoreloss.images import check_pair, check_range, into_range
+from restoreloss.generators import Generators, check_generators, integers, standard_normal
+from restoreloss.images import RangeWatch, check_images, check_pair, check_range, into_range
 from restoreloss.objectives.base import total
 from restoreloss.objectives.distances import Distance, Reduction, distance_per_sample, reduce_samples
-from restoreloss.objectives.sampling import integers
 
 
 class DenoisingLoss(nn.Module):
@@ -77,10 +76,10 @@ class DenoisingLoss(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        if not callable(denoiser):
-            raise ValueError(f"`denoiser` should be a network or a function, found {type(denoiser).__name__}.")
+        if not callable(denoiser) or isinstance(denoiser, type):
+            raise ValueError(f"`denoiser` should be a network or a function, found {describe(denoiser)}.")
         if not isinstance(schedule, NoiseSchedule):
-            raise ValueError(f"`schedule` should be NoiseLevels or a NoiseSchedule, found {type(schedule).__name__}.")
+            raise ValueError(f"`schedule` should be NoiseLevels or a NoiseSchedule, found {describe(schedule)}.")
         if isinstance(denoiser, Denoiser) and schedule.prediction_type != "epsilon":
             raise ValueError(
                 "`denoiser` should be the network itself, found a Denoiser, which gives noise, for a schedule of "
@@ -95,6 +94,7 @@ class DenoisingLoss(nn.Module):
         self.distance: Distance = distance
         self.reduction: Reduction = reduction
         self.input_range = check_range(input_range)
+        self._range = RangeWatch(self.input_range)
         try:
             low, high = (
                 (schedule.first_timestep, schedule.num_timesteps) if timesteps is None else map(index, timesteps)
@@ -106,7 +106,7 @@ class DenoisingLoss(nn.Module):
                 f"`timesteps` should satisfy 0 <= low < high <= {schedule.num_timesteps}, found {timesteps!r}."
             )
         self.timesteps = (low, high)
-        table = None if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+        table = None if weights is None else _table(weights)
         if table is not None and table.shape != (schedule.num_timesteps,):
             raise ValueError(
                 f"`weights` should be one for each of {schedule.num_timesteps} timesteps, found {tuple(table.shape)}."
@@ -123,8 +123,9 @@ class DenoisingLoss(nn.Module):
         generator: Generators = None,
     ) -> dict[str, Tensor]:
         """The one term, "denoising". Arguments as in :meth:`forward`."""
-        check_pair(clean, clean, names=("clean", "clean"))
+        check_images("clean", clean)
         check_generators(generator, len(clean))
+        self._range.look({"clean": clean})
         if timestep is None:
             timestep = integers(*self.timesteps, len(clean), generator, clean.device)
         if noise is None:
@@ -167,3 +168,13 @@ class DenoisingLoss(nn.Module):
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
         return f"timesteps={self.timesteps}, distance={self.distance!r}, reduction={self.reduction!r}"
+
+
+def _table(weights: Any) -> Tensor:
+    try:
+        table = torch.as_tensor(weights, dtype=torch.float32)
+    except (TypeError, ValueError):
+        raise ValueError(f"`weights` should be numbers, one for each timestep, found {describe(weights)}.") from None
+    if not bool((table.isfinite() & (table >= 0)).all()):
+        raise ValueError("`weights` should be finite and at least 0, found others.")
+    return table

@@ -1,7 +1,7 @@
-"""How does a frozen diffusion model judge a restored image?
+"""DiffLoss: the distance of two images as a frozen diffusion model sees them.
 
-It is shown the restored and the clean image under the same noise at the same timestep. What it sees in one and not in
-the other (the noise it predicts, the semantics in its bottleneck) is the loss.
+The model is shown the restored and the clean image under the same noise at the same timestep. What it sees in one and
+not in the other (the noise it predicts, the semantics in its bottleneck) is the loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from restoreloss.checks import check_choice
+from restoreloss.checks import check_choice, check_number, describe
 from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_denoiser, as_schedule
 from restoreloss.diffusion.latents import LatentEncoder, LatentPrior
-from restoreloss.diffusion.partial import Generators, check_generators, standard_normal
 from restoreloss.diffusion.schedule import NoiseSchedule
-from restoreloss.frozen import FrozenNetwork
-from restoreloss.images import check_pair, check_range, to_unit_range, warn_if_out_of_range
+from restoreloss.frozen import FrozenNetwork, serving, warn_if_trained
+from restoreloss.generators import Generators, check_generators, draw_per_sample, integers, standard_normal
+from restoreloss.images import RangeWatch, check_pair, check_range, to_unit_range
 from restoreloss.objectives.base import Objective, total
 from restoreloss.objectives.distances import Distance, Reduction, distance_per_sample, reduce_samples
 from restoreloss.objectives.sampling import (
@@ -27,8 +27,6 @@ from restoreloss.objectives.sampling import (
     check_every,
     check_share,
     choose_samples,
-    each,
-    integers,
     nothing,
     weighted,
 )
@@ -131,9 +129,9 @@ class DiffLoss(Objective):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        for name, weight in (("noise_weight", noise_weight), ("h_space_weight", h_space_weight)):
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"`{name}` should be at least 0 and finite, found {weight}.")
+        check_number("noise_weight", noise_weight, low=0)
+        check_number("h_space_weight", h_space_weight, low=0)
+        check_number("snr_power", snr_power)
         if noise_weight == 0 and h_space_weight == 0:
             raise ValueError("`noise_weight` or `h_space_weight` should be above 0, found both 0.")
         check_choice("distance", distance, Distance)
@@ -164,8 +162,10 @@ class DiffLoss(Objective):
         self.crop, self.subset, self.every, self.calls = crop, subset, every, 0
         steps = (denoiser.schedule if isinstance(denoiser, Denoiser) else as_schedule(schedule)).num_timesteps
         self.timesteps = _check_timesteps(timesteps, steps)
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"`dtype` should be floating point, found {dtype}.")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"`dtype` should be a floating-point dtype of torch, found {dtype!r}.")
+        if not isinstance(checkpointing, bool):
+            raise ValueError(f"`checkpointing` should be True or False, found {checkpointing!r}.")
         # last, so that a refused call leaves the caller's networks as they were
         wrapped = as_denoiser(denoiser, schedule, conditioning=conditioning)
         if h_space_weight > 0 and wrapped.has_bottleneck is False:
@@ -179,9 +179,12 @@ class DiffLoss(Objective):
             _enable_checkpointing(wrapped.model)
         if dtype is not None:
             wrapped.to(dtype)
+        warn_if_trained(wrapped, "denoiser")
+        if latents is not None:
+            warn_if_trained(latents, "encoder")
         self._denoiser = FrozenNetwork(wrapped)
         self._encoder = None if latents is None else FrozenNetwork(latents)
-        self._range_checked = False
+        self._range = RangeWatch(self.input_range)
 
     def terms(
         self,
@@ -195,9 +198,16 @@ class DiffLoss(Objective):
         """The weighted terms "noise" and "h_space"; one of weight 0 is absent. Arguments as in :meth:`forward`."""
         check_pair(restored, target)
         check_generators(generator, len(restored))
-        if not (self._range_checked or torch.compiler.is_compiling() or target.is_meta):
-            warn_if_out_of_range(target, self.input_range)
-            self._range_checked = True
+        # Autocast would cast the frozen weights in each pass, keep every copy for the backward pass, and round two
+        # nearly equal images to half: the prior computes in the dtype of its own weights instead.
+        with serving(*self._frozen), torch.autocast(restored.device.type, enabled=False):
+            return self._terms(restored, target, timestep, noise, generator)
+
+    def _terms(
+        self, restored: Tensor, target: Tensor, timestep: Tensor | int | None, noise: Tensor | None,
+        generator: Generators,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        self._range.look({"restored": restored, "target": target})
         count, rows, factor, tiles = len(restored), None, 1.0, None
         if self.training and restored.requires_grad and torch.is_grad_enabled():
             if self.every > 1 and not self._due():
@@ -275,8 +285,14 @@ class DiffLoss(Objective):
         return total(self.terms(restored, target, timestep=timestep, noise=noise, generator=generator))
 
     @property
+    def _frozen(self) -> list[FrozenNetwork[Any]]:
+        return [self._denoiser] if self._encoder is None else [self._denoiser, self._encoder]
+
+    @property
     def _weights(self) -> dict[str, float]:
         weights = {"noise": self.noise_weight, "h_space": self.h_space_weight}
+        if not any(weights.values()):
+            raise ValueError("`noise_weight` or `h_space_weight` should be above 0, found that both were set to 0.")
         return {name: weight for name, weight in weights.items() if weight > 0}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -320,12 +336,14 @@ class DiffLoss(Objective):
                 raise ValueError(f"The sampler `timesteps` should return integers of shape ({count},), found {found}.")
             return drawn
 
-        return each(sample, len(z), generator)
+        return draw_per_sample(sample, len(z), generator)
 
     @staticmethod
     def _fit_noise(noise: Tensor, z: Tensor, size: tuple[int, int]) -> Tensor:
         """Noise given for images of ``size``, continued over what padding added."""
         expected = (*z.shape[:2], *size)
+        if not isinstance(noise, Tensor):
+            raise ValueError(f"`noise` should be a tensor of shape {expected}, found {describe(noise)}.")
         if noise.shape != expected or noise.device != z.device or not noise.is_floating_point():
             raise ValueError(
                 f"`noise` should be floating point, of shape {tuple(expected)} and on {z.device}, found {noise.dtype} "

@@ -4,7 +4,7 @@ It looks at a random part (some samples, one tile of each image, every k-th call
 average over the choices is the whole.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,23 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restoreloss.diffusion.partial import Generators
-
-
-def each(draw: Callable[[int, torch.Generator | None], Tensor], count: int, generator: Generators) -> Tensor:
-    """What ``draw(count, generator)`` draws, or one by one where each sample has a generator of its own."""
-    if isinstance(generator, Sequence):
-        return torch.cat([draw(1, one) for one in generator])
-    return draw(count, generator)
-
-
-def integers(low: int, high: int, count: int, generator: Generators, device: torch.device) -> Tensor:
-    """(N,) of ``low`` to ``high - 1``, on the generator's device, or on ``device`` without one."""
-
-    def draw(number: int, one: torch.Generator | None) -> Tensor:
-        return torch.randint(low, high, (number,), generator=one, device=device if one is None else one.device)
-
-    return each(draw, count, generator)
+from restoreloss.generators import Generators, integers, permutation
 
 
 def choose_samples(count: int, share: int | float, generator: Generators, device: torch.device) -> Tensor | None:
@@ -43,11 +27,7 @@ def choose_samples(count: int, share: int | float, generator: Generators, device
     chosen = max(1, min(count, share if isinstance(share, int) else round(share * count)))
     if chosen == count:
         return None
-    if isinstance(generator, Sequence):  # each draws a number, and the lowest are chosen
-        order = torch.cat([torch.rand(1, generator=one, device=one.device) for one in generator]).argsort()
-    else:
-        order = torch.randperm(count, generator=generator, device=device if generator is None else generator.device)
-    return order[:chosen]
+    return permutation(count, generator, device)[:chosen]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
-"""How does an image of any size pass a network that halves it several times?"""
+"""Padding, resizing and cropping, so that images of any size pass networks that halve them several times."""
 
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from restoreloss.images import mirrored
 
 SizePolicy = Literal["pad", "resize", "error"]
 
@@ -14,8 +16,8 @@ def fit_size(image: Tensor, multiple: int, policy: SizePolicy, *, square: bool =
     Args:
         image: shape (N, C, H, W).
         multiple: what height and width must be multiples of.
-        policy: "pad" continues the image to the right and below by reflection, or by its last pixel where the image is
-            smaller than what is missing; "resize" stretches it (bilinear); "error" raises.
+        policy: "pad" continues the image to the right and below by reflection, as often as it takes; "resize" stretches
+            it (bilinear); "error" raises.
         square: as high as wide.
 
     Raises:
@@ -41,10 +43,10 @@ def fit_size(image: Tensor, multiple: int, policy: SizePolicy, *, square: bool =
 
 def pad_to(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Continue an image (N, C, H, W) to the right and below, as "pad" does."""
-    height, width = image.shape[-2:]
-    below, right = size[0] - height, size[1] - width
-    image = F.pad(image, (0, right, 0, 0), mode="reflect" if right < width else "replicate")
-    return F.pad(image, (0, 0, 0, below), mode="reflect" if below < height else "replicate")
+    for dim, side in zip((-2, -1), size, strict=True):
+        if (length := image.shape[dim]) < side:
+            image = image.index_select(dim, mirrored(length, 0, side - length).to(image.device))
+    return image
 
 
 def crop_map(features: Tensor, padded: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -1,7 +1,7 @@
-"""Does the restored image look like the target to the network that will read it?
+"""Losses on the features of task networks: TDPLoss, HLFLoss and FeatureMatchingLoss.
 
-:class:`TDPLoss` asks one network, in the middle of its training; :class:`HLFLoss` asks also the network that it was
-before. :class:`FeatureMatchingLoss` keeps the one near the other, and trains the network, not the image.
+:class:`TDPLoss` compares images in one network, in the middle of its training; :class:`HLFLoss` also in the network
+that it was before. :class:`FeatureMatchingLoss` keeps the one near the other, and trains the network, not the image.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from restoreloss.checks import check_choice
-from restoreloss.features import FeatureExtractor, Images, Normalize, normalizes_itself
-from restoreloss.frozen import FrozenNetwork, bare, frozen
-from restoreloss.images import check_pair, warn_if_out_of_range
+from restoreloss.checks import check_choice, check_number, describe
+from restoreloss.features import FeatureExtractor
+from restoreloss.frozen import FrozenNetwork, bare, frozen, serving, warn_if_trained
+from restoreloss.images import RangeWatch, check_pair
+from restoreloss.normalization import Images, Normalize, normalizes_itself
 from restoreloss.objectives.base import Objective, total
 from restoreloss.objectives.distances import Distance, Reduction, distance_per_sample, reduce_samples
 
@@ -36,9 +37,11 @@ class TDPLoss(Objective):
 
     Args:
         task: the task network (any module), or a :class:`FeatureExtractor` that several losses share.
-        layers: which features, as for :class:`FeatureExtractor`. Default: the last map before the head
-            (:func:`default_layers`), as in the paper; of a shared extractor, all of its layers.
-        normalize: "imagenet" | "model" | torchvision weights | ((mean, ...), (std, ...)) | None, as for
+        layers: which features, a name or several, as for :class:`FeatureExtractor`. Default: the last map before the
+            head (:func:`~restoreloss.default_layers.default_layers`), as in the paper; of a shared extractor, all of
+            its layers.
+        normalize: "auto" | "imagenet" | "model" | torchvision weights | ((mean, ...), (std, ...)) | a callable, from
+            images in [0, 1] to the network's input, of which a tuple is its positional arguments | None, as for
             :class:`FeatureExtractor`.
         distance: "l1" | "mse" | "rms" | "l2", per sample (:func:`distance_per_sample`).
         layer_weights: by layer name; a layer of several tensors shares its weight evenly. Default: 1 in all, evenly.
@@ -66,9 +69,9 @@ class TDPLoss(Objective):
     def __init__(
         self,
         task: nn.Module | FeatureExtractor,
-        layers: Sequence[str] | None = None,
+        layers: str | Sequence[str] | None = None,
         *,
-        normalize: Normalize = "imagenet",
+        normalize: Normalize = "auto",
         distance: Distance = "l1",
         layer_weights: Mapping[str, float] | None = None,
         reduction: Reduction = "mean",
@@ -79,16 +82,14 @@ class TDPLoss(Objective):
         check_choice("reduction", reduction, Reduction)
         self.distance: Distance = distance
         self.reduction: Reduction = reduction
-        self.features, self.layers = _extractor(task, layers, normalize, input_range)
+        self.features, self.layers = _extractor("task", task, layers, normalize, input_range)
         self.layer_weights = _layer_weights(self.layers, layer_weights)
-        self._range_checked = False
+        self._range = RangeWatch(self.features.input_range)
 
     def terms(self, restored: Images, target: Images) -> dict[str, Tensor]:
         """The weighted distance at each layer, by its name. Arguments as in :meth:`forward`."""
         pairs = _pairs(restored, target)
-        if not (self._range_checked or torch.compiler.is_compiling() or pairs[0][1].is_meta):
-            warn_if_out_of_range(pairs[0][1], self.features.input_range)
-            self._range_checked = True
+        self._range.look({"restored": pairs[0][0], "target": pairs[0][1]})
         seen_in_restored, seen_in_target = self._look(restored, target)
         return _distances(
             seen_in_restored, seen_in_target, self.layer_weights, self.distance, self.reduction, len(target)
@@ -173,9 +174,9 @@ class HLFLoss(Objective):
         self,
         task: nn.Module | FeatureExtractor,
         reference: nn.Module | FeatureExtractor,
-        layers: Sequence[str] | None = None,
+        layers: str | Sequence[str] | None = None,
         *,
-        normalize: Normalize = "imagenet",
+        normalize: Normalize = "auto",
         distance: Distance = "l1",
         layer_weights: Mapping[str, float] | None = None,
         reduction: Reduction = "mean",
@@ -190,17 +191,19 @@ class HLFLoss(Objective):
             )
             for network in (task, reference)
         )  # fmt: skip
-        self.reference._range_checked = True  # the task's look at the same images has said it
+        self.reference._range.told = True  # the task's look at the same images has said it
+        warn_if_trained(self.reference.features.network, "reference")
         self._reference = FrozenNetwork(self.reference.features.network)
 
     def terms(self, restored: Images, target: Images) -> dict[str, Tensor]:
         """Half the weighted distance at each layer, as "task/layer" and "reference/layer"."""
         _ = self._reference.network  # at rest, whatever was done to it
-        return {
-            f"{name}/{layer}": value / 2
-            for name, loss in (("task", self.task), ("reference", self.reference))
-            for layer, value in loss.terms(restored, target).items()
-        }
+        with serving(self._reference):
+            return {
+                f"{name}/{layer}": value / 2
+                for name, loss in (("task", self.task), ("reference", self.reference))
+                for layer, value in loss.terms(restored, target).items()
+            }
 
     def forward(self, restored: Images, target: Images) -> Tensor:
         """The loss; arguments and result as in :meth:`TDPLoss.forward`."""
@@ -251,9 +254,9 @@ class FeatureMatchingLoss(Objective):
         self,
         student: nn.Module | FeatureExtractor,
         teacher: nn.Module | FeatureExtractor,
-        layers: Sequence[str] | None = None,
+        layers: str | Sequence[str] | None = None,
         *,
-        normalize: Normalize = "imagenet",
+        normalize: Normalize = "auto",
         distance: Distance = "l1",
         layer_weights: Mapping[str, float] | None = None,
         reduction: Reduction = "mean",
@@ -265,15 +268,17 @@ class FeatureMatchingLoss(Objective):
         check_choice("reduction", reduction, Reduction)
         self.distance: Distance = distance
         self.reduction: Reduction = reduction
-        self.student, self.layers = _extractor(student, layers, normalize, input_range)
-        self.teacher, _ = _extractor(teacher, self.layers, normalize, input_range)
-        self._teacher = FrozenNetwork(self.teacher.network)
+        self.student, self.layers = _extractor("student", student, layers, normalize, input_range)
+        self.teacher, _ = _extractor("teacher", teacher, self.layers, normalize, input_range)
         self.layer_weights = _layer_weights(self.layers, layer_weights)
-        self._range_checked = False
+        self._range = RangeWatch(self.teacher.input_range)
+        warn_if_trained(self.teacher.network, "teacher")
+        self._teacher = FrozenNetwork(self.teacher.network)
 
     def terms(self, student_images: Images | Mapping[str, Tensor], teacher_images: Images) -> dict[str, Tensor]:
         """The weighted distance at each layer, by its name. Arguments as in :meth:`forward`."""
-        seen, wanted = self._look(student_images, teacher_images)
+        with serving(self._teacher):
+            seen, wanted = self._look(student_images, teacher_images)
         return _distances(seen, wanted, self.layer_weights, self.distance, self.reduction, len(teacher_images))
 
     def forward(self, student_images: Images | Mapping[str, Tensor], teacher_images: Images) -> Tensor:
@@ -297,10 +302,10 @@ class FeatureMatchingLoss(Objective):
         seen = student_images if isinstance(student_images, Mapping) else self._see(student_images, teacher_images)
         with torch.no_grad():
             found = self.teacher(teacher_images)
-        first = teacher_images if isinstance(teacher_images, Tensor) else teacher_images[0]
-        if not (self._range_checked or first.is_meta):
-            warn_if_out_of_range(first, self.teacher.input_range, name="teacher_images")
-            self._range_checked = True
+        images = {"teacher_images": teacher_images}
+        if not isinstance(student_images, Mapping):
+            images["student_images"] = student_images
+        self._range.look({name: image if isinstance(image, Tensor) else image[0] for name, image in images.items()})
         # a shared extractor may watch more layers
         wanted = {
             name: value
@@ -358,10 +363,10 @@ def _statistics_at_rest(network: nn.Module) -> Iterator[None]:
 
 
 def _check_two(one: Any, other: Any, name: str, other_name: str) -> None:
-    """Raise unless the networks are two that share no weights."""
+    """Raise unless these are two networks that share no weights."""
+    _check_network(one, name)
+    _check_network(other, other_name)
     networks = [bare(x.network if isinstance(x, FeatureExtractor) else x) for x in (one, other)]
-    if not all(isinstance(network, nn.Module) for network in networks):
-        return  # told by the extractor
     if set(networks[0].parameters()) & set(networks[1].parameters()) or networks[0] is networks[1]:
         raise ValueError(
             f"`{other_name}` should be another network than `{name}`, found one that shares its weights: it is frozen, "
@@ -369,20 +374,28 @@ def _check_two(one: Any, other: Any, name: str, other_name: str) -> None:
         )
 
 
+def _check_network(network: Any, name: str) -> None:
+    if not isinstance(network, nn.Module | FeatureExtractor):
+        raise ValueError(f"`{name}` should be a network or a FeatureExtractor, found {describe(network)}.")
+
+
 def _extractor(
+    argument: str,
     network: nn.Module | FeatureExtractor,
-    layers: Sequence[str] | None,
+    layers: str | Sequence[str] | None,
     normalize: Normalize,
     input_range: tuple[float, float],
 ) -> tuple[FeatureExtractor, tuple[str, ...]]:
     """The extractor and which of its layers are meant."""
+    _check_network(network, argument)
     if not isinstance(network, FeatureExtractor):
         extractor = FeatureExtractor(network, layers, normalize=normalize, input_range=input_range)
         return extractor, extractor.layers
-    chosen = tuple(network.layers if layers is None else layers)
+    chosen = network.layers if layers is None else (layers,) if isinstance(layers, str) else tuple(layers)
     unknown = [layer for layer in chosen if layer not in network.layers]
-    if normalize != "imagenet" or tuple(input_range) != (0.0, 1.0):
-        name = "normalize" if normalize != "imagenet" else "input_range"
+    given = not (isinstance(normalize, str) and normalize == "auto")
+    if given or tuple(input_range) != (0.0, 1.0):
+        name = "normalize" if given else "input_range"
         raise ValueError(f"`{name}` should be given to the shared extractor, found it given to the loss.")
     if unknown or not chosen:
         raise ValueError(f"`layers` should be of the shared extractor, {list(network.layers)}, found {unknown}.")
@@ -433,9 +446,9 @@ def _layer_weights(layers: Sequence[str], given: Mapping[str, float] | None) -> 
     if not isinstance(given, Mapping) or set(given) != set(layers):
         found = sorted(given) if isinstance(given, Mapping) else type(given).__name__
         raise ValueError(f"`layer_weights` should be a mapping of the layers {list(layers)}, found {found}.")
-    weights = {layer: float(given[layer]) for layer in layers}
-    if not all(0 <= weight < float("inf") for weight in weights.values()) or not any(weights.values()):
-        raise ValueError(f"`layer_weights` should be at least 0, finite and not all 0, found {weights}.")
+    weights = {layer: check_number(f"layer_weights[{layer!r}]", given[layer], low=0) for layer in layers}
+    if not any(weights.values()):
+        raise ValueError(f"`layer_weights` should be not all 0, found {weights}.")
     return weights
 
 
@@ -446,6 +459,12 @@ def _pairs(
     if isinstance(restored, Tensor) or isinstance(target, Tensor):
         check_pair(restored, target, names=names)  # type: ignore[arg-type]
         return [(restored, target)]  # type: ignore[list-item]
+    for name, images in zip(names, (restored, target), strict=True):
+        if not isinstance(images, list | tuple):
+            raise ValueError(f"`{name}` should be a tensor or a list of tensors, found {describe(images)}.")
+        for image in images:
+            if not isinstance(image, Tensor):
+                raise ValueError(f"`{name}` should hold tensors (C, H, W), found {describe(image)}.")
     if len(restored) != len(target) or not restored:
         raise ValueError(
             f"`{names[1]}` should be as many images as `{names[0]}`, at least 1, found {len(target)} and "

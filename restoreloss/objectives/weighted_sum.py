@@ -1,13 +1,13 @@
-"""How are several objectives weighed against each other, and each still seen by itself?"""
+"""WeightedSum: several named objectives as one loss, each still seen by itself."""
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 from torch import Tensor, nn
 
-from restoreloss.diffusion.partial import Generators, check_generators
+from restoreloss.checks import check_number, describe
 from restoreloss.features import FeatureExtractor
+from restoreloss.generators import Generators, check_generators
 from restoreloss.images import check_pair
 from restoreloss.objectives.base import Objective, named_terms, total
 
@@ -41,7 +41,9 @@ class WeightedSum(Objective):
         weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
-        weights = weights or {}
+        weights = {} if weights is None else weights
+        if not isinstance(weights, Mapping):
+            raise ValueError(f"`weights` should be a mapping by name, found {describe(weights)}.")
         if not isinstance(objectives, Mapping):
             raise ValueError(f"`objectives` should be a mapping by name, found {type(objectives).__name__}.")
         if not objectives:
@@ -49,15 +51,14 @@ class WeightedSum(Objective):
         unknown = [name for name in weights if name not in objectives]
         if unknown:
             raise ValueError(f"`weights` should be named after objectives {list(objectives)}, found {unknown}.")
-        self.weights = {name: float(weights.get(name, 1.0)) for name in objectives}
+        self.weights = {name: check_number(f"weights[{name!r}]", weights.get(name, 1.0)) for name in objectives}
         for name, objective in objectives.items():
-            if not callable(objective):
-                kind = type(objective).__name__
-                raise ValueError(f"`objectives` should be callables of (restored, target), found {name!r}: {kind}.")
+            if not callable(objective) or isinstance(objective, type):
+                raise ValueError(
+                    f"`objectives` should be callables of (restored, target), found {name!r}: {describe(objective)}."
+                )
             if not isinstance(name, str) or not name or "/" in name or "." in name:
                 raise ValueError(f"`objectives` should have names without '/' and '.', found {name!r}.")
-            if not math.isfinite(self.weights[name]):
-                raise ValueError(f"`weights` should be finite, found {name!r}: {self.weights[name]}.")
         if not any(self.weights.values()):
             raise ValueError("`weights` should leave at least one objective a weight other than 0, found all 0.")
         self._functions = {name: f for name, f in objectives.items() if not isinstance(f, nn.Module)}
@@ -106,6 +107,8 @@ class WeightedSum(Objective):
         return [extractor for n, extractor in enumerate(extractors) if extractor in extractors[:n]]
 
     def _weighted_terms(self, restored: Tensor, target: Tensor, generator: Generators) -> dict[str, Tensor]:
+        if not any(self.weights.values()):
+            raise ValueError("`weights` should leave at least one objective a weight other than 0, found all set to 0.")
         terms: dict[str, Tensor] = {}
         for name, objective in self.objectives.items():
             weight = self.weights[name]
@@ -113,7 +116,7 @@ class WeightedSum(Objective):
                 continue
             for key, value in named_terms(name, objective, restored, target, generator).items():
                 if not isinstance(value, Tensor):
-                    raise ValueError(f"Objective {name!r} should return a tensor, found {type(value).__name__}.")
+                    raise ValueError(f"Objective {name!r} should return a tensor, found {describe(value)}.")
                 terms[key] = weight * value
         shapes = {key: tuple(value.shape) for key, value in terms.items()}
         if len(set(shapes.values())) > 1:

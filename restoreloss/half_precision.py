@@ -1,0 +1,76 @@
+"""Gradients through frozen networks in float16: scaled on the way in, exactly, so that they do not underflow to zero.
+
+The gradient of a mean over a batch of images is about 1e-7 in each element, which float16 rounds to zero. A pair of
+doors around the network multiplies it by a power of two where it enters half precision and divides it by the same
+number where it leaves: no digit is lost, no GradScaler is needed, and one that is there does no harm.
+
+    (cast,), door = enter([image], torch.float16, network)
+    noise, h = leave(door, *network(cast))
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PEAK_EXPONENT = 6
+"""The largest element of a scaled gradient lies in [2^6, 2^7): 9 bits below overflow, 30 above the smallest number."""
+
+
+def enter(images: Sequence[Tensor], dtype: torch.dtype, network: nn.Module) -> tuple[list[Tensor], Tensor | None]:
+    """Images in a network's dtype, and the door to :func:`leave` by; None where nothing needs to be scaled.
+
+    Gradients are scaled where a wider image that requires one meets float16, and no parameter of ``network`` would get
+    a scaled gradient.
+    """
+    scaled = (
+        dtype == torch.float16
+        and torch.is_grad_enabled()
+        and any(image.requires_grad for image in images)
+        and not any(image.dtype == dtype for image in images)
+        and not any(parameter.requires_grad for parameter in network.parameters())
+    )
+    if not scaled:
+        return [image.to(dtype) for image in images], None
+    *casts, door = _Enter.apply(dtype, *images)  # type: ignore[no-untyped-call]
+    return casts, door
+
+
+def leave(door: Tensor | None, *outputs: Tensor) -> tuple[Tensor, ...]:
+    """What a network made of an image that came through :func:`enter`, all of it at once; in float32 after a door."""
+    if door is None:
+        return outputs
+    wide: tuple[Tensor, ...] = _Leave.apply(door, *outputs)  # type: ignore[no-untyped-call]
+    return wide
+
+
+class _Enter(torch.autograd.Function):
+    """The casts, and a number whose gradient is the factor that the gradients of the casts have to be multiplied by."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *images: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtypes = [image.dtype for image in images]
+        return *(image.to(dtype) for image in images), images[0].new_ones(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        *of_casts, factor = gradients
+        return None, *(gradient.to(dtype) * factor for gradient, dtype in zip(of_casts, ctx.dtypes, strict=True))
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, door: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtypes = [output.dtype for output in outputs]
+        return tuple(output.to(door.dtype) for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        peak = torch.stack([gradient.detach().abs().amax() for gradient in gradients]).amax()
+        # zeros, NaN and infinity pass as they are
+        scalable = (peak > 0) & peak.isfinite()
+        exponent = _PEAK_EXPONENT - torch.where(scalable, peak, 1.0).log2().floor()
+        scale = torch.where(scalable, exponent.clamp(max=120).exp2(), 1.0)
+        scaled = ((gradient * scale).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return 1 / scale, *scaled
