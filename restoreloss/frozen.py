@@ -12,15 +12,17 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from restoreloss.checks import describe
 
 Network = TypeVar("Network", bound=nn.Module)
+RunMode = Literal["eval", "train", "keep"]
 
 
 @dataclass
@@ -53,7 +55,7 @@ def _rest(network: nn.Module) -> None:
     """Put a network to rest where it is not."""
     modules = list(network.modules())
     rnns = [module for module in modules if isinstance(module, nn.RNNBase)]
-    if any(module.training for module in modules if module not in rnns):
+    if any(module.training for module in modules if not isinstance(module, nn.RNNBase)):
         network.eval()
     for rnn in rnns:
         rnn.training, rnn.dropout = True, 0.0
@@ -196,3 +198,66 @@ def warn_if_trained(network: nn.Module, name: str) -> None:
             "False)` beforehand says so.",
             stacklevel=4,
         )
+
+
+@contextmanager
+def statistics_at_rest(network: nn.Module) -> Iterator[None]:
+    """Let batch normalization in train mode use the batch, and remember nothing of it, within a ``with`` block.
+
+    Args:
+        network: left as it was.
+
+    Example:
+        >>> norm = nn.BatchNorm2d(3).train()
+        >>> with statistics_at_rest(norm):
+        ...     _ = norm(torch.rand(2, 3, 4, 4))
+        >>> norm.running_mean, int(norm.num_batches_tracked)
+        (tensor([0., 0., 0.]), 0)
+    """
+    counting = [m for m in network.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    held = [(module.running_mean, module.running_var) for module in counting]
+    try:
+        for module in counting:
+            module.track_running_stats = False
+            module.running_mean = module.running_var = None  # instance normalization does not ask whether to track
+        yield
+    finally:
+        for module, (mean, var) in zip(counting, held, strict=True):
+            module.track_running_stats = True
+            module.running_mean, module.running_var = mean, var
+
+
+@contextmanager
+def in_mode(network: nn.Module, mode: RunMode) -> Iterator[None]:
+    """Run a network in "eval" or "train" mode, or "keep" the modes of its parts, for the length of a ``with`` block.
+
+    On leaving, also by an exception, every submodule's mode and every buffer is what it was: batch statistics, and what
+    spectral normalization keeps.
+
+    Args:
+        network: that somebody else is training.
+        mode: "eval", "train" or "keep".
+
+    Example:
+        >>> network = nn.Sequential(nn.BatchNorm2d(3)).eval()
+        >>> with in_mode(network, "train"):
+        ...     _ = network(torch.rand(2, 3, 4, 4))
+        >>> network.training, network[0].running_mean
+        (False, tensor([0., 0., 0.]))
+    """
+    modes = {module: module.training for module in network.modules()}
+    try:
+        if mode != "keep":
+            network.train(mode == "train")
+        with statistics_at_rest(network):
+            learning = any(module.training for module in modes)
+            held = [(buffer, buffer.clone()) for buffer in network.buffers()] if learning else []
+            try:
+                yield
+            finally:
+                with torch.no_grad():
+                    for buffer, value in held:
+                        buffer.copy_(value)
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -105,14 +105,48 @@ def test_the_rate_is_that_of_the_exponent_and_one_layer_is_shallow() -> None:
     ("arguments", "message"),
     [
         (([], 5), "`order` should name at least one layer"),
-        ((["a"], -1), "`timestep` and `rate` should be at least 0, found -1 and 0.05"),
+        (("stem", 5), "`order` should be a list of names, .* found 'stem'"),
+        ((nn.Linear(2, 1), 5), "`order` should be a list of names, .* found a Linear"),
+        ((["a"], -1), "`timestep` should be a finite number of at least 0, found -1"),
+        ((["a"], "5"), "`timestep` should be a finite number of at least 0, found '5'"),
+        ((["a"], None), "`timestep` should be .* found None"),
     ],
 )
 def test_weights_that_cannot_be_are_refused(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer_weights(*arguments)
-    with pytest.raises(ValueError, match="found 5 and -0.1"):
+    with pytest.raises(ValueError, match=r"`rate` should be a finite number of at least 0, found -0.1"):
         layer_weights(["a"], 5, rate=-0.1)
+    with pytest.raises(ValueError, match="`rate` should be .* found '1e-3' .YAML reads"):
+        layer_weights(["a"], 5, rate="1e-3")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: execution_order(Backwards, rows()), "`model` should be a module, found the class Backwards"),
+        (lambda: execution_order(network(), rows(), blocks="stem"), "`blocks` should be a list of names"),
+        (lambda: execution_order(network(), rows(), mode="test"), "`mode` should be one of .'eval', 'train', 'keep'."),
+        (lambda: shallow("net", ORDER), "`model` should be a module, found 'net'"),
+        (lambda: shallow(network(), "stem"), "`order` should be a list of names"),
+        (lambda: shallow(network(), ORDER, "0.5"), "`share` should be within .* found '0.5'"),
+        (lambda: shallow(network(), ORDER, True), "`share` should be within .* found True"),
+        (lambda: add_gradients(1.0, network(), {"head": 1}), "`loss` should be a scalar .* found 1.0"),
+        (lambda: add_gradients(torch.ones(()), network(), {"head": 1}), "`loss` should be .* without a graph"),
+        (lambda: add_gradients(torch.ones((), requires_grad=True), [], {}), "`model` should be a module, found list"),
+        (
+            lambda: add_gradients(torch.ones((), requires_grad=True), network(), ["head"]),
+            "`weights` should be a mapping of layers to numbers, found list",
+        ),
+        (
+            lambda: add_gradients(torch.ones((), requires_grad=True), network(), {"head": "1e-3"}),
+            r"`weights\['head'\]` should be a finite number, found '1e-3'",
+        ),
+    ],
+)
+def test_what_is_no_network_order_or_number_is_named(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 @pytest.mark.parametrize(

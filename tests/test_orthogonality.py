@@ -414,18 +414,40 @@ LOSS = nn.Parameter(torch.ones(2))
     ("call", "message"),
     [
         (lambda: GradientOrthogonality(LOSS), "`parameters` should be several parameters, .* found a tensor"),
+        (lambda: GradientOrthogonality(network()), r"`parameters` should be parameters, .* give its `.parameters\(\)`"),
+        (lambda: GradientOrthogonality(network().named_parameters()), "`parameters` should hold .* found tuple"),
+        (lambda: GradientOrthogonality(None), "`parameters` should be several parameters, .* found None"),
+        (lambda: GradientOrthogonality([nn.Parameter(torch.ones(0))]), "at least one that requires a gradient"),
+        (lambda: rule(gamma="1e-3"), "`gamma` should be a finite number of at least 0, found '1e-3' .YAML"),
+        (lambda: rule(gamma=-1.0), "`gamma` should be a finite number of at least 0, found -1.0"),
+        (lambda: rule(gamma=True), "`gamma` should be a finite number of at least 0, found True"),
+        (lambda: rule()(0.5, LOSS.sum()), "`generation` should be scalar losses .* found 0.5"),
+        (lambda: rule()(None, LOSS.sum()), "`generation` should be scalar losses .* found None"),
+        (lambda: rule()({"a": LOSS.sum()}, LOSS.sum()), "`generation` should be scalar losses .* found dict"),
+        (lambda: rule()(LOSS.sum(), LOSS.sum(), at=LOSS), "`at` should be .tensors of generation, .* found a tensor"),
+        (lambda: rule()(LOSS.sum(), LOSS.sum(), at=(LOSS,)), "`at` should be .tensors of generation, .* found 1"),
+        (lambda: rule().project([LOSS.sum()] * 2, LOSS.sum()), "`generation` should be one scalar loss, found 2"),
+        (lambda: rule().project(LOSS.sum(), LOSS.sum(), weight="1"), "`weight` should be a finite number .* found '1'"),
+        (lambda: rule().project(LOSS.sum(), LOSS.sum(), weight=-1), "`weight` should be a finite number of at least 0"),
+        (
+            lambda: rule().project(LOSS.sum(), LOSS.sum(), others=network()),
+            "`others` should be parameters, found a Seq",
+        ),
         (lambda: GradientOrthogonality([nn.Parameter(LOSS.data, False)]), "at least one that requires a gradient"),
-        (lambda: rule(mode="swap"), "`mode` should be 'orthogonal' or 'align', found 'swap'"),
+        (lambda: rule(mode="swap"), "`mode` should be one of .'orthogonal', 'align'., found 'swap'"),
         (lambda: rule()(LOSS, LOSS.sum()), r"`generation` should be scalar losses .* a tensor of shape \(2,\)"),
         (lambda: rule()(LOSS.sum(), torch.ones(())), "`reconstruction` should be .* without a graph"),
-        (lambda: rule()(LOSS.sum(), [1.0]), "`reconstruction` should be scalar losses .* found float"),
+        (lambda: rule()(LOSS.sum(), [1.0]), "`reconstruction` should be scalar losses .* found 1.0"),
         (lambda: rule()([], LOSS.sum()), "`generation` should hold at least one loss, found none"),
         (lambda: rule()(LOSS.sum(), LOSS.sum(), at=([], LOSS)), "`at` should hold at least one tensor, found none"),
         (
             lambda: rule()(LOSS.sum(), LOSS.sum(), at=([LOSS, LOSS], LOSS)),
             r"`at` should hold one tensor for each loss \(1\), found 2",
         ),
-        (lambda: rule().project(LOSS.sum(), LOSS.sum(), policy="half"), "`policy` should be 'conflict' or 'full'"),
+        (
+            lambda: rule().project(LOSS.sum(), LOSS.sum(), policy="half"),
+            "`policy` should be one of .'conflict', 'full'.",
+        ),
         (lambda: rule().project(LOSS, LOSS.sum()), "`generation` should be scalar losses"),
         (lambda: rule().project(LOSS.sum(), LOSS.sum().detach()), "`reconstruction` should be .* without a graph"),
         (lambda: rule().from_gradients(rows([E1]), [[torch.ones(3)]]), "of the same shapes in all micro-batches"),
@@ -463,3 +485,14 @@ def test_gradients_of_two_parameters_are_two_tensors() -> None:
     assert one.grad is not None and one.grad is not other.grad
     torch.nn.utils.clip_grad_norm_([one, other], 1.0)
     assert torch.cat([one.grad, other.grad]).norm().item() == pytest.approx(1.0, rel=1e-3)  # type: ignore[list-item]
+
+
+def test_empty_parameters_are_skipped() -> None:
+    model, empty = network(), nn.Parameter(torch.ones(0, 3, dtype=torch.float64))
+    expected = GradientOrthogonality(model.parameters())(losses(model), losses(model, seed=1))
+    found = GradientOrthogonality([empty, *model.parameters()])(losses(model), losses(model, seed=1))
+    assert torch.equal(found, expected) and found.isfinite()
+    gradients = [[empty.detach(), *row] for row in rows([E1, E2])]
+    assert rule().from_gradients(gradients, gradients).item() == 1.5
+    with pytest.raises(ValueError, match="The gradients should hold numbers, found empty ones only"):
+        rule().from_gradients([[empty]], [[empty]])

@@ -4,17 +4,15 @@
 that it was before. :class:`FeatureMatchingLoss` keeps the one near the other, and trains the network, not the image.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from restoreloss.checks import check_choice, check_number, describe
 from restoreloss.features import FeatureExtractor
-from restoreloss.frozen import FrozenNetwork, bare, frozen, serving, warn_if_trained
+from restoreloss.frozen import FrozenNetwork, bare, frozen, serving, statistics_at_rest, warn_if_trained
 from restoreloss.images import RangeWatch, check_pair
 from restoreloss.normalization import Images, Normalize, normalizes_itself
 from restoreloss.objectives.base import Objective, total
@@ -337,29 +335,13 @@ class FeatureMatchingLoss(Objective):
                 "seen in its training pass, from `student.recording()`, found images."
             )
         unwatched = pairs[0][0].detach() if isinstance(student_images, Tensor) else [z[0].detach() for z, _ in pairs]
-        with _statistics_at_rest(network):
+        with statistics_at_rest(network):
             seen: dict[str, Tensor] = self.student(unwatched)
         return seen
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
         return f"{_seen_by(self.student, self.layer_weights)}, distance={self.distance!r}"
-
-
-@contextmanager
-def _statistics_at_rest(network: nn.Module) -> Iterator[None]:
-    """Batch normalisation in train mode uses the batch, as ever, and remembers nothing of it."""
-    counting = [m for m in network.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
-    held = [(module.running_mean, module.running_var) for module in counting]
-    try:
-        for module in counting:
-            module.track_running_stats = False
-            module.running_mean = module.running_var = None  # instance normalisation does not ask whether to track
-        yield
-    finally:
-        for module, (mean, var) in zip(counting, held, strict=True):
-            module.track_running_stats = True
-            module.running_mean, module.running_var = mean, var
 
 
 def _check_two(one: Any, other: Any, name: str, other_name: str) -> None:

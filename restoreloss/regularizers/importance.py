@@ -4,24 +4,32 @@
 the second training charges for moving away. The charge is a loss to add, or a gradient to add to the others'.
 """
 
+import inspect
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, get_args
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.func import functional_call, grad, vmap
+from torch.nn.modules.loss import _Loss
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from restoreloss.frozen import bare
+from restoreloss.checks import check_choice, check_number, check_whole, describe
+from restoreloss.frozen import RunMode, bare, in_mode
 from restoreloss.regularizers.layer_decay import layer_of
 from restoreloss.sharding import cut_like, is_sharded, whole
 
 logger = logging.getLogger(__name__)
 
 Estimator = Literal["taylor2", "fisher", "mas", "gn"]
+Normalize = Literal["sum", "mean"]
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 
 
@@ -56,11 +64,15 @@ class ParameterImportance(nn.Module):
         normalize: "sum" over parameters as in the paper, or their "mean", which makes ``strength`` mean the same for
             networks of any size.
         layer_weights: multipliers of :math:`\lambda` by the name of a module or a parameter; the longest name that
-            fits counts, 1 where none does (see :func:`restoreloss.regularizers.layer_decay.layer_weights`).
+            fits counts, 1 where none does (see :func:`restoreloss.regularizers.layer_decay.layer_weights`). What has 0
+            is not charged, whatever shape it has grown to.
+        mode: of the network while it is measured: "eval"; "train" for re-parameterized networks (SPAN), which compute
+            with other parameters in eval mode than those that train; "keep" for the modes that its parts are in. Batch
+            normalization in train mode normalizes each sample by itself, and statistics never move.
         chunk_size: samples whose gradients are held at once.
 
     Raises:
-        ValueError: For an option that is unknown or negative.
+        ValueError: For an option that is unknown, negative or no number.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -88,30 +100,38 @@ class ParameterImportance(nn.Module):
         *,
         estimator: Estimator = "taylor2",
         strength: float = 0.2,
-        normalize: Literal["sum", "mean"] = "sum",
+        normalize: Normalize = "sum",
         layer_weights: Mapping[str, float] | None = None,
+        mode: RunMode = "eval",
         chunk_size: int = 32,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
-            raise ValueError(f"`model` should be a module, found {type(model).__name__}.")
-        if estimator not in get_args(Estimator):
-            raise ValueError(f"`estimator` should be one of {get_args(Estimator)}, found {estimator!r}.")
-        if normalize not in ("sum", "mean"):
-            raise ValueError(f"`normalize` should be 'sum' or 'mean', found {normalize!r}.")
-        if not strength >= 0:
-            raise ValueError(f"`strength` should be at least 0, found {strength}.")
-        if chunk_size < 1:
-            raise ValueError(f"`chunk_size` should be at least 1, found {chunk_size}.")
-        for name, weight in (layer_weights or {}).items():
-            if not weight >= 0:
-                raise ValueError(f"`layer_weights` should be at least 0, found {weight} for {name!r}.")
-        self.estimator, self.strength, self.normalize, self.chunk_size = estimator, strength, normalize, chunk_size
-        self.layer_weights = dict(layer_weights or {})
+            raise ValueError(f"`model` should be a module, found {describe(model)}.")
+        check_choice("estimator", estimator, Estimator)
+        check_choice("normalize", normalize, Normalize)
+        check_choice("mode", mode, RunMode)
+        self.estimator, self.normalize, self.mode = estimator, normalize, mode
+        self.strength = check_number("strength", strength, low=0)
+        self.chunk_size = check_whole("chunk_size", chunk_size)
+        self.layer_weights = {} if layer_weights is None else layer_weights
         self._model = (model,)  # in a tuple: not registered
-        self._loop = False
-        self._factors: dict[str, float] = {}
+        self._loop = self._warned = False
         self._open()
+
+    @property
+    def layer_weights(self) -> Mapping[str, float]:
+        """The multipliers of the strength by name; assign a mapping to change them."""
+        return self._layer_weights
+
+    @layer_weights.setter
+    def layer_weights(self, weights: Mapping[str, float]) -> None:
+        if not isinstance(weights, Mapping):
+            raise ValueError(f"`layer_weights` should be a mapping of names to numbers, found {describe(weights)}.")
+        self._layer_weights = {
+            name: check_number(f"layer_weights[{name!r}]", weight, low=0) for name, weight in weights.items()
+        }
+        self._factors: dict[str, float] = {}
 
     def accumulate(
         self,
@@ -122,9 +142,10 @@ class ParameterImportance(nn.Module):
     ) -> int:
         """Measure the importance on data of the first training; more calls refine the mean over all samples.
 
-        The network runs in eval mode and is left as it was. Gradients are those of single samples: by ``torch.func``
+        The network runs in ``mode`` and is left as it was. Gradients are those of single samples: by ``torch.func``
         where the network allows it, else one by one. Over several processes, each with its own batches or none, it
-        is the mean over all of them; then every process must call this.
+        is the mean over all of them; then every process must call this. Parameters that require a gradient and get an
+        importance of exactly 0 from every sample are named in a warning, once.
 
         Args:
             loss_fn: ``loss_fn(model, batch)`` returns the mean loss over the batch, or for "mas" and "gn" the output
@@ -137,8 +158,16 @@ class ParameterImportance(nn.Module):
 
         Raises:
             ValueError: For a loss that is no scalar, samples without a first dimension in common, no batch at all, a
-                gradient that is not finite, and parameters that FSDP2 has cut or that moved since the first call.
+                gradient that is not finite, and parameters that FSDP2 has cut or that moved since the first call; for
+                a ``loss_fn`` that does not take (model, batch), and one batch where an iterable of them is expected.
         """
+        _check_loss_fn(loss_fn)
+        if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+            raise ValueError(
+                f"`batches` should be an iterable of batches, found {describe(batches)}: put a single one into a list."
+            )
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f"`generator` should be a torch.Generator, found {describe(generator)}.")
         model = bare(self._model[0])
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not parameters:
@@ -151,15 +180,10 @@ class ParameterImportance(nn.Module):
         self._check_anchor()
         sums = {name: torch.zeros_like(p, dtype=_exact(p)) for name, p in parameters.items()}
         function = _PerSample(model, loss_fn, self.estimator)
-        modes = {module: module.training for module in model.modules()}
         count = 0
-        try:
-            model.eval()
+        with in_mode(model, self.mode):
             for batch in batches:
                 count += self._add(function, parameters, sums, batch, generator)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         self._keep(parameters, sums, count)
         return int(self._buffer("samples"))
 
@@ -215,7 +239,7 @@ class ParameterImportance(nn.Module):
         return 1 + max(int(name.partition("/")[0]) for name in self._buffers)
 
     def forward(self) -> Tensor:
-        """The penalty: a scalar with a gradient to the parameters. Add it to the loss once per optimiser step."""
+        """The penalty: a scalar with a gradient to the parameters. Add it to the loss once per optimizer step."""
         self._check_measured()
         terms = []
         for parameter, omega, anchor, weight in self._charged():
@@ -226,14 +250,14 @@ class ParameterImportance(nn.Module):
                 term = (omega * moved.square()).sum() * (1.0 if self.estimator == "mas" else 0.5)
             terms.append(weight * whole(term))
         if not terms:
-            raise ValueError("No parameter of `model` has an importance: was it measured on another network?")
+            return self._nothing_charged()
         return torch.stack([term.to(terms[0]) for term in terms]).sum()
 
     @torch.no_grad()
     def apply_(self) -> None:
         """Add the penalty's gradient to ``.grad``: what ``forward().backward()`` does, without a graph.
 
-        Call it once per optimiser step, after the last ``backward()``, and after ``GradScaler.unscale_``.
+        Call it once per optimizer step, after the last ``backward()``, and after ``GradScaler.unscale_``.
         """
         self._check_measured()
         for parameter, omega, anchor, weight in self._charged():
@@ -252,7 +276,7 @@ class ParameterImportance(nn.Module):
                 parameter.grad += (weight * omega * slope).to(parameter.grad.dtype)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Call :meth:`apply_` before each step of an optimiser, after any clipping of gradients.
+        """Call :meth:`apply_` before each step of an optimizer, after any clipping of gradients.
 
         Args:
             optimizer: not accelerate's wrapper, but ``wrapper.optimizer``.
@@ -261,17 +285,23 @@ class ParameterImportance(nn.Module):
             A handle with ``remove()``.
 
         Raises:
-            ValueError: Later, in ``step``: with a closure, which would compute the gradients anew; and for a fused
-                optimiser under ``GradScaler``, which sees scaled gradients unless ``scaler.unscale_(optimizer)`` was
-                called.
+            ValueError: For something else than an optimizer of torch. Later, in ``step``: with a closure, which would
+                compute the gradients anew; and for a fused optimizer under ``GradScaler``, which sees scaled gradients
+                unless ``scaler.unscale_(optimizer)`` was called.
         """
+        if isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+            raise ValueError(
+                f"`optimizer` should be the {type(inner).__name__} itself, found a wrapper: give `wrapper.optimizer`."
+            )
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(f"`optimizer` should be an optimizer of torch, found {describe(optimizer)}.")
 
         def add(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if next(iter(args[1:]), kwargs.get("closure")) is not None:  # the first is the optimiser
+            if next(iter(args[1:]), kwargs.get("closure")) is not None:  # the first is the optimizer
                 raise ValueError("A closure computes the gradients anew: add `importance()` to its loss instead.")
             if getattr(optimizer, "grad_scale", None) is not None:
                 raise ValueError(
-                    "A fused optimiser is given scaled gradients by GradScaler: call `scaler.unscale_(optimizer)` "
+                    "A fused optimizer is given scaled gradients by GradScaler: call `scaler.unscale_(optimizer)` "
                     "before `scaler.step(optimizer)`."
                 )
             self.apply_()
@@ -294,15 +324,22 @@ class ParameterImportance(nn.Module):
                 if name not in parameters:
                     continue
                 parameter, anchor = parameters[name], anchors[name]
-                if parameter.shape != omega.shape:
-                    raise ValueError(
-                        f"`{name}` should be of shape {tuple(omega.shape)}, as when its importance was measured, found "
-                        f"{tuple(parameter.shape)}."
-                    )
-                device = parameter.device  # the network may have moved since
                 weight = self.strength * self._layer_weight(name) / count
+                if weight == 0:
+                    continue
+                _check_shape(name, parameter, omega)
+                device = parameter.device  # the network may have moved since
                 omega, anchor = (cut_like(each.to(device), parameter) for each in (omega, anchor))
                 yield parameter, omega, anchor, weight
+
+    def _nothing_charged(self) -> Tensor:
+        """0 with a gradient of zeros, where all that was measured weighs 0."""
+        parameters = {_plain(name): p for name, p in bare(self._model[0]).named_parameters()}
+        names = {name for task in range(self.tasks) for name in self._named(task, "importance")}
+        known = [parameter for name, parameter in parameters.items() if name in names]
+        if not known:
+            raise ValueError("No parameter of `model` has an importance: was it measured on another network?")
+        return 0.0 * whole(known[0].to(_exact(known[0])).sum())
 
     def _layer_weight(self, name: str) -> float:
         if name not in self._factors:
@@ -336,13 +373,36 @@ class ParameterImportance(nn.Module):
             self.register_buffer(key, mean)
         self.register_buffer(f"{task}/samples", total + before)
         self._measured = True
-        if not any(bool(value.any()) for value in self._named(task, "importance").values()):
+        self._warn_of_zeros(parameters)
+
+    def _warn_of_zeros(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        importance = self._named(self.tasks - 1, "importance")
+        sizes = {name: p.numel() for name, p in parameters.items() if p.numel()}
+        zero = [name for name in sizes if not bool(importance[_plain(name)].any())]
+        if len(zero) == len(sizes):
             logger.warning("All importances are 0: the loss has no gradient there, and the penalty will be 0.")
+        elif zero and not self._warned:
+            self._warned = True
+            share = sum(sizes[name] for name in zero) / sum(sizes.values())
+            more = f" and {len(zero) - 3} more" if len(zero) > 3 else ""
+            why = (
+                "The loss does not depend on them in train mode."
+                if self.mode == "train"
+                else "If the network computes with other parameters in eval mode than those that train (SPAN and other "
+                'networks that are re-parameterized), measure with `ParameterImportance(model, mode="train")`.'
+            )
+            warnings.warn(
+                f"{', '.join(f'`{name}`' for name in zero[:3])}{more} ({share:.0%} of the numbers that require a "
+                f"gradient) got an importance of exactly 0 from every sample: nothing holds them in place. {why}",
+                stacklevel=4,
+            )
 
     def _check_anchor(self) -> None:
         anchors = self._named(self.tasks - 1, "anchor")
         for name, parameter in bare(self._model[0]).named_parameters():
             anchor = anchors.get(_plain(name))
+            if anchor is not None and int(self._buffer("samples")):
+                _check_shape(name, parameter, anchor)
             if anchor is not None and not torch.equal(parameter.detach().to(anchor), anchor):
                 if not int(self._buffer("samples")):
                     self._open(self.tasks - 1)  # nothing measured yet: the anchor is where it is measured
@@ -402,6 +462,7 @@ class _PerSample:
 
     def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], estimator: Estimator) -> None:
         self.model, self.loss_fn, self.estimator = model, loss_fn, estimator
+        self.mutates = False
         self.runner = _Runner(model, self._value)
 
     def signs(self, chunk: Any, generator: torch.Generator | None) -> Tensor | None:
@@ -434,19 +495,28 @@ class _PerSample:
     ) -> Iterator[dict[str, Tensor]]:
         for number in range(_batch_size(chunk)):
             one, sign = _rows((chunk, signs), number, number + 1)
-            with torch.enable_grad():
-                value = self._value(one, sign)
+            try:
+                row = self._row(list(parameters.values()), one, sign)
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    raise
+                self.mutates = True  # as PLKSR does in eval mode, which writes over the input of a convolution
+                row = self._row(list(parameters.values()), one, sign)
+            yield {name: gradient[None] for name, gradient in zip(parameters, row, strict=True)}
+
+    def _row(self, parameters: list[nn.Parameter], sample: Any, sign: Tensor | None) -> tuple[Tensor, ...]:
+        with torch.enable_grad(), allow_mutation_on_saved_tensors() if self.mutates else nullcontext():
+            value = self._value(sample, sign)
             if not value.requires_grad:
                 raise ValueError("What `loss_fn` returns should depend on the parameters of `model`.")
-            row = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
-            yield {name: gradient[None] for name, gradient in zip(parameters, row, strict=True)}
+            return torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
 
     def _value(self, sample: Any, signs: Tensor | None) -> Tensor:
         """A scalar of a batch of one."""
         result = self.loss_fn(self.model, sample)
         if self.estimator in ("taylor2", "fisher"):
             if not isinstance(result, Tensor) or result.ndim != 0:
-                raise ValueError(f"`loss_fn` should return a scalar, found {_describe(result)}.")
+                raise ValueError(f"`loss_fn` should return a scalar, found {describe(result)}.")
             return result
         output = self._output(result, 1)
         return (output * signs).sum() if signs is not None else output.square().sum()
@@ -455,7 +525,7 @@ class _PerSample:
         if not isinstance(result, Tensor) or result.ndim == 0 or len(result) != size:
             raise ValueError(
                 f"`loss_fn` should return the output of the network, ({size}, ...), for the estimator "
-                f"{self.estimator!r}, found {_describe(result)}."
+                f"{self.estimator!r}, found {describe(result)}."
             )
         return result
 
@@ -476,17 +546,42 @@ def _rows(batch: Any, first: int, last: int) -> Any:
 
 
 def _batch_size(batch: Any) -> int:
-    sizes = {len(leaf) if leaf.ndim else None for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
-    if len(sizes) != 1 or None in sizes or 0 in sizes:
-        found = sorted(tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    leaves = tree_leaves(batch)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    arrays = [leaf for leaf in leaves if type(leaf).__name__ == "ndarray"]
+    sizes = {len(leaf) if leaf.ndim else None for leaf in tensors}
+    if arrays or len(sizes) != 1 or None in sizes or 0 in sizes:
+        shapes = sorted(tuple(leaf.shape) for leaf in tensors)
+        found = describe(arrays[0]) if arrays else shapes if tensors else describe(batch)
         raise ValueError(f"A batch should be tensors of N samples each along the first dimension, found {found}.")
     (size,) = sizes
     assert size is not None
     return size
 
 
-def _describe(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+def _check_loss_fn(loss_fn: Any) -> None:
+    takes = "`loss_fn` should be a function that takes (model, batch) and returns the mean loss of the batch"
+    if isinstance(loss_fn, type) or not callable(loss_fn):
+        raise ValueError(f"{takes}, found {describe(loss_fn)}.")
+    if isinstance(loss_fn, _Loss) or hasattr(loss_fn, "terms"):
+        raise ValueError(f"{takes}, found a {type(loss_fn).__name__}, which compares images: call it in a function.")
+    try:
+        signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
+    except ValueError:  # a builtin does not tell
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise ValueError(f"{takes}, found one that takes {signature}.") from None
+
+
+def _check_shape(name: str, parameter: Tensor, measured: Tensor) -> None:
+    if parameter.shape != measured.shape:
+        raise ValueError(
+            f"`{name}` should be of shape {tuple(measured.shape)}, as when its importance was measured, found "
+            f"{tuple(parameter.shape)}: keep what has grown in a module of its own, which is not charged, or leave it "
+            f"out by `importance.layer_weights = {{{name!r}: 0}}`."
+        )
 
 
 def _exact(parameter: Tensor) -> torch.dtype:

@@ -12,24 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restoreloss.frozen import bare, frozen
+from restoreloss.checks import check_choice, check_number, describe
+from restoreloss.frozen import RunMode, bare, in_mode
 
 logger = logging.getLogger(__name__)
 
 
-def execution_order(model: nn.Module, *inputs: Any, blocks: Iterable[str] | None = None) -> list[str]:
+def execution_order(
+    model: nn.Module, *inputs: Any, blocks: Iterable[str] | None = None, mode: RunMode = "eval"
+) -> list[str]:
     """The names of the blocks of a network in the order in which they first run, shallowest first.
 
     Args:
-        model: the network; it runs once on ``inputs``, in eval mode and without gradient, and is left as it was.
+        model: the network; it runs once on ``inputs``, without gradient, and is left as it was.
         inputs: what ``model`` is called with.
         blocks: names of submodules to be put in order. The default is every module with parameters of its own.
+        mode: that the network runs in: "eval", "train" for one that runs other modules in eval mode than those that
+            train (SPAN and other networks that are re-parameterized), or "keep" for the modes that its parts are in.
 
     Returns:
         The names. Blocks that did not run are left out, and named in a log entry.
 
     Raises:
-        ValueError: For a name that is no submodule, or if no block ran.
+        ValueError: For a name that is no submodule, an unknown mode, or if no block ran.
 
     Example:
         >>> class Net(nn.Module):
@@ -41,6 +46,11 @@ def execution_order(model: nn.Module, *inputs: Any, blocks: Iterable[str] | None
         >>> execution_order(Net(), torch.zeros(1, 2))
         ['first', 'last']
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` should be a module, found {describe(model)}.")
+    if isinstance(blocks, str):
+        raise ValueError(f"`blocks` should be a list of names, found the string {blocks!r}.")
+    check_choice("mode", mode, RunMode)
     network = bare(model)
     modules = dict(network.named_modules())
     if blocks is None:
@@ -57,17 +67,17 @@ def execution_order(model: nn.Module, *inputs: Any, blocks: Iterable[str] | None
 
     handles = [modules[name].register_forward_pre_hook(note(name)) for name in chosen]
     try:
-        with torch.no_grad(), frozen(network):
+        with torch.no_grad(), in_mode(network, mode):
             network(*inputs)
     finally:
         for handle in handles:
             handle.remove()
     if not order:
-        raise ValueError(f"None of the blocks {chosen[:20]} ran.")
+        raise ValueError(f"None of the blocks {chosen[:20]} ran in mode {mode!r}.")
     # what is in a block that ran belongs to it, though it may not be called by itself
     idle = [name for name in chosen if layer_of(name, order) is None]
     if idle:
-        logger.warning("These blocks did not run, and have no depth: %s", ", ".join(idle))
+        logger.warning("These blocks did not run, and have no depth: %s (mode %r)", ", ".join(idle), mode)
     return list(order)
 
 
@@ -99,10 +109,8 @@ def layer_weights(
     Source: DTP, Eqs. (10), (21); the exponent over depth is that of the authors' code, which defines it and never calls
     it. That the regularisation weight decays likewise is the paper's Section 2.2.
     """
-    if not order:
-        raise ValueError("`order` should name at least one layer, found none.")
-    if timestep < 0 or rate < 0:
-        raise ValueError(f"`timestep` and `rate` should be at least 0, found {timestep} and {rate}.")
+    _check_order(order)
+    timestep, rate = check_number("timestep", timestep, low=0), check_number("rate", rate, low=0)
     last, count = max(1, len(order) - 1), _count(share, order)
     return {
         name: math.exp(-rate * timestep * number / last) if number < count else 0.0 for number, name in enumerate(order)
@@ -128,6 +136,9 @@ def shallow(model: nn.Module, order: Sequence[str], share: float | int = 0.5) ->
         >>> [tuple(p.shape) for p in shallow(model, ["0", "2"], 1)]
         [(2, 2), (2,)]
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` should be a module, found {describe(model)}.")
+    _check_order(order)
     chosen = set(order[: _count(share, order)])
     parameters = [
         p for name, p in bare(model).named_parameters() if p.requires_grad and layer_of(name, order) in chosen
@@ -153,7 +164,8 @@ def add_gradients(loss: Tensor, model: nn.Module, weights: Mapping[str, float], 
         retain_graph: as for ``backward()``.
 
     Raises:
-        ValueError: If no parameter that requires a gradient has a weight.
+        ValueError: If no parameter that requires a gradient has a weight, for weights that are no numbers, and for a
+            loss that is no scalar or has no graph.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
@@ -161,6 +173,14 @@ def add_gradients(loss: Tensor, model: nn.Module, weights: Mapping[str, float], 
         >>> model[0].bias.grad is None, model[1].bias.grad is None
         (False, True)
     """
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        graph = " without a graph" if isinstance(loss, Tensor) and not loss.requires_grad else ""
+        raise ValueError(f"`loss` should be a scalar that depends on parameters, found {describe(loss)}{graph}.")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` should be a module, found {describe(model)}.")
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"`weights` should be a mapping of layers to numbers, found {describe(weights)}.")
+    weights = {name: check_number(f"weights[{name!r}]", weight) for name, weight in weights.items()}
     found = {name: layer_of(name, weights) for name, p in bare(model).named_parameters() if p.requires_grad}
     factors = {name: weights[owner] for name, owner in found.items() if owner is not None and weights[owner] != 0}
     if not factors:
@@ -176,11 +196,21 @@ def add_gradients(loss: Tensor, model: nn.Module, weights: Mapping[str, float], 
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
+def _check_order(order: Any) -> None:
+    if isinstance(order, str) or not isinstance(order, Sequence) or not all(isinstance(name, str) for name in order):
+        raise ValueError(f"`order` should be a list of names, as of `execution_order`, found {describe(order)}.")
+    if not order:
+        raise ValueError("`order` should name at least one layer, found none.")
+
+
 def _count(share: float | int, order: Sequence[str]) -> int:
     """How many layers are shallow."""
-    count = share if isinstance(share, int) else math.ceil(share * len(order)) if 0 < share <= 1 else 0
+    fits = isinstance(share, int | float) and not isinstance(share, bool)
+    count = (
+        0 if not fits else share if isinstance(share, int) else math.ceil(share * len(order)) if 0 < share <= 1 else 0
+    )
     if not 1 <= count <= len(order):
-        raise ValueError(f"`share` should be within (0, 1] or 1 to {len(order)} layers, found {share}.")
+        raise ValueError(f"`share` should be within (0, 1] or 1 to {len(order)} layers, found {describe(share)}.")
     return count
 
 

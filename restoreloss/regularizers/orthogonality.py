@@ -6,15 +6,18 @@ the gradients of a step.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from restoreloss.checks import check_choice, check_number, describe
 from restoreloss.regularizers.gradients import average_, gradients_of
 from restoreloss.sharding import is_sharded
 
 Losses = Tensor | Sequence[Tensor]
+Mode = Literal["orthogonal", "align"]
+Policy = Literal["conflict", "full"]
 
 
 class GradientOrthogonality(nn.Module):
@@ -29,12 +32,13 @@ class GradientOrthogonality(nn.Module):
 
     Args:
         parameters: shared by both objectives, usually the shallow ones (:func:`restoreloss.regularizers.layer_decay.
-            shallow`). Those that require no gradient are left out.
+            shallow`). Those that require no gradient or are empty are left out.
         gamma: weight of the orthogonality across objectives; 1 in the paper.
         mode: "orthogonal"; or "align", in which s and d change places: the authors' published statement.
 
     Raises:
-        ValueError: Without a parameter that requires a gradient, for one that FSDP2 has cut, or for an unknown mode.
+        ValueError: Without a parameter that requires a gradient, for one that FSDP2 has cut, for an unknown mode, or
+            for a ``gamma`` that is negative or no number.
 
     Example:
         >>> network = nn.Conv2d(3, 3, 3, padding=1)
@@ -59,12 +63,10 @@ class GradientOrthogonality(nn.Module):
         parameters: Iterable[nn.Parameter],
         *,
         gamma: float = 1.0,
-        mode: Literal["orthogonal", "align"] = "orthogonal",
+        mode: Mode = "orthogonal",
     ) -> None:
         super().__init__()
-        if isinstance(parameters, Tensor):
-            raise ValueError("`parameters` should be several parameters, as `network.parameters()`, found a tensor.")
-        unique = {id(p): p for p in parameters if p.requires_grad}
+        unique = {id(p): p for p in _parameters(parameters, "parameters") if p.requires_grad and p.numel()}
         if not unique:
             raise ValueError("`parameters` should hold at least one that requires a gradient, found none.")
         if any(map(is_sharded, unique.values())):
@@ -72,10 +74,9 @@ class GradientOrthogonality(nn.Module):
                 "`parameters` should be whole, found some that `fully_shard` has cut: `torch.autograd.grad` finds no "
                 "gradient of these. Train under DDP."
             )
-        if mode not in ("orthogonal", "align"):
-            raise ValueError(f"`mode` should be 'orthogonal' or 'align', found {mode!r}.")
+        check_choice("mode", mode, Mode)
         self._parameters_shared = tuple(unique.values())  # in a tuple: not registered
-        self.gamma, self.mode = gamma, mode
+        self.gamma, self.mode = check_number("gamma", gamma, low=0), mode
         self._twice = False
 
     def forward(
@@ -108,6 +109,11 @@ class GradientOrthogonality(nn.Module):
                 [gradients_of(loss, self._parameters_shared, create_graph=True) for loss in side] for side in sides
             ]
         else:
+            if not isinstance(at, tuple | list) or len(at) != 2:
+                raise ValueError(
+                    "`at` should be (tensors of generation, tensors of reconstruction), found "
+                    f"{len(at) if isinstance(at, tuple | list) else describe(at)}."
+                )
             points = [_as_list(at[0], "at", scalar=False), _as_list(at[1], "at", scalar=False)]
             gradients = [_by_sample(losses, tensors) for losses, tensors in zip(sides, points, strict=True)]
         penalty = self.from_gradients(*gradients)
@@ -143,7 +149,7 @@ class GradientOrthogonality(nn.Module):
         generation: Tensor,
         reconstruction: Tensor,
         *,
-        policy: Literal["conflict", "full"] = "conflict",
+        policy: Policy = "conflict",
         weight: float | Sequence[float] = 1.0,
         others: Iterable[nn.Parameter] = (),
     ) -> Tensor:
@@ -168,21 +174,19 @@ class GradientOrthogonality(nn.Module):
             The cosine of the two gradients before the projection, a scalar (0 if one of them is zero).
 
         Raises:
-            ValueError: For losses that are no scalars or have no graph, or an unknown policy.
+            ValueError: For losses that are no scalars or have no graph, an unknown policy, or a weight that is negative
+                or no number.
         """
-        if policy not in ("conflict", "full"):
-            raise ValueError(f"`policy` should be 'conflict' or 'full', found {policy!r}.")
-        (generation,), (reconstruction,) = (
-            _as_list(generation, "generation"),
-            _as_list(reconstruction, "reconstruction"),
-        )
+        check_choice("policy", policy, Policy)
+        generation, reconstruction = _one(generation, "generation"), _one(reconstruction, "reconstruction")
         shared = self._parameters_shared
         known = {id(p) for p in shared}
-        rest = [p for p in others if p.requires_grad and id(p) not in known]
-        of_generation = gradients_of(generation, shared, retain_graph=True)  # the two graphs may share a part
-        weights = [weight] * len(shared) if isinstance(weight, int | float) else list(weight)
+        rest = [p for p in _parameters(others, "others") if p.requires_grad and id(p) not in known]
+        weights = [weight] * len(shared) if not isinstance(weight, Sequence) or isinstance(weight, str) else weight
+        weights = [check_number("weight", each, low=0) for each in weights]
         if len(weights) != len(shared):
             raise ValueError(f"`weight` should be one, or {len(shared)}, found {len(weights)}.")
+        of_generation = gradients_of(generation, shared, retain_graph=True)  # the two graphs may share a part
         of_generation = [w * gradient for w, gradient in zip(weights, of_generation, strict=True)]
         of_both = gradients_of(reconstruction, [*shared, *rest])
         average_([*of_generation, *of_both])
@@ -208,17 +212,38 @@ class GradientOrthogonality(nn.Module):
         return f"{len(self._parameters_shared)} parameters, gamma={self.gamma:g}, mode={self.mode!r}"
 
 
+def _parameters(given: Any, name: str) -> list[nn.Parameter]:
+    """The parameters in an iterable, or an error that says how they are had from what was given."""
+    if isinstance(given, nn.Module):
+        raise ValueError(f"`{name}` should be parameters, found {describe(given)}: give its `.parameters()`.")
+    if isinstance(given, Tensor | str) or not isinstance(given, Iterable):
+        raise ValueError(f"`{name}` should be several parameters, as `network.parameters()`, found {describe(given)}.")
+    found = list(given)
+    for one in found:
+        if not isinstance(one, Tensor):
+            raise ValueError(f"`{name}` should hold parameters, as `network.parameters()`, found {describe(one)}.")
+    return found
+
+
 def _as_list(losses: Losses, name: str, *, scalar: bool = True) -> list[Tensor]:
+    kind = "scalar losses" if scalar else "tensors"
+    if not isinstance(losses, Tensor | Sequence) or isinstance(losses, str):
+        raise ValueError(f"`{name}` should be {kind} that depend on parameters, found {describe(losses)}.")
     found = [losses] if isinstance(losses, Tensor) else list(losses)
     for loss in found:
         if not isinstance(loss, Tensor) or not loss.requires_grad or (scalar and loss.numel() != 1):
-            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             graph = "" if not isinstance(loss, Tensor) or loss.requires_grad else " without a graph"
-            kind = "scalar losses" if scalar else "tensors"
-            raise ValueError(f"`{name}` should be {kind} that depend on parameters, found {what}{graph}.")
+            raise ValueError(f"`{name}` should be {kind} that depend on parameters, found {describe(loss)}{graph}.")
     if not found:
         raise ValueError(f"`{name}` should hold at least one {'loss' if scalar else 'tensor'}, found none.")
     return found
+
+
+def _one(loss: Tensor, name: str) -> Tensor:
+    found = _as_list(loss, name)
+    if len(found) != 1:
+        raise ValueError(f"`{name}` should be one scalar loss, found {len(found)}: take their mean.")
+    return found[0]
 
 
 def _by_sample(losses: list[Tensor], tensors: list[Tensor]) -> list[list[Tensor]]:
@@ -235,7 +260,10 @@ def _cosines(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
     """(K, K) cosines of K gradients, and which of these are not zero."""
     if len({tuple(tensor.shape for tensor in row) for row in rows}) != 1:
         raise ValueError("The gradients should be of the same shapes in all micro-batches.")
-    parts = [torch.stack([tensor.flatten() for tensor in column]) for column in zip(*rows, strict=True)]
+    columns = [column for column in zip(*rows, strict=True) if column[0].numel()]
+    if not columns:
+        raise ValueError("The gradients should hold numbers, found empty ones only.")
+    parts = [torch.stack([tensor.flatten() for tensor in column]) for column in columns]
     parts = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
     # gradients of long runs are tiny: their squares would leave float32
     scale = torch.stack([part.detach().abs().amax(dim=1) for part in parts]).amax(dim=0)
