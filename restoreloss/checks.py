@@ -1,5 +1,6 @@
 """Checks of arguments that all modules share: numbers, whole numbers, choices, and how a message describes a value."""
 
+import inspect
 import math
 from numbers import Real
 from operator import index
@@ -62,3 +63,25 @@ def check_choice(name: str, value: Any, choices: object) -> None:
     """Raise ``ValueError`` unless ``value`` is one of a ``Literal``'s."""
     if value not in get_args(choices):
         raise ValueError(f"`{name}` should be one of {get_args(choices)}, found {value!r}.")
+
+
+def check_callable(name: str, function: Any, *arguments: str, where: str = "") -> None:
+    """Raise ``ValueError`` unless ``function`` can be called with these arguments, by position; a class is no function.
+
+    Args:
+        name: of what is to be called.
+        function: it is not called. A builtin that does not tell what it takes is accepted.
+        arguments: their names, for the message.
+        where: what it belongs to, for the message, as " of phase 'fit'".
+    """
+    takes = f"`{name}`{where} should be callable as {name}({', '.join(arguments)})"
+    if isinstance(function, type) or not callable(function):
+        raise ValueError(f"{takes}, found {describe(function)}.")
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except ValueError:
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        raise ValueError(f"{takes}, found one that takes {signature}.") from None

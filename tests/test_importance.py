@@ -390,7 +390,7 @@ BATCH = torch.ones(2, 2)
         (squared, BATCH, "taylor2", "`batches` should be an iterable of batches, found a tensor .* put a single one"),
         (squared, {"x": BATCH}, "taylor2", "`batches` should be an iterable of batches, found dict"),
         (squared, None, "taylor2", "`batches` should be an iterable of batches, found None"),
-        (0.5, [BATCH], "taylor2", r"`loss_fn` should be a function that takes \(model, batch\) .* found 0.5"),
+        (0.5, [BATCH], "taylor2", r"`loss_fn` should be callable as loss_fn\(model, batch\), found 0.5"),
         (nn.L1Loss, [BATCH], "taylor2", "`loss_fn` should be .* found the class L1Loss"),
         (nn.L1Loss(), [BATCH], "taylor2", "`loss_fn` should be .* found a L1Loss, which compares images"),
         (linear(), [BATCH], "taylor2", r"`loss_fn` should be .* found one that takes \(input"),

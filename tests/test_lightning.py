@@ -300,6 +300,33 @@ def test_phases_run_in_the_precision_of_the_trainer(precision, tmp_path):
         torch.testing.assert_close(one["restorer/grad_norm"].float(), other["restorer/grad_norm"], rtol=0.05, atol=1e-3)
 
 
+def test_what_is_not_finite_stops_the_run_before_the_weights(tmp_path):
+    class Broken(TaskDriven):
+        def recognise(self, batch):
+            return {"task": super().recognise(batch), "odd": float("nan") * self.classifier.head.weight.sum()}
+
+    module = Broken()
+    before = copy.deepcopy(module.classifier.state_dict())
+    with pytest.raises(FloatingPointError, match="Phase 'classifier' should .* found term 'odd' = nan"):
+        trainer(tmp_path).fit(module, data())
+    torch.testing.assert_close(module.classifier.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_scheduler_rests_where_the_scale_made_the_step_be_skipped(tmp_path):
+    rates = []
+
+    class Overflowing(TaskDriven):
+        def recognise(self, batch):
+            return (1e10 if not rates else 1.0) * super().recognise(batch)
+
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            rates.append(self.optimizers()[1].param_groups[0]["lr"])
+
+    trainer(tmp_path, plugins=[scaled()]).fit(Overflowing(max_norm=None), data())
+    assert rates[0] == 0.5 and rates[-1] < 0.5
+
+
 def test_resumed_phases_are_the_uninterrupted_ones(tmp_path):
     whole, half, resumed = TaskDriven(nn.BatchNorm2d), TaskDriven(nn.BatchNorm2d), TaskDriven(nn.BatchNorm2d)
     trainer(tmp_path, max_epochs=2).fit(whole, data())

@@ -1412,7 +1412,7 @@ def test_a_scaler_of_accelerate_serves_two_optimizers_of_a_phase(accelerate, max
         ({"trains": ["net"]}, r"found \['str'\]"),
         ({"frozen": nn.Sequential(nn.Linear(2, 1))}, "`frozen` of phase 'fit' should be a list of networks"),
         ({"optimizers": nn.Linear(2, 1).parameters()}, "`optimizers` of phase 'fit' should be optimizers"),
-        ({"objective": None}, "`objective` of phase 'fit' should be callable, found NoneType"),
+        ({"objective": None}, "`objective` of phase 'fit' should be callable as .*, found None"),
     ],
 )
 def test_a_phase_names_what_it_was_given(changes, message):

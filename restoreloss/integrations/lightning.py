@@ -24,7 +24,7 @@ from restoreloss.integrations.calls import CallCounts
 from restoreloss.integrations.processes import check_equal_batches
 from restoreloss.objectives.base import total
 from restoreloss.regularizers.importance import ParameterImportance
-from restoreloss.training.phases import Alternation, Phase
+from restoreloss.training.phases import Alternation, NonFinite, Phase
 
 Batch = TypeVar("Batch")
 _OLDEST = (2, 4)
@@ -194,6 +194,7 @@ class LightningAlternation(Alternation[Batch]):
         module: the LightningModule, with ``automatic_optimization = False``, in a Trainer on one device or with the
             strategy ``ddp_find_unused_parameters_true``: a phase leaves the other networks' parameters unused.
         phases: in order.
+        on_non_finite: as for :class:`~restoreloss.Alternation`.
 
     Raises:
         ValueError: For a module, a strategy or optimizers that are not as said; under ``16-mixed`` also for a phase of
@@ -201,7 +202,7 @@ class LightningAlternation(Alternation[Batch]):
         ImportError: If Lightning is absent, too old or compromised.
     """
 
-    def __init__(self, module: Any, phases: Sequence[Phase[Batch]]) -> None:
+    def __init__(self, module: Any, phases: Sequence[Phase[Batch]], *, on_non_finite: NonFinite = "raise") -> None:
         lightning = _lightning()
         if not isinstance(module, lightning.LightningModule):
             raise ValueError(
@@ -211,9 +212,9 @@ class LightningAlternation(Alternation[Batch]):
             raise ValueError("`module` should have `automatic_optimization = False`, found True.")
         if module._trainer is None:
             raise ValueError("`module` should be in a Trainer: make its phases in `on_fit_start`, found none.")
-        super().__init__(phases, accelerator=_Lightning(module))
+        super().__init__(phases, accelerator=_Lightning(module), on_non_finite=on_non_finite)
         _check_strategy(lightning, module.trainer.strategy)
-        scaled = getattr(module.trainer.precision_plugin, "scaler", None) is not None
+        self._scale = getattr(module.trainer.precision_plugin, "scaler", None)
         wrapper = lightning.core.optimizer.LightningOptimizer
         for phase in phases:
             optimizers = phase.optimizers if isinstance(phase.optimizers, Sequence) else [phase.optimizers]
@@ -222,7 +223,7 @@ class LightningAlternation(Alternation[Batch]):
                     f"`optimizers` of phase {phase.name!r} should be those of `self.optimizers()`, which step as the "
                     f"Trainer wants, found {[type(optimizer).__name__ for optimizer in optimizers]}."
                 )
-            if scaled and len(optimizers) > 1:
+            if self._scale is not None and len(optimizers) > 1:
                 raise ValueError(
                     f"`optimizers` of phase {phase.name!r} should be one under 16-mixed, found {len(optimizers)}: "
                     "Lightning may change the loss scale after each."

@@ -7,6 +7,8 @@ same batch. It does one step of YOUR loop:
         logs = alternation.step(batch)
 """
 
+import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,11 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from restoreloss.checks import check_callable, check_choice, check_number, describe
 from restoreloss.frozen import bare, frozen
 from restoreloss.sharding import whole
 
 Batch = TypeVar("Batch")
 Mode = Literal["train", "eval"]
+NonFinite = Literal["raise", "ignore"]
 Trainable: TypeAlias = nn.Module | nn.Parameter
 
 
@@ -37,12 +41,17 @@ class Phase(Generic[Batch]):
         trains: the networks (or single parameters) that learn, in train mode. May be wrapped by DDP.
         objective: ``batch -> loss``, a scalar or a mapping of named scalars that are summed. Lower is better.
         optimizers: one or several; together they hold the parameters of ``trains`` that need a gradient, no others.
-        schedulers: stepped after the optimizers.
+            Not one whose ``step`` needs a closure (LBFGS).
+        schedulers: stepped after the optimizers, and left as they are where a ``GradScaler`` skipped a step of the
+            phase. Not one whose ``step`` needs a metric (ReduceLROnPlateau): step it yourself after validation.
         frozen: networks that rest besides those that the other phases train. May contain what ``trains`` trains.
         modes: "train" or "eval" by network or submodule, where the rule (``trains`` train, all others eval) does not
             fit: torchvision's detectors give their losses in train mode only. A resting network in "train" keeps its
             batch, instance and dropout layers in eval mode; what else draws or counts in train mode will do so.
-        max_norm: clip the gradient to this norm.
+        max_norm: clip the gradient to this norm, above 0.
+
+    Raises:
+        ValueError: For parts of another kind than these.
 
     Example:
         >>> net = nn.Linear(2, 1)
@@ -66,13 +75,27 @@ class Phase(Generic[Batch]):
             if not isinstance(given, Sequence) or not all(isinstance(item, kinds) for item in given):
                 found = [type(item).__name__ for item in given] if isinstance(given, Sequence) else type(given).__name__
                 raise ValueError(f"`{name}` of phase {self.name!r} should be a list of networks, found {found}.")
-        for optimizer in listed(self.optimizers):
-            if not hasattr(optimizer, "param_groups"):
-                found = type(optimizer).__name__
-                raise ValueError(f"`optimizers` of phase {self.name!r} should be optimizers, found {found}.")
-        if not callable(self.objective):
-            found = type(self.objective).__name__
-            raise ValueError(f"`objective` of phase {self.name!r} should be callable, found {found}.")
+        where = f"of phase {self.name!r}"
+        for kind, parts in (("optimizer", listed(self.optimizers)), ("scheduler", listed(self.schedulers))):
+            for part in parts:
+                fits = hasattr(part, "step") and hasattr(part, "param_groups") == (kind == "optimizer")
+                if isinstance(part, type) or not fits:
+                    raise ValueError(f"`{kind}s` {where} should be {kind}s, found {describe(part)}.")
+                if needed := _needed(_unwrapped(part) if kind == "optimizer" else getattr(part, "scheduler", part)):
+                    way = (
+                        "a phase computes its gradient once a step, so that it takes another optimizer"
+                        if kind == "optimizer"
+                        else f"leave it out and call its `step({needed})` yourself, after validation for instance"
+                    )
+                    raise ValueError(
+                        f"`{kind}s` {where} should step without an argument, found a {type(part).__name__}, which "
+                        f"needs `{needed}`: {way}."
+                    )
+        if not isinstance(self.modes, Mapping) or not all(isinstance(module, nn.Module) for module in self.modes):
+            raise ValueError(f"`modes` {where} should be a mapping of networks to modes, found {describe(self.modes)}.")
+        if self.max_norm is not None and self.max_norm != math.inf:  # which measures the norm and clips nothing
+            check_number("max_norm", self.max_norm, low=0, above=True)
+        check_callable("objective", self.objective, "batch", where=f" {where}")
 
 
 class Alternation(Generic[Batch]):
@@ -87,6 +110,8 @@ class Alternation(Generic[Batch]):
         scaler: a ``torch.amp.GradScaler``, for float16.
         accelerator: an ``accelerate.Accelerator`` that prepared the networks and optimizers; it then does autocast,
             backward and clipping, and ``precision`` and ``scaler`` are its business.
+        on_non_finite: "raise" stops before a NaN or infinity reaches the weights, for which a phase waits for the
+            device once a step; "ignore" looks at nothing.
 
     Raises:
         ValueError: For no phase, names given twice, a network that is trained and frozen by one phase, a parameter that
@@ -126,9 +151,11 @@ class Alternation(Generic[Batch]):
         precision: torch.dtype | None = None,
         scaler: torch.amp.GradScaler | None = None,
         accelerator: Any = None,
+        on_non_finite: NonFinite = "raise",
     ) -> None:
-        if isinstance(phases, Phase) or not all(isinstance(phase, Phase) for phase in phases):
-            raise ValueError(f"`phases` should be a list of phases, found {phases!r}.")
+        if not isinstance(phases, Sequence) or not all(isinstance(phase, Phase) for phase in phases):
+            found = [describe(one) for one in phases] if isinstance(phases, Sequence) else describe(phases)
+            raise ValueError(f"`phases` should be a list of phases, found {found}.")
         if not phases:
             raise ValueError("`phases` should hold at least one phase, found none.")
         names = [phase.name for phase in phases]
@@ -136,11 +163,21 @@ class Alternation(Generic[Batch]):
             raise ValueError(f"`phases` should have names of their own, found {names}.")
         if accelerator is not None and (precision is not None or scaler is not None):
             raise ValueError("`precision` and `scaler` should be left to the `accelerator`, found both.")
+        if precision is not None and not (isinstance(precision, torch.dtype) and precision.is_floating_point):
+            raise ValueError(f"`precision` should be a dtype, as torch.bfloat16, found {precision!r}.")
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise ValueError(f"`scaler` should be a torch.amp.GradScaler, found {describe(scaler)}.")
+        if accelerator is not None and not hasattr(accelerator, "backward"):
+            raise ValueError(f"`accelerator` should be an accelerate.Accelerator, found {describe(accelerator)}.")
+        check_choice("on_non_finite", on_non_finite, NonFinite)
         self.phases = tuple(phases)
         self._precision = precision
         # accelerate's own optimizers step its scaler once each, and it should once a phase
         self._scaler = scaler if accelerator is None else getattr(accelerator, "scaler", None)
         self._accelerator = accelerator
+        # whose scale decides which steps are skipped: not always ours to step
+        self._scale: torch.amp.GradScaler | None = self._scaler
+        self._on_non_finite = on_non_finite
         if getattr(accelerator, "gradient_accumulation_steps", 1) != 1:
             raise ValueError(
                 "`accelerator` should have gradient_accumulation_steps=1, found "
@@ -152,22 +189,30 @@ class Alternation(Generic[Batch]):
         self._networks = [item for item in mentioned if isinstance(item, nn.Module)]
         self._loose = {item for item in mentioned if isinstance(item, nn.Parameter)}
 
-    def step(self, *micro_batches: Batch) -> dict[str, Tensor]:
+    def step(self, *micro_batches: Batch, accumulate: bool = False) -> dict[str, Tensor]:
         """Every phase once: its gradient over the batch, and a step of its optimizers.
 
         Args:
             micro_batches: one batch, or several of equal size whose gradients are averaged (accumulation). Every phase
                 sees all of them before the next begins, so that the result is that of one large batch.
+            accumulate: True where each of several micro-batches is a bare tensor. Otherwise ``step(degraded, clean)``
+                is refused, for it is most often meant to be the one batch ``step((degraded, clean))``.
 
         Returns:
             Detached scalars "phase/term" ("phase/loss" for an objective without terms), mean over the micro-batches,
             and "phase/grad_norm" before clipping, where the phase clips. Reading them is the only synchronisation.
 
         Raises:
-            ValueError: For no batch, and an objective that gives no scalar or no gradient.
+            ValueError: For no batch, micro-batches of different kinds, several bare tensors without ``accumulate``, and
+                an objective that gives no scalar or no gradient.
+            FloatingPointError: With ``on_non_finite="raise"``, for a term or a gradient of a phase that is NaN or
+                infinite, by name. No optimizer of the phase has stepped, and its gradients are gone. Of a loss that is
+                scaled only the terms are looked at: a gradient that overflows is the scaler's business.
         """
         if not micro_batches:
             raise ValueError("`micro_batches` should be at least one batch, found none.")
+        if not accumulate:
+            _check_kinds(micro_batches)
         logs: dict[str, Tensor] = {}
         for phase in self.phases:
             with self.roles(phase):
@@ -253,8 +298,16 @@ class Alternation(Generic[Batch]):
                 self._backward(loss)
             for key, value in terms.items():
                 logs[key] = logs.get(key, 0) + value.detach() / len(micro_batches)
+        scaled = self._scale is not None and self._scale.is_enabled()
+        clips = phase.max_norm is not None and self._accelerator is None and not scaled
+        norm = _norm(phase.trains) if clips or (self._on_non_finite == "raise" and not scaled) else None
+        # before a scaler takes out its scale, which it does once, and before clipping by NaN makes NaN of all gradients
+        if self._on_non_finite == "raise":
+            self._check_finite(phase, logs, norm)
         if phase.max_norm is not None:
-            logs["grad_norm"] = self._clip(phase, phase.max_norm)
+            logs["grad_norm"] = self._clip(phase, phase.max_norm, norm)
+        schedulers = listed(phase.schedulers)
+        before = self._scale.get_scale() if self._scale is not None and schedulers else 0.0
         for optimizer in optimizers:
             if self._scaler is None:
                 optimizer.step()
@@ -262,11 +315,38 @@ class Alternation(Generic[Batch]):
                 self._scaler.step(_unwrapped(optimizer))
         if self._scaler is not None:
             self._scaler.update()
-        for scheduler in listed(phase.schedulers):
-            scheduler.step()
+        # a scale falls where a step was skipped
+        if self._scale is None or not schedulers or self._scale.get_scale() >= before:
+            for scheduler in schedulers:
+                scheduler.step()
         for optimizer in optimizers:
             optimizer.zero_grad()  # the next phase needs the memory, not these gradients
         return logs
+
+    def _check_finite(self, phase: Phase[Batch], terms: Mapping[str, Tensor], norm: Tensor | None) -> None:
+        """Raise where a term or the norm of the gradient is not finite: one look at the device."""
+        named = {f"term {name!r}": value for name, value in terms.items()}
+        if norm is not None:
+            named["gradient"] = whole(norm)
+        first, *_ = named.values()
+        values = torch.stack([value.detach().to(first.device) for value in named.values()]).tolist()
+        wrong = {name: value for name, value in zip(named, values, strict=True) if not math.isfinite(value)}
+        if not wrong:
+            return
+        found = ", ".join(f"{name} = {value}" for name, value in wrong.items() if name != "gradient")
+        if not found and (names := _broken(phase.trains)):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            found = f"NaN or infinity in the gradient of {', '.join(names[:3])}{more}"
+        elif not found and phase.max_norm is None:
+            return  # the squares of huge gradients are infinite, which matters to nobody
+        elif not found:
+            found = f"a gradient whose norm is {values[-1]}, by which clipping divides"
+        for optimizer in listed(phase.optimizers):
+            optimizer.zero_grad()
+        raise FloatingPointError(
+            f"Phase {phase.name!r} should have finite terms and gradients, found {found}: no optimizer of the phase "
+            'has stepped. `on_non_finite="ignore"` goes on.'
+        )
 
     def _autocast(self, phase: Phase[Batch]) -> AbstractContextManager[Any]:
         if self._accelerator is not None:
@@ -284,8 +364,11 @@ class Alternation(Generic[Batch]):
         else:
             loss.backward()
 
-    def _clip(self, phase: Phase[Batch], max_norm: float) -> Tensor:
+    def _clip(self, phase: Phase[Batch], max_norm: float, norm: Tensor | None) -> Tensor:
         parameters = [p for p in _parameters(phase.trains) if p.requires_grad]
+        if norm is not None and self._accelerator is None:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+            return whole(norm)
         if self._scaler is not None:
             for optimizer in listed(phase.optimizers):
                 self._scaler.unscale_(_unwrapped(optimizer))
@@ -328,6 +411,68 @@ def _check(phase: Phase[Any]) -> None:
             f"`optimizers` of phase {phase.name!r} should hold all parameters of `trains` that need a gradient, found "
             f"{forgotten} in none: name the submodules that train, or freeze the rest."
         )
+
+
+def _needed(part: Any) -> str | None:
+    """The name of the first argument that ``part.step`` cannot do without."""
+    try:
+        # of the class: a scheduler puts a function into the optimizer that says it takes `self`
+        _, *parameters = inspect.signature(type(part).step).parameters.values()
+    except (AttributeError, TypeError, ValueError):  # it does not tell
+        return None
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = (each.name for each in parameters if each.kind in kinds and each.default is inspect.Parameter.empty)
+    return next(needed, None)
+
+
+def _check_kinds(micro_batches: Sequence[Any]) -> None:
+    """Raise for the parts of one batch in the place of micro-batches."""
+    if len(micro_batches) < 2:
+        return
+    kinds = [_kind(batch) for batch in micro_batches]
+    if len(set(kinds)) > 1:
+        raise ValueError(
+            f"`micro_batches` should be alike, found {', '.join(kinds)}: one batch of several parts is one argument, "
+            "as `step((degraded, clean))`."
+        )
+    if any(type(batch).__name__ == "ndarray" or (isinstance(batch, Tensor) and batch.ndim) for batch in micro_batches):
+        raise ValueError(
+            f"`micro_batches` should be one batch or several, found {len(kinds)} bare tensors: one batch of several "
+            "parts is one argument, as `step((degraded, clean))`; for micro-batches that are bare tensors say "
+            "`step(first, second, accumulate=True)`."
+        )
+
+
+def _kind(batch: Any) -> str:
+    """The type of a batch, and of the first thing in it."""
+    if isinstance(batch, list | tuple):
+        first = next((type(part).__name__ for part in batch if part is not None), "nothing")
+        return f"{type(batch).__name__} of {first}"
+    return type(batch).__name__
+
+
+def _norm(trains: Sequence[Trainable]) -> Tensor:
+    """The norm of the gradient."""
+    gradients = [p.grad for p in _parameters(trains) if p.requires_grad and p.grad is not None]
+    return nn.utils.get_total_norm([each.coalesce().values() if each.is_sparse else each for each in gradients])
+
+
+def _broken(trains: Sequence[Trainable]) -> list[str]:
+    """The parameters whose gradient is not finite."""
+    named: list[tuple[str, nn.Parameter]] = []
+    for number, item in enumerate(trains):
+        place = f"trains[{number}]"
+        if isinstance(item, nn.Parameter):
+            named.append((place, item))
+        else:
+            prefix = "" if len(trains) == 1 else f"{place}."
+            named += [(f"{prefix}{name}", p) for name, p in bare(item).named_parameters()]
+    gradients = [(name, whole(p.grad)) for name, p in named if p.grad is not None]
+    return [
+        f"`{name}`"
+        for name, grad in gradients
+        if not bool((grad.to_dense() if grad.is_sparse else grad).isfinite().all())
+    ]
 
 
 def _terms(name: str, result: Any) -> Mapping[str, Tensor]:
