@@ -6,6 +6,7 @@ from numbers import Real
 from operator import index
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 
@@ -85,3 +86,32 @@ def check_callable(name: str, function: Any, *arguments: str, where: str = "") -
         signature.bind(*arguments)
     except TypeError:
         raise ValueError(f"{takes}, found one that takes {signature}.") from None
+
+
+def check_map(name: str, value: Any, channels: int) -> None:
+    """Raise ``ValueError`` unless ``value`` is a float tensor (N, channels, H, W)."""
+    if isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] == channels and value.is_floating_point():
+        return
+    hint = ""
+    if isinstance(value, Tensor) and value.ndim > 2 and value.shape[-1] == channels:
+        way = ".permute(0, 3, 1, 2)" if value.ndim == 4 else ".transpose(1, 2).unflatten(2, (height, width))"
+        hint = f" (if its channels are last: `{way}`)"
+    raise ValueError(f"`{name}` should be float (N, {channels}, H, W), found {describe(value)}{hint}.")
+
+
+def check_time(name: str, t: Any, last: float = math.inf) -> None:
+    """Raise ``ValueError`` for a timestep outside [0, last], NaN, or no number. What cannot be read for free passes."""
+    if not isinstance(t, Tensor):
+        check_number(name, t, low=0, high=last)
+        return
+    if t.is_complex() or t.dtype == torch.bool:
+        raise ValueError(f"`{name}` should be numbers, found {describe(t)}.")
+    if t.device.type != "cpu" or torch.compiler.is_compiling() or t.numel() == 0:
+        return
+    try:
+        low, high = float(t.detach().min()), float(t.detach().max())
+    except RuntimeError:  # a transform of torch.func has no values to read
+        return
+    if not (low >= 0 and high <= last and high < math.inf):
+        most = "" if last == math.inf else f" and at most {last}"
+        raise ValueError(f"`{name}` should be at least 0{most}, found {high if low >= 0 else low:g}.")

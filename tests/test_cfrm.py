@@ -243,11 +243,11 @@ def test_a_compiled_module_computes_the_same(blocks: int) -> None:
     [
         ({"channels": 6}, r"multiple of `groups` \(16\), found 4 x 6"),
         ({"channels": 4, "groups": 3, "expansion": 5}, r"multiple of `groups` \(3\), found 5 x 4"),
-        ({"channels": 0}, "found 4 x 0"),
-        ({"channels": 4, "groups": 0}, r"`groups` \(0\)"),
-        ({"channels": 4, "groups": -4}, r"`groups` \(-4\)"),
-        ({"channels": 4, "expansion": 0}, "found 0 x 4"),
-        ({"channels": 4, "blocks": -1}, "`blocks` should be at least 0, found -1"),
+        ({"channels": 0}, "`channels` should be a whole number of at least 1, found 0"),
+        ({"channels": 4, "groups": 0}, "`groups` should be a whole number of at least 1, found 0"),
+        ({"channels": 4, "groups": -4}, "`groups` should be a whole number of at least 1, found -4"),
+        ({"channels": 4, "expansion": 0}, "`expansion` should be a whole number of at least 1, found 0"),
+        ({"channels": 4, "blocks": -1}, "`blocks` should be a whole number of at least 0, found -1"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, int], message: str) -> None:

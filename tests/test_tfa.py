@@ -367,7 +367,7 @@ def call(*shapes: tuple[int, ...]) -> Any:
     [
         (lambda: TFA(()), r"`channels` should be one number for each of `skips` \(\), found 512"),
         (lambda: TFA((4, 2), (8,)), r"each of `skips` \(4, 2\), found \(8,\)"),
-        (lambda: TFA((4, 2), gate="relu"), "`gate` should be 'softmax' or 'sigmoid', found 'relu'"),
+        (lambda: TFA((4, 2), gate="relu"), "`gate` should be one of .'softmax', 'sigmoid'., found 'relu'"),
         (lambda: TFA((4,), tasks=["look", "look"]), "`name` should be a new task, found 'look', .* one of look"),
         (lambda: adapters().add_task("segment"), "found 'segment', which is one of look, classify, segment"),
         (lambda: adapters().add_task("a.b"), "`name` should be .* found 'a.b'"),
@@ -376,7 +376,7 @@ def call(*shapes: tuple[int, ...]) -> Any:
         (lambda: adapters().prompt("old"), "A task should be one of look, classify, segment, found 'old'"),
         (lambda: adapters(()).prompt("old"), "A task should be one of none yet, found 'old'"),
         (lambda: adapters().prompt(["look", "old"]), "one of look, classify, segment, found 'old'"),
-        (lambda: adapters().prompt(["look", "look"], 3), "one for each of 3 pictures, found 2"),
+        (lambda: adapters().prompt(["look", "look"], 3), "one for each of 3 images, found 2"),
         (lambda: adapters().prompt([]), "`tasks` should name one for each .* found 0"),
         (lambda: call((1, 2, 4, 4), (1, 3, 4, 5), (1, 3)), r"`skip` \(1, 3, 4, 5\), found \(1, 2, 4, 4\)"),
         (lambda: call((1, 2, 4, 4), (1, 3, 4, 4), (1, 2)), r"`skip` \(1, 3, 4, 4\), found .* and \(1, 2\)"),

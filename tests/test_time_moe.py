@@ -348,9 +348,15 @@ class Unpack(nn.Module):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: TimeMoE(8, experts=0), "`experts` should be at least 1, found 0"),
-        (lambda: TimeMoE(8, experts=3, top_k=4), "`top_k` should be 1 to 3, found 4"),
-        (lambda: TimeMoE(8, experts=3, top_k=0), "`top_k` should be 1 to 3, found 0"),
+        (lambda: TimeMoE(8, experts=0), "`experts` should be a whole number of at least 1, found 0"),
+        (
+            lambda: TimeMoE(8, experts=3, top_k=4),
+            "`top_k` should be a whole number of at least 1 and at most 3, found 4",
+        ),
+        (
+            lambda: TimeMoE(8, experts=3, top_k=0),
+            "`top_k` should be a whole number of at least 1 and at most 3, found 0",
+        ),
         (
             lambda: TimeConditioned(network(), {"neck": FiLM(8)}),
             "`blocks` should name layers of the network, found 'neck'; there are 0, 1, 1.0, 2",

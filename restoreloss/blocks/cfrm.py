@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoreloss._optional import require
+from restoreloss.checks import check_map, check_whole, describe
 
 
 class CFRM(nn.Module):
@@ -29,7 +30,8 @@ class CFRM(nn.Module):
         expansion: of the channels.
 
     Raises:
-        ValueError: If ``expansion`` C cannot be divided into ``groups``.
+        ValueError: If ``expansion`` C cannot be divided into ``groups``, for numbers that are not whole or below 1, and
+            at a call for features of another shape.
         ImportError: For NAFBlocks without spandrel.
 
     Example:
@@ -44,12 +46,12 @@ class CFRM(nn.Module):
 
     def __init__(self, channels: int, *, blocks: int | nn.Module = 1, groups: int = 16, expansion: int = 4) -> None:
         super().__init__()
-        width = expansion * channels
-        if channels < 1 or groups < 1 or width < 1 or width % groups:
+        width = check_whole("expansion", expansion) * check_whole("channels", channels)
+        if width % check_whole("groups", groups):
             raise ValueError(
                 f"`expansion` x `channels` should be a multiple of `groups` ({groups}), found {expansion} x {channels}."
             )
-        self.groups = groups
+        self.channels, self.groups = channels, groups
         self.blocks = blocks if isinstance(blocks, nn.Module) else naf_blocks(channels, blocks)
         self.expand = nn.Conv2d(channels, width, 1)
         self.norm = nn.GroupNorm(groups, width)
@@ -62,7 +64,13 @@ class CFRM(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, C, H, W), degraded, to (N, C, H, W), restored."""
+        check_map("features", features, self.channels)
         h = self.blocks(features)
+        if not isinstance(h, Tensor) or h.shape != features.shape:
+            raise ValueError(
+                f"`blocks` should return features of the shape that they are given, {tuple(features.shape)}, found "
+                f"{describe(h)}."
+            )
         u = F.gelu(self.mix(self.norm(self.expand(h))))
         # both attentions scale whole channels: GAP(u w) = w GAP(u), so that u is read once and scaled once
         pooled = u.mean(dim=(2, 3), keepdim=True)
@@ -79,9 +87,7 @@ def naf_blocks(channels: int, count: int) -> nn.Sequential:
         ValueError: For a negative count.
         ImportError: Without spandrel.
     """
-    if count < 0:
-        raise ValueError(f"`blocks` should be at least 0, found {count}.")
-    if count == 0:
+    if check_whole("blocks", count, low=0) == 0:
         return nn.Sequential()
     spandrel: Any = require("spandrel.architectures.NAFNet", purpose="A NAFBlock", install="'restoreloss[blocks]'")
     network = spandrel.NAFNet(width=channels, middle_blk_num=count, enc_blk_nums=[], dec_blk_nums=[])

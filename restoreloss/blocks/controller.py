@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoreloss._optional import require
+from restoreloss.checks import check_map, check_time, check_whole, describe
 
 
 class Controller(nn.Module):
@@ -53,13 +54,19 @@ class Controller(nn.Module):
         groups: int = 32,
     ) -> None:
         super().__init__()
+        for name, value in (
+            ("in_channels", in_channels), ("channels", channels), ("control_channels", control_channels),
+            ("layers", layers), ("heads", heads), ("groups", groups),
+        ):  # fmt: skip
+            check_whole(name, value)
+        if not isinstance(multipliers, Sequence) or isinstance(multipliers, str) or not multipliers:
+            raise ValueError(f"`multipliers` should be at least one whole number, found {describe(multipliers)}.")
+        for multiplier in multipliers:
+            check_whole("multipliers", multiplier)
+        if attention is not None and (not isinstance(attention, Sequence) or isinstance(attention, str)):
+            raise ValueError(f"`attention` should be one bool for each level, found {describe(attention)}.")
         last = len(multipliers) - 1
         attention = [level < last for level in range(last + 1)] if attention is None else list(attention)
-        if not multipliers or min(layers, heads, groups) < 1:
-            raise ValueError(
-                f"`multipliers`, `layers`, `heads` and `groups` should be at least one, found {tuple(multipliers)}, "
-                f"{layers}, {heads} and {groups}."
-            )
         if len(attention) != last + 1:
             raise ValueError(f"`attention` should be one for each of `multipliers` {tuple(multipliers)}.")
         widths = [channels * multiplier for multiplier in multipliers]
@@ -76,6 +83,7 @@ class Controller(nn.Module):
         embedding = 4 * channels
         norm: dict[str, Any] = {"resnet_eps": 1e-5, "resnet_groups": groups}
 
+        self.in_channels = in_channels
         self.time_features = embeddings.Timesteps(channels, True, 0)
         self.embed_time = embeddings.TimestepEmbedding(channels, embedding)
         self.enter = nn.Conv2d(in_channels, channels, 3, padding=1)
@@ -105,7 +113,13 @@ class Controller(nn.Module):
                 nn.init.zeros_(silent.bias)
 
     def forward(self, latents: Tensor, timestep: Tensor | int) -> list[Tensor]:
-        """(N, in_channels, h, w) and (N,) or (1,) to (N, control_channels, h, w), then half as high and wide, ..."""
+        """(N, in_channels, h, w) and (N,) or (1,) to (N, control_channels, h, w), then half as high and wide, ...
+
+        Raises:
+            ValueError: For latents of another shape, and timesteps that are negative, not finite, or neither one nor N.
+        """
+        check_map("latents", latents, self.in_channels)
+        check_time("timestep", timestep)
         timestep = torch.as_tensor(timestep, device=latents.device)
         if timestep.numel() not in (1, len(latents)):
             raise ValueError(f"`timestep` should be one or {len(latents)}, found {tuple(timestep.shape)}.")
@@ -131,6 +145,9 @@ class SCTuner(nn.Module):
         control_channels: of c.
         hidden: rows of :math:`W_1`; the default is ``channels``.
 
+    Raises:
+        ValueError: For numbers that are not whole or below 1.
+
     Example:
         >>> tuner = SCTuner(8, 4)
         >>> skip = torch.rand(1, 8, 5, 5)
@@ -142,7 +159,8 @@ class SCTuner(nn.Module):
 
     def __init__(self, channels: int, control_channels: int, *, hidden: int | None = None) -> None:
         super().__init__()
-        hidden = channels if hidden is None else hidden
+        hidden = check_whole("channels", channels) if hidden is None else check_whole("hidden", hidden)
+        self.channels, self.control_channels = channels, check_whole("control_channels", control_channels)
         self.project = nn.Conv2d(control_channels, channels, 1)
         self.first, self.second = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
         for silent in (self.project, self.second):
@@ -153,8 +171,10 @@ class SCTuner(nn.Module):
         """(N, C, H, W) and (N, control_channels, H, W) to (N, C, H, W).
 
         Raises:
-            ValueError: For a control of another size.
+            ValueError: For maps of other channels, and a control of another size.
         """
+        check_map("skip", skip, self.channels)
+        check_map("control", control, self.control_channels)
         if control.shape[2:] != skip.shape[2:]:
             raise ValueError(
                 f"`control` should have the size of `skip` {tuple(skip.shape)}, found {tuple(control.shape)}."

@@ -1,10 +1,15 @@
 """How does one decoder write pictures for people and for several task networks, told by a vector which?"""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from restoreloss.checks import check_choice, check_map, check_whole, describe
+
+Gate = Literal["softmax", "sigmoid"]
 
 
 class TFA(nn.Module):
@@ -57,16 +62,22 @@ class TFA(nn.Module):
         channels: int | Sequence[int] = 512,
         *,
         tasks: Iterable[str] = (),
-        gate: str = "softmax",
+        gate: Gate = "softmax",
     ) -> None:
         super().__init__()
+        for name, given in (("skips", skips), ("channels", [channels] if isinstance(channels, int) else channels)):
+            if not isinstance(given, Sequence) or isinstance(given, str):
+                raise ValueError(f"`{name}` should be whole numbers, one for each level, found {describe(given)}.")
+            for width in given:
+                check_whole(name, width)
         widths = [channels] * len(skips) if isinstance(channels, int) else list(channels)
         if not skips or len(widths) != len(skips):
             raise ValueError(f"`channels` should be one number for each of `skips` {tuple(skips)}, found {channels}.")
         if isinstance(tasks, str):
             raise ValueError(f"`tasks` should be a list of names, found the string {tasks!r}.")
-        if gate not in ("softmax", "sigmoid"):
-            raise ValueError(f"`gate` should be 'softmax' or 'sigmoid', found {gate!r}.")
+        if not isinstance(tasks, Iterable):
+            raise ValueError(f"`tasks` should be a list of names, found {describe(tasks)}.")
+        check_choice("gate", gate, Gate)
         following = [*skips[1:], None]
         self.levels = nn.ModuleList(
             TFALevel(skip, width, after, gate=gate) for skip, width, after in zip(skips, widths, following, strict=True)
@@ -95,6 +106,8 @@ class TFA(nn.Module):
             ValueError: For a name that is taken, empty, has a dot or is that of a method of ``nn.ParameterDict``
                 ("keys", "train"), and an unknown ``like``.
         """
+        if not isinstance(name, str):
+            raise ValueError(f"`name` should be text, found {describe(name)}.")
         if name in self.prompts:
             raise ValueError(f"`name` should be a new task, found {name!r}, which is one of {', '.join(self.tasks)}.")
         if not name or "." in name or hasattr(self.prompts, name):
@@ -115,19 +128,27 @@ class TFA(nn.Module):
         Raises:
             ValueError: For an unknown task.
         """
+        if count is not None:
+            check_whole("count", count)
         if isinstance(tasks, str):
             return self._of(tasks).expand(1 if count is None else count, -1)
+        if not isinstance(tasks, Sequence):
+            raise ValueError(f"`tasks` should be a name, or one for each image, found {describe(tasks)}.")
         if not tasks or count not in (None, len(tasks)):
-            raise ValueError(f"`tasks` should name one for each of {count or 'the'} pictures, found {len(tasks)}.")
+            raise ValueError(f"`tasks` should name one for each of {count or 'the'} images, found {len(tasks)}.")
         return torch.stack([self._of(task) for task in tasks])
 
-    def load_prompts(self, prompts: Mapping[str, Tensor]) -> None:
+    def load_prompts(self, prompts: Mapping[str, Tensor] | nn.ParameterDict) -> None:
         """Prompts that were trained elsewhere with these adapters; new tasks are added.
 
         Raises:
             ValueError: For prompts of another width; nothing is loaded then.
         """
+        if not isinstance(prompts, Mapping | nn.ParameterDict):
+            raise ValueError(f"`prompts` should be a mapping of names to tensors, found {describe(prompts)}.")
         for name, value in prompts.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"The prompt {name!r} should be a tensor ({self.width},), found {describe(value)}.")
             if tuple(value.shape) != (self.width,):
                 raise ValueError(f"The prompt {name!r} should be ({self.width},), found {tuple(value.shape)}.")
         for name, value in prompts.items():
@@ -136,8 +157,8 @@ class TFA(nn.Module):
                 held.copy_(value)
 
     def _of(self, task: str) -> nn.Parameter:
-        if task not in self.prompts:
-            raise ValueError(f"A task should be one of {', '.join(self.tasks) or 'none yet'}, found {task!r}.")
+        if not isinstance(task, str) or task not in self.prompts:
+            raise ValueError(f"A task should be one of {', '.join(self.tasks) or 'none yet'}, found {describe(task)}.")
         prompt: nn.Parameter = self.prompts[task]
         return prompt
 
@@ -150,11 +171,18 @@ class TFALevel(nn.Module):
         channels: of the decoder's features.
         following: width of the next level's prompt; None for the last level.
         gate: "softmax" or "sigmoid".
+
+    Raises:
+        ValueError: For numbers that are not whole or below 1, and an unknown gate.
     """
 
-    def __init__(self, skip: int, channels: int, following: int | None, *, gate: str = "softmax") -> None:
+    def __init__(self, skip: int, channels: int, following: int | None, *, gate: Gate = "softmax") -> None:
         super().__init__()
+        check_choice("gate", gate, Gate)
         self.gate = gate
+        self.skip, self.channels = check_whole("skip", skip), check_whole("channels", channels)
+        if following is not None:
+            check_whole("following", following)
         # theta of f, i and c side by side
         self.norm = nn.InstanceNorm2d(skip)
         self.see = nn.Conv2d(skip, 3 * skip, 3, padding=1)
@@ -175,8 +203,12 @@ class TFALevel(nn.Module):
             prompt: (N, C).
 
         Raises:
-            ValueError: For features that differ in size, and a prompt of another width.
+            ValueError: For features of other channels or that differ in size, and a prompt of another width.
         """
+        check_map("decoded", decoded, self.channels)
+        check_map("skip", skip, self.skip)
+        if not isinstance(prompt, Tensor):
+            raise ValueError(f"`prompt` should be (N, {self.skip}), as of `TFA.prompt`, found {describe(prompt)}.")
         count, channels = skip.shape[:2]
         if decoded.shape[2:] != skip.shape[2:] or tuple(prompt.shape) != (count, channels):
             raise ValueError(

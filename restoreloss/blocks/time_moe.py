@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from restoreloss.checks import check_map, check_time, check_whole, describe
 from restoreloss.features import FeatureExtractor
 from restoreloss.frozen import frozen
 
@@ -29,6 +30,9 @@ class FiLM(nn.Module):
         channels: of h.
         time_dim: of the time embedding.
 
+    Raises:
+        ValueError: For numbers that are not whole or below 1; at a call for features or an embedding of another shape.
+
     Example:
         >>> h = torch.rand(2, 8, 4, 4)
         >>> torch.equal(FiLM(8, 16)(h, torch.rand(2, 16)), h)
@@ -39,12 +43,15 @@ class FiLM(nn.Module):
 
     def __init__(self, channels: int, time_dim: int = 64) -> None:
         super().__init__()
+        self.channels, self.time_dim = check_whole("channels", channels), check_whole("time_dim", time_dim)
         self.to_scale_shift = nn.Linear(time_dim, 2 * channels)
         nn.init.zeros_(self.to_scale_shift.weight)
         nn.init.zeros_(self.to_scale_shift.bias)
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         """(N, C, H, W) and the embedding (N, time_dim) to (N, C, H, W)."""
+        check_map("h", h, self.channels)
+        _check_embedding(embedding, len(h), self.time_dim)
         scale, shift = self.to_scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
         result: Tensor = h * (1 + scale) + shift
         return result
@@ -67,7 +74,8 @@ class TimeMoE(nn.Module):
             default runs all.
 
     Raises:
-        ValueError: For fewer than one expert, or a ``top_k`` that is not 1 to ``experts``.
+        ValueError: For numbers that are not whole or below 1, or a ``top_k`` that is not 1 to ``experts``; at a call
+            for features or an embedding of another shape.
 
     Attributes:
         balance: after a call, the load-balancing loss :math:`M \sum_i f_i \bar w_i` of that batch: 1 where all experts
@@ -87,11 +95,9 @@ class TimeMoE(nn.Module):
 
     def __init__(self, channels: int, time_dim: int = 64, *, experts: int = 10, top_k: int | None = None) -> None:
         super().__init__()
-        if experts < 1:
-            raise ValueError(f"`experts` should be at least 1, found {experts}.")
-        if top_k is not None and not 1 <= top_k <= experts:
-            raise ValueError(f"`top_k` should be 1 to {experts}, found {top_k}.")
-        self.top_k = top_k
+        self.channels, self.time_dim = check_whole("channels", channels), check_whole("time_dim", time_dim)
+        check_whole("experts", experts)
+        self.top_k = None if top_k is None else check_whole("top_k", top_k, high=experts)
         hidden = max(channels // 4, 16)
         self.gate = nn.Sequential(nn.Linear(channels + time_dim, hidden), nn.GELU(), nn.Linear(hidden, experts))
         self.experts = nn.ModuleList(
@@ -106,6 +112,8 @@ class TimeMoE(nn.Module):
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         """(N, C, H, W) and the embedding (N, time_dim) to (N, C, H, W)."""
+        check_map("h", h, self.channels)
+        _check_embedding(embedding, len(h), self.time_dim)
         logits = self.gate(torch.cat([h.mean(dim=(2, 3)), embedding], dim=1))
         weights = logits.softmax(dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
         if self.top_k is None:
@@ -167,12 +175,13 @@ class TimeConditioned(nn.Module):
         network: any, called with the image alone.
         blocks: by name of the layer, modules called as ``block(h, embedding)``: :class:`FiLM`, :class:`TimeMoE` or your
             own.
-        num_timesteps: T, which the embedding spreads over.
+        num_timesteps: T, which the embedding spreads over: timesteps are 0 to T.
         time_dim: of the embedding: sines and cosines, then two linear layers.
         passes_time: call the network with the timestep as well, for one that reads it itself.
 
     Raises:
-        ValueError: For a layer that does not exist.
+        ValueError: For a layer that does not exist, a block that is no module or of another ``time_dim``, and numbers
+            that are not whole.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1))
@@ -190,34 +199,46 @@ class TimeConditioned(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        blocks: Mapping[str, nn.Module] | None = None,
+        blocks: Mapping[str, nn.Module] | nn.ModuleDict | None = None,
         *,
         num_timesteps: int = 50,
         time_dim: int = 64,
         passes_time: bool = False,
     ) -> None:
         super().__init__()
-        self.network = network
-        self.num_timesteps, self.time_dim, self.passes_time = num_timesteps, time_dim, passes_time
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"`network` should be a module, found {describe(network)}.")
+        self.network, self.passes_time = network, passes_time
+        self.num_timesteps = check_whole("num_timesteps", num_timesteps)
+        self.time_dim = check_whole("time_dim", time_dim, low=2)
         self.embed = nn.Sequential(nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         self.blocks = nn.ModuleDict()
         self._handles: dict[str, RemovableHandle] = {}
         self._embedding: Tensor | None = None
-        self.attach(blocks or {})
+        self.attach({} if blocks is None else blocks)
 
     @property
     def layers(self) -> list[str]:
         """The names of the layers that blocks act on."""
         return [key.rstrip("/").replace("/", ".") for key in self.blocks]
 
-    def attach(self, blocks: Mapping[str, nn.Module]) -> None:
+    def attach(self, blocks: Mapping[str, nn.Module] | nn.ModuleDict) -> None:
         """Let blocks act on more layers; where one has a block already, the new one acts after it.
 
         Raises:
-            ValueError: For a layer that does not exist.
+            ValueError: For a layer that does not exist, and a block that is no module or of another ``time_dim``.
         """
+        if not isinstance(blocks, Mapping | nn.ModuleDict):
+            raise ValueError(f"`blocks` should be a mapping of layers to modules, found {describe(blocks)}.")
         modules = dict(self.network.named_modules())
-        for layer in blocks:
+        for layer, block in blocks.items():
+            if not isinstance(block, nn.Module):
+                raise ValueError(f"`blocks[{layer!r}]` should be a module, found {describe(block)}.")
+            if isinstance(block, FiLM | TimeMoE) and block.time_dim != self.time_dim:
+                raise ValueError(
+                    f"`blocks[{layer!r}]` should have the `time_dim` of the wrapper ({self.time_dim}), found "
+                    f"{block.time_dim}."
+                )
             if layer not in modules or layer == "":
                 near = ", ".join(list(modules)[1:31])
                 raise ValueError(f"`blocks` should name layers of the network, found {layer!r}; there are {near}, ...")
@@ -243,7 +264,11 @@ class TimeConditioned(nn.Module):
         """The network for one timestep as a module of the image alone, to be exported or handed to other code.
 
         It shares the parameters. An adapter that reads its input cannot be folded into weights: this keeps it.
+
+        Raises:
+            ValueError: For a timestep that is none.
         """
+        check_time("t", t, self.num_timesteps)
         return _AtTimestep(self, t)
 
     def balance_loss(self) -> Tensor:
@@ -262,11 +287,15 @@ class TimeConditioned(nn.Module):
 
         Args:
             image: (N, C, H, W).
-            t: timesteps, (N,) or one for all; fractions are welcome.
+            t: timesteps within 0 to ``num_timesteps``, (N,) or one for all; fractions are welcome.
 
         Raises:
-            ValueError: If there are neither one nor N timesteps.
+            ValueError: If there are neither one nor N timesteps, and for one out of range or NaN. Tensors on an
+                accelerator are not read: no device sync.
         """
+        if not isinstance(image, Tensor) or image.ndim == 0:
+            raise ValueError(f"`image` should be a tensor (N, C, H, W), found {describe(image)}.")
+        check_time("t", t, self.num_timesteps)
         steps = torch.as_tensor(t, device=image.device)
         if steps.numel() not in (1, len(image)):
             raise ValueError(f"`t` should be one timestep or {len(image)}, found shape {tuple(steps.shape)}.")
@@ -301,13 +330,28 @@ class _Act:
         if not isinstance(output, Tensor) or output.ndim != 4:
             what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"The layer {self.layer!r} should return (N, C, H, W) to be conditioned, found {what}.")
-        return self.owner.blocks[_key(self.layer)](output, embedding.to(output.dtype))
+        block = self.owner.blocks[_key(self.layer)]
+        for part in block.steps if isinstance(block, _Chain) else [block]:
+            if isinstance(part, FiLM | TimeMoE) and part.channels != output.shape[1]:
+                raise ValueError(
+                    f"`blocks[{self.layer!r}]` should have the channels that its layer returns, {output.shape[1]}, "
+                    f"found {part.channels}: `channels_of` finds them."
+                )
+        return block(output, embedding.to(output.dtype))
 
 
 def _key(layer: str) -> str:
     """The name of a block, which may hold no dot and not be that of a method of nn.ModuleDict."""
     key = layer.replace(".", "/")
     return f"{key}/" if hasattr(nn.ModuleDict, key) else key
+
+
+def _check_embedding(embedding: Any, count: int, time_dim: int) -> None:
+    if not isinstance(embedding, Tensor) or embedding.shape not in ((count, time_dim), (1, time_dim)):
+        raise ValueError(
+            f"`embedding` should be of the timestep, ({count}, {time_dim}), as `TimeConditioned` makes it, found "
+            f"{describe(embedding)}."
+        )
 
 
 def time_features(t: Tensor, dim: int, num_timesteps: int) -> Tensor:
@@ -323,7 +367,7 @@ def channels_of(network: nn.Module, layers: Iterable[str], image: Tensor) -> dic
 
     Args:
         network: left as it was.
-        layers: their names.
+        layers: their names, or one.
         image: what the network is called with, float (N, C, H, W).
 
     Raises:
@@ -334,8 +378,11 @@ def channels_of(network: nn.Module, layers: Iterable[str], image: Tensor) -> dic
         >>> channels_of(network, ["0"], torch.zeros(1, 3, 8, 8))
         {'0': 8}
     """
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"`network` should be a module, found {describe(network)}.")
+    names = [layers] if isinstance(layers, str) else list(layers)
     with torch.no_grad(), frozen(network):
-        found = FeatureExtractor(network, list(layers), normalize=None)(image)
+        found = FeatureExtractor(network, names, normalize=None)(image)
     for name, feature in found.items():
         if feature.ndim != 4:
             raise ValueError(f"The layer {name!r} should return (N, C, H, W), found {tuple(feature.shape)}.")

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from restoreloss.checks import check_whole, describe
+
 
 class WaveletColorFix(nn.Module):
     r"""The high frequencies of one image with the low frequencies of another.
@@ -41,8 +43,7 @@ class WaveletColorFix(nn.Module):
 
     def __init__(self, levels: int = 5, wavelet: str | None = None) -> None:
         super().__init__()
-        if not isinstance(levels, int) or levels < 1:
-            raise ValueError(f"`levels` should be a whole number of at least 1, found {levels!r}.")
+        check_whole("levels", levels)
         if wavelet is not None:
             import pywt
 
@@ -65,10 +66,12 @@ class WaveletColorFix(nn.Module):
             The image, in the dtype of ``detail``, computed in float32 or higher. It may leave the range of both by a
             little. Gradients reach both.
         """
+        wide = _wide(detail, "detail")
         if not isinstance(color, Tensor) or color.shape != detail.shape:
-            found = tuple(color.shape) if isinstance(color, Tensor) else type(color).__name__
-            raise ValueError(f"`color` should have the shape of `detail` {tuple(detail.shape)}, found {found}.")
-        wide, other = _wide(detail, "detail"), _wide(color, "color")
+            raise ValueError(
+                f"`color` should have the shape of `detail` {tuple(detail.shape)}, found {describe(color)}."
+            )
+        other = _wide(color, "color")
         return (wide + self._low(other - wide)).to(detail.dtype)
 
     def low(self, image: Tensor) -> Tensor:
@@ -124,6 +127,5 @@ def _approximation(size: int, wavelet: str, levels: int) -> Any:
 
 def _wide(image: Tensor, name: str) -> Tensor:
     if not isinstance(image, Tensor) or image.ndim != 4 or not image.is_floating_point():
-        found = f"{image.dtype} of {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-        raise ValueError(f"`{name}` should be a float tensor (N, C, H, W), found {found}.")
+        raise ValueError(f"`{name}` should be a float tensor (N, C, H, W), found {describe(image)}.")
     return image.float() if image.dtype in (torch.float16, torch.bfloat16) else image
