@@ -480,8 +480,24 @@ def test_two_terms_of_one_name_are_refused_by_name(others):
     [
         ({}, pair(), {}, "`objectives` should name at least one objective, found none"),
         ({"l1": nn.L1Loss(reduction="none")}, pair(), {}, r"Term 'l1' should be a scalar.*found \(2, 3, 6, 5\)"),
-        ({"l1": lambda z, x: 0.5}, pair(), {}, "Term 'l1' should be a scalar tensor.*found float"),
-        ({"l1": F.l1_loss}, pair(), {"draws": 0}, "`draws` should be at least 1, found 0"),
+        ({"l1": lambda z, x: 0.5}, pair(), {}, "Term 'l1' should be a scalar tensor.*found 0.5"),
+        ({"l1": lambda z, x: None}, pair(), {}, "Term 'l1' should be a scalar tensor.*found None"),
+        (
+            {"l1": lambda z, x: z.detach().numpy()},
+            pair(),
+            {},
+            r"Term 'l1' should be a scalar tensor.*found a numpy array of shape \(2, 3, 6, 5\)",
+        ),
+        ({"l1": lambda z, x: {"a": z.mean()}}, pair(), {}, "Term 'l1' should be a scalar tensor.*found dict"),
+        ({"l1": nn.L1Loss}, pair(), {}, "`objectives` should be callable, found 'l1': the class L1Loss"),
+        (nn.L1Loss, pair(), {}, "`objectives` should be .* found the class L1Loss"),
+        (pair()[0], (pair()[1], {"l1": F.l1_loss}), {}, "`objectives` should be .* found a tensor of shape"),
+        ({"l1": F.l1_loss}, pair(), {"draws": 0}, "`draws` should be a whole number of at least 1, found 0"),
+        ({"l1": F.l1_loss}, pair(), {"draws": "4"}, "`draws` should be a whole number of at least 1, found '4'"),
+        ({"l1": F.l1_loss}, pair(), {"draws": True}, "`draws` should be a whole number of at least 1, found True"),
+        ({"l1": F.l1_loss}, pair(), {"seed": None}, "`seed` should be a whole number .* found None"),
+        ({"l1": F.l1_loss}, pair(), {"dominates": "9e-1"}, "`dominates` should be a finite number, found '9e-1'"),
+        ({"l1": F.l1_loss}, pair(), {"opposes": None}, "`opposes` should be a finite number, found None"),
         ({"l1": F.l1_loss}, (pair()[0], pair()[1][:1]), {}, r"`target` should have the shape .* found \(1, 3, 6, 5\)"),
         ({"l1": F.l1_loss}, (pair()[0].int(), pair()[1]), {}, "`restored` should be floating point, found torch.int32"),
     ],
@@ -606,3 +622,48 @@ def test_objectives_that_cannot_be_called_are_refused(objectives):
 def test_calibrate_wants_mappings(objectives, shares):
     with pytest.raises(ValueError, match="mappings by name"):
         calibrate(objectives, *pair(), shares=shares)
+
+
+@pytest.mark.parametrize("flag", ["dead", "NON_FINITE", "", None, ["DEAD"]])
+def test_an_unknown_flag_is_refused_with_the_four_that_there_are(flag):
+    report = audit({"l1": F.l1_loss, "bad": detached}, *pair())
+    with pytest.raises(
+        ValueError, match="`flag` should be one of .'DEAD', 'NON-FINITE', 'DOMINATES', 'OPPOSES'., found"
+    ):
+        report.flagged(flag)
+    assert report.flagged("DEAD") == ["bad"] and report.flagged("OPPOSES") == []
+
+
+def test_an_unknown_term_is_refused_with_those_that_there_are():
+    with pytest.raises(KeyError, match=r"one of \['l1', 'bad'\], found 'l2'"):
+        audit({"l1": F.l1_loss, "bad": detached}, *pair())["l2"]
+
+
+@pytest.mark.parametrize(
+    ("objectives", "shares", "message"),
+    [
+        (
+            {"l1": F.l1_loss, "l2": F.mse_loss},
+            {"l2": "0.5"},
+            r"`shares\['l2'\]` should be a finite number, found '0.5'",
+        ),
+        ({"l1": F.l1_loss, "l2": F.mse_loss}, {"l2": True}, r"`shares\['l2'\]` should be .* found True"),
+        ({"l1": F.l1_loss, "l2": F.mse_loss}, {"l2": None}, r"`shares\['l2'\]` should be .* found None"),
+        ({"l1": F.l1_loss, "l2": 3}, {"l2": 0.5}, "`objectives` should be callable, found 'l2': 3"),
+        (
+            {"l1": F.l1_loss, "l2": nn.MSELoss},
+            {"l2": 0.5},
+            "`objectives` should be callable, found 'l2': the class MSE",
+        ),
+    ],
+)
+def test_what_cannot_be_calibrated_is_named(objectives, shares, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(objectives, *pair(), shares=shares)
+
+
+def test_weights_that_were_all_set_to_zero_later_are_named():
+    loss = WeightedSum({"l1": F.l1_loss})
+    loss.weights["l1"] = 0.0
+    with pytest.raises(ValueError, match="`objectives` should weigh something, found the weights .*'l1': 0.0"):
+        audit(loss, *pair())

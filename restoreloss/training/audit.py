@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from restoreloss._optional import require
+from restoreloss.checks import check_choice, check_number, check_whole, describe
 from restoreloss.images import check_pair
 from restoreloss.objectives.base import named_terms
 from restoreloss.objectives.diffloss import DiffLoss
@@ -24,6 +26,7 @@ from restoreloss.objectives.weighted_sum import WeightedSum
 Objectives: TypeAlias = (
     Mapping[str, Callable[[Tensor, Tensor], Tensor]] | WeightedSum | Callable[[Tensor, Tensor], Tensor]
 )
+Flag = Literal["DEAD", "NON-FINITE", "DOMINATES", "OPPOSES"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,10 @@ class AuditReport:
     notes: tuple[str, ...]
 
     def __getitem__(self, name: str) -> TermAudit:
-        return {term.name: term for term in self.terms}[name]
+        known = {term.name: term for term in self.terms}
+        if name not in known:
+            raise KeyError(f"A term should be one of {list(known)}, found {name!r}.")
+        return known[name]
 
     def __contains__(self, name: object) -> bool:
         return any(term.name == name for term in self.terms)
@@ -75,8 +81,13 @@ class AuditReport:
     def __iter__(self) -> Iterator[TermAudit]:
         return iter(self.terms)
 
-    def flagged(self, flag: str) -> list[str]:
-        """Names of the terms with this flag."""
+    def flagged(self, flag: Flag) -> list[str]:
+        """Names of the terms with this flag: "DEAD", "NON-FINITE", "DOMINATES" or "OPPOSES".
+
+        Raises:
+            ValueError: For another flag.
+        """
+        check_choice("flag", flag, Flag)
         return [term.name for term in self.terms if flag in term.flags]
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,7 +173,8 @@ def audit(
         The report.
 
     Raises:
-        ValueError: For an empty mapping, images that do not fit, or an objective that returns no scalar.
+        ValueError: For an empty mapping, images that do not fit or are exchanged, an objective that returns no scalar,
+            and options that are no numbers.
 
     Example:
         >>> def forgotten(restored, target):
@@ -172,9 +184,10 @@ def audit(
         >>> audit({"pixel": torch.nn.L1Loss(), "prior": forgotten}, restored, clean)["prior"].flags
         ('DEAD',)
     """
+    _weighed(objectives)  # before the images, which may stand in their place
     check_pair(restored, target)
-    if draws < 1:
-        raise ValueError(f"`draws` should be at least 1, found {draws}.")
+    draws, seed = check_whole("draws", draws), check_whole("seed", seed, low=-(2**63))
+    dominates, opposes = check_number("dominates", dominates), check_number("opposes", opposes)
     measured = _measure(objectives, restored, target, draws, seed)
     first = next(iter(measured.values())).gradients
 
@@ -261,6 +274,10 @@ def calibrate(
     if not isinstance(objectives, Mapping) or not isinstance(shares, Mapping):
         found = f"{type(objectives).__name__} and {type(shares).__name__}"
         raise ValueError(f"`objectives` and `shares` should be mappings by name, found {found}.")
+    _weighed(objectives)
+    for name, share in shares.items():
+        if not isinstance(share, Real) or isinstance(share, bool):
+            check_number(f"shares[{name!r}]", share)
     first, *others = objectives
     if sorted(shares) != sorted(others) or not all(share > 0 for share in shares.values()) or sum(shares.values()) >= 1:
         raise ValueError(
@@ -288,18 +305,24 @@ class _Measured:
 def _weighed(objectives: Objectives) -> list[tuple[str, float, Callable[..., Tensor]]]:
     """(name, weight, objective) for each objective."""
     if isinstance(objectives, WeightedSum):
-        return [
+        weighed = [
             (name, objectives.weights[name], f) for name, f in objectives.objectives.items() if objectives.weights[name]
         ]
+        if not weighed:
+            raise ValueError(f"`objectives` should weigh something, found the weights {dict(objectives.weights)}.")
+        return weighed
     if isinstance(objectives, Mapping):
         if not objectives:
             raise ValueError("`objectives` should name at least one objective, found none.")
         for name, objective in objectives.items():
-            if not callable(objective):
-                raise ValueError(f"`objectives` should be callable, found {name!r}: {type(objective).__name__}.")
+            if isinstance(objective, type) or not callable(objective):
+                raise ValueError(f"`objectives` should be callable, found {name!r}: {describe(objective)}.")
         return [(name, 1.0, objective) for name, objective in objectives.items()]
-    if not callable(objectives):
-        raise ValueError(f"`objectives` should be named in a mapping, found {type(objectives).__name__}.")
+    if isinstance(objectives, type) or not callable(objectives):
+        raise ValueError(
+            "`objectives` should be callables by name in a mapping, a WeightedSum or one objective, found "
+            f"{describe(objectives)}."
+        )
     return [(getattr(objectives, "__name__", type(objectives).__name__), 1.0, objectives)]
 
 
@@ -318,7 +341,7 @@ def _measure(objectives: Objectives, restored: Tensor, target: Tensor, draws: in
                 forward_seconds = (_now(image) - started) / len(terms)  # the terms share the forward pass
                 for key, term in terms.items():
                     if not isinstance(term, Tensor) or term.numel() != 1:
-                        found = tuple(term.shape) if isinstance(term, Tensor) else type(term).__name__
+                        found = tuple(term.shape) if isinstance(term, Tensor) else describe(term)
                         raise ValueError(f"Term {key!r} should be a scalar tensor (reduction='mean'), found {found}.")
                     started = _now(image)
                     gradient = _gradient(weight * term, image)
