@@ -165,6 +165,9 @@ def test_pixel_losses_of_torch(kind, loss):
     )
 
 
+TDP = {"type": "TDPLoss", "task": "torchvision/resnet18", "weights": "random"}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -186,8 +189,47 @@ def test_pixel_losses_of_torch(kind, loss):
             r"`objectives` should be a mapping of names to options, found \[\]",
         ),
         ({"type": "WeightedSum", "objectives": {"a": {"type": "L2"}}}, r"`type` should be one of"),
+        ({"type": ["DiffLoss"]}, r"`type` should be the name of one of .* found \['DiffLoss'\]"),
+        ({"type": "L1Loss", 3: 4}, "`L1Loss` has no option 3; there is loss_weight, reduction"),
+        ({"type": "L1Loss", "loss_weight": True}, "`loss_weight` should be a finite number, found True"),
+        ({"type": "DiffLoss", "noise_weight": None}, "`noise_weight` should be a finite number, found None"),
+        ({"type": "DiffLoss", "noise_weight": "abc"}, "`noise_weight` should be a finite number, found 'abc'"),
+        ({"type": "DiffLoss", "snr_power": True}, "`snr_power` should be a finite number, found True"),
+        ({"type": "DiffLoss", "crop": "half"}, "`crop` should be a finite number, found 'half'"),
+        ({"type": "DiffLoss", "every": 1.5}, "`every` should be a whole number, found 1.5"),
+        ({"type": "DiffLoss", "every": "2"}, "`every` should be a number, found the text '2'"),
+        ({"type": "DiffLoss", "head_channels": 0}, "`head_channels` should be a whole number of at least 1, found 0"),
+        ({"type": "DiffLoss", "checkpointing": "false"}, "`checkpointing` should be true or false, found 'false'"),
+        ({"type": "DiffLoss", "grouped_heads": None}, "`grouped_heads` should be true or false, found None"),
+        ({"type": "DiffLoss", "prior": None}, "`prior` should be text, found None"),
+        ({"type": "DiffLoss", "prior": ["small"]}, r"`prior` should be text, found \['small'\]"),
+        ({"type": "DiffLoss", "revision": 3}, "`revision` should be text, found 3"),
+        ({"type": "DiffLoss", "dtype": 16}, "`dtype` should be text, found 16"),
+        ({"type": "DiffLoss", "timesteps": 600}, "`timesteps` should be a list, found 600"),
+        ({"type": "DiffLoss", "timesteps": [None, 600]}, "`timesteps` should be a whole number, found None"),
+        ({"type": "DiffLoss", "input_range": None}, "`input_range` should be a list, found None"),
+        ({**TDP, "task": None}, "`task` should be text, found None"),
+        ({**TDP, "task": "resnet18"}, "`task` should be 'library/name' .* found 'resnet18'"),
+        ({**TDP, "task": "torchvision/resnet19"}, "`task` should be one of .* found 'resnet19'"),
+        ({**TDP, "weights": None}, "`weights` should be text, found None"),
+        ({**TDP, "num_classes": 0}, "`num_classes` should be a whole number of at least 1, found 0"),
+        ({**TDP, "num_classes": True}, "`num_classes` should be a whole number, found True"),
+        ({**TDP, "layers": 3}, "`layers` should be a list, found 3"),
+        ({**TDP, "layers": [4]}, "`layers` should be text, found 4"),
+        ({**TDP, "layer_weights": ["layer4"]}, "`layer_weights` should be a mapping, found list"),
+        ({**TDP, "layer_weights": {"layer4": None}}, "`layer_weights` should be a finite number, found None"),
+        ({**TDP, "normalize": [0.5, 0.5]}, "`normalize` should be a list, found 0.5"),
+        (
+            {"type": "WeightedSum", "objectives": {"a": {"type": "L1Loss", "loss_weight": 0}}},
+            "`objectives` should leave at least one a `loss_weight` other than 0",
+        ),
     ],
 )
 def test_wrong_options_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         criterion(given)
+
+
+def test_a_prior_that_is_not_there_is_named_as_it_was_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match="`prior` should be a folder, a file"):
+        criterion({"type": "DiffLoss", "prior": str(tmp_path / "nowhere" / "prior")})

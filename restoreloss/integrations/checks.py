@@ -2,8 +2,13 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin
+
+from restoreloss.checks import describe
 
 Result = TypeVar("Result")
 
@@ -37,9 +42,51 @@ def check_numbers(name: str, value: Any) -> None:
         )
 
 
-def near(option: str, known: Sequence[str]) -> str:
+def check_kind(name: str, value: Any, kind: Any) -> None:
+    """Raise ``ValueError`` unless a plain value is of the kind that its option is annotated with.
+
+    Args:
+        name: of the option.
+        value: text passes for a list, and everything passes for choices: who takes these says more.
+        kind: str, bool, int, float, a sequence or mapping of them, or a union of one or both numbers and None.
+    """
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if value is None and type(None) in kinds:
+        return
+    if float in kinds or int in kinds:
+        check_numbers(name, value)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or (float not in kinds and not isinstance(value, int)):
+            wanted = "finite" if float in kinds else "whole"
+            raise ValueError(f"`{name}` should be a {wanted} number, found {value!r}.")
+    elif bool in kinds and not isinstance(value, bool):
+        raise ValueError(f"`{name}` should be true or false, found {value!r}.")
+    elif str in kinds and not isinstance(value, str):
+        raise ValueError(f"`{name}` should be text, found {value!r}.")
+    for origin, plural in ((Mapping, "a mapping"), (Sequence, "a list")):
+        for each in kinds:
+            if get_origin(each) is origin:
+                if not isinstance(value, origin):
+                    raise ValueError(f"`{name}` should be {plural}, found {describe(value)}.")
+                parts = value.values() if isinstance(value, Mapping) else () if isinstance(value, str) else value
+                for part in parts:
+                    check_kind(name, part, get_args(each)[-1])
+
+
+@contextmanager
+def named(theirs: str, ours: str) -> Iterator[None]:
+    """Let an error within the ``with`` block name the option that was written, not the argument that it became."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if f"`{theirs}`" not in str(error):
+            raise
+        raise type(error)(str(error).replace(f"`{theirs}`", f"`{ours}`")) from error
+
+
+def near(option: Any, known: Sequence[str]) -> str:
     """The end of a message about an unknown option."""
-    found = difflib.get_close_matches(option, known, n=1)
+    found = difflib.get_close_matches(str(option), known, n=1)
     return f"did you mean {found[0]!r}?" if found else f"there is {', '.join(known)}."
 
 

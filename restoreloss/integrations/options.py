@@ -8,7 +8,6 @@
 Frameworks that build their losses from YAML or TOML register these classes, each in its own dress.
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -19,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 import restoreloss
+from restoreloss.checks import check_whole
 from restoreloss.diffusion.checkpoints import load_prior
 from restoreloss.diffusion.prior import small_prior
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.generators import Generators
-from restoreloss.integrations.checks import call, check_numbers
+from restoreloss.integrations.checks import call, check_kind, named
 from restoreloss.integrations.task_networks import normalization, task_network
 from restoreloss.objectives.base import Objective, named_terms, total
 from restoreloss.objectives.diffloss import Compare
@@ -46,10 +46,8 @@ class Criterion(Objective):
     def __post_init__(self) -> None:
         super().__init__()
         for option in fields(self):
-            if option.type not in (str, str | None) and option.name not in ("layers", "objectives"):
-                check_numbers(option.name, getattr(self, option.name))
-        if not isinstance(self.loss_weight, int | float) or not math.isfinite(self.loss_weight):
-            raise ValueError(f"`loss_weight` should be a finite number, found {self.loss_weight!r}.")
+            if option.name != "objectives":  # which says what an objective is
+                check_kind(option.name, getattr(self, option.name), option.type)
         self.objective = self.build()
 
     @abstractmethod
@@ -102,13 +100,16 @@ class DiffLoss(Criterion):
     def build(self) -> Objective:
         """The loss."""
         prior: Any
+        if self.head_channels is not None:
+            check_whole("head_channels", self.head_channels)
         if self.prior == "small":
             prior = small_prior()
         else:
-            prior = load_prior(
-                self.prior, revision=self.revision, local_files_only=self.local_files_only,
-                head_channels=self.head_channels, grouped_heads=self.grouped_heads,
-            )  # fmt: skip
+            with named("source", "prior"):
+                prior = load_prior(
+                    self.prior, revision=self.revision, local_files_only=self.local_files_only,
+                    head_channels=self.head_channels, grouped_heads=self.grouped_heads,
+                )  # fmt: skip
         dtype = None if self.dtype is None else getattr(torch, self.dtype.removeprefix("torch."), None)
         if self.dtype is not None and not isinstance(dtype, torch.dtype):
             raise ValueError(f"`dtype` should be a dtype of torch, as 'bfloat16', found {self.dtype!r}.")
@@ -150,13 +151,17 @@ class TDPLoss(Criterion):
 
     def build(self) -> Objective:
         """The loss."""
-        network = task_network(
-            self.task, weights=self.weights, num_classes=self.num_classes, image_size=self.image_size
-        )
+        for name, size in (("num_classes", self.num_classes), ("image_size", self.image_size)):
+            if size is not None:
+                check_whole(name, size)
+        with named("name", "task"):
+            network = task_network(
+                self.task, weights=self.weights, num_classes=self.num_classes, image_size=self.image_size
+            )
+            normalize = normalization(self.task) if self.normalize is None else self.normalize
         self.network = FrozenNetwork(network)  # the loss only borrows it: it would not follow `.to()`
         return restoreloss.TDPLoss(
-            network, self.layers, normalize=normalization(self.task) if self.normalize is None else self.normalize,
-            distance=self.distance, layer_weights=self.layer_weights,
+            network, self.layers, normalize=normalize, distance=self.distance, layer_weights=self.layer_weights,
             input_range=_pair("input_range", self.input_range),
         )  # fmt: skip
 
@@ -198,6 +203,8 @@ class WeightedSum(Criterion):
         if not isinstance(self.objectives, Mapping) or not self.objectives:
             raise ValueError(f"`objectives` should be a mapping of names to options, found {self.objectives!r}.")
         parts = {name: criterion(options) for name, options in self.objectives.items()}
+        if all(part.loss_weight == 0 for part in parts.values()):
+            raise ValueError("`objectives` should leave at least one a `loss_weight` other than 0, found all 0.")
         # what weighs nothing is not computed
         return restoreloss.WeightedSum(parts, {name: 0.0 for name, part in parts.items() if part.loss_weight == 0})
 
@@ -228,6 +235,8 @@ def criterion(options: Mapping[str, Any]) -> Criterion:
         raise ValueError(f"An objective should be a mapping with a `type`, found {options!r}.")
     given = {name: value for name, value in options.items() if name != "type"}
     kind = options["type"]
+    if not isinstance(kind, str):
+        raise ValueError(f"`type` should be the name of one of {[*TYPES, *_PIXELS]}, found {kind!r}.")
     if kind in _PIXELS:
         return call(partial(Pixel, kind), kind, given)
     if kind not in TYPES:
