@@ -205,8 +205,14 @@ def test_project_refuses_what_it_cannot_get_right(accelerator):
     arguments = GradientOrthogonality(network.parameters()), network, lambda: network.weight, lambda: 1.0
     with pytest.raises(ValueError, match="`accelerator` should be an accelerate.Accelerator, found SimpleNamespace"):
         project(SimpleNamespace(), *arguments)
-    with pytest.raises(ValueError, match="`reconstruction` should return a scalar loss, found float"):
+    with pytest.raises(ValueError, match="`reconstruction` should return a scalar loss, found 1.0"):
         project(accelerator, *arguments[:2], lambda: network(torch.rand(1, 3, 4, 4)).mean(), lambda: 1.0)
+    with pytest.raises(ValueError, match="`orthogonality` should be a GradientOrthogonality, found None"):
+        project(accelerator, None, *arguments[1:])
+    with pytest.raises(ValueError, match="`network` should be a module, found the class Linear"):
+        project(accelerator, arguments[0], nn.Linear, *arguments[2:])
+    with pytest.raises(ValueError, match="`accelerator` should be .* found the class Accelerator"):
+        project(accelerate.Accelerator, *arguments)
     accelerator.gradient_accumulation_steps = 3
     with pytest.raises(ValueError, match="should have gradient_accumulation_steps=1, found 3: a sum of projected"):
         project(accelerator, *arguments)
@@ -216,7 +222,7 @@ def test_project_refuses_sharded_parameters(accelerator, monkeypatch):
     monkeypatch.setattr(type(accelerator), "distributed_type", accelerate.DistributedType.FSDP)
     with pytest.raises(ValueError, match="should run one process or DDP, whose parameters are whole, found FSDP"):
         project(accelerator, None, None, float, float)
-    with pytest.raises(ValueError, match="`generation` should be a function that returns the loss, found Tensor"):
+    with pytest.raises(ValueError, match="`generation` should be a function that returns the loss, found a tensor"):
         project(accelerator, None, None, torch.zeros(()), torch.zeros(()))
 
 
@@ -280,7 +286,7 @@ def test_names_and_parts_given_twice_are_refused(accelerator):
     with pytest.raises(ValueError, match="registered once, found 'a' again as 'b'"):
         register(accelerator, {"a": two, "b": two})
     assert len(accelerator._custom_objects) == 1
-    with pytest.raises(ValueError, match="should have `state_dict` and `load_state_dict`, found 'mix': function"):
+    with pytest.raises(ValueError, match="should have `state_dict` and `load_state_dict`, found 'mix': the function"):
         register(accelerator, {"mix": restorer})
     for parts in ({}, one):
         with pytest.raises(ValueError, match="`parts` should be a mapping of names to what is saved, found"):
@@ -324,3 +330,13 @@ def test_old_and_absent_accelerate_are_refused(accelerator, monkeypatch):
         ImportError, match=r'needs `accelerate`, which is not installed: pip install "restoreloss\[integ'
     ):
         prepare(accelerator, restorer())
+
+
+def test_counts_are_of_a_module_and_whole_numbers():
+    with pytest.raises(ValueError, match="`module` should be a module, found None"):
+        CallCounts(None)
+    counts = CallCounts(DiffLoss(lambda x, t: x, h_space_weight=0))
+    with pytest.raises(ValueError, match="`state` should be counts by the names of losses, found list"):
+        counts.load_state_dict([3])
+    with pytest.raises(ValueError, match=r"`state\[''\]` should be a whole number of at least 0, found '3'"):
+        counts.load_state_dict({"": "3"})

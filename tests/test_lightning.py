@@ -380,7 +380,7 @@ def test_importance_that_charges_nothing_here_is_refused(tmp_path):
     assert "The importance is not measured" in refused(module, tmp_path, callbacks=[unmeasured])
     elsewhere = ImportanceCallback(measured(copy.deepcopy(module.network)))
     assert "does it hold a copy of the network?" in refused(module, tmp_path, callbacks=[elsewhere])
-    with pytest.raises(ValueError, match="`importance` should be a ParameterImportance, found Conv2d"):
+    with pytest.raises(ValueError, match="`importance` should be a ParameterImportance, found a Conv2d"):
         ImportanceCallback(nn.Conv2d(1, 1, 1))
 
 
@@ -436,7 +436,7 @@ def test_phases_that_would_go_round_the_trainer_are_refused(tmp_path):
     assert "`module` should have `automatic_optimization = False`" in refused(Turns(automatic), tmp_path)
     with pytest.raises(ValueError, match="`module` should be in a Trainer: make its phases in `on_fit_start`"):
         LightningAlternation(TaskDriven(), [])
-    with pytest.raises(ValueError, match="`module` should be a LightningModule of `lightning.pytorch`, found Conv2d"):
+    with pytest.raises(ValueError, match="`module` should be a LightningModule of `lightning.pytorch`, found a Conv2d"):
         LightningAlternation(nn.Conv2d(1, 1, 1), [])
     module = TaskDriven()
     trainer(tmp_path).fit(module, data(1))
@@ -479,6 +479,15 @@ def test_terms_that_are_no_scalars_are_refused(terms, found):
         ValueError, match=r"`terms` should be scalar tensors by name \(reduction='mean'\), found " + found
     ):
         log_terms(None, {"pixel": torch.ones(()), **terms} if terms else terms)
+
+
+def test_terms_are_a_mapping_and_logged_by_a_module():
+    with pytest.raises(
+        ValueError, match=r"`terms` should be scalar tensors by name, as `loss.terms\(...\)`, found a te"
+    ):
+        log_terms(Restorer(), torch.ones(()))
+    with pytest.raises(ValueError, match="`module` should be a LightningModule, found a Linear"):
+        log_terms(nn.Linear(1, 1), {"noise": torch.ones(())})
 
 
 def test_losses_that_a_checkpoint_does_not_know_begin_at_0_and_a_test_needs_none(tmp_path):

@@ -311,15 +311,23 @@ def test_short_gradients_are_freed_too(name: Any) -> None:
         ({"losses": {}}, "`losses` should be a mapping of names to scalars, found an empty one"),
         (
             {"losses": {"a": torch.ones(2)}},
-            r"scalars that depend on the parameters, found 'a': .* shape \(2,\) without",
+            r"scalars that depend on the parameters, found 'a': .* shape \(2,\) .*without",
         ),
-        ({"losses": {"a": 1.0}}, "scalars that depend on the parameters, found 'a': float"),
+        ({"losses": {"a": 1.0}}, "scalars that depend on the parameters, found 'a': 1.0"),
         ({"parameters": []}, "`parameters` should hold at least one that requires a gradient, found none"),
         (
             {"aggregator": nn.Linear(1, 1)},
-            "`aggregator` should be an instance of one of torchjd.aggregation, found Linear",
+            "`aggregator` should be an instance of one of torchjd.aggregation, found a Linear",
         ),
-        ({"aggregator": UPGrad}, "`aggregator` should be an instance of one of torchjd.aggregation, found UPGrad"),
+        (
+            {"aggregator": UPGrad},
+            "`aggregator` should be an instance of one of torchjd.aggregation, found the class UPGrad",
+        ),
+        ({"losses": None}, "`losses` should be a mapping of names to scalars, found None"),
+        ({"parameters": network()}, r"`parameters` should be parameters, .* give its `.parameters\(\)`"),
+        ({"parameters": None}, "`parameters` should be several parameters, .* found None"),
+        ({"own": [nn.Linear(1, 1)]}, "`own` should be a mapping of losses to their parameters, found list"),
+        ({"own": {"generative": nn.Linear(1, 1)}}, r"`own\['generative'\]` should be parameters, found a Linear"),
         ({"own": {"restorer": []}}, r"`own` should be named after losses \['generative', .*found \['restorer'\]"),
     ],
 )
@@ -342,8 +350,11 @@ def test_the_wrong_number_of_rows_is_refused_and_leaves_nothing_behind() -> None
     aggregate(losses(model), model.parameters(), Mean(), last=False)
     with pytest.raises(ValueError, match="`losses` should be as many in every micro-batch, found 2 before and 1"):
         aggregate({"one": losses(model)["restoration"]}, model.parameters(), Mean())
-    with pytest.raises(ValueError, match="`policy` should be 'conflict' or 'full', found 'half'"):
+    with pytest.raises(ValueError, match="`policy` should be one of .'conflict', 'full'., found 'half'"):
         Projection(policy="half")  # type: ignore[arg-type]
+    for weight in ("1e-3", None, -1.0, True):
+        with pytest.raises(ValueError, match="`weight` should be a finite number of at least 0, found"):
+            Projection(weight=weight)  # type: ignore[arg-type]
 
 
 def test_what_is_not_installed_is_named() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from restoreloss._optional import require
+from restoreloss.checks import describe
 from restoreloss.integrations.calls import CallCounts
 from restoreloss.regularizers.orthogonality import GradientOrthogonality
 from restoreloss.sharding import is_sharded
@@ -69,13 +70,14 @@ def register(accelerator: Any, parts: Mapping[str, Any]) -> None:
     """
     _check(accelerator)
     if not isinstance(parts, Mapping) or not parts:
-        raise ValueError(f"`parts` should be a mapping of names to what is saved, found {parts!r}.")
+        found = "an empty one" if isinstance(parts, Mapping) else describe(parts)
+        raise ValueError(f"`parts` should be a mapping of names to what is saved, found {found}.")
     earlier = [one for one in accelerator._custom_objects if isinstance(one, _Named)]
     known = {name: part for one in earlier for name, part in one.parts.items()}
     for name, part in parts.items():
         if not hasattr(part, "state_dict") or not hasattr(part, "load_state_dict"):
             raise ValueError(
-                f"`parts` should have `state_dict` and `load_state_dict`, found {name!r}: {type(part).__name__}."
+                f"`parts` should have `state_dict` and `load_state_dict`, found {name!r}: {describe(part)}."
             )
         if name in known:
             raise ValueError(f"`parts` should have names of their own, found {name!r} registered before.")
@@ -126,7 +128,7 @@ def project(
     _check(accelerator)
     for name, function in (("generation", generation), ("reconstruction", reconstruction)):
         if not callable(function):
-            raise ValueError(f"`{name}` should be a function that returns the loss, found {type(function).__name__}.")
+            raise ValueError(f"`{name}` should be a function that returns the loss, found {describe(function)}.")
     kind = accelerator.distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise ValueError(f"`accelerator` should run one process or DDP, whose parameters are whole, found {kind}.")
@@ -135,11 +137,15 @@ def project(
             "`accelerator` should have gradient_accumulation_steps=1, found "
             f"{accelerator.gradient_accumulation_steps}: a sum of projected gradients is not the projected sum."
         )
+    if not isinstance(orthogonality, GradientOrthogonality):
+        raise ValueError(f"`orthogonality` should be a GradientOrthogonality, found {describe(orthogonality)}.")
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"`network` should be a module, found {describe(network)}.")
     with accelerator.no_sync(network), accelerator.autocast():
         losses = [generation(), reconstruction()]
     for name, loss in zip(("generation", "reconstruction"), losses, strict=True):
         if not isinstance(loss, Tensor):  # before the scaler, which takes lists
-            raise ValueError(f"`{name}` should return a scalar loss, found {type(loss).__name__}.")
+            raise ValueError(f"`{name}` should return a scalar loss, found {describe(loss)}.")
     if accelerator.scaler is not None:
         losses = [accelerator.scaler.scale(loss) for loss in losses]
     return orthogonality.project(*losses, policy=policy, weight=weight, others=others)
@@ -212,4 +218,4 @@ def _check(accelerator: Any) -> None:
             'pip install "restoreloss[integrations]"'
         )
     if not isinstance(accelerator, accelerate.Accelerator):
-        raise ValueError(f"`accelerator` should be an accelerate.Accelerator, found {type(accelerator).__name__}.")
+        raise ValueError(f"`accelerator` should be an accelerate.Accelerator, found {describe(accelerator)}.")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from restoreloss.checks import check_whole, describe
 from restoreloss.objectives.diffloss import DiffLoss
 
 _log = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ class CallCounts:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"`module` should be a module, found {describe(module)}.")
         self.module = module
 
     def state_dict(self) -> dict[str, int]:
@@ -34,11 +37,13 @@ class CallCounts:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """What :meth:`state_dict` gave. A loss that is new begins at 0, and one that has gone is not missed."""
+        if not isinstance(state, Mapping):
+            raise ValueError(f"`state` should be counts by the names of losses, found {describe(state)}.")
         losses = self._losses()
         if set(losses) != set(state):
             _log.info("Calls were counted of %s; there is %s now.", sorted(state), sorted(losses))
         for name, loss in losses.items():
-            loss.calls = state.get(name, 0)
+            loss.calls = check_whole(f"state[{name!r}]", state.get(name, 0), low=0)
 
     def _losses(self) -> dict[str, DiffLoss]:
         found = self.module.named_modules()

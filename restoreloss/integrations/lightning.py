@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from restoreloss._optional import require
+from restoreloss.checks import describe
 from restoreloss.integrations.calls import CallCounts
 from restoreloss.integrations.processes import check_equal_batches
 from restoreloss.objectives.base import total
@@ -80,7 +81,7 @@ class ImportanceCallback(_Callback):  # type: ignore[misc]
         _lightning()
         super().__init__()
         if not isinstance(importance, ParameterImportance):
-            raise ValueError(f"`importance` should be a ParameterImportance, found {type(importance).__name__}.")
+            raise ValueError(f"`importance` should be a ParameterImportance, found {describe(importance)}.")
         self.importance, self.name = importance, name
 
     @property
@@ -205,9 +206,7 @@ class LightningAlternation(Alternation[Batch]):
     def __init__(self, module: Any, phases: Sequence[Phase[Batch]], *, on_non_finite: NonFinite = "raise") -> None:
         lightning = _lightning()
         if not isinstance(module, lightning.LightningModule):
-            raise ValueError(
-                f"`module` should be a LightningModule of `lightning.pytorch`, found {type(module).__name__}."
-            )
+            raise ValueError(f"`module` should be a LightningModule of `lightning.pytorch`, found {describe(module)}.")
         if module.automatic_optimization:
             raise ValueError("`module` should have `automatic_optimization = False`, found True.")
         if module._trainer is None:
@@ -272,6 +271,8 @@ def log_terms(module: Any, terms: Mapping[str, Tensor], *, prefix: str = "train/
     Raises:
         ValueError: For terms that are no scalars.
     """
+    if not isinstance(terms, Mapping):
+        raise ValueError(f"`terms` should be scalar tensors by name, as `loss.terms(...)`, found {describe(terms)}.")
     found = {
         name: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         for name, value in terms.items()
@@ -279,6 +280,8 @@ def log_terms(module: Any, terms: Mapping[str, Tensor], *, prefix: str = "train/
     }
     if found or not terms:
         raise ValueError(f"`terms` should be scalar tensors by name (reduction='mean'), found {found or 'none'}.")
+    if not hasattr(module, "log_dict"):
+        raise ValueError(f"`module` should be a LightningModule, found {describe(module)}.")
     module.log_dict({f"{prefix}{name}": value for name, value in terms.items()}, sync_dist=sync_dist)
     return total(dict(terms))
 

@@ -5,21 +5,21 @@ on one process and on many. :class:`Projection` is :meth:`restoreloss.GradientOr
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from restoreloss._optional import require
+from restoreloss.checks import check_choice, check_number, describe
 from restoreloss.regularizers.gradients import average_, gradients_of
+from restoreloss.regularizers.orthogonality import Policy, as_parameters
 from restoreloss.sharding import is_sharded
 
 try:
     from torchjd.aggregation import GramianWeightedAggregator, Weighting
 except ModuleNotFoundError:  # what needs it says so when it is used
     GramianWeightedAggregator = Weighting = nn.Module  # type: ignore[assignment, misc, unused-ignore]
-
-Policy = Literal["conflict", "full"]
 
 
 class ProjectionWeighting(Weighting):  # type: ignore[misc, type-arg, unused-ignore]
@@ -33,9 +33,8 @@ class ProjectionWeighting(Weighting):  # type: ignore[misc, type-arg, unused-ign
     def __init__(self, *, policy: Policy = "conflict", weight: float = 1.0) -> None:
         _torchjd("aggregation", "ProjectionWeighting")
         super().__init__()
-        if policy not in ("conflict", "full"):
-            raise ValueError(f"`policy` should be 'conflict' or 'full', found {policy!r}.")
-        self.policy, self.weight = policy, weight
+        check_choice("policy", policy, Policy)
+        self.policy, self.weight = policy, check_number("weight", weight, low=0)
 
     def forward(self, gramian: Tensor, /) -> Tensor:
         """(2, 2) to (2,)."""
@@ -62,7 +61,8 @@ class Projection(GramianWeightedAggregator):  # type: ignore[misc, unused-ignore
 
     Raises:
         ImportError: If torchjd is not installed.
-        ValueError: For an unknown policy; at a call for another number of rows than two.
+        ValueError: For an unknown policy, and a weight that is negative or no number; at a call for another number of
+            rows than two.
 
     Source: as :meth:`restoreloss.GradientOrthogonality.project`, whose gradient this is, for one weight.
     """
@@ -120,17 +120,21 @@ def aggregate(
     """
     autojac, aggregation = _torchjd("autojac", "aggregate"), _torchjd("aggregation", "aggregate")
     if not isinstance(aggregator, aggregation.Aggregator):
-        found = getattr(aggregator, "__name__", type(aggregator).__name__)
-        raise ValueError(f"`aggregator` should be an instance of one of torchjd.aggregation, found {found}.")
+        raise ValueError(
+            f"`aggregator` should be an instance of one of torchjd.aggregation, found {describe(aggregator)}."
+        )
     _check(losses)
-    shared = list({id(p): p for p in parameters if p.requires_grad}.values())
+    shared = list({id(p): p for p in as_parameters(parameters, "parameters") if p.requires_grad}.values())
     if not shared:
         raise ValueError("`parameters` should hold at least one that requires a gradient, found none.")
     if any(map(is_sharded, shared)):
         raise ValueError("`parameters` should be whole, found some that `fully_shard` has cut. Train under DDP.")
-    known, own = {id(p) for p in shared}, own or {}
+    known, own = {id(p) for p in shared}, {} if own is None else own
+    if not isinstance(own, Mapping):
+        raise ValueError(f"`own` should be a mapping of losses to their parameters, found {describe(own)}.")
     if unknown := [name for name in own if name not in losses]:
         raise ValueError(f"`own` should be named after losses {list(losses)}, found {unknown}.")
+    own = {name: as_parameters(given, f"own[{name!r}]") for name, given in own.items()}
     rows: list[list[Tensor]] = []
     for name, loss in losses.items():
         alone = [p for p in own.get(name, ()) if p.requires_grad and id(p) not in known]
@@ -183,14 +187,13 @@ def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
 
 def _check(losses: Mapping[str, Tensor]) -> None:
     if not isinstance(losses, Mapping) or not losses:
-        found = "an empty one" if isinstance(losses, Mapping) else type(losses).__name__
+        found = "an empty one" if isinstance(losses, Mapping) else describe(losses)
         raise ValueError(f"`losses` should be a mapping of names to scalars, found {found}.")
     for name, loss in losses.items():
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             graph = " without a graph" if isinstance(loss, Tensor) and not loss.requires_grad else ""
             raise ValueError(
-                f"`losses` should be scalars that depend on the parameters, found {name!r}: {what}{graph}."
+                f"`losses` should be scalars that depend on the parameters, found {name!r}: {describe(loss)}{graph}."
             )
 
 

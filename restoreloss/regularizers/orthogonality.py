@@ -66,7 +66,7 @@ class GradientOrthogonality(nn.Module):
         mode: Mode = "orthogonal",
     ) -> None:
         super().__init__()
-        unique = {id(p): p for p in _parameters(parameters, "parameters") if p.requires_grad and p.numel()}
+        unique = {id(p): p for p in as_parameters(parameters, "parameters") if p.requires_grad and p.numel()}
         if not unique:
             raise ValueError("`parameters` should hold at least one that requires a gradient, found none.")
         if any(map(is_sharded, unique.values())):
@@ -181,7 +181,7 @@ class GradientOrthogonality(nn.Module):
         generation, reconstruction = _one(generation, "generation"), _one(reconstruction, "reconstruction")
         shared = self._parameters_shared
         known = {id(p) for p in shared}
-        rest = [p for p in _parameters(others, "others") if p.requires_grad and id(p) not in known]
+        rest = [p for p in as_parameters(others, "others") if p.requires_grad and id(p) not in known]
         weights = [weight] * len(shared) if not isinstance(weight, Sequence) or isinstance(weight, str) else weight
         weights = [check_number("weight", each, low=0) for each in weights]
         if len(weights) != len(shared):
@@ -212,7 +212,7 @@ class GradientOrthogonality(nn.Module):
         return f"{len(self._parameters_shared)} parameters, gamma={self.gamma:g}, mode={self.mode!r}"
 
 
-def _parameters(given: Any, name: str) -> list[nn.Parameter]:
+def as_parameters(given: Any, name: str) -> list[nn.Parameter]:
     """The parameters in an iterable, or an error that says how they are had from what was given."""
     if isinstance(given, nn.Module):
         raise ValueError(f"`{name}` should be parameters, found {describe(given)}: give its `.parameters()`.")
