@@ -433,7 +433,7 @@ def test_unknown_tasks_are_named_with_those_that_are_known() -> None:
         for tasks in ("paint", ["look", "paint"]):
             with pytest.raises(ValueError, match=r"one of look, classify, found 'paint'"):
                 model(uniform(2, 3, 16, 16), tasks)
-        with pytest.raises(ValueError, match=r"for each of 2 pictures, found 1"):
+        with pytest.raises(ValueError, match=r"for each of 2 images, found 1"):
             model(uniform(2, 3, 16, 16), ["look"])
 
 

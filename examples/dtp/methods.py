@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from restoreloss._optional import require
-from restoreloss.regularizers.importance import Estimator
+from restoreloss.regularizers.per_sample import Estimator
 
 Penalty = Estimator | Literal["l2sp"]
 Conflict = Literal["project", "full", "orthogonality"]

@@ -129,6 +129,6 @@ class _ConvolutionLevel(nn.Module):
 def _check(tasks: str | Sequence[str], count: int | None, known: Sequence[str]) -> None:
     names = {tasks} if isinstance(tasks, str) else set(tasks)
     if not isinstance(tasks, str) and count not in (None, len(tasks)):
-        raise ValueError(f"`tasks` should name one for each of {count} pictures, found {len(tasks)}.")
+        raise ValueError(f"`tasks` should name one for each of {count} images, found {len(tasks)}.")
     if unknown := sorted(names - set(known)):
         raise ValueError(f"A task should be one of {', '.join(known)}, found {unknown[0]!r}.")

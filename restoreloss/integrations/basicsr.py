@@ -34,7 +34,7 @@ from restoreloss.integrations.checks import call, check_numbers, near
 from restoreloss.integrations.drop_in import register_all
 from restoreloss.integrations.task_networks import normalization, task_network
 from restoreloss.objectives.distances import Distance
-from restoreloss.regularizers.importance import Estimator
+from restoreloss.regularizers.per_sample import Estimator
 
 _log = logging.getLogger(__name__)
 _GONE = "torchvision.transforms.functional_tensor"

@@ -7,7 +7,6 @@ same batch. It does one step of YOUR loop:
         logs = alternation.step(batch)
 """
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -25,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from restoreloss.checks import check_callable, check_choice, check_number, describe
 from restoreloss.frozen import bare, frozen
 from restoreloss.sharding import whole
+from restoreloss.training.checks import check_micro_batches, needed_argument
 
 Batch = TypeVar("Batch")
 Mode = Literal["train", "eval"]
@@ -81,7 +81,8 @@ class Phase(Generic[Batch]):
                 fits = hasattr(part, "step") and hasattr(part, "param_groups") == (kind == "optimizer")
                 if isinstance(part, type) or not fits:
                     raise ValueError(f"`{kind}s` {where} should be {kind}s, found {describe(part)}.")
-                if needed := _needed(_unwrapped(part) if kind == "optimizer" else getattr(part, "scheduler", part)):
+                inner = _unwrapped(part) if kind == "optimizer" else getattr(part, "scheduler", part)
+                if needed := needed_argument(inner):
                     way = (
                         "a phase computes its gradient once a step, so that it takes another optimizer"
                         if kind == "optimizer"
@@ -212,7 +213,7 @@ class Alternation(Generic[Batch]):
         if not micro_batches:
             raise ValueError("`micro_batches` should be at least one batch, found none.")
         if not accumulate:
-            _check_kinds(micro_batches)
+            check_micro_batches(micro_batches)
         logs: dict[str, Tensor] = {}
         for phase in self.phases:
             with self.roles(phase):
@@ -411,44 +412,6 @@ def _check(phase: Phase[Any]) -> None:
             f"`optimizers` of phase {phase.name!r} should hold all parameters of `trains` that need a gradient, found "
             f"{forgotten} in none: name the submodules that train, or freeze the rest."
         )
-
-
-def _needed(part: Any) -> str | None:
-    """The name of the first argument that ``part.step`` cannot do without."""
-    try:
-        # of the class: a scheduler puts a function into the optimizer that says it takes `self`
-        _, *parameters = inspect.signature(type(part).step).parameters.values()
-    except (AttributeError, TypeError, ValueError):  # it does not tell
-        return None
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = (each.name for each in parameters if each.kind in kinds and each.default is inspect.Parameter.empty)
-    return next(needed, None)
-
-
-def _check_kinds(micro_batches: Sequence[Any]) -> None:
-    """Raise for the parts of one batch in the place of micro-batches."""
-    if len(micro_batches) < 2:
-        return
-    kinds = [_kind(batch) for batch in micro_batches]
-    if len(set(kinds)) > 1:
-        raise ValueError(
-            f"`micro_batches` should be alike, found {', '.join(kinds)}: one batch of several parts is one argument, "
-            "as `step((degraded, clean))`."
-        )
-    if any(type(batch).__name__ == "ndarray" or (isinstance(batch, Tensor) and batch.ndim) for batch in micro_batches):
-        raise ValueError(
-            f"`micro_batches` should be one batch or several, found {len(kinds)} bare tensors: one batch of several "
-            "parts is one argument, as `step((degraded, clean))`; for micro-batches that are bare tensors say "
-            "`step(first, second, accumulate=True)`."
-        )
-
-
-def _kind(batch: Any) -> str:
-    """The type of a batch, and of the first thing in it."""
-    if isinstance(batch, list | tuple):
-        first = next((type(part).__name__ for part in batch if part is not None), "nothing")
-        return f"{type(batch).__name__} of {first}"
-    return type(batch).__name__
 
 
 def _norm(trains: Sequence[Trainable]) -> Tensor:
