@@ -4,6 +4,7 @@ The model is shown the restored and the clean image under the same noise at the 
 not in the other (the noise it predicts, the semantics in its bottleneck) is the loss.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import index
@@ -17,7 +18,7 @@ from restoreloss.checks import check_choice, check_number, describe
 from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_denoiser, as_schedule
 from restoreloss.diffusion.latents import LatentEncoder, LatentPrior
 from restoreloss.diffusion.schedule import NoiseSchedule
-from restoreloss.frozen import FrozenNetwork, serving, warn_if_trained
+from restoreloss.frozen import FrozenNetwork, frozen, serving, warn_if_trained
 from restoreloss.generators import Generators, check_generators, draw_per_sample, integers, standard_normal
 from restoreloss.images import RangeWatch, check_pair, check_range, to_unit_range
 from restoreloss.objectives.base import Objective, total
@@ -31,6 +32,8 @@ from restoreloss.objectives.sampling import (
     weighted,
 )
 from restoreloss.objectives.sizes import SizePolicy, crop_map, fit_size, pad_to
+
+logger = logging.getLogger(__name__)
 
 TimestepSampler: TypeAlias = Callable[[int, torch.Generator | None], Tensor]
 """(number of samples, generator or None) -> timesteps, an integer tensor of shape (N,)."""
@@ -179,6 +182,7 @@ class DiffLoss(Objective):
             _enable_checkpointing(wrapped.model)
         if dtype is not None:
             wrapped.to(dtype)
+        _check_that_it_answers(wrapped)
         warn_if_trained(wrapped, "denoiser")
         if latents is not None:
             warn_if_trained(latents, "encoder")
@@ -395,6 +399,32 @@ def _enable_checkpointing(model: Any) -> None:
             "`enable_gradient_checkpointing()`, as diffusers models have."
         )
     inner.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))  # their default cannot be pickled
+
+
+@torch.no_grad()
+def _check_that_it_answers(denoiser: Denoiser) -> None:
+    """Try a network of unknown kind once on a small image: a restorer or a classifier is no prior.
+
+    Raises:
+        ValueError: If it cannot be called with (x_t, t), or returns nothing that could be a prediction.
+    """
+    model = denoiser.model
+    if denoiser.in_channels is not None or not isinstance(model, nn.Module):
+        return
+    convolution = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
+    weight = next(model.parameters(), torch.empty(0))
+    image = weight.new_zeros(1, 3 if convolution is None else convolution.in_channels, 64, 64)
+    if image.is_meta:
+        return
+    try:
+        with frozen(model), torch.random.fork_rng(devices=[]):
+            denoiser(image, denoiser.schedule.num_timesteps // 2)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`denoiser` should be a diffusion model, called with (x_t, t), found a {type(model).__name__}: {error}"
+        ) from error
+    except Exception as error:  # a size or a number of channels that it does not read: the first call will tell
+        logger.debug("%s was tried on 64x64 pixels: %s", type(model).__name__, error)
 
 
 def _check_timesteps(timesteps: Any, num_timesteps: int) -> tuple[int, int] | TimestepSampler:
