@@ -253,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     degrade = Degradation(args.blur, args.noise)
     test_degraded = degrade(test_clean, torch.Generator().manual_seed(0))
     experiment = Experiment(
-        list(train.values()), test_clean.to(device), test_degraded.to(device), degrade, args.steps, 2e-3, device
+        train.in_order, test_clean.to(device), test_degraded.to(device), degrade, args.steps, 2e-3, device
     )
     net = NAFNet(width=16, middle_blk_num=1, enc_blk_nums=[1, 1], dec_blk_nums=[1, 1]).to(device)
     prior, pixel = small_prior().to(device), nn.L1Loss()

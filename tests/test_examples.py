@@ -97,9 +97,9 @@ def test_a_folder_without_pictures_is_refused(make: bool, tmp_path: Path) -> Non
     folder = tmp_path / "pictures"
     if make:
         folder.mkdir()
-    with pytest.raises(ValueError, match="The folder should hold a picture|There should be a folder of pictures"):
+    with pytest.raises(ValueError, match="The folder should hold an image|There should be a folder of images"):
         load_folder(folder, smallest=96)
-    with pytest.raises(SystemExit, match="The folder should hold a picture|There should be a folder of pictures"):
+    with pytest.raises(SystemExit, match="The folder should hold an image|There should be a folder of images"):
         quickstart.main(["--images", str(folder), "--out", str(tmp_path / "out")])
 
 

@@ -1,7 +1,6 @@
 """Which pictures without any label are trained on?"""
 
 import functools
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.common.folder import UNREADABLE, read_picture
+from examples.common.folder import UNREADABLE, Skipped, read_picture
 from examples.common.photos import photographs, pyramid, random_crops
 from examples.common.tasks import Task
-
-logger = logging.getLogger(__name__)
 
 
 class CleanPictures:
@@ -31,6 +28,7 @@ class CleanPictures:
     def __init__(self, sources: Sequence[Tensor] | Sequence[Path], count: int, size: int) -> None:
         self.sources: list[Any] = list(sources)
         self.count, self.size = count, size
+        self._skipped = Skipped()
 
     def __len__(self) -> int:
         return self.count
@@ -43,10 +41,10 @@ class CleanPictures:
         try:
             picture = read_picture(source)
         except UNREADABLE as error:
-            logger.warning("%s skipped: %s", source, str(error) or type(error).__name__)
+            self._skipped(source, error)
             return None
         if min(picture.shape[1:]) < self.size:
-            logger.warning("%s skipped: smaller than the crops of %d", source, self.size)
+            self._skipped(source, f"smaller than the crops of {self.size}")
             return None
         return random_crops([picture], 1, self.size, generator)[0], torch.tensor(0)
 

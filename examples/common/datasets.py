@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from examples.common.folder import UNREADABLE, read_picture
+from examples.common.folder import UNREADABLE, Skipped, read_picture
 from examples.common.tasks import IGNORED, Task
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class FolderData:
         self.class_names = tuple(class_names)
         self.samples = list(samples)
         self.annotate, self.transform = annotate, transform
-        self._warned: set[Path] = set()
+        self._skipped = Skipped()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -71,10 +71,7 @@ class FolderData:
             reading = annotation if isinstance(annotation, Path) else path
             target = self.annotate(annotation, (picture.shape[1], picture.shape[2]))
         except UNREADABLE as error:
-            if reading not in self._warned:
-                reason = str(error).replace(str(reading), "it") or type(error).__name__
-                logger.warning("%s skipped: %s", reading, reason)
-                self._warned.add(reading)
+            self._skipped(reading, error)
             return None
         image, target = self.transform(tv_tensors.Image(picture), target)
         return _plain(image).clamp(0, 1), target

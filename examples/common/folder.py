@@ -1,15 +1,21 @@
-"""Which pictures in this folder can be trained on, and why not the others?"""
+"""Image files: which files of a folder are images, how one is read, and what is told of those that cannot be used."""
 
+import functools
 import logging
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -22,80 +28,210 @@ UNREADABLE = (
 """What Pillow and ElementTree raise for a damaged file."""
 
 
-def load_folder(folder: Path, *, smallest: int) -> dict[str, Tensor]:
-    """Every picture below ``folder`` as a (3, H, W) float tensor in [0, 1], by its path relative to the folder.
+def image_files(folder: Path, pattern: str = "**/*") -> list[Path]:
+    """The image files of a folder that match a pattern, sorted.
 
-    Grey, palette, 16-bit, CMYK and transparent files are converted (transparency onto white, EXIF turned upright). What
-    cannot be read, is no picture, or has a side shorter than ``smallest`` is named in a warning and left out.
+    Hidden files and folders (``._x.png``, ``.thumbnails/``) and directories are no images. Of a file whose suffix says
+    nothing the first bytes are looked at; what is no image is named in a warning.
+
+    Args:
+        folder: where the pattern begins.
+        pattern: as of :meth:`pathlib.Path.glob`; the default is everything below the folder.
+    """
+    found = []
+    for path in sorted(folder.glob(pattern)):
+        name = path.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts) or path.is_dir():
+            continue
+        if path.suffix.lower() in _suffixes() and path.exists():
+            found.append(path)
+            continue
+        try:
+            with Image.open(path):
+                found.append(path)
+        except UNREADABLE as error:
+            logger.warning("%s skipped: %s", name, _reason(error, path))
+    return found
+
+
+class Skipped:
+    """Files that cannot be used, each named in one warning however often it is asked for (of each worker)."""
+
+    def __init__(self) -> None:
+        self._named: set[Path] = set()
+
+    def __call__(self, path: Path, reason: str | BaseException) -> None:
+        if path not in self._named:
+            self._named.add(path)
+            reason = _reason(reason, path) if isinstance(reason, BaseException) else reason
+            logger.warning("%s skipped: %s", path, reason)
+
+
+class AtNeed(Sequence[Tensor]):
+    """Tensors that are made when they are asked for; the latest ones are kept, up to a number of bytes.
+
+    Args:
+        makers: of each tensor; they give the same one at every call.
+        keep: bytes.
+    """
+
+    def __init__(self, makers: Sequence[Callable[[], Tensor]], *, keep: int = 2**30) -> None:
+        self._makers, self._keep, self._used = list(makers), keep, 0
+        self._kept: OrderedDict[int, Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> "AtNeed": ...
+    def __getitem__(self, index: int | slice) -> "Tensor | AtNeed":
+        if isinstance(index, slice):
+            return AtNeed(self._makers[index], keep=self._keep)
+        index = range(len(self))[index]
+        if index in self._kept:
+            self._kept.move_to_end(index)
+            return self._kept[index]
+        tensor = self._makers[index]()
+        self._kept[index] = tensor
+        self._used += tensor.nbytes
+        while self._used > self._keep:
+            self._used -= self._kept.popitem(last=False)[1].nbytes
+        return tensor
+
+
+class Images(Mapping[str, Tensor]):
+    """Images by name, made when they are asked for: (3, H, W), uint8 in 0..255, or float in [0, 1] of deeper files.
+
+    Args:
+        makers: by name.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers = dict(makers)
+        self._numbers = {name: number for number, name in enumerate(makers)}
+        self.in_order = AtNeed(list(makers.values()))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.in_order[self._numbers[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def subset(self, names: Iterable[str]) -> "Images":
+        """Some of them."""
+        return Images({name: self._makers[name] for name in names})
+
+
+def load_folder(folder: Path, *, smallest: int) -> Images:
+    """Every image below ``folder``, by its path relative to the folder; each has been read once, and will be again.
+
+    Gray, palette, 16-bit, CMYK and transparent files are converted (transparency onto white, EXIF turned upright). What
+    cannot be read, is no image, or has a side shorter than ``smallest`` is named in a warning and left out.
 
     Raises:
         ValueError: If the folder does not exist or nothing in it can be used.
     """
     if not folder.is_dir():
-        raise ValueError(f"There should be a folder of pictures, found none at {folder}.")
-    pictures = {}
-    for name, picture in read_folder(folder):
-        if min(picture.shape[1:]) < smallest:
+        raise ValueError(f"There should be a folder of images, found none at {folder}.")
+    makers = {}
+    for name, pixels in read_folder(folder):
+        if min(pixels.shape[1:]) < smallest:
             logger.warning(
                 "%s skipped: %dx%d pixels, at least %d wanted on each side",
-                name, picture.shape[2], picture.shape[1], smallest,
+                name, pixels.shape[2], pixels.shape[1], smallest,
             )  # fmt: skip
             continue
-        pictures[name] = picture
-    if not pictures:
+        makers[name] = partial(read_pixels, folder / name)
+    if not makers:
         raise ValueError(
-            f"The folder should hold a picture of at least {smallest}x{smallest} pixels, found none in {folder}."
+            f"The folder should hold an image of at least {smallest}x{smallest} pixels, found none in {folder}."
         )
-    return pictures
+    return Images(makers)
 
 
 def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Path relative to the folder, and picture, one after the other; what cannot be read is named in a warning."""
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
+    """Path relative to the folder, and pixels, one after the other; what cannot be read is named in a warning."""
+    for path in image_files(folder):
         name = str(path.relative_to(folder))
         try:
-            picture = read_picture(path)
+            pixels = read_pixels(path)
         except UNREADABLE as error:
-            logger.warning("%s skipped: %s", name, str(error).replace(str(path), "it") or type(error).__name__)
+            logger.warning("%s skipped: %s", name, _reason(error, path))
         else:
-            yield name, picture
+            yield name, pixels
 
 
 def restore_folder(pictures: Path, out: Path, restore: Callable[[Tensor, int], Tensor]) -> int:
-    """Every picture below a folder, restored, under its name as PNG; ``a.png`` beside ``a.jpg`` as ``a.png.png``.
+    """Every image below a folder, restored, under its name as PNG; ``a.png`` beside ``a.jpg`` as ``a.png.png``.
 
     Args:
         pictures: the folder; what cannot be read in it is named in a warning.
         out: where they go, outside of it.
-        restore: (picture (1, 3, H, W), a number) -> restored; the number comes from the path in the folder alone.
+        restore: (image (1, 3, H, W), a number) -> restored; the number comes from the path in the folder alone.
 
     Returns:
         How many there are.
 
     Raises:
-        ValueError: If there is no such folder, no picture in it, or ``out`` is in it.
+        ValueError: If there is no such folder, no image in it, or ``out`` is in it or no folder.
+        FloatingPointError: At the end, if a restored image was not finite; it is named in a warning and not written.
     """
     if not pictures.is_dir():
         raise ValueError(f"`pictures` should be a folder, found {pictures}.")
     if out.resolve().is_relative_to(pictures.resolve()):
-        raise ValueError(f"`out` should be outside of the pictures that are read, found {out} in {pictures}.")
+        raise ValueError(f"`out` should be outside of the images that are read, found {out} in {pictures}.")
+    check_folder(out)
     written: set[Path] = set()
-    for name, picture in tqdm(read_folder(pictures), unit="picture"):
+    broken: list[str] = []
+    for name, pixels in tqdm(read_folder(pictures), unit="image"):
+        restored = restore(unit(pixels)[None], zlib.crc32(Path(name).as_posix().encode()))
+        if wrong := int((~restored.isfinite()).sum()):
+            logger.warning("%s is not written: %d values of the restored image are not finite", name, wrong)
+            broken.append(name)
+            continue
         file = (out / name).with_suffix(".png")
         if file in written:
             file = out / f"{name}.png"
         written.add(file)
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_image(restore(picture[None], zlib.crc32(Path(name).as_posix().encode())), file)
-    if not written:
-        raise ValueError(f"`pictures` should hold a picture that can be read, found none in {pictures}.")
-    logger.info("%d pictures restored, in %s", len(written), out)
+        save_image(restored, file)
+    if not written and not broken:
+        raise ValueError(f"`pictures` should hold an image that can be read, found none in {pictures}.")
+    logger.info("%d images restored, in %s", len(written), out)
+    if broken:
+        raise FloatingPointError(f"{len(broken)} restored images are not finite and not written, {broken[0]} first.")
     return len(written)
+
+
+def check_folder(path: Path, name: str = "out") -> None:
+    """Raise ``ValueError`` unless a path is a folder or can become one."""
+    there = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise ValueError(f"`{name}` should be a folder, found the file {there}.")
 
 
 def read_picture(path: Path) -> Tensor:
     """One file as a (3, H, W) float tensor in [0, 1]."""
+    return unit(read_pixels(path))
+
+
+def unit(pixels: Tensor) -> Tensor:
+    """Pixels as :func:`read_pixels` gives them, or a part of them, as float in [0, 1]."""
+    return pixels if pixels.is_floating_point() else pixels.float() / 255
+
+
+def read_pixels(path: Path) -> Tensor:
+    """One file as a (3, H, W) tensor: uint8 in 0..255, or float in [0, 1] of a file of more than 8 bits."""
     with Image.open(path) as file:
+        if file.mode in ("RGB", "RGBA") and _bits(file) == 16:
+            if file.format in ("PNG", "TIFF"):
+                return _deep(path, file)
+            logger.warning("%s is read with 8 bits for each color, of 16: only PNG and TIFF are read with all", path)
         picture = ImageOps.exif_transpose(file)
         if picture.mode.startswith("I") or picture.mode == "F":  # deeper than 8 bits; Pillow's own convert would clip
             values = np.asarray(picture, dtype=np.float32)
@@ -107,4 +243,53 @@ def read_picture(path: Path) -> Tensor:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         pixels = np.array(picture.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _deep(path: Path, file: Image.Image) -> Tensor:
+    """A file of 16 bits for each color, of which Pillow would read 8: as float in [0, 1], transparency onto white."""
+    values: NDArray[Any]
+    if file.format == "PNG":
+        values = decode_image(read_file(str(path)), ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+    else:
+        import tifffile
+
+        with tifffile.TiffFile(path) as tiff:
+            values = tiff.pages[0].asarray()
+        if values.shape[:2] != (file.height, file.width):  # a plane for each color
+            values = np.moveaxis(values, 0, -1)
+    colors = values[..., :3].astype(np.float32) / 65535
+    if values.shape[2] in (2, 4):
+        alpha = values[..., -1:].astype(np.float32) / 65535
+        colors = colors[..., : values.shape[2] - 1]
+        colors = alpha * colors + (1 - alpha)
+    elif "transparency" in file.info:
+        colors[(values == np.array(file.info["transparency"])).all(-1)] = 1
+    turned = file.getexif().get(0x0112, 1)  # orientation
+    if turned in (5, 6, 7, 8):
+        colors = colors.swapaxes(0, 1)
+    if turned in (3, 4, 7, 8):
+        colors = colors[::-1]
+    if turned in (2, 3, 6, 7):
+        colors = colors[:, ::-1]
+    return torch.from_numpy(colors.copy()).permute(2, 0, 1).expand(3, -1, -1).contiguous()
+
+
+def _bits(file: Any) -> int:
+    """Of each color, in the file; Pillow reads 8 of them."""
+    if file.format == "TIFF":
+        return int(max(file.tag_v2.get(258, (8,))))
+    args: Any = file.tile[0].args if file.tile else ""
+    if file.format == "PPM":
+        return 16 if isinstance(args, tuple) and args[1] > 255 else 8
+    return 16 if file.format == "PNG" and ";16" in args else 8
+
+
+@functools.cache
+def _suffixes() -> frozenset[str]:
+    """Of the formats that Pillow reads."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN)
+
+
+def _reason(error: BaseException, path: Path) -> str:
+    return str(error).replace(repr(str(path)), "it").replace(str(path), "it") or type(error).__name__

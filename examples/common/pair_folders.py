@@ -1,4 +1,4 @@
-"""How do the paper's data sets lie on disk? Pairs of degraded and clean files, by the layouts they are published in.
+"""Pairs of degraded and clean files, by the layouts in which the paper's data sets are published.
 
 ========== ==================================================== =====================================================
 layout     degraded                                             clean
@@ -15,6 +15,9 @@ celebahq   made of the clean ones                               ``train/*``, ``t
 clean      made of the clean ones                               ``train/*``, ``test/*``: DIV2K, LIVE1, your own
 universal  ``train/NAME/LQ/*``, ``val/NAME/LQ/*``               ``GT`` for ``LQ``: all ten in one tree, as in DA-CLIP
 ========== ==================================================== =====================================================
+
+The clean file of a degraded one is that of the very same name; else the one that differs in the suffix alone; else the
+one that the layout calls differently (raindrop, rain100h, srd and, for the degradations of these, universal).
 """
 
 import logging
@@ -23,39 +26,53 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-logger = logging.getLogger(__name__)
+from examples.common.folder import image_files
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+logger = logging.getLogger(__name__)
 
 
 class Layout(NamedTuple):
-    """Patterns below the root, and what turns a degraded folder's name into that of the clean one."""
+    """Patterns below the root, and how the clean files are found.
+
+    Attributes:
+        train: pattern of the degraded files, or of the clean ones where these are degraded here.
+        test: likewise.
+        degraded: name of the folder of degraded files.
+        clean: name of the folder of clean files beside it.
+        renamed: what the layout makes of the stem of a degraded file: patterns and the stems of its clean file.
+    """
 
     train: str
     test: str
     degraded: str = ""
     clean: str = ""
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
+_RAINDROP = ((r"(.+)_rain", r"\1_clean"),)
+_RAIN100H = ((r"(?:no)?rain-(\d+)(?:x2)?", r"norain-\1"),)
+_SRD = ((r"(.+)", r"\1_no_shadow"), (r"(.+)", r"\1_free"))
 LAYOUTS: Mapping[str, Layout] = {
     "gopro": Layout("train/*/blur/*", "test/*/blur/*", "blur", "sharp"),
     "reside6k": Layout("train/hazy/*", "test/hazy/*", "hazy", "GT"),
     "lol": Layout("our485/low/*", "eval15/low/*", "low", "high"),
-    "raindrop": Layout("train/data/*", "test_a/data/*", "data", "gt"),
-    "rain100h": Layout("train/rain/*", "test/rain/*", "rain", "norain"),
-    "srd": Layout("train/shadow/*", "test/shadow/*", "shadow", "shadow_free"),
+    "raindrop": Layout("train/data/*", "test_a/data/*", "data", "gt", _RAINDROP),
+    "rain100h": Layout("train/rain/*", "test/rain/*", "rain", "norain", _RAIN100H),
+    "srd": Layout("train/shadow/*", "test/shadow/*", "shadow", "shadow_free", _SRD),
     "snow100k": Layout("train/synthetic/*", "test/Snow100K-L/synthetic/*", "synthetic", "gt"),
     "cbsd68": Layout("train/*", "original_png/*"),
     "celebahq": Layout("train/*", "test/*"),
     "clean": Layout("train/*", "test/*"),
     "universal": Layout("train/{name}/LQ/*", "val/{name}/LQ/*", "LQ", "GT"),
 }
+_UNIVERSAL = {"raindrop": _RAINDROP, "rainy": _RAIN100H, "shadowed": _SRD}
+"""How the data sets that went into "universal" call their clean files, by the name of the degradation."""
 
 
 def pairs(layout: str, root: Path, split: str, name: str) -> list[tuple[Path | None, Path]]:
     """(degraded, clean) files; degraded is None where it is to be made of the clean one.
 
-    A degraded picture without a clean one is named in a warning and left out.
+    A degraded image without a clean one is named in a warning and left out.
 
     Args:
         layout: a key of ``LAYOUTS``.
@@ -64,35 +81,57 @@ def pairs(layout: str, root: Path, split: str, name: str) -> list[tuple[Path | N
         name: of the degradation.
 
     Raises:
-        ValueError: For an unknown layout, or if there is no pair.
+        ValueError: For an unknown layout, if there is no pair, and if one degraded file has two clean ones.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"`layout` should be one of {', '.join(LAYOUTS)}, found {layout!r}.")
     described = LAYOUTS[layout]
     pattern = (described.train if split == "train" else described.test).format(name=name)
-    files = [path for path in sorted(root.glob(pattern)) if path.suffix.lower() in PICTURES]
+    files = image_files(root, pattern)
+    if not files:
+        raise ValueError(f"{root} should hold images as {layout} lays them out, found none at {pattern}.")
     if not described.degraded:
-        found: list[tuple[Path | None, Path]] = [(None, path) for path in files]
-    else:
-        found, known = [], {}
-        for path in files:
-            folder = path.parent.parent / described.clean
-            if folder not in known:
-                known[folder] = _by_key(folder)
-            clean = known[folder].get(_key(path))
-            if clean is None:
-                logger.warning("%s skipped: no clean picture of it in %s", path, folder)
-            else:
-                found.append((path, clean))
+        return [(None, path) for path in files]
+    renamed = _UNIVERSAL.get(name, ()) if layout == "universal" else described.renamed
+    folders = {path.parent: path.parent.parent / described.clean for path in files}
+    sides = {folder: _Side(image_files(folder, "*")) for folder in dict.fromkeys(folders.values())}
+    found: list[tuple[Path | None, Path]] = []
+    for path in files:
+        folder = folders[path.parent]
+        clean = sides[folder].of(path, renamed)
+        if clean is None:
+            logger.warning("%s skipped: no clean image of it in %s", path, folder)
+        else:
+            found.append((path, clean))
     if not found:
-        raise ValueError(f"{root} should hold pictures as {layout} lays them out, found none at {pattern}.")
+        clean_files = [path for side in sides.values() for path in side.names.values()]
+        example = f", such as {clean_files[0].relative_to(root)}" if clean_files else ""
+        raise ValueError(
+            f"{root} should hold pairs as {layout} names them, found {len(files)} degraded images at {pattern}, such "
+            f"as {files[0].relative_to(root)}, and {len(clean_files)} clean ones in {described.clean}/{example}: no "
+            "two of one name."
+        )
     return found
 
 
-def _by_key(folder: Path) -> dict[str, Path]:
-    return {_key(path): path for path in sorted(folder.glob("*")) if path.suffix.lower() in PICTURES}
+class _Side:
+    """The clean files of a folder."""
 
+    def __init__(self, files: list[Path]) -> None:
+        self.names = {path.name: path for path in files}
+        self.stems: dict[str, list[Path]] = {}
+        for path in files:
+            self.stems.setdefault(path.stem, []).append(path)
 
-def _key(path: Path) -> str:
-    """What a picture and its pair have in common: the name without what says which of the two it is."""
-    return re.sub(r"(^(no)?rain-|_(rain|clean|no_shadow|free)$|(?<=\d)x2$)", "", path.stem.removesuffix("x2"))
+    def of(self, degraded: Path, renamed: tuple[tuple[str, str], ...]) -> Path | None:
+        """The file of the same name, of the same stem, or of a stem that the layout gives."""
+        if degraded.name in self.names:
+            return self.names[degraded.name]
+        matches = [(re.fullmatch(pattern, degraded.stem), stem) for pattern, stem in renamed]
+        for stem in (degraded.stem, *(match.expand(stem) for match, stem in matches if match)):
+            found = self.stems.get(stem, [])
+            if len(found) > 1:
+                raise ValueError(f"{degraded} should have one clean image, found {found[0]} and {found[1]}.")
+            if found:
+                return found[0]
+        return None

@@ -1,6 +1,5 @@
 """Which pairs of degraded and clean pictures does a run train and test on?"""
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,12 +12,10 @@ from torch import Tensor
 from examples.common.batches import chance
 from examples.common.clean_pictures import training_photographs
 from examples.common.degradations import degrade
-from examples.common.folder import UNREADABLE, read_picture
+from examples.common.folder import UNREADABLE, Skipped, read_picture
 from examples.common.pair_folders import LAYOUTS, pairs
 from examples.common.photos import grid_crops, photographs, pyramid, random_crops
 from examples.common.tasks import Task
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +101,7 @@ class PhotoPairs(Pairs):
 
 
 class FolderPairs(Pairs):
-    """Crops of pairs of files. What cannot be read is None, after a warning that names it.
+    """Crops of pairs of files. What cannot be read is None, after one warning that names it.
 
     Args:
         places: layout and root of the data set of each degradation, by its name.
@@ -115,6 +112,7 @@ class FolderPairs(Pairs):
     def __init__(self, places: dict[str, tuple[str, Path]], split: str, size: int) -> None:
         self.class_names, self.split, self.size = tuple(places), split, size
         self.files = [pairs(layout, root, split, name) for name, (layout, root) in places.items()]
+        self._skipped = Skipped()
 
     def __len__(self) -> int:
         """As many of each degradation as the largest data set has."""
@@ -124,22 +122,24 @@ class FolderPairs(Pairs):
         number, place = index % len(self.files), index // len(self.files)
         name, files = self.class_names[number], self.files[number]
         degraded_file, clean_file = files[place % len(files)]
+        reading = clean_file
         try:
             clean = read_picture(clean_file)
+            reading = degraded_file or clean_file
             degraded = None if degraded_file is None else read_picture(degraded_file)
         except UNREADABLE as error:
-            logger.warning("%s or its pair skipped: %s", clean_file, str(error) or type(error).__name__)
+            self._skipped(reading, error)
             return None
         if degraded is not None and degraded.shape != clean.shape:
-            found = tuple(degraded.shape[1:]), tuple(clean.shape[1:])
-            logger.warning("%s skipped: the pair should be of one size, found %s and %s", degraded_file, *found)
+            found = f"{tuple(degraded.shape[1:])} and {tuple(clean.shape[1:])}"
+            self._skipped(degraded_file or clean_file, f"the pair should be of one size, found {found}")
             return None
         seed = int(torch.randint(2**62, ())) if self.split == "train" else chance(place, number)
         generator = torch.Generator().manual_seed(seed)
         pair = clean[None] if degraded is None else torch.stack([degraded, clean])
         if self.split == "train":
             if min(pair.shape[2:]) < self.size:
-                logger.warning("%s skipped: smaller than the crops of %d", clean_file, self.size)
+                self._skipped(clean_file, f"smaller than the crops of {self.size}")
                 return None
             pair = _turned_crop(pair, self.size, generator)
         if degraded is None:

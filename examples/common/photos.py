@@ -4,7 +4,8 @@ Those in the wheels of scikit-image and scikit-learn. They are split once and fo
 on ``TRAIN``, and nothing in this project trains on ``HELD_OUT``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.common.folder import load_folder
+from examples.common.folder import AtNeed, Images, load_folder, unit
 
 TRAIN = (
     "astronaut",
@@ -31,6 +32,8 @@ TRAIN = (
     "retina",
 )
 HELD_OUT = ("camera", "chelsea", "coffee", "rocket")
+SCALES = (1.0, 0.75, 0.5)
+"""Of :func:`pyramid`."""
 
 
 def load_photo(name: str) -> Tensor:
@@ -49,42 +52,57 @@ def load_photo(name: str) -> Tensor:
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
 
 
-def photographs(folder: Path | None, *, smallest: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Photographs to train on and held-out ones, by name: the built-in split, or that of a folder of pictures.
+def photographs(folder: Path | None, *, smallest: int) -> tuple[Images, Images]:
+    """Photographs to train on and held-out ones, by name: the built-in split, or that of a folder of images.
 
-    Of a folder about every fourth picture is held out, four at most; of a single picture the right third.
+    Of a folder about every fourth image is held out, four at most; of a single image the right third.
 
     Raises:
         ValueError: If the folder holds nothing that is large enough (:func:`load_folder`).
     """
     if folder is None:
-        return {name: load_photo(name) for name in TRAIN}, {name: load_photo(name) for name in HELD_OUT}
-    pictures = load_folder(folder, smallest=smallest)
-    if len(pictures) == 1:
-        ((name, picture),) = pictures.items()
-        cut = picture.shape[2] * 2 // 3
-        if picture.shape[2] - cut < smallest:
-            raise ValueError(
-                f"{folder} holds one picture; to be split it should be {3 * smallest} wide, or add another."
-            )
-        return {name: picture[:, :, :cut]}, {name: picture[:, :, cut:]}
-    names = list(pictures)
-    held_out = names[:: max(2, len(names) // 4)][:4]
-    train = {name: picture for name, picture in pictures.items() if name not in held_out}
-    return train, {name: pictures[name] for name in held_out}
+        train, held_out = ({name: partial(load_photo, name) for name in names} for names in (TRAIN, HELD_OUT))
+        return Images(train), Images(held_out)
+    images = load_folder(folder, smallest=smallest)
+    if len(images) == 1:
+        ((name, image),) = images.items()
+        cut = image.shape[2] * 2 // 3
+        if image.shape[2] - cut < smallest:
+            raise ValueError(f"{folder} holds one image; to be split it should be {3 * smallest} wide, or add another.")
+        return Images({name: lambda: image[:, :, :cut]}), Images({name: lambda: image[:, :, cut:]})
+    names = list(images)
+    kept = names[:: max(2, len(names) // 4)][:4]
+    return images.subset(name for name in names if name not in kept), images.subset(kept)
 
 
-def pyramid(photo: Tensor, smallest: int, scales: Sequence[float] = (1.0, 0.75, 0.5)) -> list[Tensor]:
+def pyramid(photo: Tensor, smallest: int, scales: Sequence[float] = SCALES) -> list[Tensor]:
     """The photograph at several sizes (antialiased), as far as its short side stays at least ``smallest``.
 
     Shrunk photographs are sharper: they hold the fine detail that the camera's optics took from the full size.
     """
+    return [_resized(photo, size) for size in _sizes(photo, smallest, scales)]
+
+
+def levels(photos: Images, smallest: int) -> AtNeed:
+    """The :func:`pyramid` of every photograph, one after the other, each level made when it is asked for."""
+    makers: list[Callable[[], Tensor]] = []
+    for name, photo in photos.items():
+        makers += [partial(_level, photos, name, size) for size in _sizes(photo, smallest, SCALES)]
+    return AtNeed(makers)
+
+
+def _level(photos: Images, name: str, size: tuple[int, int]) -> Tensor:
+    return _resized(photos[name], size)
+
+
+def _sizes(photo: Tensor, smallest: int, scales: Sequence[float]) -> list[tuple[int, int]]:
     sizes = [(round(photo.shape[1] * s), round(photo.shape[2] * s)) for s in scales]
-    return [
-        F.interpolate(photo[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)
-        for size in sizes
-        if min(size) >= smallest
-    ]
+    return [size for size in sizes if min(size) >= smallest]
+
+
+def _resized(photo: Tensor, size: tuple[int, int]) -> Tensor:
+    resized = F.interpolate(unit(photo)[None], size=size, mode="bicubic", antialias=True, align_corners=False)
+    return resized[0].clamp(0, 1)
 
 
 def random_crops(photos: Sequence[Tensor], count: int, size: int, generator: torch.Generator) -> Tensor:
@@ -98,7 +116,7 @@ def random_crops(photos: Sequence[Tensor], count: int, size: int, generator: tor
         photo = photos[draw(len(photos))]
         top, left = draw(photo.shape[1] - size + 1), draw(photo.shape[2] - size + 1)
         crop = photo[:, top : top + size, left : left + size].rot90(draw(4), dims=(1, 2))
-        crops.append(crop.flip(2) if draw(2) else crop)
+        crops.append(unit(crop.flip(2) if draw(2) else crop))
     return torch.stack(crops)
 
 
@@ -110,4 +128,4 @@ def grid_crops(photo: Tensor, size: int, count: int) -> Tensor:
     centres = [((r + 0.5) / rows, (c + 0.5) / columns) for r in range(rows) for c in range(columns)]
     chosen = [centres[i * len(centres) // count] for i in range(count)]
     corners = [(round(y * height), round(x * width)) for y, x in chosen]
-    return torch.stack([photo[:, top : top + size, left : left + size] for top, left in corners])
+    return torch.stack([unit(photo[:, top : top + size, left : left + size]) for top, left in corners])

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.common.photos import photographs, pyramid, random_crops
+from examples.common.photos import levels, photographs, random_crops
 from examples.diffloss.prior_report import report
 from restoreloss import NoiseSchedule
 
@@ -191,7 +191,7 @@ def main() -> None:
     with log.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
 
-    photos = [level for photo in train.values() for level in pyramid(photo, smallest=96)]
+    photos = levels(train, smallest=96)
     with tqdm(total=args.steps, initial=trainer.step, desc="prior", unit="step") as progress:
         while trainer.step < args.steps:
             started, errors = time.perf_counter(), []

@@ -1,6 +1,5 @@
 """Which pictures are restored, for people and for each task?"""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +10,11 @@ from torch import Tensor
 
 from examples.common.clean_pictures import CleanPictures, training_photographs
 from examples.common.data import datasets
-from examples.common.folder import UNREADABLE, read_picture
+from examples.common.folder import UNREADABLE, Skipped, image_files, read_picture
 from examples.common.options import DataOptions
 from examples.common.photos import HELD_OUT, grid_crops, load_photo
 from examples.common.tasks import InMemory, Task, TaskData
 from examples.unirestore.config import TASKS
-
-logger = logging.getLogger(__name__)
 
 
 def data_of(task: str, config: Any) -> tuple[TaskData, TaskData]:
@@ -55,7 +52,7 @@ def _clean(config: Any) -> tuple[TaskData, TaskData]:
 
 def _clean_files(folder: Path, config: Any, size: int) -> tuple[TaskData, TaskData]:
     """Every tenth picture of a folder, and at least one, is for the test; each is read when it is wanted."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    files = image_files(folder)
     if len(files) < 2:
         raise ValueError(f"`pictures` should be a folder of at least two pictures, found {len(files)} in {folder}.")
     test = files[::10]
@@ -79,6 +76,7 @@ class FileCrops:
 
     def __init__(self, crops: Sequence[tuple[Path, int]], each: int, size: int) -> None:
         self.crops, self.each, self.size = list(crops), each, size
+        self._skipped = Skipped()
 
     def __len__(self) -> int:
         return len(self.crops)
@@ -88,10 +86,10 @@ class FileCrops:
         try:
             picture = read_picture(file)
         except UNREADABLE as error:
-            logger.warning("%s skipped: %s", file, str(error) or type(error).__name__)
+            self._skipped(file, error)
             return None
         if min(picture.shape[1:]) < self.size:
-            logger.warning("%s skipped: smaller than the crops of %d", file, self.size)
+            self._skipped(file, f"smaller than the crops of {self.size}")
             return None
         return grid_crops(picture, self.size, self.each)[number], torch.tensor(0)
 
