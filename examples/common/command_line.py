@@ -1,4 +1,4 @@
-"""How does a trainer read its config, from YAML and the command line, and say what came out?"""
+"""The command line of a trainer: its config from YAML and options, and the figures that came out."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -18,7 +18,8 @@ def run(
 
     Args:
         config_class: a dataclass with a field ``out``.
-        train: what is done with it. Figures that it returns are printed; its ``ValueError`` is the parser's error.
+        train: what is done with it. Figures that it returns are printed. Its ``ValueError`` is the parser's error (exit
+            code 2), its ``FloatingPointError`` the end of a training that became NaN (one line, exit code 1).
         doc: of the module; the first line is the description.
         positional: fields that are given by their place, each with what ``add_argument`` is told of it.
     """
@@ -37,7 +38,9 @@ def run(
         results = train(config_class(**vars(arguments)))
     except ValueError as error:
         parser.error(str(error))
-    if results is not None:
+    except FloatingPointError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    if results:  # of the main process
         width = max([15, *map(len, results)])
         for name, value in results.items():
             print(f"{name:{width}} {value:.3f}")

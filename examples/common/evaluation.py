@@ -14,9 +14,10 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from examples.common.data import on_grid
 from examples.common.degrade import Degrade
 from examples.common.networks import load_weights, recogniser
+from examples.common.recipe import naming
 from examples.common.recognition import Recognition, features_of
 from examples.common.run_directory import RunDirectory
-from examples.common.tasks import InMemory, TaskData, collate, to_device
+from examples.common.tasks import IGNORED, InMemory, Task, TaskData, collate, to_device
 from restoreloss import frozen
 
 BATCH, SAMPLES = 50, 8
@@ -33,6 +34,46 @@ class Judges:
     def load(cls, fixed_hr: Path | None, judge: Path | None, device: torch.device) -> "Judges":
         """Read them from their run directories."""
         return cls(*(None if path is None else load_recogniser(path).to(device) for path in (fixed_hr, judge)))
+
+
+def first_usable(data: TaskData, task: Task, name: str = "the test data") -> TaskData:
+    """The first image that can be read and has a label to compare with, as data of its own.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    read = 0
+    for index in range(len(data)):
+        sample = data[index]
+        if sample is None:
+            continue
+        read += 1
+        image, target = sample
+        if task == "detection" and not len(target["boxes"]):
+            continue
+        if task == "segmentation" and bool((target == IGNORED).all()):
+            continue
+        return _One(data, image, target)
+    if not read:
+        raise ValueError(f"{name} should hold an image that can be read, found none of {len(data)}.")
+    what = "box" if task == "detection" else "pixel with a class"
+    raise ValueError(f"{name} should hold a {what}, found none in {read} images: the score could not be computed.")
+
+
+class _One:
+    """Data of a single sample."""
+
+    def __init__(self, data: TaskData, image: Tensor, target: Any) -> None:
+        self.task, self.class_names = data.task, data.class_names
+        self.sample = image, target
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        if index:
+            raise IndexError(index)
+        return self.sample
 
 
 def load_recogniser(run: Path) -> nn.Module:
@@ -101,7 +142,8 @@ def evaluate(
             hr = to_device(hr, device)
             lr = degrade(hr, count)
             count += len(hr)
-            seen = read(hr, lr)
+            with naming(f"The networks should take test images of {tuple(hr[0].shape[1:])}"):
+                seen = read(hr, lr)
             found = {
                 name: to_device(recognition.predict(network, hr if name == "score_on_hr" else seen), "cpu")
                 for name, network in present.items()

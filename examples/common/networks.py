@@ -21,6 +21,7 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from examples.common.restormer import Restormer
 from examples.common.tasks import Task
+from restoreloss.objectives.sizes import pad_to
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def restorer(name: str, scale: int, weights: Path | None = None) -> nn.Module:
         if not isinstance(described, ImageModelDescriptor) or described.scale != scale:
             raise ValueError(f"`s_weights` should be a network of scale {scale}, found {described}.")
         model: nn.Module = described.model
-        return model.requires_grad_(True)
+        return fit_sizes(model.requires_grad_(True), described.size_requirements, scale)
     if name.startswith("spandrel/"):
         network = _same_size(_of_spandrel, scale)(name.removeprefix("spandrel/"))
     elif name in _RESTORERS:
@@ -136,6 +137,47 @@ def _of_spandrel(name: str) -> nn.Module:
             "The restoration network should be an architecture of spandrel that needs no options, found "
             f"{name!r}: {error}."
         ) from error
+    return fit_sizes(network, _requirements(network))
+
+
+def _requirements(network: nn.Module) -> Any:
+    """Which sizes spandrel says that one of its networks takes; None where it does not recognize it."""
+    from spandrel import MAIN_REGISTRY
+
+    try:
+        return MAIN_REGISTRY.load(network.state_dict()).size_requirements
+    except Exception as error:  # each architecture has errors of its own
+        logger.info("spandrel does not say which sizes %s takes (%s)", type(network).__name__, error)
+        return None
+
+
+def fit_sizes(network: nn.Module, requirements: Any, scale: int = 1) -> nn.Module:
+    """Let a network take images of any size: they are continued to a size that it takes, and its output is cut back.
+
+    Its weights and their names stay as they are.
+
+    Args:
+        network: images (N, C, H, W) to images (N, C, scale H, scale W).
+        requirements: spandrel's ``size_requirements`` of it, or None for a network that takes any size.
+        scale: of the super-resolution.
+    """
+    if requirements is None or requirements.none:
+        return network
+    given: list[tuple[int, int]] = []
+
+    def pad(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+        image = arguments[0]
+        height, width = image.shape[2:]
+        right, below = requirements.get_padding(width, height)
+        given[:] = [(height, width)]
+        return (pad_to(image, (height + below, width + right)),)
+
+    def cut(_: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+        ((height, width),) = given
+        return output[..., : height * scale, : width * scale]
+
+    network.register_forward_pre_hook(pad)
+    network.register_forward_hook(cut)
     return network
 
 

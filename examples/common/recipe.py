@@ -1,4 +1,4 @@
-"""What do all recipes do alike? Steps with checkpoints, resume, logs, and an evaluation at the end.
+"""What all recipes do alike: steps with checkpoints, resume, logs, and an evaluation at the end.
 
 A recipe builds its networks and stages, says what a batch is and how to evaluate; this base runs them on accelerate.
 """
@@ -7,6 +7,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Generic, Protocol, TypeVar
@@ -14,13 +15,14 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.common.batches import Batches, chance, loader
+from examples.common.folder import check_folder
 from examples.common.options import RunOptions
-from examples.common.run_directory import RunDirectory
+from examples.common.run_directory import RunDirectory, own
 from examples.common.tasks import TaskData
 from restoreloss.frozen import bare
 
@@ -28,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
 AnyBatch = TypeVar("AnyBatch", contravariant=True)
+
+
+LOWER = "A lower learning rate, or `max_norm`, may prevent it."
 
 
 class Steps(Protocol[AnyBatch]):
@@ -62,9 +67,19 @@ class Recipe(ABC, Generic[Batch]):
 
     def __init__(self, config: RunOptions) -> None:
         self.options = config
-        for name in ("steps", "batch", "save_every"):
-            if getattr(config, name) < 1:
-                raise ValueError(f"`{name}` should be at least 1, found {getattr(config, name)}.")
+        for name, lowest in (
+            ("steps", 1),
+            ("batch", 1),
+            ("save_every", 1),
+            ("eval_every", 0),
+            ("workers", 0),
+            ("seed", 0),
+        ):
+            if getattr(config, name) < lowest:
+                raise ValueError(f"`{name}` should be at least {lowest}, found {getattr(config, name)}.")
+        if config.max_norm is not None and not config.max_norm > 0:
+            raise ValueError(f"`max_norm` should be above 0, or left out, found {config.max_norm}.")
+        check_folder(config.out)
         # the other processes wait while one evaluates
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
         self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.cpu, kwargs_handlers=[patience])
@@ -73,13 +88,35 @@ class Recipe(ABC, Generic[Batch]):
         torch.manual_seed(chance(config.seed))
 
     def begin(self, stages: list[Stage[Batch]]) -> None:
-        """Open the run directory; last, so that what is refused leaves no folder."""
+        """Open the run directory; last, so that what is refused leaves no folder.
+
+        Raises:
+            ValueError: If the test images cannot be evaluated, or the run directory cannot be that of this run.
+        """
         self.stages, self.stage = stages, 0
+        owner = None
         if self.main:
             logger.info("%s on %s, %d processes", self.title, self.device, self.accelerator.num_processes)
+            if not (self.options.out / "results.json").exists():
+                owner = own(self.options.out)
+                self._try_evaluation()
+        weights, buffers = (
+            {name: dict(getattr(bare(network), kind)()) for name, network in self.networks.items()}
+            for kind in ("named_parameters", "named_buffers")
+        )
+        for name, value in _not_finite(weights):
+            raise ValueError(f"The weights should be finite before the first step, found {value} in {name}.")
+        self._infinite = {name for name, _ in _not_finite(buffers)}  # a mask may hold infinity
         self.run_directory = RunDirectory(
             self.options.out, self.options.plain(), main=self.main, ignore=("save_every", "workers")
         )
+        del owner  # the run directory has it now
+
+    def _try_evaluation(self) -> None:
+        """Before the first step: can be evaluated what will be evaluated after the last? Nothing is changed by it."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            self.try_evaluation()
 
     @abstractmethod
     def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
@@ -88,6 +125,18 @@ class Recipe(ABC, Generic[Batch]):
     @abstractmethod
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """Figures, and tensors for samples.pt: rows of pictures for a grid under "lr", "restored", "hr"."""
+
+    @abstractmethod
+    def try_evaluation(self) -> None:
+        """Evaluate as few test images as show that :meth:`evaluate` can be done: called before the first step.
+
+        Raises:
+            ValueError: If no test image can be read, the networks do not take their sizes, or there is nothing in them
+                that the figures could be computed from.
+        """
+
+    def saved(self) -> None:
+        """What a recipe writes beside a checkpoint, before the first step as well: nothing."""
 
     def keep(self, step: int, figures: Mapping[str, float], samples: Mapping[str, Any]) -> None:
         """What a recipe does with an evaluation, on the way and at the end: nothing."""
@@ -111,17 +160,25 @@ class Recipe(ABC, Generic[Batch]):
         return iter(loader(data, batches, workers=config.workers))
 
     def run(self) -> dict[str, Any]:
-        """Train what is left, evaluate, write the results; nothing of a finished run is done again."""
+        """Train what is left, evaluate, write the results; nothing of a finished run is done again.
+
+        Raises:
+            FloatingPointError: If a term of the loss or a weight becomes NaN or infinite. What was saved before it
+                stays, and the same command goes on from there.
+        """
         if (done := self.run_directory.results) is not None:
             return done
         state = self.run_directory.load()
         first_stage, first_step, seconds = 0, 0, 0.0
-        if state is not None:
+        if state is None:
+            self._save(0, 0, 0, 0.0)  # what cannot be written is known before the first step
+        else:
             for name, network in self.networks.items():
                 bare(network).load_state_dict(state["networks"][name])
             first_stage, first_step, seconds = state["stage"], state["stage_step"], state["seconds"]
             self.stages[first_stage].alternation.load_state_dict(state["alternation"])
             logger.info("goes on after step %d", state["step"])
+            self._test(state["step"])
         for number in range(first_stage, len(self.stages)):
             seconds = self._train(number, first_step if number == first_stage else 0, seconds)
         return self._finish(seconds)
@@ -142,6 +199,8 @@ class Recipe(ABC, Generic[Batch]):
         config, stage = self.options, self.stages[number]
         self.stage = number
         before = sum(earlier.steps for earlier in self.stages[:number])
+        taken: list[tuple[int, dict[str, Tensor]]] = []
+        """Steps whose terms have not been looked at: that would wait for the device."""
         with tqdm(
             total=stage.steps, initial=first_step, desc=stage.name, unit="step", disable=not self.main
         ) as progress:
@@ -151,21 +210,52 @@ class Recipe(ABC, Generic[Batch]):
                 pictures, targets = read
                 batch = self.batch(pictures, targets, step - 1, stage.steps)
                 started = time.perf_counter()
-                logs = stage.alternation.step(batch)
+                try:
+                    logs = stage.alternation.step(batch)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"Step {before + step}: {error}") from error
                 seconds += time.perf_counter() - started
+                taken.append((before + step, logs))
                 progress.update()
                 last = step == stage.steps
+                evaluates = config.eval_every and (before + step) % config.eval_every == 0
+                saves = step % config.save_every == 0 or last
+                if step % 50 == 0 or saves or evaluates:
+                    self._check_terms(taken)
+                    taken.clear()
                 if step % 50 == 0 or last:
                     values = self._mean({name: float(value) for name, value in logs.items()})
                     self.run_directory.log(before + step, values)
                     progress.set_postfix({name.rpartition("/")[2]: f"{value:.3f}" for name, value in values.items()})
-                if config.eval_every and (before + step) % config.eval_every == 0 and self.main:
-                    figures, samples = self.evaluate()
-                    self.keep(before + step, figures, samples)
-                    self.run_directory.log(before + step, {f"test/{name}": value for name, value in figures.items()})
-                if step % config.save_every == 0 or (last and number + 1 < len(self.stages)):
+                if saves:
                     self._save(number, step, before + step, seconds)
+                self._test(before + step)
         return seconds
+
+    def _test(self, step: int) -> None:
+        """Evaluate on the way, where that is due and not done."""
+        due = self.options.eval_every and step and step % self.options.eval_every == 0
+        if not due or not self.main:
+            return
+        logged = self.run_directory.metrics()[-2:]
+        if any(row["step"] == step and any(name.startswith("test/") for name in row) for row in logged):
+            return
+        figures, samples = self.evaluate()
+        self.keep(step, figures, samples)
+        self.run_directory.log(step, {f"test/{name}": value for name, value in figures.items()})
+
+    def _check_terms(self, taken: list[tuple[int, dict[str, Tensor]]]) -> None:
+        """Name the first of the terms of some steps that is not finite."""
+        scaled = getattr(self.accelerator, "scaler", None) is not None  # which skips a step whose gradient overflows
+        named = [
+            (step, name, value.detach().float().reshape(()).to(self.device))
+            for step, logs in taken
+            for name, value in logs.items()
+            if not (scaled and name.endswith("grad_norm"))
+        ]
+        if named and not (finite := torch.stack([value for *_, value in named]).isfinite()).all():
+            step, name, value = named[int(finite.int().argmin())]
+            raise FloatingPointError(f"Step {step}: {name} is {float(value)}. {LOWER}")
 
     @staticmethod
     def _mean(values: dict[str, float]) -> dict[str, float]:
@@ -178,20 +268,23 @@ class Recipe(ABC, Generic[Batch]):
         number, done = (stage + 1, 0) if stage_step == self.stages[stage].steps else (stage, stage_step)
         if number == len(self.stages):  # the next thing is to finish
             number, done = stage, stage_step
-        self.run_directory.save(
-            {
-                "step": step, "stage": number, "stage_step": done, "seconds": seconds,
-                "networks": {name: bare(network).state_dict() for name, network in self.networks.items()},
-                "alternation": self.stages[number].alternation.state_dict(),
-            }
-        )  # fmt: skip
+        state = {
+            "step": step, "stage": number, "stage_step": done, "seconds": seconds,
+            "networks": {name: bare(network).state_dict() for name, network in self.networks.items()},
+            "alternation": self.stages[number].alternation.state_dict(),
+        }  # fmt: skip
+        for name, value in _not_finite({"networks": state["networks"], "alternation": state["alternation"]}):
+            if name.removeprefix("networks/") not in self._infinite:
+                raise FloatingPointError(f"Step {step}: {name} holds {value}. Nothing was saved of this step. {LOWER}")
+        self.run_directory.save(state)
+        self.saved()
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         self.accelerator.wait_for_everyone()
         if not self.main:
             return {}
         for name, network in self.networks.items():
-            save_model(bare(network), str(self.options.out / f"{name}.safetensors"))
+            self.run_directory.save_weights(name, bare(network))
         figures, samples = self.evaluate()
         self.keep(sum(stage.steps for stage in self.stages), figures, samples)
         torch.save(samples, self.options.out / "samples.pt")
@@ -201,3 +294,35 @@ class Recipe(ABC, Generic[Batch]):
         done = {**figures, "seconds": seconds}
         self.run_directory.finish(done)
         return done
+
+
+def _not_finite(state: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Name and value of what is NaN or infinite in nested mappings and lists of tensors, one of each tensor."""
+    tensors = list(_tensors(state, name))
+    if not tensors:
+        return
+    finite = torch.stack([value.isfinite().all().cpu() for _, value in tensors])
+    for number in (~finite).nonzero().flatten().tolist():
+        place, value = tensors[number]
+        yield place, float(value[~value.isfinite()][0])
+
+
+def _tensors(state: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(state, Tensor) and state.is_floating_point():
+        yield name, state.detach()
+    elif isinstance(state, Mapping | list | tuple):
+        items = state.items() if isinstance(state, Mapping) else enumerate(state)
+        for key, value in items:
+            yield from _tensors(value, f"{name}/{key}" if name else str(key))
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """While it lasts, what fails is a ``ValueError`` that names what was tried."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:  # each network has errors of its own
+        cause = " ".join(str(error).split())[:300]
+        raise ValueError(f"{what}, found {type(error).__name__}: {cause}") from error

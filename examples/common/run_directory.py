@@ -1,4 +1,4 @@
-"""Where does a run keep what it did, so that it may be killed at any moment and go on?
+"""The folder of a run: config, metrics, checkpoint and results, so that it may be killed at any moment and go on.
 
     run = RunDirectory(Path("runs/x4"), {"lr": 1e-3, "steps": 1000}, ignore=["steps"])
     state = run.load()                                      # None: begin at the beginning
@@ -11,12 +11,20 @@
 
 ============== =========================================================================
 config.yaml    what decides the result; a run of another config is refused
-metrics.jsonl  one JSON object per logged step; NaN and infinity are written as null
+lock           locked by the process that writes here, and who that is: pid, host, since
+metrics.jsonl  one JSON object per logged step
 tb/            the same for TensorBoard, where that is installed
 samples/       picture grids
 checkpoint.pt  the last state that was saved
-results.json   written last: where it exists, the run is done; NaN and infinity are null
+results.json   written last: where it exists, the run is done
 ============== =========================================================================
+
+JSON has no numbers for NaN and infinity: they are written as the strings "nan", "inf" and "-inf", which
+:func:`read_json` makes floats again.
+
+A run directory has one owner. The lock is the operating system's (``flock``): it ends with the process, also with one
+that was killed, so that none is left behind. On a network file system it holds between machines where the system's
+locks do (NFS of Linux, Lustre with ``-o flock``); where there are none, one warning says so and nobody is refused.
 """
 
 import functools
@@ -24,16 +32,22 @@ import json
 import logging
 import math
 import os
+import socket
+import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
 import yaml  # type: ignore[import-untyped, unused-ignore]
-from torch import Tensor
+from safetensors.torch import save_model
+from torch import Tensor, nn
 from torchvision.utils import save_image
+
+from examples.common.folder import check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +62,8 @@ class RunDirectory:
         main: False for the other processes of a distributed run: they load, and write nothing at all.
 
     Raises:
-        ValueError: If the folder holds a run whose config differs in a key that is not in ``ignore``.
+        ValueError: If the folder holds a run whose config differs in a key that is not in ``ignore``, if another
+            process writes to it, and if there can be no such folder.
     """
 
     def __init__(
@@ -57,6 +72,7 @@ class RunDirectory:
         self.path, self.main = path, main
         self._writer: Any = None
         self._purge_step: int | None = None
+        self._lock: Lock | None = None
         text = yaml.safe_dump(dict(config), sort_keys=False)
         now = yaml.safe_load(text)  # as the file will say it: a tuple is a list
         file = path / "config.yaml"
@@ -68,13 +84,15 @@ class RunDirectory:
         ]
         if differ:
             raise ValueError(f"{file} belongs to another run: {', '.join(differ)}. Choose another folder.")
-        if main and not (file.exists() and before == now):
-            path.mkdir(parents=True, exist_ok=True)
-            with _replacing(file) as out:
-                out.write(text.encode())
+        if main:
+            if self.results is None:
+                self._lock = own(path)
+            if not (file.exists() and before == now):
+                with _replacing(file) as out:
+                    out.write(text.encode())
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line to ``metrics.jsonl``; NaN and infinity become null."""
+        """Append one line to ``metrics.jsonl``."""
         if not self.main:
             return
         numbers = {name: float(value) for name, value in values.items()}
@@ -93,16 +111,21 @@ class RunDirectory:
         rows = []
         for number, line in enumerate(lines, start=1):
             try:
-                rows.append(json.loads(line))
+                rows.append(read_json(line))
             except json.JSONDecodeError:
                 if number < len(lines):
                     raise ValueError(f"{file}: line {number} is no JSON, found {line!r}.") from None
         return rows
 
     def grid(self, name: str, rows: Sequence[Tensor], *, step: int | None = None) -> Path:
-        """Write ``samples/name[_step].png``: each row an (N, 3, H, W) batch in [0, 1], smaller ones enlarged to fit."""
+        """Write ``samples/name[_step].png``: each row an (N, 3, H, W) batch in [0, 1], smaller ones enlarged to fit.
+
+        Images that are not finite are named in a warning, and the grid is not written.
+        """
         path = self.path / "samples" / (f"{name}.png" if step is None else f"{name}_{step:07d}.png")
-        if self.main:
+        if wrong := [number for number, row in enumerate(rows, start=1) if not row.isfinite().all()]:
+            logger.warning("%s is not written: the images of row %d are not finite", path, wrong[0])
+        elif self.main:
             path.parent.mkdir(parents=True, exist_ok=True)
             size = [max(row.shape[dim] for row in rows) for dim in (2, 3)]
             same = [F.interpolate(row.float().cpu(), size, mode="nearest-exact") for row in rows]
@@ -118,6 +141,13 @@ class RunDirectory:
                 self._writer.flush()
             with _replacing(self.path / "checkpoint.pt") as file:
                 torch.save(dict(state), file)
+
+    def save_weights(self, name: str, network: nn.Module) -> None:
+        """Write ``name.safetensors``, a plain state dict."""
+        if self.main:
+            partial = _partial(self.path / f"{name}.safetensors")
+            save_model(network, str(partial))
+            partial.replace(self.path / f"{name}.safetensors")
 
     def load(self, map_location: str | torch.device = "cpu") -> dict[str, Any] | None:
         """The last state saved, or None. What an unfinished run logged after it is dropped: it will be logged again.
@@ -150,19 +180,20 @@ class RunDirectory:
                 file.writelines(f"{_standard_json(row)}\n".encode() for row in rows)
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Write ``results.json``: the run is done."""
+        """Write ``results.json``: the run is done, and the folder has no owner any more."""
         if self.main:
             if self._writer is not None:
                 self._writer.close()
                 self._writer = None
             with _replacing(self.path / "results.json") as file:
                 file.write(_standard_json(results, indent=1).encode())
+            self._lock = None
 
     @property
     def results(self) -> dict[str, Any] | None:
         """What :meth:`finish` was given; None if the run is not done."""
         file = self.path / "results.json"
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+        return dict(read_json(file.read_text(encoding="utf-8"))) if file.exists() else None
 
 
 def file_in(path: Path | None, name: str) -> Path | None:
@@ -170,10 +201,81 @@ def file_in(path: Path | None, name: str) -> Path | None:
     return path / name if path is not None and path.is_dir() else path
 
 
+def own(folder: Path) -> "Lock":
+    """Make a folder and be the one process that writes to it, for as long as what is returned lives.
+
+    Raises:
+        ValueError: If another process owns it, or there can be no such folder.
+    """
+    check_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = Lock.of(folder)
+        for partial in folder.glob("*.partial"):  # of a process that was killed
+            partial.unlink()
+    except OSError as error:
+        raise ValueError(f"`out` should be a folder that can be written to, found {error}.") from error
+    return lock
+
+
+def read_json(text: str) -> Any:
+    """What :class:`RunDirectory` wrote: "nan", "inf" and "-inf" are floats again."""
+
+    def numbers(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: numbers(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [numbers(item) for item in value]
+        return float(value) if value in ("nan", "inf", "-inf") else value
+
+    return numbers(json.loads(text))
+
+
+class Lock:
+    """The lock of a folder, held for as long as this object lives; one for all who ask in this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = (folder / "lock").open("a+", encoding="utf-8")
+        try:
+            import fcntl
+
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            self._file.close()
+            raise ValueError(f"{folder} is being written by {owner}. Wait for it, or choose another folder.") from None
+        except (ImportError, OSError) as error:
+            logger.warning("%s cannot be locked (%s): see that no other process writes there", folder, error)
+            return
+        self._file.truncate(0)
+        since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+        self._file.flush()
+        weakref.finalize(self, self._file.close)
+
+    @classmethod
+    def of(cls, folder: Path) -> "Lock":
+        """That of this process, or a new one."""
+        lock = _held.get(folder.resolve())
+        if lock is None:
+            lock = _held[folder.resolve()] = cls(folder)
+        return lock
+
+
+_held: "weakref.WeakValueDictionary[Path, Lock]" = weakref.WeakValueDictionary()
+"""The locks of this process."""
+
+
+def _partial(path: Path) -> Path:
+    """Where this process writes a file until it is whole."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` once it is whole and on the disk."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = _partial(path)
     with partial.open("wb") as file:
         yield file
         file.flush()
@@ -182,16 +284,16 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _standard_json(value: Any, indent: int | None = None) -> str:
-    """JSON that every reader takes: NaN and infinity, which JSON lacks, become null."""
+    """JSON that every reader takes: NaN and infinity, which JSON lacks, become strings."""
 
-    def finite(value: Any) -> Any:
+    def standard(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: finite(item) for key, item in value.items()}
+            return {key: standard(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
+            return [standard(item) for item in value]
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(finite(value), indent=indent, allow_nan=False)
+    return json.dumps(standard(value), indent=indent, allow_nan=False)
 
 
 @functools.cache

@@ -105,12 +105,20 @@ class PriorTrainer(Recipe[Batch]):
         found = self.unet(noisy, t, self.prompt.expand(len(latents), -1, -1)).sample
         return {"noise": F.mse_loss(found, noise)}
 
-    @torch.no_grad()
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """PSNR of test pictures through the autoencoder, and the loss of the diffusion model."""
-        read = collate([self.test_data[number] for number in range(min(50, len(self.test_data)))])
+        return self._evaluate([self.test_data[number] for number in range(min(50, len(self.test_data)))])
+
+    def try_evaluation(self) -> None:
+        """Of the first test image."""
+        samples = (self.test_data[number] for number in range(min(50, len(self.test_data))))
+        self._evaluate([next((sample for sample in samples if sample is not None), None)])
+
+    @torch.no_grad()
+    def _evaluate(self, samples: list[Any]) -> tuple[dict[str, float], dict[str, Any]]:
+        read = collate(samples)
         if read is None:
-            raise ValueError("Of the first test pictures none could be read.")
+            raise ValueError("The test data should hold an image that can be read, found none of the first 50.")
         hq = to_device(together(read[0], self.multiple), self.device)
         autoencoder: Any = bare(self.vae).eval()
         bare(self.unet).eval()

@@ -9,7 +9,6 @@ Finished runs are not done again: the same command goes on after a stop.
 """
 
 import argparse
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from examples.common.report import Sample, markdown
+from examples.common.run_directory import read_json
 from examples.diffloss.config import Config, Diff
 from examples.diffloss.train import Trainer
 
@@ -83,7 +83,7 @@ class Experiment:
         found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
         for file in sorted((self.out / study).glob("*/*/seed*/results.json")):
             degradation, name, seed = file.parts[-4:-1]
-            figures = json.loads(file.read_text(encoding="utf-8"))
+            figures = read_json(file.read_text(encoding="utf-8"))
             figures["share"] = sum(value for key, value in figures.items() if key.startswith("share/diff"))
             found.setdefault(degradation, {}).setdefault(name, {})[seed] = figures
         return found

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -29,7 +28,7 @@ from examples.common.batches import chance
 from examples.common.degradations import DEGRADATIONS
 from examples.common.networks import load_weights, restorer
 from examples.common.pairs import test_pairs, training_pairs
-from examples.common.recipe import Recipe, Stage
+from examples.common.recipe import Recipe, Stage, naming
 from examples.diffloss.config import Config, Diff, Perceptual
 from restoreloss import (
     Alternation,
@@ -114,8 +113,8 @@ class Trainer(Recipe[Batch]):
             self.judge = self.accelerator.prepare(Discriminator(config.adversarial.width).to(self.device))
             self.networks["discriminator"] = self.judge
         self.begin([Stage("restore", _Steps(self), config.steps)])
-        logged = [row["test/psnr"] for row in self.run_directory.metrics() if row.get("test/psnr") is not None]
-        self.best = max(logged, default=-math.inf)
+        logged = [row["test/psnr"] for row in self.run_directory.metrics() if "test/psnr" in row]
+        self.best = max((psnr for psnr in logged if not math.isnan(psnr)), default=-math.inf)
 
     def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
         """Pairs of the training data, which were degraded when they were read."""
@@ -173,6 +172,28 @@ class Trainer(Recipe[Batch]):
     @torch.no_grad()
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """PSNR and SSIM of each degradation and of all, and what share of the gradient each term has."""
+        figures, rows = self._test_figures(self.tests)
+        keys = {key.removeprefix(f"{name}_") for name in self.tests for key in figures if key.startswith(f"{name}_")}
+        every = {key: [figures[f"{name}_{key}"] for name in self.tests] for key in sorted(keys)}
+        means = {key: sum(each) / len(each) for key, each in every.items()}
+        shown = slice(None, None, max(1, len(rows["hr"]) // 8))
+        samples: dict[str, Any] = {kind: torch.cat(pictures[shown]) for kind, pictures in rows.items()}
+        first = (samples[kind][:4, :, : self.config.patch, : self.config.patch] for kind in ("restored", "hr"))
+        report = audit(self.objectives, *(pictures.to(self.device) for pictures in first))
+        return {**means, **figures, **{f"share/{row.name}": row.share for row in report}}, samples
+
+    def try_evaluation(self) -> None:
+        """Of one test image of each size."""
+        sizes = {clean.shape: name for name, found in self.tests.items() for _, clean in found}
+        one = {size: next(pair for pair in self.tests[name] if pair[1].shape == size) for size, name in sizes.items()}
+        for size, pair in one.items():
+            with naming(f"`network` {self.config.network} should take test images of {tuple(size[2:])}"):
+                self._test_figures({sizes[size]: [pair]})
+
+    def _test_figures(
+        self, tests: Mapping[str, list[tuple[Tensor, Tensor]]]
+    ) -> tuple[dict[str, float], dict[str, list[Tensor]]]:
+        """Figures by "degradation_figure", and pictures of one size."""
         network = self.tested
         training = network.training
         network.eval()
@@ -180,7 +201,7 @@ class Trainer(Recipe[Batch]):
         figures: dict[str, float] = {}
         rows: dict[str, list[Tensor]] = {"lr": [], "restored": [], "hr": []}
         try:
-            for name, found in self.tests.items():
+            for name, found in tests.items():
                 values: dict[str, list[float]] = {}
                 for degraded, clean in found:
                     degraded, clean = degraded.to(self.device), clean.to(self.device)
@@ -198,22 +219,18 @@ class Trainer(Recipe[Batch]):
                 figures |= {f"{name}_{key}": sum(each) / len(each) for key, each in values.items()}
         finally:
             network.train(training)
-        keys = {key.removeprefix(f"{name}_") for name in self.tests for key in figures if key.startswith(f"{name}_")}
-        every = {key: [figures[f"{name}_{key}"] for name in self.tests] for key in sorted(keys)}
-        means = {key: sum(each) / len(each) for key, each in every.items()}
-        shown = slice(None, None, max(1, len(rows["hr"]) // 8))
-        samples: dict[str, Any] = {kind: torch.cat(pictures[shown]) for kind, pictures in rows.items()}
-        first = (samples[kind][:4, :, : self.config.patch, : self.config.patch] for kind in ("restored", "hr"))
-        report = audit(self.objectives, *(pictures.to(self.device) for pictures in first))
-        return {**means, **figures, **{f"share/{row.name}": row.share for row in report}}, samples
+        return figures, rows
+
+    def saved(self) -> None:
+        """The weights of the checkpoint, as a plain state dict."""
+        self.run_directory.save_weights("last", self.tested)
 
     def keep(self, step: int, figures: Mapping[str, float], samples: Mapping[str, Any]) -> None:
-        """The network of the best PSNR, the last one, and how its pictures look."""
+        """The network of the best PSNR, and how its pictures look."""
         self.run_directory.grid("test", [samples[name] for name in ("lr", "restored", "hr")], step=step)
-        save_model(self.tested, str(self.config.out / "last.safetensors"))
         if figures["psnr"] > self.best:
             self.best = figures["psnr"]
-            save_model(self.tested, str(self.config.out / "best.safetensors"))
+            self.run_directory.save_weights("best", self.tested)
 
     def _objectives(self) -> tuple[WeightedSum, DiffLoss | None]:
         config = self.config

@@ -22,6 +22,7 @@ import torch
 
 from examples.common.degradations import DEGRADATIONS
 from examples.common.report import Sample
+from examples.common.run_directory import read_json
 from examples.dtp.config import PAPER, Config
 from examples.dtp.train import Trainer
 from restoreloss.diffusion.matching import plot_matches
@@ -110,7 +111,7 @@ class Experiment:
         parts = []
         for study in sorted(path for path in self.out.iterdir() if path.is_dir()):
             runs = {
-                folder.name: {run.parent.name: json.loads(run.read_text()) for run in folder.glob("seed*/results.json")}
+                folder.name: {run.parent.name: read_json(run.read_text()) for run in folder.glob("seed*/results.json")}
                 for folder in sorted(study.iterdir())
                 if folder.is_dir()
             }

@@ -29,7 +29,7 @@ from examples.common import command_line
 from examples.common.batches import chance
 from examples.common.degradations import DEGRADATIONS
 from examples.common.pairs import test_pairs, training_pairs
-from examples.common.recipe import Recipe, Stage
+from examples.common.recipe import Recipe, Stage, naming
 from examples.dtp.config import PAPER, Config
 from examples.dtp.data import clean_pictures, held_out_pictures
 from examples.dtp.methods import METHODS, Method, aggregator
@@ -231,28 +231,52 @@ class Trainer(Recipe[Batch]):
             for name, match in self.matches.items()
         }
 
+    def _tests(self) -> Iterator[tuple[str, bool, Tensor, Tensor]]:
+        """Degradation, whether the data are others than in training, degraded and clean test images."""
+        for name in () if self.generates else self.config.degradations:
+            for shifted in (False, True):
+                for degraded, clean in test_pairs(self.config, name, shifted=shifted):
+                    yield name, shifted, degraded, clean
+
+    def try_evaluation(self) -> None:
+        """Of one test image of each size."""
+        config, network, sizes = self.config, bare(self.net).eval(), set()
+        read: set[tuple[str, bool]] = set()
+        for name, shifted, degraded, clean in self._tests():
+            read.add((name, shifted))
+            if clean.shape not in sizes:
+                sizes.add(clean.shape)
+                with naming(f"`network` {config.network} should take test images of {tuple(clean.shape[2:])}"):
+                    _figures(self.restore(degraded.to(self.device), name), clean.to(self.device))
+        for name in () if self.generates else config.degradations:
+            for option, shifted in (("places", False), ("shifted_places", True)):
+                if (name, shifted) not in read and not (shifted and name not in config.shifted_places):
+                    raise ValueError(f"`{option}` should hold test images of {name!r} that can be read, found none.")
+        clean_images = held_out_pictures(config)
+        if not clean_images:
+            raise ValueError("`clean` should hold test images that can be read, found none.")
+        with naming(f"`network` {config.network} should take test images of {tuple(clean_images[0].shape[2:])}"):
+            self.generative_loss(network, self.noisy(clean_images[0], [(2, 0)]))
+        network.train()
+
     @torch.no_grad()
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """PSNR and SSIM of each degradation, as in training and shifted; the generative loss on held-out pictures."""
         config, network = self.config, bare(self.net).eval()
         figures: dict[str, list[float]] = {}
         rows: dict[str, list[Tensor]] = {"lr": [], "restored": [], "hr": []}
-        for name in () if self.generates else config.degradations:
-            for shifted in (False, True):
-                start = "shifted_" if shifted else ""
-                for degraded, clean in test_pairs(config, name, shifted=shifted):
-                    y, x = degraded.to(self.device), clean.to(self.device)
-                    restored = self.restore(y, name)
-                    psnr = float(peak_signal_noise_ratio(restored, x, data_range=1.0))
-                    ssim = float(structural_similarity_index_measure(restored, x, data_range=1.0))
-                    before = float(peak_signal_noise_ratio(y, x, data_range=1.0))
-                    for key, value in (("psnr", psnr), ("ssim", ssim), ("degraded_psnr", before)):
-                        figures.setdefault(start + key, []).append(value)
-                    if len(config.degradations) > 1 and not shifted:
-                        figures.setdefault(f"psnr_{name}", []).append(psnr)
-                    if len(rows["lr"]) < 8 and degraded.shape[2] <= 256:
-                        for key, picture in (("lr", y), ("restored", restored), ("hr", x)):
-                            rows[key].append(picture.cpu())
+        for name, shifted, degraded, clean in self._tests():
+            y, x = degraded.to(self.device), clean.to(self.device)
+            restored, start = self.restore(y, name), "shifted_" if shifted else ""
+            psnr, ssim = _figures(restored, x)
+            before = float(peak_signal_noise_ratio(y, x, data_range=1.0))
+            for key, value in (("psnr", psnr), ("ssim", ssim), ("degraded_psnr", before)):
+                figures.setdefault(start + key, []).append(value)
+            if len(config.degradations) > 1 and not shifted:
+                figures.setdefault(f"psnr_{name}", []).append(psnr)
+            if len(rows["lr"]) < 8 and degraded.shape[2] <= 256:
+                for key, picture in (("lr", y), ("restored", restored), ("hr", x)):
+                    rows[key].append(picture.cpu())
         losses = []
         for place, clean in enumerate(held_out_pictures(config)):
             losses.append(float(self.generative_loss(network, self.noisy(clean, [(2, place)]))))
@@ -262,6 +286,12 @@ class Trainer(Recipe[Batch]):
         means |= {f"t_{name}": float(t) for name, t in self.t_star.items() if not self.generates}
         same = [k for k, picture in enumerate(rows["hr"]) if picture.shape == rows["hr"][0].shape]
         return means, {key: torch.cat([row[k] for k in same]) for key, row in rows.items() if same}
+
+
+def _figures(restored: Tensor, clean: Tensor) -> tuple[float, float]:
+    """PSNR and SSIM."""
+    ssim: Any = structural_similarity_index_measure(restored, clean, data_range=1.0)
+    return float(peak_signal_noise_ratio(restored, clean, data_range=1.0)), float(ssim)
 
 
 class _Steps(ABC):

@@ -25,7 +25,7 @@ from examples.common import command_line
 from examples.common.batches import chance
 from examples.common.data import TEST_SEED, datasets
 from examples.common.degrade import degradation
-from examples.common.evaluation import Judges, evaluate, load_recogniser
+from examples.common.evaluation import Judges, evaluate, first_usable, load_recogniser
 from examples.common.networks import restorer
 from examples.common.options import DataOptions, plain_values
 from examples.common.recipe import Recipe, Stage
@@ -239,10 +239,15 @@ class Trainer(Recipe[Batch]):
             sheets.append(sheet)
         return every, sheets[0]
 
+    def try_evaluation(self) -> None:
+        """Of each task, of the first test image with a label."""
+        for task, reader in self.readers.items():
+            self.evaluate_task(task, data=first_usable(reader.test_data, task, f"the test data of {task}"))
+
     def evaluate_task(
-        self, task: Task, *, n: int | None = None, seed: int = 0
+        self, task: Task, *, n: int | None = None, seed: int = 0, data: TaskData | None = None
     ) -> tuple[dict[str, float], dict[str, Any]]:
-        """The figures of one task, with n denoising steps and the noise of a seed."""
+        """The figures of one task, with n denoising steps and the noise of a seed; of all test images, or of others."""
         config, reader, edtr = self.config, self.readers[task], self.restorer
         generator = torch.Generator().manual_seed(chance(config.seed, 2, seed))
 
@@ -253,9 +258,10 @@ class Trainer(Recipe[Batch]):
 
         judge = self.judge if len(self.readers) == 1 else None
         figures, samples = evaluate(
-            reader.test_data, reader.recognition, degrade=degradation(config, config.seed, TEST_SEED), read=read,
-            trained=[edtr, bare(reader.network)], recogniser=bare(reader.network),
-            judges=Judges(bare(reader.reference.network), judge), workers=config.workers,
+            reader.test_data if data is None else data, reader.recognition, read=read,
+            degrade=degradation(config, config.seed, TEST_SEED), trained=[edtr, bare(reader.network)],
+            recogniser=bare(reader.network), judges=Judges(bare(reader.reference.network), judge),
+            workers=config.workers,
         )  # fmt: skip
         return {**figures, "num_classes": len(reader.recognition.class_names)}, samples
 

@@ -22,12 +22,12 @@ from examples.common import command_line
 from examples.common.batches import chance
 from examples.common.data import TEST_SEED, datasets, on_grid
 from examples.common.degrade import degradation
-from examples.common.evaluation import Judges, evaluate, load_recogniser
+from examples.common.evaluation import Judges, evaluate, first_usable, load_recogniser
 from examples.common.networks import load_weights, recogniser, restorer
 from examples.common.recipe import Recipe, Stage
 from examples.common.recognition import Recognition, features_of
 from examples.common.run_directory import file_in
-from examples.common.tasks import each, to_device
+from examples.common.tasks import TaskData, each, to_device
 from examples.sr4ir.config import Config
 from examples.sr4ir.methods import METHODS, Method
 from restoreloss import Alternation, CQMix, Phase, TDPLoss
@@ -238,9 +238,16 @@ class Trainer(Recipe[Batch]):
 
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """All figures on the test pictures, and some of these."""
+        return self._evaluate(self.test_data)
+
+    def try_evaluation(self) -> None:
+        """Of the first test image with a label."""
+        self._evaluate(first_usable(self.test_data, self.config.task))
+
+    def _evaluate(self, data: TaskData) -> tuple[dict[str, float], dict[str, Any]]:
         config, networks = self.config, [bare(self.s), bare(self.h)]
         figures, samples = evaluate(
-            self.test_data, self.recognition, degrade=degradation(config, config.seed, TEST_SEED), read=self._read,
+            data, self.recognition, degrade=degradation(config, config.seed, TEST_SEED), read=self._read,
             trained=networks, recogniser=networks[1] if self.method.recogniser_inputs else None, judges=self.judges,
             multiple=config.scale, workers=config.workers,
         )  # fmt: skip

@@ -10,7 +10,6 @@ Finished runs are not done again: the same command goes on after a stop.
 """
 
 import argparse
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from examples.common.degrade import degradation
 from examples.common.folder import read_picture
 from examples.common.options import shared
 from examples.common.report import Sample, markdown
+from examples.common.run_directory import read_json
 from examples.common.tasks import collate
 from examples.unirestore.config import TASKS, Config
 from examples.unirestore.data import data_of
@@ -166,7 +166,7 @@ class Experiment:
         for study, columns, reference in (("table", COLUMNS, "unirestore"), ("new_task", DETECTION, "prompt")):
             folders = sorted((self.out / study).glob("*"))
             runs = {
-                folder.name: {run.parent.name: json.loads(run.read_text()) for run in folder.glob("seed*/results.json")}
+                folder.name: {run.parent.name: read_json(run.read_text()) for run in folder.glob("seed*/results.json")}
                 for folder in folders
             }
             runs = {name: seeds for name, seeds in runs.items() if seeds}

@@ -28,7 +28,7 @@ from examples.common import command_line
 from examples.common.batches import chance
 from examples.common.data import TEST_SEED
 from examples.common.degrade import Degrade, degradation
-from examples.common.evaluation import Judges, evaluate, load_recogniser
+from examples.common.evaluation import Judges, evaluate, first_usable, load_recogniser
 from examples.common.networks import restorer
 from examples.common.recipe import Recipe, Stage
 from examples.common.recognition import Recognition
@@ -261,6 +261,12 @@ class Trainer(Recipe[Batch]):
 
         return lambda _, degraded: each(restored, degraded)
 
+    def try_evaluation(self) -> None:
+        """Of each task, of the first test image with a label."""
+        for task, reader in self.readers.items():
+            found = first_usable(reader.test_data, reader.recognition.task, f"the test data of {task}")
+            self._evaluate(task, found, self.restores(task), self.config.degradation)
+
     def figures(self, read: Callable[[str], Callable[[Any, Any], Any]]) -> tuple[dict[str, float], dict[str, Any]]:
         """What :func:`examples.common.evaluation.evaluate` finds of each task.
 
@@ -272,16 +278,22 @@ class Trainer(Recipe[Batch]):
         kinds = {"": self.config.degradation} | ({"unseen_": "unseen_corruptions"} if self.config.unseen else {})
         for task, reader in self.readers.items():
             for kind, name in kinds.items():
-                options: Any = replace(self.config, degradation=name)
-                found, sheet = evaluate(
-                    reader.test_data, reader.recognition, read=read(task), trained=[bare(self.net)],
-                    degrade=degradation(options, self.config.seed, TEST_SEED, TASKS.index(task)),
-                    recogniser=reader.network, judges=Judges(None, reader.judge), workers=self.config.workers,
-                )  # fmt: skip
+                found, sheet = self._evaluate(task, reader.test_data, read(task), name)
                 every |= {f"{task}_{kind}{key}": value for key, value in found.items()}
                 sheets.append(sheet)
                 self.run_directory.grid(f"{kind}{task}", [sheet[name] for name in ("lr", "restored", "hr")])
         return every, sheets[0]
+
+    def _evaluate(
+        self, task: str, data: TaskData, read: Callable[[Any, Any], Any], name: str
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        kind: Any = name
+        options, reader = replace(self.config, degradation=kind), self.readers[task]
+        return evaluate(
+            data, reader.recognition, read=read, trained=[bare(self.net)],
+            degrade=degradation(options, self.config.seed, TEST_SEED, TASKS.index(task)),
+            recogniser=reader.network, judges=Judges(None, reader.judge), workers=self.config.workers,
+        )  # fmt: skip
 
     def _hashes(self) -> dict[str, str]:
         """Of all weights but prompts, and of each prompt."""
