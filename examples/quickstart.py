@@ -27,6 +27,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
+from examples.common.folder import check_folder
 from examples.common.photos import grid_crops, photographs, random_crops
 from restoreloss import DiffLoss, WeightedSum, audit, calibrate, small_prior
 
@@ -102,6 +103,8 @@ class Experiment:
                 loss.backward()
                 run.optimizer.step()
                 run.pixel.append(float((restored.detach() - clean).abs().mean()))
+                if not math.isfinite(run.pixel[-1]):
+                    raise FloatingPointError(f"{title}, step {run.step + 1}: the pixel loss is {run.pixel[-1]}")
                 run.seconds.append(time.perf_counter() - started)
                 run.step += 1
                 if run.step % max(1, self.steps // 10) == 0:
@@ -112,7 +115,10 @@ class Experiment:
     @torch.no_grad()
     def restore(self, net: nn.Module) -> Tensor:
         """The held-out crops, restored, clipped to [0, 1]."""
-        return torch.cat([net(part).clamp(0, 1) for part in self.test_degraded.split(BATCH)])
+        restored = torch.cat([net(part).clamp(0, 1) for part in self.test_degraded.split(BATCH)])
+        if not restored.isfinite().all():
+            raise FloatingPointError("the restored held-out crops are not finite")
+        return restored
 
 
 def psnr(restored: Tensor, clean: Tensor) -> Tensor:
@@ -202,7 +208,7 @@ def save_curves(path: Path, runs: Mapping[str, Run]) -> None:
     figure.savefig(path, dpi=130)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="your own pictures instead of the built-in photographs"
@@ -234,20 +240,37 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--weight should be above 0 and finite, found {args.weight}")
     if not 0 < args.share < 1:
         parser.error(f"--share should be between 0 and 1, found {args.share}")
-    return args
+    return parser, args
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    args = parse(arguments)
+    parser, args = parse(arguments)
     logging.basicConfig(format="%(message)s")
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    device = torch.device(args.device)
     try:
-        train, held_out = photographs(args.images, smallest=TEST_CROP)
-        diff = DiffLoss(small_prior(), h_space_weight=args.h_space_weight, timesteps=tuple(args.timesteps)).to(device)
+        return compare(args)
     except ValueError as error:
-        raise SystemExit(f"quickstart: {error}") from None
+        parser.error(str(error))
+    except FloatingPointError as error:
+        parser.exit(1, f"quickstart: {error}\n")
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Train without and with the prior, and write what came out.
+
+    Raises:
+        ValueError: For options that cannot be; nothing has been written then.
+        FloatingPointError: If a training becomes NaN or infinite, or what it restores.
+    """
+    torch.manual_seed(args.seed)
+    check_folder(args.out, "--out")
+    try:
+        device = torch.device(args.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    train, held_out = photographs(args.images, smallest=TEST_CROP)
+    diff = DiffLoss(small_prior(), h_space_weight=args.h_space_weight, timesteps=tuple(args.timesteps)).to(device)
+    args.out.mkdir(parents=True, exist_ok=True)
 
     test_clean = torch.cat([grid_crops(photo, TEST_CROP, 4) for photo in held_out.values()])
     degrade = Degradation(args.blur, args.noise)

@@ -93,14 +93,65 @@ def test_unusable_files_are_named_and_skipped(tmp_path: Path, caplog: pytest.Log
 
 
 @pytest.mark.parametrize("make", [False, True])
-def test_a_folder_without_pictures_is_refused(make: bool, tmp_path: Path) -> None:
+def test_a_folder_without_pictures_is_refused(make: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "pictures"
     if make:
         folder.mkdir()
     with pytest.raises(ValueError, match="The folder should hold an image|There should be a folder of images"):
         load_folder(folder, smallest=96)
-    with pytest.raises(SystemExit, match="The folder should hold an image|There should be a folder of images"):
+    with pytest.raises(SystemExit, match="2"):
         quickstart.main(["--images", str(folder), "--out", str(tmp_path / "out")])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "The folder should hold an image" in last or "There should be a folder of images" in last
+    assert not (tmp_path / "out").exists()
+
+
+WRONG: dict[str, list[str]] = {
+    "steps": ["--steps=3"],
+    "invalid int value": ["--steps=many"],
+    "share": ["--share=1.5"],
+    "weight": ["--weight=-1"],
+    "blur": ["--blur=-1"],
+    "h_space_weight": ["--h-space-weight=-1"],
+    "timesteps": ["--timesteps", "600", "100"],
+    "device": ["--device=abacus"],
+    "images": ["--images=nowhere"],
+    "unrecognized": ["--picture=x"],
+}
+
+
+@pytest.mark.parametrize(("name", "arguments"), WRONG.items(), ids=WRONG)
+def test_wrong_use_of_quickstart_is_one_line_and_leaves_no_folder(
+    name: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        quickstart.main([*arguments, f"--out={tmp_path / 'out'}"])
+    assert name in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_quickstart_says_what_is_in_the_place_of_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        quickstart.main([f"--out={tmp_path / 'file' / 'out'}"])
+    assert "`--out` should be a folder, found the file" in capsys.readouterr().err
+
+
+def test_quickstart_stops_where_the_loss_is_nan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, calls = quickstart.Experiment.batch, []
+
+    def broken(self: quickstart.Experiment, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(1)
+        clean, degraded = batch(self, generator)
+        return clean, degraded * (float("nan") if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(quickstart.Experiment, "batch", broken)
+    with pytest.raises(SystemExit, match="1"):
+        quickstart.main(["--steps=20", f"--out={tmp_path / 'out'}"])
+    assert "quickstart: warm-up, step 2: the pixel loss is nan" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_quickstart_on_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

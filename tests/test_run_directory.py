@@ -1,7 +1,9 @@
 import json
 import logging
+import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -45,7 +47,8 @@ def train(path: Path, until: float, *, save_every: int = 3, payload: int = 0) ->
 
 
 def files(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    """All but the lock."""
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != "lock"}
 
 
 def test_config_is_written_and_read_back(tmp_path: Path) -> None:
@@ -96,7 +99,9 @@ def test_every_line_of_metrics_is_standard_json_at_once(tmp_path: Path, no_tenso
     run.log(2, {"nan": float("nan"), "up": float("inf"), "down": -torch.tensor(float("inf"))})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert not any(word in text for word in ("NaN", "Infinity"))
-    assert run.metrics() == [*expected, {"step": 2, "nan": None, "up": None, "down": None}]
+    assert json.loads(text.splitlines()[1]) == {"step": 2, "nan": "nan", "up": "inf", "down": "-inf"}
+    (_, read) = run.metrics()
+    assert math.isnan(read["nan"]) and (read["up"], read["down"]) == (math.inf, -math.inf)
     with pytest.raises(TypeError, match="step"):
         run.log(3, {"step": 1.0})
 
@@ -307,8 +312,9 @@ def test_a_run_that_is_done_keeps_what_it_logged(tmp_path: Path, no_tensorboard:
         run.log(step, {"loss": 1.0})
     assert run.results is None
     run.finish({"score": 0.5, "nan": float("nan"), "nested": {"list": [1, float("inf")], "pair": (1, -float("inf"))}})
-    expected = {"score": 0.5, "nan": None, "nested": {"list": [1, None], "pair": [1, None]}}
-    assert run.results == RunDirectory(tmp_path, CONFIG, main=False).results == expected
+    for found in (run.results, RunDirectory(tmp_path, CONFIG, main=False).results):
+        assert found is not None and math.isnan(found.pop("nan"))
+        assert found == {"score": 0.5, "nested": {"list": [1, math.inf], "pair": [1, -math.inf]}}
     assert "NaN" not in (tmp_path / "results.json").read_text()
     state = run.load()
     assert state is not None and state["step"] == 2
@@ -350,7 +356,7 @@ def test_a_process_killed_in_the_middle_of_a_save(tmp_path: Path, no_tensorboard
         f"train(Path({str(path)!r}), 10**9, save_every=2, payload={payload})"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    partial = path / "checkpoint.pt.partial"
+    partial = path / f"checkpoint.pt.{process.pid}.partial"
     try:
         deadline = time.monotonic() + 60
         while True:
@@ -365,6 +371,7 @@ def test_a_process_killed_in_the_middle_of_a_save(tmp_path: Path, no_tensorboard
         process.kill()
         process.wait()
     assert process.returncode == -signal.SIGKILL
+    assert partial.exists() and f"process {process.pid} on " in (path / "lock").read_text()
     logged = RunDirectory(path, {"walk": 1}, main=False).metrics()
     state = RunDirectory(path, {"walk": 1}).load()
     assert state is not None
@@ -374,6 +381,81 @@ def test_a_process_killed_in_the_middle_of_a_save(tmp_path: Path, no_tensorboard
     assert logged[-1]["step"] == step + 2, "killed while it saved the next"
     assert RunDirectory(path, {"walk": 1}).metrics() == logged[:-2]
 
+    assert not partial.exists(), "what a killed process left half written is removed"
     train(path, step + 5)
     train(tmp_path / "straight", step + 5)
     assert (path / "metrics.jsonl").read_bytes() == (tmp_path / "straight" / "metrics.jsonl").read_bytes()
+
+
+# one owner
+
+
+def hold(path: Path) -> subprocess.Popen[str]:
+    """Another process that owns a folder until it is told to end."""
+    code = (
+        "import sys; from pathlib import Path; from examples.common.run_directory import RunDirectory\n"
+        f"run = RunDirectory(Path({str(path)!r}), {{'a': 1}}); print('held', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_process_is_refused_and_the_lock_ends_with_its_owner(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    process = hold(path)
+    try:
+        with pytest.raises(ValueError, match="is being written by process") as error:
+            RunDirectory(path, {"a": 1})
+        for part in (str(path), f"process {process.pid} on {socket.gethostname()} since 2"):
+            assert part in str(error.value)
+        assert RunDirectory(path, {"a": 1}, main=False).load() is None, "a rank of the same run only reads"
+    finally:
+        process.kill()
+        process.communicate()
+    RunDirectory(path, {"a": 1})
+    assert f"process {os.getpid()} on" in (path / "lock").read_text()
+
+
+def test_one_process_may_open_a_folder_again_and_a_finished_run_has_no_owner(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    one = RunDirectory(path, {"a": 1})
+    other = RunDirectory(path, {"a": 1})
+    del one
+    code = f"from examples.common.run_directory import *; RunDirectory(Path({str(path)!r}), {{'a': 1}})"
+
+    def again() -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert "is being written by" in again().stderr
+    other.finish({"score": 1.0})
+    assert again().returncode == 0
+
+
+def test_where_nothing_can_be_locked_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import fcntl
+
+    def refuse(*_: Any) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    RunDirectory(tmp_path / "run", {"a": 1}).save({"step": 1})
+    assert "cannot be locked (no locks available)" in caplog.text
+
+
+@pytest.mark.parametrize("below", ["", "deep/run"])
+def test_a_file_in_the_place_of_the_folder_is_named(below: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(ValueError, match="`out` should be a folder, found the file .*file"):
+        RunDirectory(tmp_path / "file" / below, {"a": 1})
+    assert (tmp_path / "file").read_text() == "here"
+
+
+def test_a_grid_that_is_not_finite_is_named_and_not_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = RunDirectory(tmp_path, CONFIG)
+    path = run.grid("test", [torch.ones(1, 3, 4, 4), torch.full((1, 3, 4, 4), math.nan)])
+    assert not path.exists() and "the images of row 2 are not finite" in caplog.text

@@ -170,9 +170,9 @@ def fit_sizes(network: nn.Module, requirements: Any, scale: int = 1) -> nn.Modul
         height, width = image.shape[2:]
         right, below = requirements.get_padding(width, height)
         given[:] = [(height, width)]
-        return (pad_to(image, (height + below, width + right)),)
+        return (pad_to(image, (height + below, width + right)) if right or below else image,)
 
-    def cut(_: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+    def cut(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         ((height, width),) = given
         return output[..., : height * scale, : width * scale]
 

@@ -13,7 +13,6 @@ lie in: for runs of one method that differ in an option. Out come report.md, tab
 
 import argparse
 import csv
-import json
 import logging
 import math
 import re
@@ -28,6 +27,8 @@ import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
+
+from examples.common.run_directory import read_json
 
 METHODS = (
     "oracle", "no_restoration", "pre_restoration", "l_to_t", "s_to_t", "t_to_s", "joint", "tdsr", "rsrssn", "no_tdp",
@@ -175,7 +176,7 @@ def read_run(folder: Path) -> tuple[Group, str, int, Run]:
         if not (folder / name).exists():
             raise ValueError(f"no {name}" + (": unfinished" if name == "results.json" else ""))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = read_json((folder / "results.json").read_text(encoding="utf-8"))
     if not isinstance(config, dict) or not isinstance(results, dict):
         raise ValueError("config.yaml and results.json should each hold names and values")
     for key, kind in {"task": str, "data": str, "method": str, "seed": int}.items():
@@ -184,13 +185,16 @@ def read_run(folder: Path) -> tuple[Group, str, int, Run]:
     settings: dict[str, Any] = {key: config.get(key) for key in Group._fields}
     if settings["contrast"] is not None:
         settings["contrast"] = " to ".join(map(str, settings["contrast"]))
-    numbers = {
+    figures = {
         name: float(value)
         for name, value in results.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
+    numbers = {name: value for name, value in figures.items() if math.isfinite(value)}
     if not numbers:
         raise ValueError("results.json holds no number")
+    for name in figures.keys() - numbers.keys():
+        logger.warning("%s: %s is %s, and left out", folder, name, figures[name])
     return Group(**settings), config["method"], config["seed"], Run(folder, numbers)
 
 

@@ -19,6 +19,7 @@ from scipy.fft import dctn
 from torch import Tensor
 from tqdm import tqdm
 
+from examples.common.folder import check_folder
 from examples.common.photos import grid_crops, photographs
 from restoreloss import NoiseSchedule, as_denoiser, small_prior
 
@@ -138,11 +139,12 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
+        check_folder(args.out, "--out")
         train, held_out = photographs(args.images, smallest=96)
-    except ValueError as error:
-        raise SystemExit(f"prior_report: {error}") from None
+        prior = small_prior() if args.prior is None else UNet2DModel.from_pretrained(args.prior, variant="fp16").float()
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     args.out.mkdir(parents=True, exist_ok=True)
-    prior = small_prior() if args.prior is None else UNet2DModel.from_pretrained(args.prior, variant="fp16").float()
     print(report(prior.eval(), train, held_out, args.out))
     print(f"\n{args.out / 'errors.csv'}\n{args.out / 'samples.png'}")
 

@@ -9,6 +9,8 @@ timestep against an untrained network and against the best linear denoiser, a lo
 
 import argparse
 import csv
+import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +23,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from examples.common.folder import Images, check_folder
 from examples.common.photos import levels, photographs, random_crops
+from examples.common.run_directory import own
 from examples.diffloss.prior_report import report
 from restoreloss import NoiseSchedule
 
@@ -98,7 +102,10 @@ class Trainer:
         self.lr_schedule.step()
         self.average.update_parameters(self.net)
         self.step += 1
-        return float(error.detach().mean())
+        found = float(error.detach().mean())
+        if not math.isfinite(found):
+            raise FloatingPointError(f"Step {self.step}: the error of the noise is {found}.")
+        return found
 
     def save(self, path: Path, photos: list[str]) -> None:
         state = {
@@ -111,7 +118,10 @@ class Trainer:
             "lr_schedule": self.lr_schedule.state_dict(),
             "generator": self.generator.get_state(),
         }
-        partial = path.with_suffix(".partial")
+        for name, weight in self.net.named_parameters():
+            if not weight.isfinite().all():
+                raise FloatingPointError(f"Step {self.step}: {name} is not finite. Nothing was saved of this step.")
+        partial = path.with_suffix(f".{os.getpid()}.partial")
         torch.save(state, partial)
         partial.replace(path)
 
@@ -167,6 +177,30 @@ def save_loss_curve(log: Path, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def train_on(trainer: Trainer, train: Images, out: Path, *, save_every: int) -> Path:
+    """Take the steps that are left; returns the log."""
+    checkpoint, log, steps = out / "checkpoint.pt", out / "training_log.csv", trainer.recipe.steps
+    if checkpoint.exists():
+        trainer.resume(checkpoint, sorted(train))
+    rows = read_log(log, trainer.step)
+    with log.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+    photos = levels(train, smallest=96)
+    with tqdm(total=steps, initial=trainer.step, desc="prior", unit="step") as progress:
+        while trainer.step < steps:
+            started, errors = time.perf_counter(), []
+            for _ in range(min(save_every, steps - trainer.step)):
+                errors.append(trainer.train_step(photos))
+                progress.update()
+                progress.set_postfix(noise_mse=f"{sum(errors) / len(errors):.4f}")
+            seconds = (time.perf_counter() - started) / len(errors)
+            trainer.save(checkpoint, sorted(train))
+            with log.open("a", newline="") as file:
+                csv.writer(file).writerow([trainer.step, f"{sum(errors) / len(errors):.6f}", f"{seconds:.3f}"])
+    return log
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/prior"), help="run directory (default: %(default)s)")
@@ -177,36 +211,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--save-every", type=int, default=250, metavar="STEPS")
     args = parser.parse_args()
+    for name, least in (("steps", 1), ("save_every", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} should be at least {least}, found {getattr(args, name)}")
     try:
+        check_folder(args.out, "--out")
         train, held_out = photographs(args.images, smallest=96)
+        owner = own(args.out)
+        trainer = Trainer(Recipe(steps=args.steps, seed=args.seed))
+        log = train_on(trainer, train, args.out, save_every=args.save_every)
     except ValueError as error:
-        raise SystemExit(f"train_prior: {error}") from None
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(Recipe(steps=args.steps, seed=args.seed))
-    checkpoint, log = args.out / "checkpoint.pt", args.out / "training_log.csv"
-    if checkpoint.exists():
-        trainer.resume(checkpoint, sorted(train))
-    rows = read_log(log, trainer.step)
-    with log.open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-
-    photos = levels(train, smallest=96)
-    with tqdm(total=args.steps, initial=trainer.step, desc="prior", unit="step") as progress:
-        while trainer.step < args.steps:
-            started, errors = time.perf_counter(), []
-            for _ in range(min(args.save_every, args.steps - trainer.step)):
-                errors.append(trainer.train_step(photos))
-                progress.update()
-                progress.set_postfix(noise_mse=f"{sum(errors) / len(errors):.4f}")
-            seconds = (time.perf_counter() - started) / len(errors)
-            trainer.save(checkpoint, sorted(train))
-            with log.open("a", newline="") as file:
-                csv.writer(file).writerow([trainer.step, f"{sum(errors) / len(errors):.6f}", f"{seconds:.3f}"])
-
+        parser.error(str(error))
+    except FloatingPointError as error:
+        parser.exit(1, f"train_prior: {error}\n")
     save_loss_curve(log, args.out / "loss.png")
     print(report(export(trainer, args.out), train, held_out, args.out))
     print(f"\nprior, training_log.csv, errors.csv, loss.png and samples.png are in {args.out}")
+    del owner
 
 
 if __name__ == "__main__":
