@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
 
@@ -25,9 +25,15 @@ def run(
     """
     from jsonargparse import ArgumentParser
 
+    class Parser(ArgumentParser):
+        """Whose errors are one line."""
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            super().error(" ".join(message.split()), ex)
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    parser = ArgumentParser(description=(doc or "").split("\n")[0])
+    parser = Parser(description=(doc or "").split("\n")[0])
     parser.add_argument("--config", action="config", help="YAML file of these options")
     for name, options in (positional or {}).items():
         parser.add_argument(name, **options)

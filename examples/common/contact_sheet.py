@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from examples.common.photos import load_photo
+from examples.common.photos import HELD_OUT, TRAIN, load_photo
 from restoreloss import CORRUPTIONS, corrupt
 
 SEVERITIES = (1, 3, 5)
@@ -54,7 +54,7 @@ def contact_sheet(clean: Tensor, seed: int = 0) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photo", default="chelsea", help="of examples.common.photos (default: %(default)s)")
+    parser.add_argument("--photo", default="chelsea", choices=(*TRAIN, *HELD_OUT), help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all chance (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/corruptions.png"), help="(default: %(default)s)")
     args = parser.parse_args()

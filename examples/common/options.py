@@ -1,6 +1,8 @@
-"""Which options do all recipes share? Each recipe's Config adds its own, and fills in its defaults."""
+"""The options that all recipes share, and the range of every number; each recipe's Config adds its own options."""
 
-from dataclasses import asdict, dataclass, field, fields
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +79,49 @@ class DataOptions:
     blur: float = 0.0
     mixture_extent: float = 1.0
     severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+
+
+_AT_LEAST_1 = (
+    "steps", "batch", "save_every", "size", "train_count", "test_count", "patch", "scale", "grid", "n", "long_steps",
+    "t_p", "experts", "importance_samples", "orthogonality_every", "control_channels", "prior_steps", "pre_patch",
+    "pre_batch", "pre_steps", "width", "levels", "accumulate", "adversarial.width", "severities", "steps_of_diffusion",
+)  # fmt: skip
+_AT_LEAST_0 = (
+    "seed", "data_seed", "workers", "eval_every", "blur", "mixture_extent", "contrast", "lr", "lr_min", "s_lr", "h_lr",
+    "pre_lr", "prompt_lr", "adversarial.lr", "tdp_weight", "mix", "h_warm_up", "restart", "alpha", "smallest",
+    "penalty_weight", "replay_share", "replay_weight", "orthogonality_weight", "shallow", "decay", "restored_too",
+    "weight_decay", "cfrm_weights",
+)  # fmt: skip
+LOWEST: dict[str, float] = {
+    **dict.fromkeys(_AT_LEAST_1, 1), **dict.fromkeys(_AT_LEAST_0, 0), "test_size": 6, "num_timesteps": 2
+}  # fmt: skip
+"""The lowest value of an option; SSIM needs a side of 6 pixels."""
+HIGHEST: dict[str, float] = {
+    "mix": 1, "restart": 1, "shallow": 1, "contrast": 1, "severities": 5, "steps_of_diffusion": 4
+}  # fmt: skip
+
+
+def check_numbers(config: Any) -> None:
+    """Raise ``ValueError`` for a number out of its range, or not finite, in the options of a recipe."""
+    for name, value in _numbers(config):
+        if not math.isfinite(value):
+            raise ValueError(f"`{name}` should be finite, found {value}.")
+        if value < LOWEST.get(name, -math.inf):
+            raise ValueError(f"`{name}` should be at least {LOWEST[name]:g}, found {value}.")
+        if value > HIGHEST.get(name, math.inf):
+            raise ValueError(f"`{name}` should be at most {HIGHEST[name]:g}, found {value}.")
+    if getattr(config, "severities", None) == []:
+        raise ValueError("`severities` should be at least one, found [].")
+
+
+def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    for option in fields(config):
+        value, name = getattr(config, option.name), f"{prefix}{option.name}"
+        if is_dataclass(value):
+            yield from _numbers(value, f"{name}.")
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                yield name, number
 
 
 def shared(config: Any) -> dict[str, Any]:

@@ -150,6 +150,8 @@ class FolderPairs(Pairs):
 def training_pairs(config: PairOptions, names: Sequence[str]) -> Pairs:
     """The training pairs of these degradations."""
     if config.data == "photos":
+        if not training_photographs(config.patch):
+            raise ValueError(f"`patch` should fit into the photographs, found {config.patch}.")
         return PhotoPairs(training_photographs(config.patch), names, config.train_count, config.patch)
     return FolderPairs({name: config.place(name) for name in names}, "train", config.patch)
 
@@ -158,10 +160,13 @@ def test_pairs(config: PairOptions, name: str, *, shifted: bool) -> list[tuple[T
     """(degraded, clean) test pictures (1, 3, H, W); of photographs, held-out ones, the same for all runs."""
     if config.data == "photos":
         _, held_out = photographs(None, smallest=config.patch)
-        each = -(-config.test_count // len(held_out))
+        photos = [pyramid(photo, 1, (0.5,))[0] for photo in held_out.values()]
+        if config.test_size > (largest := min(min(photo.shape[1:]) for photo in photos)):
+            raise ValueError(f"`test_size` should be at most {largest} for photos, found {config.test_size}.")
+        each = -(-config.test_count // len(photos))
         found = []
-        for number, photo in enumerate(held_out.values()):
-            for place, clean in enumerate(grid_crops(pyramid(photo, config.patch, (0.5,))[0], config.test_size, each)):
+        for number, photo in enumerate(photos):
+            for place, clean in enumerate(grid_crops(photo, config.test_size, each)):
                 generator = torch.Generator().manual_seed(chance(number, place))
                 found.append((degrade(name, clean, generator, shifted=shifted)[None], clean[None]))
         return found[: config.test_count]

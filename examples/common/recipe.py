@@ -6,7 +6,7 @@ A recipe builds its networks and stages, says what a batch is and how to evaluat
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from examples.common.batches import Batches, chance, loader
 from examples.common.folder import check_folder
-from examples.common.options import RunOptions
+from examples.common.options import RunOptions, check_numbers
 from examples.common.run_directory import RunDirectory, own
 from examples.common.tasks import TaskData
 from restoreloss.frozen import bare
@@ -67,16 +67,7 @@ class Recipe(ABC, Generic[Batch]):
 
     def __init__(self, config: RunOptions) -> None:
         self.options = config
-        for name, lowest in (
-            ("steps", 1),
-            ("batch", 1),
-            ("save_every", 1),
-            ("eval_every", 0),
-            ("workers", 0),
-            ("seed", 0),
-        ):
-            if getattr(config, name) < lowest:
-                raise ValueError(f"`{name}` should be at least {lowest}, found {getattr(config, name)}.")
+        check_numbers(config)
         if config.max_norm is not None and not config.max_norm > 0:
             raise ValueError(f"`max_norm` should be above 0, or left out, found {config.max_norm}.")
         check_folder(config.out)
@@ -94,6 +85,8 @@ class Recipe(ABC, Generic[Batch]):
             ValueError: If the test images cannot be evaluated, or the run directory cannot be that of this run.
         """
         self.stages, self.stage = stages, 0
+        for data in self.sources():
+            self._batches(data, 0, 1)
         owner = None
         if self.main:
             logger.info("%s on %s, %d processes", self.title, self.device, self.accelerator.num_processes)
@@ -152,12 +145,18 @@ class Recipe(ABC, Generic[Batch]):
 
     def load(self, data: TaskData, first: int, last: int) -> Iterator[Any]:
         """Of the batches ``first`` to ``last`` of a data set, the part of this process."""
+        return iter(loader(data, self._batches(data, first, last), workers=self.options.workers))
+
+    def sources(self) -> Sequence[TaskData]:
+        """All data that batches are drawn from."""
+        return [self.train_data]
+
+    def _batches(self, data: TaskData, first: int, last: int) -> Batches:
         config = self.options
-        batches = Batches(
+        return Batches(
             len(data), config.batch, seed=config.seed, first=first, last=last,
             rank=self.accelerator.process_index, processes=self.accelerator.num_processes,
         )  # fmt: skip
-        return iter(loader(data, batches, workers=config.workers))
 
     def run(self) -> dict[str, Any]:
         """Train what is left, evaluate, write the results; nothing of a finished run is done again.

@@ -84,9 +84,6 @@ class Trainer(Recipe[Batch]):
                 f"`batch` should be a multiple of `accumulate` {config.accumulate} on each of {processes} processes, "
                 f"found {config.batch}."
             )
-        for name in ("patch", "test_count", "test_size"):
-            if getattr(config, name) < 1:
-                raise ValueError(f"`{name}` should be at least 1, found {getattr(config, name)}.")
         if config.lr <= 0:
             raise ValueError(f"`lr` should be above 0, found {config.lr}.")
         if isinstance(config.diff.crop, int) and config.diff.crop > config.patch:
@@ -241,7 +238,11 @@ class Trainer(Recipe[Batch]):
         if config.perceptual.weight > 0:
             objectives["perceptual"], weights["perceptual"] = _perceptual(config.perceptual), config.perceptual.weight
         if "diff" in terms_of(config):
-            objectives["diff"], weights["diff"] = (diff := _diff_loss(config.diff)), config.diff.weight
+            try:
+                diff = _diff_loss(config.diff)
+            except ValueError as error:  # which names the argument without its group
+                raise ValueError(str(error) if "`diff." in str(error) else f"`diff`: {error}") from error
+            objectives["diff"], weights["diff"] = diff, config.diff.weight
         if not objectives:
             raise ValueError("`pixel`, `diff` or `perceptual` should have a weight above 0, found none.")
         for objective in objectives.values():
@@ -342,7 +343,7 @@ def _diff_loss(options: Diff) -> DiffLoss:
     else:
         try:
             prior = load_prior(options.prior, head_channels=options.head_channels, grouped_heads=options.grouped_heads)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"`diff.prior`: {error}") from error
     if options.constrain != "noise":
         prior = _constrained(prior, options)

@@ -81,10 +81,9 @@ class Trainer(Recipe[Batch]):
             raise ValueError("`precision` should be 'no' or 'bf16' where gradients are added to, found 'fp16'.")
         if config.aggregator and config.method != "project":
             raise ValueError(f"`aggregator` should be left out for {config.method!r}: it is for 'project'.")
-        for name in ("importance_samples", "orthogonality_every", "test_count", "patch"):
-            if getattr(config, name) < 1:
-                raise ValueError(f"`{name}` should be at least 1, found {getattr(config, name)}.")
         super().__init__(config)
+        if config.lr == 0:
+            raise ValueError("`lr` should be above 0, found 0.")
         self.config, self.title = config, config.method
         unknown = [name for name in config.degradations if name not in DEGRADATIONS]
         if unknown or not config.degradations:
@@ -132,6 +131,10 @@ class Trainer(Recipe[Batch]):
         """Restored pictures in [0, 1]."""
         restored: Tensor = bare(self.net)(degraded, self.t_star[name])
         return restored.clamp(0, 1)
+
+    def sources(self) -> list[Any]:
+        """Of all stages."""
+        return self.data
 
     def read(self, first: int, last: int, stage: int = 0) -> Iterator[Any]:
         """The pairs of a stage's degradations."""

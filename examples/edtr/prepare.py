@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from examples.common import command_line
-from examples.common.options import DataOptions, Degradation, RunOptions, shared
+from examples.common.folder import check_folder
+from examples.common.options import DataOptions, Degradation, RunOptions, check_numbers, shared
 from examples.common.tasks import Task
 from examples.common.train_prior import PriorConfig, PriorTrainer
 from examples.sr4ir.config import Config as TaskConfig
@@ -64,6 +65,8 @@ def prepare(config: Config) -> None:
     Raises:
         ValueError: Without a task, or for ``task``, of which ``tasks`` is the list.
     """
+    check_numbers(config)
+    check_folder(config.out)
     if not config.tasks or config.task != Config.task:
         raise ValueError(f"`tasks` should list at least one task, found {config.tasks}, and `task` {config.task!r}.")
     options = shared(config)

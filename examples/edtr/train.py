@@ -101,6 +101,10 @@ class Trainer(Recipe[Batch]):
         self.judge = Judges.load(None, config.judge, self.device).judge
         self.begin([Stage(" + ".join(("edtr", *tasks)), _InTurn(self._alternations(), self.readers), config.steps)])
 
+    def sources(self) -> list[TaskData]:
+        """Of all tasks."""
+        return [reader.train_data for reader in self.readers.values()]
+
     def read(self, first: int, last: int, stage: int = 0) -> Iterator[Any]:
         """The batches of several tasks take turns."""
         count = len(self.readers)

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from examples.common import command_line
-from examples.common.options import DataOptions, Degradation, RunOptions, shared
+from examples.common.folder import check_folder
+from examples.common.options import DataOptions, Degradation, RunOptions, check_numbers, shared
 from examples.common.train_prior import PriorConfig, PriorTrainer
 from examples.sr4ir.config import Config as TaskConfig
 from examples.sr4ir.train import Trainer as TaskTrainer
@@ -60,6 +61,8 @@ def prepare(config: Config) -> None:
     Raises:
         ValueError: Without a task, or for ``task``, of which ``tasks`` is the list.
     """
+    check_numbers(config)
+    check_folder(config.out)
     if not config.tasks or config.task != Config.task:
         raise ValueError(f"`tasks` should list at least one task, found {config.tasks}, and `task` {config.task!r}.")
     options = shared(config)

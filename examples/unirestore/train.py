@@ -30,6 +30,7 @@ from examples.common.data import TEST_SEED
 from examples.common.degrade import Degrade, degradation
 from examples.common.evaluation import Judges, evaluate, first_usable, load_recogniser
 from examples.common.networks import restorer
+from examples.common.options import check_numbers
 from examples.common.recipe import Recipe, Stage
 from examples.common.recognition import Recognition
 from examples.common.tasks import TaskData, each, to_device
@@ -109,6 +110,10 @@ class Trainer(Recipe[Batch]):
         self.networks = {FILE: self.model}
         self.before = self._hashes()
         self.begin([Stage(" + ".join(self.trained), self._alternation(first), config.steps)])
+
+    def sources(self) -> list[TaskData]:
+        """Of all tasks that are trained on."""
+        return [self.readers[task].train_data for task in self.trained]
 
     def read(self, first: int, last: int, stage: int = 0) -> Iterator[Any]:
         """The batches of all tasks together; a task of whose batch nothing could be read is left out of that step."""
@@ -370,6 +375,7 @@ class _Plain(nn.Module):
 
 def _check(config: Config) -> None:
     """Raise ``ValueError`` for options that do not go together."""
+    check_numbers(config)
     if config.stage not in get_args(StageName):
         raise ValueError(f"`stage` should be one of {', '.join(get_args(StageName))}, found {config.stage!r}.")
     if (config.stage == "add-task") != (config.name is not None):
