@@ -1,10 +1,23 @@
 """The command line of a trainer: its config from YAML and options, and the figures that came out."""
 
+import argparse
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
+import torch
+
 Config = TypeVar("Config")
+
+
+def device(name: str) -> torch.device:
+    """A device that is there: the ``type`` of an argument."""
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's words for one that is not there
+        raise argparse.ArgumentTypeError(f"no such device: {str(error).splitlines()[0]}") from error
+    return found
 
 
 def run(

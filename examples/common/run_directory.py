@@ -97,7 +97,7 @@ class RunDirectory:
             return
         numbers = {name: float(value) for name, value in values.items()}
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(_standard_json(dict(step=step, **numbers)) + "\n")
+            file.write(to_json(dict(step=step, **numbers)) + "\n")
         if self._writer is None and (writer_class := _summary_writer()) is not None:
             self._writer = writer_class(str(self.path / "tb"), purge_step=self._purge_step)
         if self._writer is not None:
@@ -177,7 +177,7 @@ class RunDirectory:
         rows = [row for row in self.metrics() if row["step"] <= step]
         if (self.path / "metrics.jsonl").exists():
             with _replacing(self.path / "metrics.jsonl") as file:
-                file.writelines(f"{_standard_json(row)}\n".encode() for row in rows)
+                file.writelines(f"{to_json(row)}\n".encode() for row in rows)
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write ``results.json``: the run is done, and the folder has no owner any more."""
@@ -186,7 +186,7 @@ class RunDirectory:
                 self._writer.close()
                 self._writer = None
             with _replacing(self.path / "results.json") as file:
-                file.write(_standard_json(results, indent=1).encode())
+                file.write(to_json(results, indent=1).encode())
             self._lock = None
 
     @property
@@ -283,7 +283,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     partial.replace(path)
 
 
-def _standard_json(value: Any, indent: int | None = None) -> str:
+def to_json(value: Any, indent: int | None = None) -> str:
     """JSON that every reader takes: NaN and infinity, which JSON lacks, become strings."""
 
     def standard(value: Any) -> Any:

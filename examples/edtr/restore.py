@@ -19,7 +19,8 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from examples.common.batches import chance
-from examples.common.folder import restore_folder
+from examples.common.command_line import device
+from examples.common.folder import check_folder, restore_folder
 from examples.common.networks import restorer
 from examples.common.run_directory import file_in
 from examples.edtr.methods import METHODS
@@ -63,13 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tile", type=int, default=512, help="side above which pictures are restored in tiles")
     parser.add_argument("--smallest", type=int, help="pad smaller sides; the default is that of the run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name, lowest in (("tile", 32), ("seed", 0)):
-        if getattr(options, name) < lowest:
+    for name, lowest in (("tile", 32), ("seed", 0), ("n", 1), ("smallest", 0)):
+        if getattr(options, name) is not None and getattr(options, name) < lowest:
             parser.error(f"`{name}` should be at least {lowest}, found {getattr(options, name)}.")
     try:
+        check_folder(options.out)
         edtr, smallest = load_run(options.run)
         edtr = edtr.to(options.device)
         edtr.timesteps(options.n)
@@ -89,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         restore_folder(options.pictures, options.out, restore)
     except ValueError as error:
         parser.error(str(error))
+    except FloatingPointError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

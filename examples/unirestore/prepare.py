@@ -21,11 +21,12 @@ from typing import Any, Literal
 
 from examples.common import command_line
 from examples.common.folder import check_folder
+from examples.common.networks import recogniser
 from examples.common.options import DataOptions, Degradation, RunOptions, check_numbers, shared
 from examples.common.train_prior import PriorConfig, PriorTrainer
 from examples.sr4ir.config import Config as TaskConfig
 from examples.sr4ir.train import Trainer as TaskTrainer
-from examples.unirestore.data import mixed
+from examples.unirestore.data import data_of, mixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +66,15 @@ def prepare(config: Config) -> None:
     check_folder(config.out)
     if not config.tasks or config.task != Config.task:
         raise ValueError(f"`tasks` should list at least one task, found {config.tasks}, and `task` {config.task!r}.")
+    if config.pictures is not None:
+        data_of("restoration", config)  # what is wrong with it is told now, not after hours
     options = shared(config)
     for task in config.tasks:
         known: Any = task
+        try:
+            recogniser(config.judge, known, 2, pretrained=False)
+        except ValueError as error:
+            raise ValueError(f"`judge`: {error}") from error
         settings = TaskConfig(
             **{**options, "task": known, "out": config.out / f"{task}_hq"}, method="oracle",
             recogniser=config.recogniser, h_optimizer=config.h_optimizer, h_lr=config.h_lr,

@@ -17,7 +17,8 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
 from examples.common.batches import chance
-from examples.common.folder import restore_folder
+from examples.common.command_line import device
+from examples.common.folder import check_folder, restore_folder
 from examples.common.tiles import tiled
 from examples.unirestore.model import UniRestore
 from examples.unirestore.train import FILE
@@ -67,12 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--overlap", type=int, default=64, help="pixels that tiles share")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        if options.seed < 0:
-            raise ValueError(f"`seed` should be at least 0, found {options.seed}.")
+        check_folder(options.out)
+        for name, lowest in (("seed", 0), ("smallest", 0), ("steps", 1)):
+            if getattr(options, name) is not None and getattr(options, name) < lowest:
+                raise ValueError(f"`{name}` should be at least {lowest}, found {getattr(options, name)}.")
         model, smallest = load_run(options.run, options.prior)
         for file in options.prompts:
             model.load_prompts(file)
@@ -106,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         restore_folder(options.pictures, options.out, restore)
     except ValueError as error:
         parser.error(str(error))
+    except FloatingPointError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":
