@@ -403,7 +403,7 @@ def test_a_folder_is_restored(tmp_path: Path, prepared: Path, caplog: pytest.Log
         for out in ("out", "again"):
             command = ["--run", str(tmp_path / "run"), "--tile", "32", "--n", "2", str(pictures), str(tmp_path / out)]
             restoring.main([*command, "--device", "cpu"])
-    assert "broken.png skipped" in caplog.text and "3 pictures restored" in caplog.text
+    assert "broken.png skipped" in caplog.text and "3 images restored" in caplog.text
     shapes = {"cat.png": (3, 48, 61), "cat.png.png": (3, 50, 61), "deep/part.png": (3, 20, 20)}
     for name, shape in shapes.items():
         first, again = (read_picture(tmp_path / out / name) for out in ("out", "again"))
@@ -452,7 +452,7 @@ def test_the_pre_restoration_learns_from_patches(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n": 0}, "`n` should be a whole number of at least 1"),
+        ({"n": 0}, "`n` should be at least 1, found 0"),
         ({"t_p": 1000}, r"in \[0, 1000\), found 1000"),
         ({"n": 201}, "`n` should be at most `t_p`"),
         ({"layers": ["layer9"]}, "'layer9'"),

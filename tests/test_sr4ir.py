@@ -32,7 +32,7 @@ from examples.sr4ir.methods import METHODS
 from examples.sr4ir.train import Trainer, rate
 from restoreloss import CQMix
 from restoreloss.features import IMAGENET
-from tests.test_datasets import filled, make_cars, make_cub, make_mask, make_voc, note
+from tests.test_datasets import filled, make_cars, make_cub, make_mask, make_voc, note, thing
 
 ROOT = Path(__file__).parents[1]
 TINY = Config(out=Path(), steps=4, batch=4, train_count=20, test_count=12, save_every=2, cpu=True)
@@ -233,13 +233,23 @@ def test_data_sets_on_disk(data: Any, task: Any, make: Any, tmp_path: Path, capl
     if data == "voc2012":  # test pictures of unequal size, and one that is broken
         Image.new("RGB", (50, 36)).save(folder / "JPEGImages" / "w.jpg")
         make_mask(folder / "SegmentationClass" / "w.png", filled((6, 10, 16, 25), 3, (50, 36)))
-        note(folder / "Annotations" / "w.xml", size=(50, 36))
+        note(folder / "Annotations" / "w.xml", thing("bird", (7, 11, 16, 25)), size=(50, 36))
         for name in ("b", "v"):
             (folder / "JPEGImages" / f"{name}.jpg").write_bytes(b"nothing")
     config = replace(TINY, out=tmp_path / "run", data=data, task=task, root=tmp_path, size=32, batch=3)
     results = Trainer(config).run()
     assert all(math.isfinite(value) for value in results.values())
     assert ("b.jpg" in caplog.text) == (data == "voc2012")
+
+
+def test_a_score_that_cannot_be_computed_is_found_before_the_first_step(tmp_path: Path) -> None:
+    folder = make_voc(tmp_path)
+    for name in ("v", "w"):
+        note(folder / "Annotations" / f"{name}.xml")
+    options: dict[str, Any] = {"data": "voc2012", "task": "detection", "root": tmp_path, "size": 32, "batch": 3}
+    with pytest.raises(ValueError, match="should hold a box, found none in 2 images"):
+        Trainer(replace(TINY, out=tmp_path / "run", **options))
+    Trainer(replace(TINY, out=tmp_path / "pre", method="pretrain", **options))  # nothing reads the images
 
 
 def test_a_detector_that_began_with_imagenet_keeps_its_frozen_normalisation(tmp_path: Path) -> None:

@@ -1174,7 +1174,7 @@ def test_a_folder_is_restored_for_a_task(tmp_path: Path, folder: Path, caplog: p
 
     with caplog.at_level("INFO"):
         plain = restore("stage2", "plain")
-    assert "broken.png skipped" in caplog.text and "2 pictures restored" in caplog.text
+    assert "broken.png skipped" in caplog.text and "2 images restored" in caplog.text
     assert [tuple(picture.shape) for picture in plain] == [(3, 20, 33), (3, 7, 5)]
     model, smallest = restoring.load_run(folder / "stage2")
     assert smallest == 0

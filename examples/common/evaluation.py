@@ -36,8 +36,14 @@ class Judges:
         return cls(*(None if path is None else load_recogniser(path).to(device) for path in (fixed_hr, judge)))
 
 
-def first_usable(data: TaskData, task: Task, name: str = "the test data") -> TaskData:
+def first_usable(data: TaskData, task: Task, name: str = "the test data", *, labels: bool = True) -> TaskData:
     """The first image that can be read and has a label to compare with, as data of its own.
+
+    Args:
+        data: in which it is looked for.
+        task: of the labels. Without any box the mAP is -100 %, without any pixel with a class the mean IoU is NaN.
+        name: of the data, in the error.
+        labels: False where no network reads the images.
 
     Raises:
         ValueError: If there is none.
@@ -49,9 +55,9 @@ def first_usable(data: TaskData, task: Task, name: str = "the test data") -> Tas
             continue
         read += 1
         image, target = sample
-        if task == "detection" and not len(target["boxes"]):
+        if labels and task == "detection" and not len(target["boxes"]):
             continue
-        if task == "segmentation" and bool((target == IGNORED).all()):
+        if labels and task == "segmentation" and bool((target == IGNORED).all()):
             continue
         return _One(data, image, target)
     if not read:

@@ -242,7 +242,9 @@ class Trainer(Recipe[Batch]):
 
     def try_evaluation(self) -> None:
         """Of the first test image with a label."""
-        self._evaluate(first_usable(self.test_data, self.config.task))
+        judges = self.judges.fixed_hr or self.judges.judge
+        read = bool(self.method.recogniser_inputs) or judges is not None
+        self._evaluate(first_usable(self.test_data, self.config.task, labels=read))
 
     def _evaluate(self, data: TaskData) -> tuple[dict[str, float], dict[str, Any]]:
         config, networks = self.config, [bare(self.s), bare(self.h)]
