@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name, lowest in (("tile", 32), ("seed", 0), ("n", 1), ("smallest", 0)):
+    for name, lowest in (("tile", 32), ("seed", 0), ("smallest", 0)):
         if getattr(options, name) is not None and getattr(options, name) < lowest:
             parser.error(f"`{name}` should be at least {lowest}, found {getattr(options, name)}.")
     try:

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         check_folder(options.out)
-        for name, lowest in (("seed", 0), ("smallest", 0), ("steps", 1)):
+        for name, lowest in (("seed", 0), ("smallest", 0)):
             if getattr(options, name) is not None and getattr(options, name) < lowest:
                 raise ValueError(f"`{name}` should be at least {lowest}, found {getattr(options, name)}.")
         model, smallest = load_run(options.run, options.prior)
