@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from restoreloss import NoiseSchedule, as_denoiser, denoise, partial_diffusion, short_steps
-from restoreloss.diffusion.partial import standard_normal
+from restoreloss.generators import standard_normal
 from tests.networks import tiny_unet
 
 SCHEDULE = NoiseSchedule.scaled_linear()

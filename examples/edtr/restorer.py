@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from examples.common.latent_diffusion import load_latent_diffusion
 from examples.common.tiles import tiled, together
 from restoreloss import NoiseSchedule, WaveletColorFix, denoise, partial_diffusion, short_steps
-from restoreloss.diffusion.partial import Generators, PredictsNoise, standard_normal
+from restoreloss.diffusion.partial import PredictsNoise
 from restoreloss.frozen import FrozenNetwork
+from restoreloss.generators import Generators, standard_normal
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from examples.unirestore.prepare import Config as PrepareConfig
 from examples.unirestore.prepare import prepare, train_prior
 from examples.unirestore.restore import load_run
 from examples.unirestore.train import Trainer
-from restoreloss.diffusion.partial import standard_normal
+from restoreloss.generators import standard_normal
 
 logger = logging.getLogger(__name__)
 

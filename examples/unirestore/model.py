@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from examples.common.latent_diffusion import load_latent_diffusion
 from examples.unirestore.adapters import AdapterName, build_adapters
 from restoreloss import CFRM, TFA, Controller, NoiseSchedule, SCTuner
-from restoreloss.diffusion.partial import Generators, standard_normal
 from restoreloss.frozen import FrozenNetwork
+from restoreloss.generators import Generators, standard_normal
 
 PROMPTS = "tfa.prompts."
 

@@ -38,8 +38,8 @@ from examples.unirestore.config import TASKS, WEIGHTS, Config, StageName
 from examples.unirestore.data import data_of
 from examples.unirestore.model import UniRestore, enlarged, reflected
 from restoreloss import Alternation, Phase
-from restoreloss.diffusion.partial import standard_normal
 from restoreloss.frozen import bare
+from restoreloss.generators import standard_normal
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss._optional import require
-from restoreloss.features import IMAGENET
+from restoreloss.normalization import IMAGENET
 
 LIBRARIES = ("torchvision", "timm", "transformers")
 
