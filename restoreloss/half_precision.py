@@ -33,7 +33,7 @@ def enter(images: Sequence[Tensor], dtype: torch.dtype, network: nn.Module) -> t
     )
     if not scaled:
         return [image.to(dtype) for image in images], None
-    *casts, door = _Enter.apply(dtype, *images)  # type: ignore[no-untyped-call]
+    *casts, door = _Enter.apply(dtype, *images)
     return casts, door
 
 
@@ -41,7 +41,7 @@ def leave(door: Tensor | None, *outputs: Tensor) -> tuple[Tensor, ...]:
     """What a network made of an image that came through :func:`enter`, all of it at once; in float32 after a door."""
     if door is None:
         return outputs
-    wide: tuple[Tensor, ...] = _Leave.apply(door, *outputs)  # type: ignore[no-untyped-call]
+    wide: tuple[Tensor, ...] = _Leave.apply(door, *outputs)
     return wide
 
 

@@ -12,7 +12,7 @@ Normalize: TypeAlias = Any
 Statistics: TypeAlias = tuple[Sequence[float], Sequence[float]]
 """Mean and standard deviation of each channel."""
 
-IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def normalization(network: nn.Module, normalize: Normalize) -> Statistics | Callable[[Images], Any] | None:

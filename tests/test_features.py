@@ -15,7 +15,7 @@ from torchvision.models import detection, segmentation
 from torchvision.transforms._presets import ImageClassification
 
 from restoreloss import FeatureExtractor, frozen
-from restoreloss.features import default_layers
+from restoreloss.default_layers import default_layers
 from restoreloss.frozen import bare
 from tests.networks import live_detector, live_recogniser
 

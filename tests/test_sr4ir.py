@@ -31,7 +31,7 @@ from examples.sr4ir.config import Config, MethodName
 from examples.sr4ir.methods import METHODS
 from examples.sr4ir.train import Trainer, rate
 from restoreloss import CQMix
-from restoreloss.features import IMAGENET
+from restoreloss.normalization import IMAGENET
 from tests.test_datasets import filled, make_cars, make_cub, make_mask, make_voc, note, thing
 
 ROOT = Path(__file__).parents[1]

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from examples.common.latent_diffusion import small_autoencoder, small_prompt, small_unet
 from examples.edtr.restorer import EDTR, Hint, latent_controlnet
 from restoreloss import FeatureExtractor, FeatureMatchingLoss, HLFLoss, NoiseSchedule
-from restoreloss.features import IMAGENET
+from restoreloss.normalization import IMAGENET
 
 VARIANTS = ("plain", "ours")
 Iteration = Callable[[], tuple[list[Tensor], list[Tensor]]]

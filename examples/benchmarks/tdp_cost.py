@@ -27,7 +27,7 @@ from tqdm import tqdm
 from examples.common.degrade import low_resolution
 from examples.common.networks import EDSR
 from restoreloss import CQMix, TDPLoss
-from restoreloss.features import IMAGENET
+from restoreloss.normalization import IMAGENET
 
 
 def task_networks(size: int) -> dict[str, nn.Module]:

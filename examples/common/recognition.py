@@ -11,8 +11,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 from torchvision.transforms.v2.functional import normalize
 
 from examples.common.tasks import IGNORED, Task
-from restoreloss.features import IMAGENET, FeatureExtractor
+from restoreloss.features import FeatureExtractor
 from restoreloss.frozen import bare
+from restoreloss.normalization import IMAGENET
 
 
 def statistics(network: nn.Module) -> tuple[Sequence[float], Sequence[float]]:

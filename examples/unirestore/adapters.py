@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss import TFA
+from restoreloss.blocks.tfa import Gate
 
 AdapterName = Literal["prompts", "one_prompt", "several", "convolutions"]
 
 
 def build_adapters(
-    name: AdapterName, skips: Sequence[int], channels: Sequence[int], tasks: Sequence[str], gate: str
+    name: AdapterName, skips: Sequence[int], channels: Sequence[int], tasks: Sequence[str], gate: Gate
 ) -> Any:
     """Modules with the interface of :class:`~restoreloss.TFA`.
 
@@ -42,7 +43,7 @@ def build_adapters(
 class OnePrompt(TFA):
     """A TFA that does not ask what a picture is for."""
 
-    def __init__(self, skips: Sequence[int], channels: Sequence[int], tasks: Sequence[str], gate: str) -> None:
+    def __init__(self, skips: Sequence[int], channels: Sequence[int], tasks: Sequence[str], gate: Gate) -> None:
         super().__init__(skips, channels, tasks=["any"], gate=gate)
         self._names = tuple(tasks)
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from examples.common.latent_diffusion import load_latent_diffusion
 from examples.unirestore.adapters import AdapterName, build_adapters
 from restoreloss import CFRM, TFA, Controller, NoiseSchedule, SCTuner
+from restoreloss.blocks.tfa import Gate
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.generators import Generators, standard_normal
 
@@ -63,7 +64,7 @@ class UniRestore(nn.Module):
         cfrm: bool = True,
         cfrm_blocks: Sequence[int] | None = None,
         adapter: AdapterName | None = "prompts",
-        gate: str = "softmax",
+        gate: Gate = "softmax",
         control_channels: int = 256,
     ) -> None:
         super().__init__()
@@ -288,7 +289,7 @@ class UniRestore(nn.Module):
         cfrm: bool = True,
         cfrm_blocks: Sequence[int] | None = None,
         adapter: AdapterName | None = "prompts",
-        gate: str = "softmax",
+        gate: Gate = "softmax",
         control_channels: int = 256,
     ) -> "UniRestore":
         """Of a folder in the layout of Stable Diffusion (2.1, turbo), or a name on the hub.
