@@ -111,17 +111,21 @@ def warn_if_out_of_range(images: Mapping[str, Tensor], input_range: tuple[float,
     """Warn where images can hardly span ``input_range``, and return whether any did not.
 
     Args:
-        images: by the name of the argument. What a network made, "restored" and "student_images", may overshoot by
-            three quarters of the range, as it may be untrained yet; others by a quarter.
+        images: by the name of the argument. Most may overshoot by a quarter of the range. What a network made,
+            "restored" and "student_images", may overshoot by twice the range, as it may be untrained yet; but not end
+            where a signed range does, as the output of a tanh.
         input_range: what they should span.
     """
     low, high = input_range
     span = high - low
     found = []
     for name, image in images.items():
-        slack = span * (0.75 if name in ("restored", "student_images") else 0.25)
+        made = name in ("restored", "student_images")
+        slack = span * (2 if made else 0.25)
         darkest, brightest = (float(value) for value in image.detach().aminmax())
         outside = -math.inf < darkest < low - slack or math.inf > brightest > high + slack
+        if made and low == 0:
+            outside |= -1.02 * high <= darkest <= -0.9 * high and brightest <= 1.02 * high
         # photographs without one pixel in the lower half of a signed range, or in the upper 99 % of a wide one
         inside = darkest < brightest and (low < 0 <= darkest or (span > 2 and brightest - low <= span / 100))
         if outside or inside:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from restoreloss import DiffLoss
-from restoreloss.images import check_pair, check_range, to_unit_range, warn_if_out_of_range
+from restoreloss.images import RangeWatch, check_pair, check_range, to_unit_range, warn_if_out_of_range
 
 RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
 SHAPE = (2, 3, 4, 4)
@@ -131,6 +131,26 @@ def test_clearly_wrong_range_warns_with_both_ranges(spans, input_range):
     expected = rf"`target` spans \[{spans[0]}, {spans[1]}\] .* \({input_range[0]:g}, {input_range[1]:g}\)"
     with pytest.warns(UserWarning, match=expected):
         warn_if_out_of_range({"target": spanning(*spans)}, input_range)
+
+
+@pytest.mark.parametrize("name", ["restored", "student_images"])
+def test_what_an_untrained_network_makes_is_not_told_and_what_a_tanh_makes_is(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for ends in ((-0.87, 1.23), (-0.3, 0.4), (-1.2, 1.1), (0.0, 2.9)):
+            assert not warn_if_out_of_range({name: spanning(*ends)}, (0.0, 1.0))
+    for ends in ((-1, 1), (-0.97, 0.9), (-3, 2), (0, 255)):
+        with pytest.warns(UserWarning, match=f"`{name}` spans"):
+            assert warn_if_out_of_range({name: spanning(*ends)}, (0.0, 1.0))
+
+
+def test_the_watch_looks_again_until_it_has_told():
+    watch = RangeWatch((0.0, 1.0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for call in range(1, 12):
+            watch.look({"restored": spanning(-0.5, 0.5) if call < 3 else spanning(-1, 1)})
+    assert len(caught) == 1  # at the tenth call
 
 
 def within(low, high):

@@ -324,9 +324,9 @@ class ParameterImportance(nn.Module):
                 if name not in parameters:
                     continue
                 parameter, anchor = parameters[name], anchors[name]
-                weight = self.strength * self._layer_weight(name) / count
-                if weight == 0:
+                if self._layer_weight(name) == 0:  # left out, of whatever shape it is now
                     continue
+                weight = self.strength * self._layer_weight(name) / count
                 _check_shape(name, parameter, omega)
                 device = parameter.device  # the network may have moved since
                 omega, anchor = (cut_like(each.to(device), parameter) for each in (omega, anchor))
