@@ -417,7 +417,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "network": ({"network": "unet"}, "restoration network should be one of .*spandrel/NAME.*found 'unet'"),
     "no such": ({"network": "spandrel/Nothing"}, "an architecture of spandrel that needs no options, found 'Nothing'"),
     "grey": ({"network": "spandrel/DRUNet"}, "`network` spandrel/DRUNet should map .* to the same shape, found"),
-    "larger": ({"network": "file", "weights": Path("nowhere.pth")}, "a checkpoint that spandrel reads: nowhere.pth"),
+    "larger": (
+        {"network": "file", "weights": Path("nowhere.pth")},
+        "should be given a file of weights, found nowhere.pth",
+    ),
     "weight": ({"pixel": Pixel(weight=-1.0)}, "`pixel` should have a weight of at least 0, found -1.0"),
     "nothing": ({"pixel": Pixel(weight=0.0)}, "`pixel`, `diff` or `perceptual` should have a weight above 0"),
     "share": ({"diff": Diff(share=1.5)}, "`diff.share` should be above 0 and below 1"),

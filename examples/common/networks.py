@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
-import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -22,6 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from examples.common.restormer import Restormer
 from examples.common.tasks import Task
 from restoreloss.objectives.sizes import pad_to
+from restoreloss.weights import load_state, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -94,14 +93,19 @@ def restorer(name: str, scale: int, weights: Path | None = None) -> nn.Module:
     if name == "file":
         from spandrel import ImageModelDescriptor, ModelLoader
 
-        if weights is None:
-            raise ValueError("`s_weights` should be a checkpoint for the restorer 'file', found None.")
+        if weights is None or not weights.is_file():
+            raise ValueError(f"The restorer 'file' should be given a file of weights, found {weights}.")
+        state = read_weights(weights)
         try:
-            described = ModelLoader(device="cpu").load_from_file(weights)
+            described = ModelLoader(device="cpu").load_from_state_dict(state)
         except Exception as error:  # each architecture has errors of its own
-            raise ValueError(f"`s_weights` should be a checkpoint that spandrel reads: {weights}: {error}") from error
+            cause = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"{weights} should hold a network that spandrel knows, found one that begins with {list(state)[:3]}: "
+                f"{type(error).__name__}: {cause}"
+            ) from error
         if not isinstance(described, ImageModelDescriptor) or described.scale != scale:
-            raise ValueError(f"`s_weights` should be a network of scale {scale}, found {described}.")
+            raise ValueError(f"{weights} should hold a network of scale {scale}, found {described}.")
         model: nn.Module = described.model
         return fit_sizes(model.requires_grad_(True), described.size_requirements, scale)
     if name.startswith("spandrel/"):
@@ -383,20 +387,45 @@ def _freeze_norms(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
-    """A state dict from a file of safetensors or of torch, into a network.
+    """A file of weights, as :func:`restoreloss.weights.read_weights` reads it, into a network.
+
+    An :class:`EDSR` also takes the files of other repositories, whose tensors have other names and the same order.
 
     Raises:
         ValueError: If the file is not there, cannot be read, or is of another network.
     """
     if not path.is_file():
         raise ValueError(f"The weights of {type(network).__name__} should be in {path}, found no such file.")
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        _freeze_norms(network, state)
-        network.load_state_dict(state)
-    except Exception as error:  # of a damaged file torch raises nearly anything
-        cause = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} should hold weights of this {type(network).__name__}: {cause}") from error
+    state = read_weights(path)
+    if isinstance(network, EDSR) and not set(state) <= set(network.state_dict()):
+        state = _named_as_here(network, state, path)
+    _freeze_norms(network, state)
+    load_state(network, state, path)
+
+
+def _named_as_here(network: EDSR, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The weights of an EDSR by the names that they have here, if there are as many, of the same shapes in order.
+
+    Files of its authors' code also say which mean is subtracted from the input and by how much it is multiplied:
+    biases are scaled and shifted to do the same. At the border, where padding is another gray, that is not exact.
+    """
+    shift = {name: value for name, value in state.items() if name.startswith(("sub_mean.", "add_mean."))}
+    others, own = [value for name, value in state.items() if name not in shift], network.state_dict()
+    if [value.shape for value in others] != [value.shape for value in own.values()] or len(shift) not in (0, 4):
+        return state  # whose names say what is wrong
+    state = dict(zip(own, others, strict=True))
+    if not shift:
+        logger.warning(
+            "%s: read in its order, for the names are of another EDSR. How it scales its input is not in the file: "
+            "here it is [0, 1] less 0.5. Where it was 255 times that (img_range=255), divide its biases by 255 first.",
+            path,
+        )
+        return state
+    mean = shift["add_mean.bias"].double()
+    multiplied = 255.0 if float(mean.max()) > 1 else 1.0
+    state = {name: value / multiplied if name.endswith("bias") else value for name, value in state.items()}
+    offset = (0.5 - mean / multiplied).to(state["head.weight"])
+    state["head.bias"] = state["head.bias"] + state["head.weight"].sum(dim=(2, 3)) @ offset
+    state["tail.bias"] = state["tail.bias"] - offset
+    logger.info("%s: read in its order as an EDSR whose input is %g times the image less its mean", path, multiplied)
+    return state

@@ -4,8 +4,6 @@
 """
 
 import logging
-import pickle
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from restoreloss.diffusion import layouts
 from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_denoiser
 from restoreloss.diffusion.latents import LatentPrior
 from restoreloss.diffusion.schedule import NoiseSchedule, PredictionType
+from restoreloss.weights import read_file, weights_in
 
 logger = logging.getLogger(__name__)
 
@@ -254,7 +253,8 @@ def _from_file(
     path: Path, conditioning: Conditioning | None, schedule: Any, prediction_type: PredictionType | None,
     head_channels: int | None, grouped_heads: bool,
 ) -> Denoiser | LatentPrior:  # fmt: skip
-    weights = _weights_in(path)
+    contents = read_file(path)
+    weights = weights_in(contents, path)
     try:
         return _of_weights(weights, path, conditioning, schedule, prediction_type, head_channels, grouped_heads)
     except (KeyError, AttributeError, IndexError) as error:  # of a weight that the layout is read from
@@ -281,34 +281,3 @@ def _of_weights(
         return as_denoiser(model, schedule, conditioning=conditioning)
     first = ", ".join(list(weights)[:3])
     raise ValueError(f"{path.name} should be {_KNOWN}, found {len(weights)} weights: {first}, ...")
-
-
-def _weights_in(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, by name."""
-    if path.suffix == ".safetensors":
-        safetensors = require("safetensors.torch", purpose="load_prior()", install="safetensors")
-        try:
-            found: Any = safetensors.load_file(path)
-        except Exception as error:  # safetensors has its own kind, which is no public name in all versions
-            raise ValueError(f"{path.name} should be a whole safetensors file, found: {error}") from error
-    else:
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{path.name} should hold tensors only, found a pickle that runs code or is broken, which is not "
-                "loaded. If you trust it, save its state dict with safetensors where you do."
-            ) from error
-        except Exception as error:  # of a damaged file torch raises nearly anything
-            raise ValueError(f"{path.name} should be a whole file of torch.save, found: {error}") from error
-    for name in ("state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
-            found = found[name]
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{path.name} should hold a state dict, found a {type(found).__name__}.")
-    weights = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
-    if not weights:
-        raise ValueError(f"{path.name} should hold a state dict, found no tensors in it.")
-    if all(name.startswith("module.") for name in weights):
-        weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    return weights

@@ -3,15 +3,15 @@
 In Python code you need none of this: ``TDPLoss(torchvision.models.resnet50(weights="DEFAULT"))``.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from restoreloss._optional import require
+from restoreloss.checks import check_whole, describe
 from restoreloss.normalization import IMAGENET
+from restoreloss.weights import load_state, read_weights
 
 LIBRARIES = ("torchvision", "timm", "transformers")
 
@@ -24,9 +24,8 @@ def task_network(
     Args:
         name: of transformers, a folder or a name on the hub with a ``config.json``.
         weights: "pretrained" for what the library downloads (of transformers: what lies in the folder), "random", or a
-            file with a state dict (``.safetensors``, or ``.pth`` and ``.pt``, read with ``weights_only=True``, under
-            "state_dict", "model", "params" or by itself). There is no default: a perceptual loss in random features is
-            rarely what is meant.
+            file of weights (:func:`restoreloss.weights.read_weights`: safetensors or ``torch.save``, in the usual
+            containers). There is no default: a perceptual loss in random features is rarely what is meant.
         num_classes: where the head is not that of the pretrained network.
         image_size: of the pictures, for timm's transformers that read one size (ViT, Swin), which are then made for it.
 
@@ -42,9 +41,12 @@ def task_network(
         >>> network = task_network("torchvision/resnet18", weights="random", num_classes=10)
         >>> loss = TDPLoss(network)
     """
-    library, _, model = name.partition("/")
-    if library not in LIBRARIES or not model:
-        raise ValueError(f"`name` should be 'library/name' with a library of {LIBRARIES}, found {name!r}.")
+    library, model = _parts(name)
+    if not isinstance(weights, str | Path):
+        raise ValueError(f"`weights` should be 'pretrained', 'random' or a file, found {describe(weights)}.")
+    for option, value in (("num_classes", num_classes), ("image_size", image_size)):
+        if value is not None:
+            check_whole(option, value)
     if str(weights) not in ("pretrained", "random") and not Path(weights).expanduser().is_file():
         raise FileNotFoundError(f"`weights` should be 'pretrained', 'random' or a file, found none at {weights}.")
     pretrained = str(weights) == "pretrained"
@@ -57,7 +59,12 @@ def task_network(
     else:
         network = _transformers(model, pretrained, num_classes)
     if not pretrained and str(weights) != "random":
-        _load(network, Path(weights).expanduser())
+        file = Path(weights).expanduser()
+        found = read_weights(file)
+        try:
+            load_state(network, found, file)
+        except ValueError as error:
+            raise ValueError(f"`weights` should fit {name!r} (is `num_classes` right?): {error}") from error
     return network.eval()
 
 
@@ -68,7 +75,7 @@ def normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | No
         >>> normalization("timm/vit_tiny_patch16_224")
         ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     """
-    library, _, model = name.partition("/")
+    library, model = _parts(name)
     if library == "timm":
         timm = require("timm", purpose=f"{name!r}", install="timm")
         config = timm.get_pretrained_cfg(model)
@@ -85,6 +92,14 @@ def normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | No
         if "image_mean" in found and found.get("do_normalize", True):
             return tuple(found["image_mean"]), tuple(found["image_std"])
     return IMAGENET
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """The library and what it calls the network."""
+    library, _, model = name.partition("/") if isinstance(name, str) else ("", "", "")
+    if library not in LIBRARIES or not model:
+        raise ValueError(f"`name` should be 'library/name' with a library of {LIBRARIES}, found {describe(name)}.")
+    return library, model
 
 
 def _torchvision(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
@@ -134,29 +149,3 @@ def _transformers(name: str, pretrained: bool, num_classes: int | None) -> nn.Mo
         )
     network: nn.Module = kind.from_pretrained(name, config=config) if pretrained else kind(config)
     return network
-
-
-def _load(network: nn.Module, path: Path) -> None:
-    if path.suffix == ".safetensors":
-        state = require("safetensors.torch", purpose=f"{path.name}", install="safetensors").load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model", "params"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"`weights` should hold a state dict, found {type(state).__name__} in {path}.")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    wanted = network.state_dict()
-    missing = [key for key in wanted if key not in state]
-    extra = [key for key in state if key not in wanted]
-    shapes = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
-    if missing or extra or shapes:
-        wrong = {"lacks": missing, "has besides": extra, "has in another shape (is `num_classes` right?)": shapes}
-        found = "; ".join(f"{what} {_few(names)}" for what, names in wrong.items() if names)
-        raise ValueError(f"`weights` should be of {type(network).__name__}, found that {path} {found}.")
-    network.load_state_dict(state)
-
-
-def _few(names: list[str]) -> str:
-    return f"{names[:3]}{' and more' if len(names) > 3 else ''}"
