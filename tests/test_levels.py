@@ -117,7 +117,7 @@ def test_half_precision_is_mixed_in_single(schedule: NoiseSchedule, dtype: torch
         target.double(), answer(schedule, x.double(), noise.double(), 20), rtol=1e-5, atol=1e-6, check_dtype=False
     )
     x_t = schedule.add_noise(x, noise, 20)
-    assert x_t.dtype == schedule.to_noise(target.to(dtype), x_t, 20).dtype == dtype
+    assert x_t.dtype == dtype and schedule.to_noise(target.to(dtype), x_t, 20).dtype == target.dtype
 
 
 @pytest.mark.parametrize(("t", "s"), [(1, 0), (2, 1), (12, 4), (50, 25), (50, 49), (50, 0)])
@@ -186,11 +186,11 @@ def test_any_table_that_does_not_fall_will_do(table: Any) -> None:
         (lambda: NoiseLevels([0.0, math.nan]), "`sigmas` should rise"),
         (lambda: NoiseLevels([0.0, math.inf]), "`sigmas` should rise"),
         (lambda: NoiseLevels([0.1]), r"`sigmas` should be a table of shape \(T \+ 1,\), found shape \(1,\)"),
-        (lambda: NoiseLevels(torch.zeros(2, 2)), r"found shape \(2, 2\)"),
+        (lambda: NoiseLevels(torch.zeros(2, 2)), r"found a tensor of shape \(2, 2\)"),
         (lambda: NoiseLevels([0.0, 0.1], prediction_type="v_prediction"), "residual, epsilon or sample, found 'v_pre"),
         (lambda: NoiseLevels.ir_sde(prediction_type="noise"), "`prediction_type` should be"),
         (lambda: NoiseSchedule.linear(prediction_type="noise"), "`prediction_type` should be one of .*'residual'"),
-        (lambda: NoiseLevels.ir_sde(0), "`num_timesteps` should be a whole number above 0, found 0"),
+        (lambda: NoiseLevels.ir_sde(0), "`num_timesteps` should be a whole number of at least 1, found 0"),
         (lambda: NoiseLevels.ir_sde(5.0), "`num_timesteps` should be"),
         (lambda: NoiseLevels.ir_sde().add_noise(normal(1, 2), normal(1, 2), 51), r"in \[0, 51\), found 51"),
         (lambda: NoiseLevels.ir_sde().training_target(normal(1, 2), normal(1, 3), 5), "`x` and `noise`"),
@@ -277,10 +277,10 @@ def test_a_model_may_count_its_time_otherwise() -> None:
         (lambda: FlowLevels([0.5, 0.4]), "should rise"),
         (lambda: FlowLevels([0.5, 1.1]), "should rise"),
         (lambda: FlowLevels([math.nan]), "should rise"),
-        (lambda: FlowLevels([]), "a table of shape"),
+        (lambda: FlowLevels([]), r"tensor of shape \(T,\)"),
         (lambda: FlowLevels([0.5], prediction_type="v_prediction"), "`prediction_type`.*found 'v_prediction'"),
         (lambda: FlowLevels.uniform(0), "`num_timesteps`.*found 0"),
-        (lambda: FlowLevels.uniform(10, shift=0.0), "`shift` should be above 0"),
+        (lambda: FlowLevels.uniform(10, shift=0.0), "`shift` should be a finite number above 0"),
         (lambda: FlowLevels.from_diffusers(diffusers.DDPMScheduler()), "found DDPMScheduler"),
         (
             lambda: FlowLevels.from_diffusers(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)),

@@ -196,16 +196,31 @@ def test_half_precision_predictions_are_converted_in_float32(prediction_type, dt
     else:
         expected = (x_t.double() - signal * output.double()) / sigma
     found = schedule.to_noise(output, x_t, 3)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert found.dtype == torch.float32  # rounded to half of its digits it would be wrong in them, times 1 / signal
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_results_come_in_the_dtype_of_the_images(dtype):
     schedule = NoiseSchedule.linear(prediction_type="v_prediction")
     x, noise = images(dtype=dtype)
-    for result in (schedule.add_noise, schedule.predict_x0, schedule.to_noise):
+    for result in (schedule.add_noise, schedule.predict_x0):
         assert result(x, noise, 10).dtype == dtype
+    for prediction_type in ("epsilon", "v_prediction", "sample", "residual", "flow_prediction"):
+        found = schedule.to_noise(noise, x, 10, prediction_type=prediction_type)
+        assert found.dtype == torch.promote_types(dtype, torch.float32)
+        assert schedule.to_noise(noise, x.float(), 10, prediction_type=prediction_type).dtype == found.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("t", [0, 500, 999])
+def test_a_velocity_of_half_precision_leads_to_the_image_that_it_implies(dtype, t):
+    schedule = NoiseSchedule.linear(prediction_type="v_prediction")
+    x_t, v = images(dtype=dtype)
+    signal, sigma = math.sqrt(ABAR[t]), math.sqrt(1 - ABAR[t])
+    expected = signal * x_t.double() - sigma * v.double()  # Salimans & Ho, the image in a velocity
+    found = schedule.predict_x0(x_t.float(), schedule.to_noise(v, x_t, t), t)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
 
 
 def test_float64_images_are_mixed_in_float64():

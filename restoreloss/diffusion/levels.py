@@ -11,7 +11,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from restoreloss.diffusion.schedule import NoiseSchedule, PredictionType
+from restoreloss.checks import check_number, check_whole, describe
+from restoreloss.diffusion.schedule import NoiseSchedule, PredictionType, table
 
 
 class NoiseLevels(NoiseSchedule):
@@ -43,8 +44,9 @@ class NoiseLevels(NoiseSchedule):
     model_range = (0.0, 1.0)
 
     def __init__(self, sigmas: Tensor | Sequence[float], *, prediction_type: PredictionType = "residual") -> None:
-        exact = torch.as_tensor(sigmas).detach().to("cpu", torch.float64)
-        if exact.ndim != 1 or len(exact) < 2:
+        given = table("sigmas", sigmas, whole=True)
+        exact = given.to("cpu", torch.float64)
+        if len(exact) < 2:
             raise ValueError(f"`sigmas` should be a table of shape (T + 1,), found shape {tuple(exact.shape)}.")
         if not (bool(exact.isfinite().all()) and exact[0] >= 0 and bool((exact.diff() >= 0).all())):
             raise ValueError(f"`sigmas` should rise from at least 0, found values from {exact[0]:g} to {exact[-1]:g}.")
@@ -52,7 +54,7 @@ class NoiseLevels(NoiseSchedule):
             raise ValueError(f"`prediction_type` should be residual, epsilon or sample, found {prediction_type!r}.")
         nn.Module.__init__(self)
         self.prediction_type = prediction_type
-        _register(self, torch.ones_like(exact), exact, torch.as_tensor(sigmas).device)
+        self._keep(1 / (1 + exact.square()), torch.ones_like(exact), exact, given.device)
 
     @classmethod
     def ir_sde(
@@ -76,8 +78,8 @@ class NoiseLevels(NoiseSchedule):
 
         Source: Luo et al. 2023, "Image Restoration with Mean-Reverting Stochastic Differential Equations"; DTP's code.
         """
-        if not isinstance(num_timesteps, int) or num_timesteps < 1:
-            raise ValueError(f"`num_timesteps` should be a whole number above 0, found {num_timesteps!r}.")
+        num_timesteps = check_whole("num_timesteps", num_timesteps)
+        sigma_max = check_number("sigma_max", sigma_max, low=0, above=True)
         scale = 1000 / (num_timesteps + 1)
         theta = torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps + 1, dtype=torch.float64)
         total = theta.cumsum(0) - theta[0]
@@ -129,9 +131,8 @@ class FlowLevels(NoiseSchedule):
         prediction_type: PredictionType = "flow_prediction",
         time_scale: float = 1000.0,
     ) -> None:
-        exact = torch.as_tensor(levels).detach().to("cpu", torch.float64)
-        if exact.ndim != 1 or len(exact) == 0:
-            raise ValueError(f"`levels` should be a table of shape (T,), found shape {tuple(exact.shape)}.")
+        given = table("levels", levels, whole=True)
+        exact = given.to("cpu", torch.float64)
         if not (exact[0] > 0 and exact[-1] <= 1 and bool((exact.diff() > 0).all())):
             raise ValueError(f"`levels` should rise within (0, 1], found values from {exact[0]:g} to {exact[-1]:g}.")
         if prediction_type not in get_args(PredictionType) or prediction_type == "v_prediction":
@@ -140,8 +141,9 @@ class FlowLevels(NoiseSchedule):
             )
         nn.Module.__init__(self)
         self.prediction_type = prediction_type
-        self.time_scale = float(time_scale)
-        _register(self, 1 - exact, exact, torch.as_tensor(levels).device)
+        self.time_scale = check_number("time_scale", time_scale, low=0, above=True)
+        signal = 1 - exact
+        self._keep(signal.square() / (signal.square() + exact.square()), signal, exact, given.device)
 
     @classmethod
     def uniform(
@@ -154,10 +156,8 @@ class FlowLevels(NoiseSchedule):
             shift: 1 for none, 3 in Stable Diffusion 3.
             prediction_type: what the model predicts.
         """
-        if not isinstance(num_timesteps, int) or num_timesteps < 1:
-            raise ValueError(f"`num_timesteps` should be a whole number above 0, found {num_timesteps!r}.")
-        if not 0 < shift < math.inf:
-            raise ValueError(f"`shift` should be above 0, found {shift}.")
+        num_timesteps = check_whole("num_timesteps", num_timesteps)
+        shift = check_number("shift", shift, low=0, above=True)
         k = torch.arange(1, num_timesteps + 1, dtype=torch.float64)
         return cls(shift * k / (num_timesteps + (shift - 1) * k), prediction_type=prediction_type)
 
@@ -172,7 +172,7 @@ class FlowLevels(NoiseSchedule):
         if not is_flow_matching(scheduler) or getattr(config, "invert_sigmas", False):
             raise ValueError(
                 "`scheduler` should be a flow-matching scheduler of diffusers without `invert_sigmas`, found "
-                f"{type(scheduler).__name__}."
+                f"{describe(scheduler)}."
             )
         # a shift that depends on the size of the picture is one of sampling
         dynamic = getattr(config, "use_dynamic_shifting", False)
@@ -191,10 +191,3 @@ class FlowLevels(NoiseSchedule):
 def is_flow_matching(scheduler: Any) -> bool:
     """Whether this is a flow-matching scheduler of diffusers; by name, so that diffusers need not be there."""
     return any(kind.__name__.startswith("FlowMatch") for kind in type(scheduler).__mro__)
-
-
-def _register(schedule: NoiseSchedule, signal: Tensor, sigma: Tensor, device: torch.device) -> None:
-    """The tables of a schedule, from float64."""
-    abar = signal.square() / (signal.square() + sigma.square())
-    for name, table in (("alphas_cumprod", abar), ("signal", signal), ("sigma", sigma)):
-        schedule.register_buffer(name, table.to(device, torch.float32), persistent=False)

@@ -5,11 +5,14 @@ predicts. Everything in this library that mixes, removes or converts noise asks 
 """
 
 import math
+import warnings
 from operator import index
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from restoreloss.checks import check_choice, check_number, check_whole, describe
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "residual", "flow_prediction"]
 
@@ -30,7 +33,8 @@ class NoiseSchedule(nn.Module):
             :math:`\epsilon - x` ("flow_prediction").
 
     Raises:
-        ValueError: If ``alphas_cumprod`` is no such table, or ``prediction_type`` is unknown.
+        ValueError: If ``alphas_cumprod`` is no such table, or ``prediction_type`` is unknown. A table that hardly falls
+            is refused where it must be that of ``1 - betas``, not multiplied up, and warned of where it may be.
 
     Example:
         >>> schedule = NoiseSchedule.linear()
@@ -51,27 +55,24 @@ class NoiseSchedule(nn.Module):
 
     def __init__(self, alphas_cumprod: Tensor, *, prediction_type: PredictionType = "epsilon") -> None:
         super().__init__()
-        alphas_cumprod = torch.as_tensor(alphas_cumprod).detach()
-        if alphas_cumprod.ndim != 1 or len(alphas_cumprod) == 0 or not alphas_cumprod.is_floating_point():
-            raise ValueError(
-                "`alphas_cumprod` should be a floating-point tensor of shape (T,), found "
-                f"{alphas_cumprod.dtype} of shape {tuple(alphas_cumprod.shape)}."
-            )
+        alphas_cumprod = table("alphas_cumprod", alphas_cumprod)
         exact = alphas_cumprod.to("cpu", torch.float64)
         if not (exact.min() >= 0 and exact.max() <= 1 and bool((exact.diff() <= 0).all())):
             raise ValueError(
                 "`alphas_cumprod` should fall from at most 1 to at least 0, found values from "
                 f"{exact[0]:.6g} to {exact[-1]:.6g} (is it a table of betas or of sigmas?)."
             )
-        if prediction_type not in get_args(PredictionType):
-            raise ValueError(
-                f"`prediction_type` should be one of {get_args(PredictionType)}, found {prediction_type!r}."
-            )
+        _check_cumulated(exact)
+        check_choice("prediction_type", prediction_type, PredictionType)
         self.prediction_type: PredictionType = prediction_type
-        device = alphas_cumprod.device
-        self.register_buffer("alphas_cumprod", exact.to(device, torch.float32), persistent=False)
-        self.register_buffer("signal", exact.sqrt().to(device, torch.float32), persistent=False)
-        self.register_buffer("sigma", (1 - exact).sqrt().to(device, torch.float32), persistent=False)
+        self._keep(exact, exact.sqrt(), (1 - exact).sqrt(), alphas_cumprod.device)
+
+    def _keep(self, alphas_cumprod: Tensor, signal: Tensor, sigma: Tensor, device: torch.device) -> None:
+        """Register the tables, computed in float64 on the CPU."""
+        for name, exact in (("alphas_cumprod", alphas_cumprod), ("signal", signal), ("sigma", sigma)):
+            self.register_buffer(name, exact.to(device, torch.float32), persistent=False)
+        # counted once: reading a table on an accelerator would wait for it
+        self._silent_from = int((signal.float() > 0).sum())
 
     @classmethod
     def linear(
@@ -83,8 +84,11 @@ class NoiseSchedule(nn.Module):
         prediction_type: PredictionType = "epsilon",
     ) -> "NoiseSchedule":
         """Betas on a line from ``beta_start`` to ``beta_end``: DDPM, ADM and the prior of DiffLoss."""
-        _check_count(num_timesteps)
-        betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+        first, last = (
+            check_number("beta_start", beta_start, low=0, high=1),
+            check_number("beta_end", beta_end, low=0, high=1),
+        )
+        betas = torch.linspace(first, last, check_whole("num_timesteps", num_timesteps), dtype=torch.float64)
         return cls(torch.cumprod(1 - betas, dim=0), prediction_type=prediction_type)
 
     @classmethod
@@ -97,8 +101,12 @@ class NoiseSchedule(nn.Module):
         prediction_type: PredictionType = "epsilon",
     ) -> "NoiseSchedule":
         """Square roots of the betas on a line between those of the ends: latent diffusion and Stable Diffusion."""
-        _check_count(num_timesteps)
-        betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2
+        first, last = (
+            check_number("beta_start", beta_start, low=0, high=1),
+            check_number("beta_end", beta_end, low=0, high=1),
+        )
+        count = check_whole("num_timesteps", num_timesteps)
+        betas = torch.linspace(first**0.5, last**0.5, count, dtype=torch.float64) ** 2
         return cls(torch.cumprod(1 - betas, dim=0), prediction_type=prediction_type)
 
     @classmethod
@@ -111,8 +119,8 @@ class NoiseSchedule(nn.Module):
         prediction_type: PredictionType = "epsilon",
     ) -> "NoiseSchedule":
         r""":math:`\bar\alpha` a squared cosine (Nichol & Dhariwal 2021, Eq. 17), betas clipped at ``max_beta``."""
-        _check_count(num_timesteps)
-        time = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
+        offset, max_beta = check_number("offset", offset, low=0), check_number("max_beta", max_beta, low=0, high=1)
+        time = torch.linspace(0, 1, check_whole("num_timesteps", num_timesteps) + 1, dtype=torch.float64)
         abar = torch.cos((time + offset) / (1 + offset) * math.pi / 2) ** 2
         betas = (1 - abar[1:] / abar[:-1]).clamp(max=max_beta)
         return cls(torch.cumprod(1 - betas, dim=0), prediction_type=prediction_type)
@@ -135,13 +143,26 @@ class NoiseSchedule(nn.Module):
         if not isinstance(alphas_cumprod, Tensor) or getattr(config, "use_flow_sigmas", False):
             raise ValueError(
                 "A schedule should be a NoiseSchedule, a table of `alphas_cumprod` or a diffusers scheduler that has "
-                f"one (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), found {type(scheduler).__name__}. Flow matching has "
+                f"one (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), found {describe(scheduler)}. Flow matching has "
                 "FlowLevels; EDM and consistency schedulers are not variance preserving: wrap such a model in a "
                 "callable f(x_t, t) that returns the noise."
             )
         # absent from config means epsilon in every diffusers scheduler
         prediction_type: Any = getattr(config, "prediction_type", None) or "epsilon"
         return cls(alphas_cumprod, prediction_type=prediction_type)
+
+    def zero_terminal_snr(self) -> "NoiseSchedule":
+        r"""A copy that is rescaled so that its last level holds no signal at all.
+
+        .. math:: \sqrt{\bar\alpha_t} \leftarrow
+            \frac{\sqrt{\bar\alpha_t} - \sqrt{\bar\alpha_{T-1}}}{\sqrt{\bar\alpha_0} - \sqrt{\bar\alpha_{T-1}}}
+            \sqrt{\bar\alpha_0}
+
+        Source: Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", Algorithm 1.
+        """
+        root = self.alphas_cumprod.double().sqrt()
+        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+        return NoiseSchedule(root.square(), prediction_type=self.prediction_type)
 
     @property
     def num_timesteps(self) -> int:
@@ -152,6 +173,11 @@ class NoiseSchedule(nn.Module):
     def first_timestep(self) -> int:
         """The lowest level that holds noise: 1 where level 0 is the image itself."""
         return int(float(self.sigma[0]) == 0)
+
+    @property
+    def last_timestep(self) -> int:
+        """The highest level that holds signal: T - 2 where the last one is noise alone, else T - 1."""
+        return self._silent_from - 1
 
     def add_noise(self, x: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
         r""":math:`x_t = \sqrt{\bar\alpha_t}\, x + \sqrt{1 - \bar\alpha_t}\, \epsilon`.
@@ -175,7 +201,7 @@ class NoiseSchedule(nn.Module):
         r""":math:`\hat x_0 = (x_t - \sqrt{1 - \bar\alpha_t}\,\epsilon) / \sqrt{\bar\alpha_t}`, the inverse of mixing.
 
         Errors in ``noise`` come back multiplied by :math:`\sqrt{1/\bar\alpha_t - 1}`: about 160 at the last step of the
-        linear schedule, and not a number where :math:`\bar\alpha_t = 0`.
+        linear schedule. Where :math:`\bar\alpha_t = 0` there is no image in ``x_t`` to find.
 
         Args:
             x_t: noisy images or latents, shape (N, ...).
@@ -186,9 +212,11 @@ class NoiseSchedule(nn.Module):
             The clean images, same shape and dtype as ``x_t``.
 
         Raises:
-            ValueError: If shapes differ or a timestep does not fit.
+            ValueError: If shapes differ, a timestep does not fit, or there is no signal at it
+                (:attr:`last_timestep`; timesteps on an accelerator are not read).
         """
         _check_alike(x_t, noise, "x_t", "noise")
+        self.check_signal(t)
         signal, sigma = self._levels(t, x_t)
         return ((x_t - sigma * noise) / signal).to(x_t.dtype)
 
@@ -248,27 +276,24 @@ class NoiseSchedule(nn.Module):
             prediction_type: overrides the schedule's own.
 
         Returns:
-            The noise, same shape. Of a "sample" prediction it amplifies errors by
+            The noise, same shape, in float32 or higher: near the last timestep :meth:`predict_x0` multiplies what is
+            rounded here by more than a hundred. Of a "sample" prediction it amplifies errors by
             :math:`\sqrt{\bar\alpha_t / (1 - \bar\alpha_t)}` (100 at t = 0 of the linear schedule): draw timesteps from
             a range that starts above 0 for such priors.
         """
-        prediction_type = prediction_type or self.prediction_type
+        prediction_type = self.prediction_type if prediction_type is None else prediction_type
+        check_choice("prediction_type", prediction_type, PredictionType)
+        output = output.to(torch.promote_types(torch.promote_types(output.dtype, x_t.dtype), torch.float32))
         if prediction_type == "epsilon":
             return output
         signal, sigma = self._levels(t, x_t)
         if prediction_type == "v_prediction":
-            noise = signal * output + sigma * x_t
-        elif prediction_type == "sample":
-            noise = (x_t - signal * output) / sigma
-        elif prediction_type == "residual":
-            noise = output / sigma
-        elif prediction_type == "flow_prediction":
-            noise = (x_t + signal * output) / (signal + sigma)
-        else:
-            raise ValueError(
-                f"`prediction_type` should be one of {get_args(PredictionType)}, found {prediction_type!r}."
-            )
-        return noise.to(output.dtype)
+            return signal * output + sigma * x_t
+        if prediction_type == "sample":
+            return (x_t - signal * output) / sigma
+        if prediction_type == "residual":
+            return output / sigma
+        return (x_t + signal * output) / (signal + sigma)
 
     def training_target(self, x: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
         """What a model of this prediction type should answer to ``add_noise(x, noise, t)``.
@@ -299,21 +324,22 @@ class NoiseSchedule(nn.Module):
         r"""The ratio of signal to noise at each timestep, :math:`\bar\alpha_t / (1 - \bar\alpha_t)`, shape (T,)."""
         return (self.signal / self.sigma).square()
 
-    def check_timestep(self, t: Tensor | int) -> None:
+    def check_timestep(self, t: Tensor | int, name: str = "timestep") -> None:
         """Raise ``ValueError`` for a timestep outside [0, T). Tensors on an accelerator pass unread: no device sync."""
-        if isinstance(t, Tensor):
-            if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-                raise ValueError(f"`timestep` should be an integer or an integer tensor, found dtype {t.dtype}.")
-            if t.device.type != "cpu" or torch.compiler.is_compiling() or t.numel() == 0:
-                return
-            low, high = int(t.min()), int(t.max())
-        else:
-            try:
-                low = high = index(t)
-            except TypeError:
-                raise ValueError(f"`timestep` should be an integer or an integer tensor, found {t!r}.") from None
-        if low < 0 or high >= self.num_timesteps:
-            raise ValueError(f"`timestep` should be in [0, {self.num_timesteps}), found {low if low < 0 else high}.")
+        read = _ends(t, name)
+        if read is not None and not 0 <= read[0] <= read[1] < self.num_timesteps:
+            raise ValueError(
+                f"`{name}` should be in [0, {self.num_timesteps}), found {read[0] if read[0] < 0 else read[1]}."
+            )
+
+    def check_signal(self, t: Tensor | int, name: str = "timestep") -> None:
+        """Raise ``ValueError`` for a timestep at which there is noise alone. Tensors on an accelerator pass unread."""
+        read = _ends(t, name)
+        if read is not None and self.last_timestep < read[1] < self.num_timesteps:
+            raise ValueError(
+                f"`{name}` should be at most {self.last_timestep}, the last level of this schedule that holds signal "
+                f"(alphas_cumprod is 0 above it), found {read[1]}."
+            )
 
     def expand_timestep(self, t: Tensor | int, like: Tensor) -> Tensor:
         """Timesteps of shape (N,) on the device of ``like``, which has N rows, from as many or from one.
@@ -359,12 +385,55 @@ class NoiseSchedule(nn.Module):
         return f"num_timesteps={self.num_timesteps}, prediction_type={self.prediction_type!r}"
 
 
-def _check_count(num_timesteps: int) -> None:
-    if not isinstance(num_timesteps, int) or num_timesteps < 1:
-        raise ValueError(f"`num_timesteps` should be a whole number above 0, found {num_timesteps!r}.")
+def table(name: str, values: Any, *, whole: bool = False) -> Tensor:
+    """A table of numbers, detached, of shape (T,); ``ValueError`` for anything else, and for integers but on demand."""
+    try:
+        found = torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"`{name}` should be a table of numbers, found {describe(values)}.") from None
+    fits = found.is_floating_point() or (whole and found.dtype == torch.int64)
+    if found.ndim != 1 or len(found) == 0 or not fits:
+        raise ValueError(f"`{name}` should be a floating-point tensor of shape (T,), found {describe(found)}.")
+    return found
+
+
+def _check_cumulated(abar: Tensor) -> None:
+    """Refuse, or warn of, a table of ``1 - betas`` in the place of its cumulative product.
+
+    Such a table stays near 1, or does so for more than half of its length and then drops (cosine). Read as cumulated,
+    its betas fall after the first one, which those of no schedule do.
+    """
+    near_one = abar[-1] > 0.9 or (abar[len(abar) // 2] > 0.9 and abar[-1] < 0.5)
+    if len(abar) < 50 or abar[0] == abar[-1] or not near_one:  # short, or one level of noise
+        return
+    said = "`alphas_cumprod` should be the cumulative product of 1 - betas (torch.cumprod)"
+    found = f"found a table that is {abar[len(abar) // 2]:.4g} in its middle and {abar[-1]:.4g} at its end"
+    first, following = float(1 - abar[0]), float(1 - abar[5] / abar[0]) / 5
+    if 0 < following < first:
+        raise ValueError(f"{said}, {found}: it seems to be 1 - betas itself.")
+    warnings.warn(f"{said}, {found}. Is it 1 - betas itself?", stacklevel=4)
+
+
+def _ends(t: Tensor | int, name: str) -> tuple[int, int] | None:
+    """The lowest and the highest of timesteps, or None where they cannot be read without waiting for a device."""
+    if isinstance(t, Tensor):
+        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+            raise ValueError(f"`{name}` should be an integer or an integer tensor, found dtype {t.dtype}.")
+        if t.device.type != "cpu" or torch.compiler.is_compiling() or t.numel() == 0:
+            return None
+        return int(t.min()), int(t.max())
+    try:
+        if not isinstance(t, bool):
+            return index(t), index(t)
+    except TypeError:
+        pass
+    raise ValueError(f"`{name}` should be an integer or an integer tensor, found {describe(t)}.")
 
 
 def _check_alike(one: Tensor, other: Tensor, name: str, other_name: str) -> None:
+    for value, its_name in ((one, name), (other, other_name)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"`{its_name}` should be a tensor, found {describe(value)}.")
     if one.shape != other.shape or not one.is_floating_point():
         raise ValueError(
             f"`{name}` and `{other_name}` should be floating point and of one shape, found {one.dtype} of "
