@@ -365,8 +365,8 @@ def test_images_are_cast_to_the_model_and_its_noise_back(kind, of_model, of_imag
     noise, h = case.direct(NOISY.to(of_image).to(of_model), T)
     denoiser = wrap(case)
     found_noise, found_h = denoiser.with_bottleneck(NOISY.to(of_image), T)
-    assert found_noise.dtype == denoiser(NOISY.to(of_image), T).dtype == of_image
-    torch.testing.assert_close(found_noise, noise.to(of_image))
+    assert found_noise.dtype == denoiser(NOISY.to(of_image), T).dtype == torch.float32
+    torch.testing.assert_close(found_noise, noise.float())
     torch.testing.assert_close(found_h, h, check_dtype=False)
 
 
@@ -459,8 +459,12 @@ class Pipeline:
     ("model", "conditioning", "message"),
     [
         (Pipeline, None, r"`model` should be a network, found a Pipeline: pass `pipeline\.unet`"),
-        (lambda: "unet", None, r"`model` should be a network or a callable f\(x_t, t\), found str"),
-        (lambda: None, None, r"`model` should be .*found NoneType"),
+        (
+            lambda: "some/unet",
+            None,
+            r"`model` should be a network, found the name 'some/unet': load_prior\('some/unet'\)",
+        ),
+        (lambda: None, None, r"`model` should be a network or a callable f\(x_t, t\), found None"),
         (tiny_conditional_unet, None, r"`conditioning` should be hidden states of shape \(1 or N, tokens, 8\)"),
         (lambda: tiny_conditional_unet(**SDXL), STATES, "`conditioning` should be a mapping with `added_cond_kwargs`"),
         (lambda: tiny_unet(num_class_embeds=5), None, r"`conditioning` should be class labels .*UNet2DModel"),
@@ -477,7 +481,7 @@ def test_what_cannot_work_is_refused_when_wrapped(model, conditioning, message):
     ("make", "conditioning", "message"),
     [
         (lambda: tiny_unet(num_class_embeds=5), torch.tensor([5]), "class labels below 5"),
-        (lambda: tiny_unet(num_class_embeds=5), torch.ones(1), "class labels of shape .* found torch.float32"),
+        (lambda: tiny_unet(num_class_embeds=5), torch.ones(1), "class labels .* found a tensor of .*float32"),
         (lambda: tiny_transformer("DiT"), torch.tensor([6]), "class labels below 6"),
         (lambda: tiny_transformer("PixArt"), None, r"tokens, 6\).*found None"),
         (lambda: tiny_transformer("SD3"), {"encoder_hidden_states": CAPTION}, r"`pooled_projections` of shape"),

@@ -448,7 +448,7 @@ def test_timesteps_out_of_range_are_no_silence_under_compile(timestep: int) -> N
 
 def test_the_schedule_lies_where_the_prior_lies() -> None:
     schedule = NoiseSchedule.linear()
-    denoiser = as_denoiser(nn.Conv2d(3, 3, 1, device="meta"), schedule)
+    denoiser = as_denoiser(tiny_unet().to("meta"), schedule)
     assert denoiser.schedule.signal.is_meta
     assert not schedule.signal.is_meta
 

@@ -6,6 +6,8 @@ bottleneck is.
 """
 
 import copy
+import inspect
+import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from restoreloss.checks import check_whole, describe
 from restoreloss.diffusion.levels import FlowLevels, is_flow_matching
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.diffusion.weights import reference_weight
@@ -113,6 +116,14 @@ class Denoiser(nn.Module):
         in_channels: int | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(model, type) or not callable(model):
+            raise ValueError(f"`model` should be a network or a callable f(x_t, t), found {describe(model)}.")
+        if not isinstance(schedule, NoiseSchedule):
+            raise ValueError(
+                f"`schedule` should be a NoiseSchedule, found {describe(schedule)}; `as_denoiser` takes schedulers too."
+            )
+        check_whole("multiple", multiple)
+        _check_conditioning(conditioning)
         self.model = model
         self.schedule = schedule
         self.multiple = multiple
@@ -140,7 +151,7 @@ class Denoiser(nn.Module):
             native: what the model itself predicts, be it noise, velocity or image.
 
         Returns:
-            The noise in the shape and dtype of ``noisy``, whatever the model predicts and computes in.
+            The noise in the shape of ``noisy``, in float32 or higher, whatever the model predicts and computes in.
 
         Raises:
             ValueError: If the shape, the device or a timestep does not fit the model.
@@ -225,7 +236,7 @@ class Denoiser(nn.Module):
                 f"The denoiser should return the shape of its input {tuple(noisy.shape)} (or twice its channels, with "
                 f"a learned variance), found {tuple(prediction.shape)}."
             )
-        prediction = prediction.to(noisy.dtype)
+        prediction = prediction.to(torch.promote_types(noisy.dtype, torch.float32))
         return prediction if native else self.schedule.to_noise(prediction, noisy, t)
 
     def _second(self, output: Any, noisy: Tensor) -> Tensor:
@@ -307,8 +318,9 @@ def as_denoiser(
         The denoiser; a ``Denoiser`` is returned as it is.
 
     Raises:
-        ValueError: If ``model`` is no such thing or needs a conditioning that is not given, or ``schedule`` has no
-            ``alphas_cumprod``.
+        ValueError: If ``model`` is no such thing (a name or path, a class, a function that was not called, a loss, an
+            autoencoder, a network that does not take an image and timesteps) or needs a conditioning that is not
+            given, or ``schedule`` has no ``alphas_cumprod``. No model is run.
 
     Example:
         >>> denoiser = as_denoiser(lambda x_t, t: (0.5 * x_t, x_t.mean(dim=(2, 3))))
@@ -316,27 +328,46 @@ def as_denoiser(
         >>> noise.shape, h.shape
         (torch.Size([2, 3, 4, 4]), torch.Size([2, 3]))
     """
+    return wrap("model", model, schedule, conditioning=conditioning, bottleneck=bottleneck)
+
+
+def wrap(
+    name: str,
+    model: Any,
+    schedule: Any = None,
+    *,
+    conditioning: Conditioning | None = None,
+    bottleneck: str | None = None,
+) -> Denoiser:
+    """What :func:`as_denoiser` does, for callers whose argument has another ``name``, which the messages then give."""
     if isinstance(model, Denoiser):
         given = conditioning is not None or bottleneck is not None
         if given or (schedule is not None and schedule is not model.schedule):
             raise ValueError(
-                "`model` is a Denoiser, which has its schedule, conditioning and bottleneck already: give them to "
+                f"`{name}` is a Denoiser, which has its schedule, conditioning and bottleneck already: give them to "
                 "`as_denoiser` with the bare model instead."
             )
         return model
     if hasattr(model, "unet") and hasattr(model, "scheduler"):
         raise ValueError(
-            f"`model` should be a network, found a {type(model).__name__}: pass `pipeline.unet` and, as `schedule`, "
+            f"`{name}` should be a network, found a {type(model).__name__}: pass `pipeline.unet` and, as `schedule`, "
             "`pipeline.scheduler`."
         )
-    if not callable(model):
-        raise ValueError(f"`model` should be a network or a callable f(x_t, t), found {type(model).__name__}.")
+    if isinstance(model, str | os.PathLike):
+        raise ValueError(
+            f"`{name}` should be a network, found the name {str(model)!r}: load_prior({str(model)!r}) reads one from a "
+            "folder, a file or the hub."
+        )
+    if isinstance(model, type) or not callable(model):
+        raise ValueError(f"`{name}` should be a network or a callable f(x_t, t), found {describe(model)}.")
     _check_conditioning(conditioning)
+    if bottleneck is not None and not isinstance(bottleneck, str):
+        raise ValueError(f"`bottleneck` should be the name of a layer, found {describe(bottleneck)}.")
 
     inner: Any = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     is_network = isinstance(inner, nn.Module)
     if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise ValueError(f"`model` should be a bare network, found a {type(inner).__name__}: pass its `.module`.")
+        raise ValueError(f"`{name}` should be a bare network, found a {type(inner).__name__}: pass its `.module`.")
     layer = None if bottleneck is None else _layer_of(inner, bottleneck)
     if is_network and _is_layer(getattr(inner, "mid_block", "absent")):
         _check_diffusers_conditioning(inner, conditioning)
@@ -376,9 +407,10 @@ def as_denoiser(
         return _transformer(model, inner, schedule, conditioning, layer)
     if type(inner).__name__.startswith("Flux"):
         raise ValueError(
-            f"`model` should be wrapped in a function f(x_t, t) for {type(inner).__name__}, which wants packed tokens "
+            f"`{name}` should be wrapped in a function f(x_t, t) for {type(inner).__name__}, which wants packed tokens "
             "and their positions: docs/priors.md has one."
         )
+    _check_takes_noise(name, inner, conditioning)
     has_bottleneck = None if layer is None else True
     return Denoiser(
         model, as_schedule(schedule), conditioning=conditioning, bottleneck=layer, has_bottleneck=has_bottleneck
@@ -439,6 +471,37 @@ def _layer_of(model: Any, name: str) -> nn.Module:
     return layers[name]
 
 
+_NO_TIME = ("target", "targets", "label", "labels", "mask", "encoder_hidden_states")
+"""Names of a second argument that is no timestep: of losses, detectors, and transformers that take their time later."""
+
+
+def _check_takes_noise(name: str, model: Any, conditioning: Conditioning | None) -> None:
+    """Raise ``ValueError`` for what cannot be called as f(x_t, t), as far as its signature tells."""
+    said = f"`{name}` should be called as f(x_t, t) with the noisy image and timesteps (N,)"
+    if hasattr(model, "encode") and hasattr(model, "decode"):
+        raise ValueError(
+            f"{said}, found {describe(model)}, which encodes images: give the diffusion model, and this as "
+            "LatentPrior(vae, unet) or as `encoder`."
+        )
+    if isinstance(model, nn.Module) and type(model).forward is nn.Module.forward:
+        raise ValueError(f"{said}, found {describe(model)}, which has no forward pass.")
+    try:
+        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except (TypeError, ValueError):  # compiled code does not say
+        return
+    more = [] if conditioning is None or isinstance(conditioning, Mapping) else [conditioning]
+    named = dict(conditioning) if isinstance(conditioning, Mapping) else {}
+    takes = f"which takes {signature}"
+    try:
+        bound = signature.bind(None, None, *more, **named)
+    except TypeError:
+        hint = f"; with the `conditioning` {'third' if more else sorted(named)}" if conditioning is not None else ""
+        raise ValueError(f"{said}{hint}, found {describe(model)}, {takes}.") from None
+    second = list(bound.arguments)[1:2]
+    if second and second[0] in _NO_TIME:
+        raise ValueError(f"{said}, found {describe(model)}, {takes}: wrap it in a function if it is a denoiser.")
+
+
 def as_schedule(schedule: Any) -> NoiseSchedule:
     """A :class:`NoiseSchedule` from one, a diffusers scheduler, a table of ``alphas_cumprod``, or None (linear)."""
     if is_flow_matching(schedule):
@@ -447,8 +510,8 @@ def as_schedule(schedule: Any) -> NoiseSchedule:
         return NoiseSchedule.linear()
     if isinstance(schedule, NoiseSchedule):
         return schedule
-    if isinstance(schedule, Tensor) or hasattr(schedule, "__array__"):
-        return NoiseSchedule(torch.as_tensor(schedule))
+    if isinstance(schedule, Tensor) or (hasattr(schedule, "__array__") and not isinstance(schedule, type)):
+        return NoiseSchedule(schedule)
     return NoiseSchedule.from_diffusers(schedule)
 
 
@@ -472,20 +535,25 @@ def _check_diffusers_conditioning(model: Any, conditioning: Conditioning | None)
     ):
         raise ValueError(
             f"`conditioning` should be a mapping with `added_cond_kwargs` for this {name} "
-            f"(addition_embed_type={config.addition_embed_type!r}), found {type(conditioning).__name__}."
+            f"(addition_embed_type={config.addition_embed_type!r}), found {describe(conditioning)}."
         )
     if getattr(config, "addition_embed_type", None) == "text_time" and isinstance(conditioning, Mapping):
         _check_text_time(conditioning["added_cond_kwargs"], name, config)
-    if getattr(model, "class_embedding", None) is not None and not _is_conditional(model):
+    if _is_conditional(model):
+        return
+    if getattr(model, "class_embedding", None) is not None:
         _check_labels(conditioning, name, getattr(config, "num_class_embeds", None))
+    elif isinstance(conditioning, Tensor):
+        raise ValueError(f"`conditioning` should be None for this {name}, which reads none, found a tensor.")
 
 
 def _check_labels(conditioning: Conditioning | None, name: str, count: int | None) -> None:
     """Raise ``ValueError`` unless there are class labels, of classes that there are."""
     labels = conditioning.get("class_labels") if isinstance(conditioning, Mapping) else conditioning
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim > 1:
-        found = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else labels
-        raise ValueError(f"`conditioning` should be class labels of shape (1,) or (N,) for this {name}, found {found}.")
+        raise ValueError(
+            f"`conditioning` should be class labels of shape (1,) or (N,) for this {name}, found {describe(labels)}."
+        )
     if count is not None and labels.device.type == "cpu" and not bool(((labels >= 0) & (labels < count)).all()):
         raise ValueError(f"`conditioning` should be class labels below {count} for this {name}, found {labels}.")
 
@@ -509,16 +577,16 @@ def _check_states(conditioning: Conditioning | None, name: str, width: Any) -> N
     states = conditioning.get("encoder_hidden_states") if isinstance(conditioning, Mapping) else conditioning
     fits = isinstance(states, Tensor) and states.ndim == 3 and (not isinstance(width, int) or states.shape[2] == width)
     if not fits:
-        found = f"shape {tuple(states.shape)}" if isinstance(states, Tensor) else states
         raise ValueError(
-            f"`conditioning` should be hidden states of shape (1 or N, tokens, {width}) for {name}, found {found}."
+            f"`conditioning` should be hidden states of shape (1 or N, tokens, {width}) for {name}, found "
+            f"{describe(states)}."
         )
 
 
 def _check_conditioning(conditioning: Any) -> None:
     if conditioning is not None and not isinstance(conditioning, Tensor | Mapping):
         raise ValueError(
-            f"`conditioning` should be a tensor or a mapping of keyword arguments, found {type(conditioning).__name__}."
+            f"`conditioning` should be a tensor or a mapping of keyword arguments, found {describe(conditioning)}."
         )
 
 
