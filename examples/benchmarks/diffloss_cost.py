@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from restoreloss import DiffLoss, LatentPrior, NoiseSchedule
+from restoreloss.diffusion.latents import normalize_latents
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "naive": {},
@@ -59,7 +60,7 @@ class Subject:
         """Predicted noise and bottleneck for images in [0, 1] under noise."""
         z = 2 * image - 1
         if self.vae is not None:
-            z = self.vae.encode(z).latent_dist.mode() * self.vae.config.scaling_factor
+            z = normalize_latents(self.vae.encode(z).latent_dist.mode(), self.vae.config)
         noise = torch.randn(z.shape, generator=torch.Generator(z.device).manual_seed(0), device=z.device)
         z_t = NoiseSchedule.linear().to(z.device).add_noise(z, noise, TIMESTEP)
         seen: list[Tensor] = []

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from examples.common.latent_diffusion import load_latent_diffusion
 from examples.common.tiles import tiled, together
 from restoreloss import NoiseSchedule, WaveletColorFix, denoise, partial_diffusion, short_steps
+from restoreloss.diffusion.latents import denormalize_latents, normalize_latents
 from restoreloss.diffusion.partial import PredictsNoise
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.generators import Generators, standard_normal
@@ -109,13 +110,13 @@ class EDTR(nn.Module):
         """Latents of pictures in [0, 1], the mode of the posterior."""
         _ = self._encoder.network
         vae = self._vae[0]
-        latents: Tensor = vae.encode(2 * picture - 1).latent_dist.mode() * vae.config.scaling_factor
-        return latents.float()
+        latents: Tensor = vae.encode(2 * picture - 1).latent_dist.mode()
+        return normalize_latents(latents.float(), vae.config)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures in [0, 1], more or less."""
         vae = self._vae[0]
-        picture: Tensor = vae.decode(latents / vae.config.scaling_factor).sample
+        picture: Tensor = vae.decode(denormalize_latents(latents, vae.config)).sample
         return (picture.float() + 1) / 2  # bfloat16 has not the 256 levels that a picture needs
 
     def forward(

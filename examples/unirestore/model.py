@@ -26,6 +26,7 @@ from examples.common.latent_diffusion import load_latent_diffusion
 from examples.unirestore.adapters import AdapterName, build_adapters
 from restoreloss import CFRM, TFA, Controller, NoiseSchedule, SCTuner
 from restoreloss.blocks.tfa import Gate
+from restoreloss.diffusion.latents import denormalize_latents, normalize_latents
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.generators import Generators, standard_normal
 
@@ -144,8 +145,7 @@ class UniRestore(nn.Module):
             if vae.quant_conv is not None:
                 h = vae.quant_conv(h)
             mode = h.chunk(2, dim=1)[0]
-            shift = vae.config.shift_factor or 0.0
-            latents: Tensor = (mode.float() - shift) * vae.config.scaling_factor
+            latents = normalize_latents(mode.float(), vae.config)
         return latents, skips
 
     def decode(self, latents: Tensor, skips: Sequence[Tensor], tasks: str | Sequence[str]) -> Tensor:
@@ -161,7 +161,7 @@ class UniRestore(nn.Module):
         """
         vae: Any = self._vae.network
         decoder, prompt = vae.decoder, None if self.tfa is None else self.tfa.prompt(tasks, len(latents))
-        h = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        h = denormalize_latents(latents, vae.config)
         h = decoder.conv_in(h if vae.post_quant_conv is None else vae.post_quant_conv(h))
         h = decoder.mid_block(h)
         for level, block in enumerate(decoder.up_blocks):

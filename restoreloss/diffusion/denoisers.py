@@ -485,21 +485,35 @@ def _check_takes_noise(name: str, model: Any, conditioning: Conditioning | None)
         )
     if isinstance(model, nn.Module) and type(model).forward is nn.Module.forward:
         raise ValueError(f"{said}, found {describe(model)}, which has no forward pass.")
-    try:
-        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
-    except (TypeError, ValueError):  # compiled code does not say
-        return
     more = [] if conditioning is None or isinstance(conditioning, Mapping) else [conditioning]
     named = dict(conditioning) if isinstance(conditioning, Mapping) else {}
-    takes = f"which takes {signature}"
-    try:
-        bound = signature.bind(None, None, *more, **named)
-    except TypeError:
+    signature = _signature(model)
+    if signature is None:
+        return
+    if not takes(model, None, None, *more, **named):
         hint = f"; with the `conditioning` {'third' if more else sorted(named)}" if conditioning is not None else ""
-        raise ValueError(f"{said}{hint}, found {describe(model)}, {takes}.") from None
-    second = list(bound.arguments)[1:2]
+        raise ValueError(f"{said}{hint}, found {describe(model)}, which takes {signature}.")
+    second = list(signature.bind(None, None, *more, **named).arguments)[1:2]
     if second and second[0] in _NO_TIME:
-        raise ValueError(f"{said}, found {describe(model)}, {takes}: wrap it in a function if it is a denoiser.")
+        raise ValueError(
+            f"{said}, found {describe(model)}, which takes {signature}: wrap it in a function if it is a denoiser."
+        )
+
+
+def takes(function: Any, *given: Any, **named: Any) -> bool:
+    """Whether a module or function can be called with these arguments; True where its signature does not say."""
+    signature = _signature(function)
+    try:
+        return signature is None or signature.bind(*given, **named) is not None
+    except TypeError:
+        return False
+
+
+def _signature(function: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):  # compiled code does not say
+        return None
 
 
 def as_schedule(schedule: Any) -> NoiseSchedule:

@@ -1,42 +1,109 @@
-"""How do images reach a prior that lives in a latent space?"""
+"""Latents: from images to what a diffusion model was trained on, and back."""
 
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_denoiser
+from restoreloss.checks import describe
+from restoreloss.diffusion.denoisers import Conditioning, Denoiser, takes, wrap
 from restoreloss.diffusion.weights import reference_weight
 
 
-class LatentEncoder(nn.Module):
-    r"""Images in [-1, 1] to the latents a diffusion model was trained on.
+def normalize_latents(latents: Tensor, config: Any) -> Tensor:
+    r"""What an autoencoder encodes, as its diffusion model was trained on it.
 
-    .. math:: \big(\operatorname{mode} q(\cdot \mid u) - \text{shift}\big) \cdot \text{scale}
+    .. math:: \hat z = (z - \text{mean}) / \text{std} \cdot \text{scaling}
+
+    Args:
+        latents: (N, c, h, w).
+        config: of the autoencoder, with ``scaling_factor`` and, where it has them, ``latents_mean`` and ``latents_std``
+            (one number for each channel) or ``shift_factor`` (the mean of all).
+
+    Raises:
+        ValueError: For statistics that are not complete, or do not fit the channels.
+    """
+    mean, deviation = _statistics(latents, config)
+    normalized: Tensor = (latents - mean) / deviation * config.scaling_factor
+    return normalized
+
+
+def denormalize_latents(latents: Tensor, config: Any) -> Tensor:
+    """The inverse of :func:`normalize_latents`: what an autoencoder decodes (arguments as there)."""
+    mean, deviation = _statistics(latents, config)
+    raw: Tensor = latents / config.scaling_factor * deviation + mean
+    return raw
+
+
+def _statistics(latents: Tensor, config: Any) -> tuple[Tensor | float, Tensor | float]:
+    """Mean and deviation of latents, shaped to go with them."""
+    mean: Any = getattr(config, "latents_mean", None)
+    deviation: Any = getattr(config, "latents_std", None)
+    shift = getattr(config, "shift_factor", None) or 0.0
+    if mean is None and deviation is None:
+        return shift, 1.0
+    channels = latents.shape[1]
+    fits = all(isinstance(values, Sequence) and len(values) == channels for values in (mean, deviation))
+    if (
+        not fits
+        or shift
+        or not all(math.isfinite(m) and 0 < d < math.inf for m, d in zip(mean, deviation, strict=True))
+    ):
+        raise ValueError(
+            f"The autoencoder's config should have `latents_mean` and `latents_std` of {channels} numbers each, the "
+            f"latter above 0, and no `shift_factor` beside them, found {mean}, {deviation} and {shift}."
+        )
+    return latents.new_tensor(mean).view(-1, 1, 1), latents.new_tensor(deviation).view(-1, 1, 1)
+
+
+class LatentEncoder(nn.Module):
+    """Images in [-1, 1] to the latents a diffusion model was trained on: the mode, by :func:`normalize_latents`.
 
     The mode and never a sample: two draws would differ by more than two similar images do.
 
     Args:
-        encoder: an ``AutoencoderKL`` or one of its kin in diffusers (``encode(u)`` with ``latent_dist`` or ``latents``,
-            and ``config.scaling_factor``), or any module or callable ``u -> latents``.
+        encoder: an ``AutoencoderKL`` of diffusers, or an ``AutoencoderTiny``, ``AutoencoderDC`` or ``VQModel``
+            (``encode(u)`` with ``latent_dist``, ``latents`` or ``latent``, and ``config.scaling_factor``), or any
+            module or callable ``u -> latents``.
+        name: of the argument, for the messages.
 
     Raises:
         ValueError: If it is none of these, or reads other channels than the images have.
     """
 
-    def __init__(self, encoder: Callable[[Tensor], Tensor] | nn.Module) -> None:
+    def __init__(self, encoder: Callable[[Tensor], Tensor] | nn.Module, *, name: str = "encoder") -> None:
         super().__init__()
-        if not callable(encoder):
-            raise ValueError(f"`encoder` should be a module or a callable, found {type(encoder).__name__}.")
+        said = f"`{name}` should be an autoencoder of diffusers, or a module or function u -> latents"
+        if isinstance(encoder, str | os.PathLike):
+            raise ValueError(f"{said}, found the name {str(encoder)!r}: AutoencoderKL.from_pretrained reads it.")
+        if isinstance(encoder, type) or not callable(encoder):
+            raise ValueError(f"{said}, found {describe(encoder)}.")
         self.encoder: Any = encoder
         config: Any = getattr(encoder, "config", None)
         self._is_autoencoder = hasattr(encoder, "encode") and hasattr(config, "scaling_factor")
-        self._scale: float = config.scaling_factor if self._is_autoencoder else 1.0
-        self._channels: int | None = getattr(config, "in_channels", None) if self._is_autoencoder else None
-        self.latent_channels: int | None = getattr(config, "latent_channels", None) if self._is_autoencoder else None
-        self._shift: float = getattr(config, "shift_factor", None) or 0.0
-        # an odd size is cut silently by the strided convolutions of an AutoencoderKL
-        self.multiple: int = 2 ** (len(config.block_out_channels) - 1) if self._is_autoencoder else 1
+        self._channels: int | None = None
+        self.latent_channels: int | None = None
+        self.multiple: int = 1
+        if self._is_autoencoder:
+            self._channels = getattr(config, "in_channels", None)
+            self.latent_channels = getattr(config, "vq_embed_dim", None) or getattr(config, "latent_channels", None)
+            sides = ("encoder_block_out_channels", "down_block_out_channels", "block_out_channels")
+            widths = next((getattr(config, side) for side in sides if hasattr(config, side)), None)
+            if widths is None:
+                raise ValueError(
+                    f"{said}, found {describe(encoder)}, whose config does not say how often it halves the image "
+                    "(`block_out_channels`): wrap it in a function."
+                )
+            # an odd size is cut silently by the strided convolutions of an AutoencoderKL
+            self.multiple = 2 ** (len(widths) - 1)
+        elif hasattr(encoder, "encode") and config is not None:
+            raise ValueError(
+                f"{said}, found {describe(encoder)}, whose config has no `scaling_factor`: wrap it in a function."
+            )
+        elif not takes(encoder, None):
+            raise ValueError(f"{said}, found {describe(encoder)}, which does not take one image.")
 
     def forward(self, image: Tensor) -> Tensor:
         """Latents in the dtype of ``image``, shape (N, c, h, w)."""
@@ -50,8 +117,11 @@ class LatentEncoder(nn.Module):
             latents: Tensor = self.encoder(cast)
             return latents.to(image.dtype)
         output = self.encoder.encode(cast)
-        latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
-        return (latents.to(image.dtype) - self._shift) * self._scale
+        if hasattr(output, "latent_dist"):
+            latents = output.latent_dist.mode()
+        else:
+            latents = output.latents if hasattr(output, "latents") else output.latent
+        return normalize_latents(latents.to(image.dtype), self.encoder.config)
 
 
 class LatentPrior(nn.Module):
@@ -92,9 +162,9 @@ class LatentPrior(nn.Module):
         bottleneck: str | None = None,
     ) -> None:
         super().__init__()
-        encoder = LatentEncoder(vae)
+        encoder = LatentEncoder(vae, name="vae")
         channels = encoder.latent_channels
-        denoiser = as_denoiser(unet, schedule, conditioning=conditioning, bottleneck=bottleneck)
+        denoiser = wrap("unet", unet, schedule, conditioning=conditioning, bottleneck=bottleneck)
         if None not in (channels, denoiser.in_channels) and channels != denoiser.in_channels:
             raise ValueError(
                 f"`unet` should read the {channels} channels of the latents of `vae`, found one that reads "
