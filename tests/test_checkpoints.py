@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from restoreloss import Denoiser, DiffLoss, FlowLevels, LatentPrior, NoiseSchedule, load_prior, null_text
-from restoreloss.diffusion import layouts
 from tests.adm import ADM
 from tests.networks import tiny_autoencoder, tiny_conditional_unet, tiny_transformer, tiny_unet
 
@@ -108,16 +107,10 @@ def test_a_guided_diffusion_prior_is_used_as_it_was_trained(tmp_path: Path) -> N
     assert torch.equal(cosine.schedule.alphas_cumprod, NoiseSchedule.cosine().alphas_cumprod)
 
 
-def test_guided_diffusion_that_no_unet2dmodel_can_be_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_guided_diffusion_that_no_unet2dmodel_can_be_is_refused(tmp_path: Path) -> None:
     torch.save(adm().state_dict(), tmp_path / "net.pt")
-    with pytest.raises(ValueError, match="`head_channels` should be at least 1, found 0"):
+    with pytest.raises(ValueError, match="`head_channels` should be a whole number of at least 1, found 0"):
         load_prior(tmp_path / "net.pt", head_channels=0)
-    monkeypatch.setattr(layouts, "FOUR_HEADS", [32, 64, 64])
-    with pytest.raises(ValueError, match="128x128 model has four heads of any width"):
-        load_prior(tmp_path / "net.pt")
-    load_prior(tmp_path / "net.pt", head_channels=16)
     torch.save(adm(channels=64, mults=(0.5, 1), attention=(1,)).state_dict(), tmp_path / "half.pt")
     with pytest.raises(ValueError, match="embeds time in as many channels as its first level has, 32, found 64"):
         load_prior(tmp_path / "half.pt")
@@ -383,7 +376,7 @@ def test_stable_diffusion_is_conditioned_on_the_empty_prompt(tmp_path: Path) -> 
         torch.testing.assert_close(prior.denoiser(latents, T, native=True), expected)
     given = load_prior(tmp_path / "sd", conditioning=torch.ones(1, 3, 8))
     assert isinstance(given, LatentPrior) and given.denoiser(latents, T).shape == latents.shape
-    with pytest.raises(ValueError, match=r"tokens, 8\).*found shape \(1, 3, 9\)"):
+    with pytest.raises(ValueError, match=r"tokens, 8\).*found a tensor of shape \(1, 3, 9\)"):
         load_prior(tmp_path / "sd", conditioning=torch.ones(1, 3, 9))
     below = denoiser(load_prior(tmp_path / "sd" / "unet", conditioning=states, schedule=NoiseSchedule.scaled_linear()))
     assert below.in_channels == 4

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import diffusers
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -355,7 +356,9 @@ def test_what_is_given_is_left_as_it_is() -> None:
 
 
 def test_pictures_that_are_not_floating_point_are_refused() -> None:
-    with pytest.raises(ValueError, match="`x` should be floating point, found torch.int64"):
+    with pytest.raises(
+        ValueError, match=r"`x` should be a floating point tensor \(N, ...\), found a tensor of .* torch.int64"
+    ):
         partial_diffusion(lambda z, _: z, torch.ones(1, 3, 4, 4).long(), 5, SCHEDULE)
     with pytest.raises(ValueError, match="floating point"):
         denoise(lambda z, _: z, torch.ones(1, 3, 4, 4).long(), 5, SCHEDULE)
@@ -364,7 +367,7 @@ def test_pictures_that_are_not_floating_point_are_refused() -> None:
 @pytest.mark.parametrize("t_p", [1000, 5000])
 def test_steps_beyond_the_schedule_are_refused(t_p: int) -> None:
     x = normal(1, 1, 2, 2)
-    with pytest.raises(ValueError, match=rf"`timestep` should be in \[0, 1000\), found {t_p}"):
+    with pytest.raises(ValueError, match=rf"`steps` should be in \[0, 1000\), found {t_p}"):
         partial_diffusion(perfect(x), x, short_steps(t_p, 4), SCHEDULE)
 
 
@@ -373,5 +376,45 @@ def test_steps_are_checked_before_the_first(last: Any) -> None:
     def denoiser(x_t: Tensor, t: Tensor) -> Tensor:
         raise AssertionError("should not be asked")
 
-    with pytest.raises(ValueError, match="`timestep` should be"):
+    with pytest.raises(ValueError, match="`steps` should be"):
         denoise(denoiser, normal(1, 1, 2, 2), [100, 50, last], SCHEDULE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"denoiser": None}, r"`denoiser` should be a function \(x_t, t\) -> noise, found None"),
+        ({"denoiser": lambda x: x}, "`denoiser` should be a function"),
+        ({"denoiser": NoiseSchedule}, "`denoiser` should be .* found the class NoiseSchedule"),
+        ({"x": None}, "`x_?t?` should be a floating point tensor .* found None"),
+        ({"x": numpy.zeros((1, 3, 4, 4))}, "`x_?t?` should be a floating point tensor .* found a numpy array"),
+        ({"steps": None}, "`steps` should be an integer or an integer tensor, found None"),
+        ({"steps": "200"}, "`steps` should be"),
+        ({"steps": 200.0}, "`steps` should be an integer or an integer tensor, found 200.0"),
+        ({"steps": numpy.array([200, 100])}, "`steps` should be .* found a numpy array"),
+        ({"steps": [1000]}, r"`steps` should be in \[0, 1000\), found 1000"),
+        ({"schedule": "linear"}, "`schedule` should be the NoiseSchedule .* found 'linear'"),
+        ({"schedule": None}, r"`schedule` should be the NoiseSchedule .* \(it carries none\), found None"),
+        ({"generator": 0}, "`generator` should be a torch.Generator, or one for each, found 0"),
+        ({"generator": "cpu"}, "`generator` should be a torch.Generator, or one for each, found 'cpu'"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(changes: dict[str, Any], message: str) -> None:
+    usual: dict[str, Any] = {
+        "denoiser": lambda x, t: x,
+        "x": torch.zeros(1, 3, 4, 4),
+        "steps": 200,
+        "schedule": NoiseSchedule.linear(),
+    }
+    denoiser, x, steps, schedule = (changes.get(name, value) for name, value in usual.items())
+    for call in (partial_diffusion, denoise):
+        with pytest.raises(ValueError, match=message):
+            call(denoiser, x, steps, schedule, generator=changes.get("generator"))
+
+
+@pytest.mark.parametrize("wrong", [None, 2.0, "4", True, 0, torch.tensor(2.5), [4]])
+def test_short_steps_are_counted_by_whole_numbers(wrong: Any) -> None:
+    for name in ("t_p", "n"):
+        with pytest.raises(ValueError, match=f"`{name}` should be a whole number of at least 1, found"):
+            short_steps(**{name: wrong})
+    assert short_steps(numpy.int64(200), numpy.int64(2)) == [200, 100]

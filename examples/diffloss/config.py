@@ -29,8 +29,8 @@ class Diff:
         weight: gamma; 0 leaves the prior out.
         share: instead of a weight, the share of the gradient that the prior has at degraded training pictures.
         prior: "small" for the one that ships, or what :func:`restoreloss.load_prior` reads: a folder, a file, a name.
-        head_channels: of a guided-diffusion file; the default is 64.
-        grouped_heads: of a guided-diffusion file.
+        head_channels: of a guided-diffusion file that is none of the published ones (:func:`restoreloss.load_prior`).
+        grouped_heads: likewise.
         noise_weight: of the predicted noise.
         h_space_weight: of the bottleneck, lambda.
         timesteps: to draw from, low included and high not; the default is all.
@@ -50,7 +50,7 @@ class Diff:
     share: float | None = None
     prior: str = "small"
     head_channels: int | None = None
-    grouped_heads: bool = True
+    grouped_heads: bool | None = None
     noise_weight: float = 1.0
     h_space_weight: float = 0.01
     timesteps: tuple[int, int] | None = None

@@ -1,23 +1,24 @@
-"""Which prior lies in this folder, in this file, or under this name on the hub?
+"""Priors from a folder, from a file, or by a name on the hub.
 
 :func:`load_prior` reads what people have and returns what :class:`DiffLoss` takes.
 """
 
-import logging
+import os
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from restoreloss._optional import require
+from restoreloss.checks import check_choice, check_whole, describe
 from restoreloss.diffusion import layouts
-from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_denoiser
+from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_denoiser, as_schedule, check_conditioning
 from restoreloss.diffusion.latents import LatentPrior
 from restoreloss.diffusion.schedule import NoiseSchedule, PredictionType
 from restoreloss.weights import read_file, weights_in
-
-logger = logging.getLogger(__name__)
 
 MODELS = (
     "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel",
@@ -39,7 +40,7 @@ def load_prior(
     revision: str | None = None,
     local_files_only: bool = False,
     head_channels: int | None = None,
-    grouped_heads: bool = True,
+    grouped_heads: bool | None = None,
 ) -> Denoiser | LatentPrior:
     """Load a diffusion model as a prior for :class:`DiffLoss`.
 
@@ -48,7 +49,7 @@ def load_prior(
     ========================================================= ==================================================
     diffusers folder or hub name, at its root or in ``unet/`` :class:`Denoiser`
     the same with ``vae/``                                    :class:`LatentPrior`, for the empty prompt
-    ``.pt`` or ``.safetensors`` of guided-diffusion           :class:`Denoiser`, linear schedule
+    ``.pt`` or ``.safetensors`` of guided-diffusion           :class:`Denoiser`
     ``.ckpt`` or ``.safetensors`` of latent diffusion         :class:`LatentPrior`; give ``conditioning``
     ========================================================= ==================================================
 
@@ -57,26 +58,29 @@ def load_prior(
         conditioning: as :func:`as_denoiser` takes it. Default, for a pipeline with text encoders: the empty prompt,
             made once (:func:`null_text`); for a DiT the label of none.
         schedule: as :func:`as_denoiser` takes it. Default: the scheduler beside the model, the table in a file of
-            latent diffusion, or the linear schedule of guided-diffusion (its 64x64 model wants
-            ``NoiseSchedule.cosine()``).
-        prediction_type: for files of latent diffusion, which do not say it: "v_prediction" for the 768 models of Stable
-            Diffusion 2. Default: "epsilon".
+            latent diffusion, that of the published model of guided-diffusion that this is, or its linear one.
+        prediction_type: for files of latent diffusion. Default: "v_prediction" where the file has the key ``v_pred``,
+            else "epsilon"; of a file of Stable Diffusion 2 that does not say it has to be given.
         revision: of a hub repository.
         local_files_only: use what is in the cache and download nothing.
-        head_channels: of guided-diffusion files, ``num_head_channels``. Default: 64, as in OpenAI's.
-        grouped_heads: of guided-diffusion files; False for ``use_new_attention_order=True`` (their 64x64 model).
+        head_channels: of guided-diffusion files, ``num_head_channels``. Default: for the published models their own;
+            for others it has to be given.
+        grouped_heads: of guided-diffusion files; False for ``use_new_attention_order=True``. Default: for the published
+            models their own, else True.
 
     Returns:
         A prior in float32 on the CPU; :class:`DiffLoss` freezes it.
 
     Raises:
         ValueError: For a file or folder of another layout, of the wrong class, truncated, with missing or unexpected
-            weights, or with code in its pickle.
+            weights, or with code in its pickle; and where something has to be given that the file does not say.
         FileNotFoundError: If a path does not exist.
         OSError: If the hub does not answer and the cache has no copy.
         ImportError: If diffusers, safetensors or, for the empty prompt, transformers is not installed.
 
-    Weights are read with safetensors or ``weights_only=True``.
+    Weights are read with safetensors or ``weights_only=True`` (:func:`restoreloss.weights.read_weights`). A file of
+    latent diffusion with the key ``ztsnr`` has its schedule rescaled to no signal at its end
+    (:meth:`NoiseSchedule.zero_terminal_snr`). What is given wins over what a file says, with a warning.
 
     Example:
         >>> import tempfile
@@ -87,6 +91,16 @@ def load_prior(
         >>> unet.save_pretrained(folder)
         >>> loss = DiffLoss(load_prior(folder))
     """
+    _check_source(source)
+    if prediction_type is not None:
+        check_choice("prediction_type", prediction_type, PredictionType)
+    if head_channels is not None:
+        check_whole("head_channels", head_channels)
+    if grouped_heads is not None and not isinstance(grouped_heads, bool):
+        raise ValueError(f"`grouped_heads` should be True, False or None, found {describe(grouped_heads)}.")
+    if not _is_table(schedule):
+        as_schedule(schedule)  # refused before anything is read
+    check_conditioning(conditioning)
     path = Path(source).expanduser()
     if path.suffix in FILES and not path.is_dir():
         if not path.is_file():
@@ -120,10 +134,17 @@ def null_text(
         ValueError: If the pipeline is none of these.
         ImportError: If diffusers or transformers is not installed.
     """
+    _check_source(source)
     repository = _Repository(source, revision, local_files_only)
     if not any(name.startswith("text_encoder") for name in repository.index):
         raise ValueError(f"`source` should be a pipeline with text encoders (model_index.json), found {source}.")
     return _empty_prompt(repository)
+
+
+def _check_source(source: Any) -> None:
+    if not isinstance(source, str | os.PathLike) or not str(source):
+        hint = ": DiffLoss takes it as it is" if isinstance(source, nn.Module) else ""
+        raise ValueError(f"`source` should be a folder, a file or a name on the hub, found {describe(source)}{hint}.")
 
 
 class _Repository:
@@ -251,33 +272,70 @@ def _empty_prompt(repository: _Repository) -> Tensor | dict[str, Any]:
 
 def _from_file(
     path: Path, conditioning: Conditioning | None, schedule: Any, prediction_type: PredictionType | None,
-    head_channels: int | None, grouped_heads: bool,
+    head_channels: int | None, grouped_heads: bool | None,
 ) -> Denoiser | LatentPrior:  # fmt: skip
     contents = read_file(path)
     weights = weights_in(contents, path)
     try:
-        return _of_weights(weights, path, conditioning, schedule, prediction_type, head_channels, grouped_heads)
+        if layouts.is_latent_diffusion(weights):
+            unet, vae, table = layouts.latent_diffusion(weights)
+            step = contents.get("global_step")
+            found = _latent_schedule(path, weights, unet.config, table, step, schedule, prediction_type)
+            return LatentPrior(vae, unet, conditioning, schedule=found)
+        if prediction_type is not None:
+            raise ValueError(f"`prediction_type` should be left out for {path.name}; give `schedule`.")
+        if layouts.is_guided_diffusion(weights):
+            model, own = layouts.guided_diffusion(weights, head_channels=head_channels, grouped_heads=grouped_heads)
+            return as_denoiser(model, own if schedule is None else schedule, conditioning=conditioning)
     except (KeyError, AttributeError, IndexError) as error:  # of a weight that the layout is read from
         raise ValueError(f"{path.name} should be {_KNOWN}, found one without {error}.") from error
-
-
-def _of_weights(
-    weights: dict[str, Tensor], path: Path, conditioning: Conditioning | None, schedule: Any,
-    prediction_type: PredictionType | None, head_channels: int | None, grouped_heads: bool,
-) -> Denoiser | LatentPrior:  # fmt: skip
-    if layouts.is_latent_diffusion(weights):
-        unet, vae, alphas_cumprod = layouts.latent_diffusion(weights)
-        if schedule is None:
-            kind: PredictionType = prediction_type or "epsilon"
-            if alphas_cumprod is None or alphas_cumprod.dtype in (torch.float16, torch.bfloat16):  # rounded
-                schedule = NoiseSchedule.scaled_linear(prediction_type=kind)
-            else:
-                schedule = NoiseSchedule(alphas_cumprod, prediction_type=kind)
-        return LatentPrior(vae, unet, conditioning, schedule=schedule)
-    if prediction_type is not None:
-        raise ValueError(f"`prediction_type` should be left out for {path.name}; give `schedule`.")
-    if layouts.is_guided_diffusion(weights):
-        model = layouts.guided_diffusion(weights, head_channels=head_channels, grouped_heads=grouped_heads)
-        return as_denoiser(model, schedule, conditioning=conditioning)
     first = ", ".join(list(weights)[:3])
     raise ValueError(f"{path.name} should be {_KNOWN}, found {len(weights)} weights: {first}, ...")
+
+
+def _is_table(schedule: Any) -> bool:
+    return isinstance(schedule, Tensor) or type(schedule).__name__ == "ndarray"
+
+
+def _latent_schedule(
+    path: Path, weights: Mapping[str, Tensor], config: Any, table: Tensor | None, step: object, given: Any,
+    prediction_type: PredictionType | None,
+) -> NoiseSchedule:  # fmt: skip
+    """The schedule of a file of latent diffusion: what is given, else what its markers, its table and its step say."""
+    if edm := [key for key in ("edm_mean", "edm_vpred.sigma_max") if key in weights]:
+        raise ValueError(
+            f"{path.name} should hold a model with variance-preserving noise, found one of EDM (it has the key "
+            f"{edm[0]}): wrap it in a function f(x_t, t) that returns the noise."
+        )
+    says_v, says_zero = "v_pred" in weights, "ztsnr" in weights
+    if given is not None and not _is_table(given):
+        schedule = as_schedule(given)
+        if prediction_type not in (None, schedule.prediction_type):
+            raise ValueError(
+                f"`prediction_type` should be that of `schedule`, {schedule.prediction_type!r}, or left out, found "
+                f"{prediction_type!r}."
+            )
+    else:
+        if prediction_type is None:
+            prediction_type = "v_prediction" if says_v else "epsilon"
+            # text of the width of Stable Diffusion 2, of which one file says by its step that it predicts noise
+            if config.cross_attention_dim == 1024 and not (says_v or config.addition_embed_type or step == 875000):
+                raise ValueError(
+                    f"`prediction_type` should be given for {path.name}, a Stable Diffusion 2 whose file does not say "
+                    "it: 'v_prediction' for the models of 768 pixels, 'epsilon' for the base models of 512."
+                )
+        if given is not None:
+            schedule = NoiseSchedule(given, prediction_type=prediction_type)
+        elif table is None or table.dtype in (torch.float16, torch.bfloat16):  # rounded
+            schedule = NoiseSchedule.scaled_linear(prediction_type=prediction_type)
+        else:
+            schedule = NoiseSchedule(table, prediction_type=prediction_type)
+        if given is None and says_zero:
+            schedule = schedule.zero_terminal_snr()
+    for ignored, read, marker in (
+        (says_v and schedule.prediction_type != "v_prediction", f"as {schedule.prediction_type!r}", "v_pred"),
+        (says_zero and float(schedule.alphas_cumprod[-1]) > 0, "with a schedule that ends with signal", "ztsnr"),
+    ):
+        if ignored:
+            warnings.warn(f"{path.name} has the key {marker!r}, and is read {read}, as you say.", stacklevel=4)
+    return schedule

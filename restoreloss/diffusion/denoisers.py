@@ -123,7 +123,7 @@ class Denoiser(nn.Module):
                 f"`schedule` should be a NoiseSchedule, found {describe(schedule)}; `as_denoiser` takes schedulers too."
             )
         check_whole("multiple", multiple)
-        _check_conditioning(conditioning)
+        check_conditioning(conditioning)
         self.model = model
         self.schedule = schedule
         self.multiple = multiple
@@ -360,7 +360,7 @@ def wrap(
         )
     if isinstance(model, type) or not callable(model):
         raise ValueError(f"`{name}` should be a network or a callable f(x_t, t), found {describe(model)}.")
-    _check_conditioning(conditioning)
+    check_conditioning(conditioning)
     if bottleneck is not None and not isinstance(bottleneck, str):
         raise ValueError(f"`bottleneck` should be the name of a layer, found {describe(bottleneck)}.")
 
@@ -504,7 +504,7 @@ def takes(function: Any, *given: Any, **named: Any) -> bool:
     """Whether a module or function can be called with these arguments; True where its signature does not say."""
     signature = _signature(function)
     try:
-        return signature is None or signature.bind(*given, **named) is not None
+        return callable(function) and (signature is None or signature.bind(*given, **named) is not None)
     except TypeError:
         return False
 
@@ -597,7 +597,8 @@ def _check_states(conditioning: Conditioning | None, name: str, width: Any) -> N
         )
 
 
-def _check_conditioning(conditioning: Any) -> None:
+def check_conditioning(conditioning: Any) -> None:
+    """Raise ``ValueError`` for what is neither a tensor, nor keyword arguments, nor None."""
     if conditioning is not None and not isinstance(conditioning, Tensor | Mapping):
         raise ValueError(
             f"`conditioning` should be a tensor or a mapping of keyword arguments, found {describe(conditioning)}."

@@ -1,10 +1,11 @@
-"""How do the weights of OpenAI and of latent diffusion become models of diffusers?
+"""The weights of OpenAI and of latent diffusion as models of diffusers.
 
-By the names and shapes in their files, which say all but two things: how wide an attention head is, and in which order
-queries, keys and values lie. Both are asked for.
+The names and shapes in a file say all but two things: how wide an attention head is, and in which order queries, keys
+and values lie. Published models are recognized by the rest; for others both are asked for.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss._optional import require
+from restoreloss.checks import check_whole
+from restoreloss.diffusion.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
@@ -19,8 +22,67 @@ if TYPE_CHECKING:
 Weights = Mapping[str, Tensor]
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 """Where a file of latent diffusion has its parts."""
-FOUR_HEADS = [256, 256, 512, 768, 1024]
-"""The levels of OpenAI's 128x128 models, whose weights do not say that they have four heads."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model of guided-diffusion or improved-diffusion: how to recognize it, and what its file does not say.
+
+    Args:
+        name: in messages.
+        channels: of each level.
+        blocks: ResBlocks in each level.
+        attends: the levels with attention.
+        by_resnet: whether ResBlocks change the resolution (``resblock_updown``).
+        scale_shift: whether the time scales and shifts (``use_scale_shift_norm``).
+        head_channels: of each attention head; None for a number of heads, of several widths.
+        grouped_heads: False for ``use_new_attention_order``.
+        schedule: of its training.
+    """
+
+    name: str
+    channels: tuple[int, ...]
+    blocks: int
+    attends: tuple[int, ...]
+    by_resnet: bool = True
+    scale_shift: bool = True
+    head_channels: int | None = 64
+    grouped_heads: bool = True
+    schedule: Callable[[], NoiseSchedule] = NoiseSchedule.linear
+
+
+def _rescaled_cosine() -> NoiseSchedule:
+    # of 4000 levels, whose number the model is told divided by four: it is a whole one at every fourth
+    return NoiseSchedule(NoiseSchedule.cosine(4000).alphas_cumprod[::4])
+
+
+PUBLISHED: tuple[Published, ...] = (
+    Published(
+        "guided-diffusion's 64x64 model", (192, 384, 576, 768), 3, (1, 2, 3), grouped_heads=False,
+        schedule=NoiseSchedule.cosine,
+    ),
+    Published("guided-diffusion's 128x128 model", (256, 256, 512, 768, 1024), 2, (2, 3, 4), head_channels=None),
+    Published("guided-diffusion's 256x256 model", (256, 256, 512, 512, 1024, 1024), 2, (3, 4, 5)),
+    Published("the 256x256 model of FFHQ (P2, DPS)", (128, 128, 256, 256, 512, 512), 1, (4,)),
+    Published(
+        "improved-diffusion's CIFAR-10 model", (128, 256, 256, 256), 3, (1, 2), by_resnet=False,
+        schedule=_rescaled_cosine,
+    ),
+    Published(
+        "improved-diffusion's ImageNet-64 model", (128, 256, 384, 512), 3, (2, 3), by_resnet=False, head_channels=None
+    ),
+    Published(
+        "improved-diffusion's class-conditional ImageNet-64 model", (192, 384, 576, 768), 3, (2, 3), by_resnet=False,
+        head_channels=None,
+    ),
+    Published(
+        "improved-diffusion's LSUN bedroom model", (128, 128, 256, 256, 512, 512), 2, (4,), by_resnet=False,
+        scale_shift=False, head_channels=512,
+    ),
+)  # fmt: skip
+"""From the options in the READMEs of these repositories."""
 
 _RESNET = {
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
@@ -42,19 +104,27 @@ def is_latent_diffusion(weights: Weights) -> bool:
     return f"{UNET}input_blocks.0.0.weight" in weights
 
 
-def guided_diffusion(weights: Weights, *, head_channels: int | None, grouped_heads: bool) -> "UNet2DModel":
+def guided_diffusion(
+    weights: Weights, *, head_channels: int | None, grouped_heads: bool | None
+) -> tuple["UNet2DModel", NoiseSchedule]:
     """A ``UNet2DModel`` that is numerically the U-Net of guided-diffusion with these weights, in float32.
 
     Args:
         weights: its state dict.
-        head_channels: ``num_head_channels``; the default is 64.
+        head_channels: ``num_head_channels``. Default: that of the :class:`Published` model that this is.
         grouped_heads: whether queries, keys and values of each head lie together
-            (``use_new_attention_order=False``).
+            (``use_new_attention_order=False``). Default: as in the published model, else True.
+
+    Returns:
+        The model, and the schedule of the published one or the linear one.
 
     Raises:
-        ValueError: If a ``UNet2DModel`` cannot be this network, or keys are missing or unknown.
+        ValueError: If a ``UNet2DModel`` cannot be this network, keys are missing or unknown, or ``head_channels`` has
+            to be given and is not.
     """
     unet_class: type[UNet2DModel] = require("diffusers", purpose="load_prior()", install="diffusers").UNet2DModel
+    if not _under(weights, "output_blocks"):
+        raise ValueError("A guided-diffusion U-Net should have output_blocks, found none: is this a classifier?")
     plan = _Plan.of(weights)
     channels, attends = plan.channels, [f"input_blocks.{first}.1.qkv.weight" in weights for first in plan.firsts]
     by_resnet = any(key.split(".")[3] == "in_layers" for i in plan.ups for key in _upsampler(weights, i))
@@ -64,20 +134,23 @@ def guided_diffusion(weights: Weights, *, head_channels: int | None, grouped_hea
             f"A UNet2DModel embeds time in as many channels as its first level has, {channels[0]}, found {width}: this "
             "guided-diffusion U-Net (channel_mult does not begin with 1) cannot be loaded as one."
         )
-    if head_channels is None and channels == FOUR_HEADS:
-        raise ValueError(
-            "OpenAI's 128x128 model has four heads of any width in each attention, which a UNet2DModel has not. If "
-            "this is another one, say how wide its heads are: `head_channels`."
-        )
-    head_channels = 64 if head_channels is None else head_channels
-    if head_channels < 1:
-        raise ValueError(f"`head_channels` should be at least 1, found {head_channels}.")
+    embedded = int(weights["input_blocks.1.0.emb_layers.1.weight"].shape[0])
+    scale_shift = embedded == 2 * channels[0]
+    published = recognized(plan, attends, by_resnet=by_resnet, scale_shift=scale_shift)
+    if head_channels is not None and published is not None and head_channels != published.head_channels:
+        published = None  # whoever says so knows that it is another
+    if head_channels is None:
+        head_channels = _head_channels(published, channels)
+    check_whole("head_channels", head_channels)
     for attended, wide in [*zip(attends, channels, strict=True), (True, channels[-1])]:
         if attended and wide % head_channels:
             raise ValueError(
                 f"`head_channels` should divide the {wide} channels of each attention, found {head_channels}."
             )
-    embedded = int(weights["input_blocks.1.0.emb_layers.1.weight"].shape[0])
+    if grouped_heads is None:
+        grouped_heads = published is None or published.grouped_heads
+    if published is not None:
+        logger.info("read as %s: heads of %d channels, grouped: %s", published.name, head_channels, grouped_heads)
     plain = ("Resnet{}sampleBlock2D", "{}Block2D")[not by_resnet]
     labels = weights.get("label_emb.weight")
     with torch.device("meta"):
@@ -91,14 +164,42 @@ def guided_diffusion(weights: Weights, *, head_channels: int | None, grouped_hea
             downsample_type="resnet" if by_resnet else "conv",
             upsample_type="resnet" if by_resnet else "conv",
             attention_head_dim=head_channels,
-            resnet_time_scale_shift="scale_shift" if embedded == 2 * channels[0] else "default",
+            resnet_time_scale_shift="scale_shift" if scale_shift else "default",
             attn_norm_num_groups=32,
             num_class_embeds=None if labels is None else len(labels),
         )
     renamed: dict[str, Tensor] = {}
     for key, value in weights.items():
         renamed |= _guided_key(key, value.float(), plan.per_level, head_channels if grouped_heads else None)
-    return _filled(unet, renamed, "guided-diffusion")
+    schedule = NoiseSchedule.linear() if published is None else published.schedule()
+    return _filled(unet, renamed, "guided-diffusion"), schedule
+
+
+def recognized(plan: "_Plan", attends: list[bool], *, by_resnet: bool, scale_shift: bool) -> Published | None:
+    """The published model that is laid out like this."""
+    levels = tuple(level for level, attended in enumerate(attends) if attended)
+    for one in PUBLISHED:
+        same = (one.channels, one.blocks, one.attends) == (tuple(plan.channels), plan.per_level - 1, levels)
+        if same and (one.by_resnet, one.scale_shift) == (by_resnet, scale_shift):
+            return one
+    return None
+
+
+def _head_channels(published: Published | None, channels: list[int]) -> int:
+    if published is None:
+        raise ValueError(
+            f"`head_channels` should be given for this U-Net (levels of {channels} channels), which is none of the "
+            "published ones: the file does not say how wide an attention head is. It is `num_head_channels` of its "
+            "training, or the width of its attention divided by `num_heads`. If it was trained with "
+            "`use_new_attention_order`, give `grouped_heads=False` as well."
+        )
+    if published.head_channels is None:
+        raise ValueError(
+            f"{published.name} has four heads of any width in each attention, which a UNet2DModel does not have: give "
+            "DiffLoss the U-Net of its own repository. If this is another one, say how wide its heads are: "
+            "`head_channels`."
+        )
+    return published.head_channels
 
 
 def latent_diffusion(weights: Weights) -> tuple["UNet2DConditionModel", "AutoencoderKL", Tensor | None]:

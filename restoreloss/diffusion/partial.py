@@ -6,10 +6,12 @@ what is right, and is then denoised in one or a few long strides.
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from restoreloss.checks import check_whole, describe
+from restoreloss.diffusion.denoisers import takes
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.generators import Generators, standard_normal
 
@@ -35,9 +37,7 @@ def short_steps(t_p: int = 200, n: int = 1) -> list[int]:
 
     Source: Kim et al., "Exploiting Diffusion Prior for Task-driven Image Restoration", Section 3.2 and Algorithm S1.
     """
-    for name, value in (("t_p", t_p), ("n", n)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` should be a whole number of at least 1, found {value!r}.")
+    t_p, n = check_whole("t_p", t_p), check_whole("n", n)
     if n > t_p:
         raise ValueError(f"`n` should be at most `t_p` ({t_p}), found {n}.")
     return [t_p * k // n for k in range(n, 0, -1)]
@@ -74,7 +74,8 @@ def partial_diffusion(
         The denoised images or latents, shape and dtype of ``x``.
 
     Raises:
-        ValueError: For no steps, steps that do not fall or leave the schedule, shapes that differ, and no schedule.
+        ValueError: For no steps, steps that do not fall, leave the schedule or hold no signal, shapes that differ, no
+            schedule, and arguments of another kind.
 
     Example:
         >>> schedule = NoiseSchedule.scaled_linear()
@@ -88,8 +89,7 @@ def partial_diffusion(
     cumulative product (its Eq. 1 and Algorithm S1 say so). Timesteps count from 0, as in all of this library.
     """
     schedule = _schedule(denoiser, schedule)
-    if not x.is_floating_point():
-        raise ValueError(f"`x` should be floating point, found {x.dtype}.")
+    _check_images("x", x, generator)
     if noise is None:
         noise = standard_normal(x, generator)
     x_t = schedule.add_noise(x, noise, _listed(steps, schedule)[0])
@@ -131,6 +131,7 @@ def denoise(
     Source: Kim et al., "Exploiting Diffusion Prior for Task-driven Image Restoration", Algorithm S1, lines 15-20.
     """
     schedule = _schedule(denoiser, schedule)
+    _check_images("x_t", x_t, generator)
     listed = _listed(steps, schedule)
     for step, following in zip(listed, [*listed[1:], None], strict=True):
         t = schedule.expand_timestep(step, x_t)
@@ -142,12 +143,21 @@ def denoise(
     return x0
 
 
+def _check_images(name: str, images: Any, generator: Generators) -> None:
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim == 0:
+        raise ValueError(f"`{name}` should be a floating point tensor (N, ...), found {describe(images)}.")
+    check_generators(generator, len(images))
+
+
 def _schedule(denoiser: PredictsNoise, schedule: NoiseSchedule | None) -> NoiseSchedule:
+    if isinstance(denoiser, type) or not takes(denoiser, None, None):
+        raise ValueError(f"`denoiser` should be a function (x_t, t) -> noise, found {describe(denoiser)}.")
     found = getattr(denoiser, "schedule", None) if schedule is None else schedule
     if not isinstance(found, NoiseSchedule):
+        carried = " (it carries none)" if schedule is None else ""
         raise ValueError(
-            "`schedule` should be the NoiseSchedule that the denoiser was trained with, found "
-            f"{type(schedule).__name__} and a denoiser that carries none."
+            f"`schedule` should be the NoiseSchedule that the denoiser was trained with{carried}, found "
+            f"{describe(found)}."
         )
     return found
 
@@ -157,7 +167,8 @@ def _listed(steps: int | Tensor | Sequence[int], schedule: NoiseSchedule) -> lis
     if not listed:
         raise ValueError("`steps` should be at least one timestep, found none.")
     for step in listed:
-        schedule.check_timestep(step)
+        schedule.check_timestep(step, "steps")
+        schedule.check_signal(step, "steps")
     if len(listed) > 1 and any(isinstance(step, Tensor) and step.numel() > 1 for step in listed):
         raise ValueError("`steps` should be integers where there are several, found a tensor of one for each sample.")
     if not all(int(t) > int(s) for t, s in itertools.pairwise(listed)):

@@ -82,7 +82,7 @@ class DiffLoss(Criterion):
     revision: str | None = None
     local_files_only: bool = False
     head_channels: int | None = None
-    grouped_heads: bool = True
+    grouped_heads: bool | None = None
     noise_weight: float = 1.0
     h_space_weight: float = 0.01
     timesteps: Sequence[int] | None = None
