@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from restoreloss import NoiseSchedule
+from restoreloss import NoiseLevels, NoiseSchedule
 
 
 def images():
@@ -44,6 +44,17 @@ def test_an_image_that_is_not_there_is_not_looked_for():
         ):
             schedule.predict_x0(x_t, noise, t)
     assert schedule.predict_x0(schedule.add_noise(x, noise, 998), noise, 998).isfinite().all()
+
+
+def test_noise_that_is_not_there_is_not_looked_for():
+    levels, (x, output) = NoiseLevels.ir_sde(), images()
+    assert (levels.first_timestep, NoiseSchedule.linear().first_timestep) == (1, 0)
+    for prediction_type in ("residual", "sample"):
+        for t in (0, torch.tensor([5, 0, 7])[: len(x)]):
+            with pytest.raises(ValueError, match="`timestep` should be at least 1, the first level .* noise, found 0"):
+                levels.to_noise(output, x, t, prediction_type=prediction_type)
+        assert levels.to_noise(output, x, 1, prediction_type=prediction_type).isfinite().all()
+    assert torch.equal(levels.to_noise(output, x, 0, prediction_type="epsilon"), output)
 
 
 # tables that are none
@@ -106,6 +117,11 @@ def test_no_scheduler_of_diffusers_is_taken_for_one_of_those(recwarn):
         (lambda: NoiseSchedule.from_diffusers(NoiseSchedule.linear), "found the function linear .*call missing"),
         (lambda: NoiseSchedule.linear().add_noise(None, torch.ones(1), 5), "`x` should be a tensor, found None"),
         (lambda: NoiseSchedule.linear().add_noise(torch.ones(1), 0.5, 5), "`noise` should be a tensor, found 0.5"),
+        (lambda: NoiseSchedule.linear().to_noise(None, torch.ones(1), 5), "`output` should be a tensor, found None"),
+        (
+            lambda: NoiseSchedule.linear().to_noise(torch.ones(1), torch.ones(2), 5),
+            "`output` and `x_t` .* of one shape",
+        ),
         (lambda: NoiseSchedule.linear().check_timestep([1, 2]), "`timestep` should be an integer .* found list"),
         (lambda: NoiseSchedule.linear().check_timestep(True), "`timestep` should be an integer .* found True"),
         (lambda: NoiseSchedule.linear().check_timestep(None), "`timestep` should be an integer .* found None"),

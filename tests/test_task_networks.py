@@ -189,6 +189,26 @@ def test_normalization_is_what_the_network_was_trained_with(name, mean):
 def test_wrong_names_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         task_network(name, weights="random", **options)
+    if not options:
+        with pytest.raises(ValueError, match=message):
+            normalization(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": None}, "`name` should be 'library/name' .* found None"),
+        ({"name": models.resnet18}, "`name` should be 'library/name' .* found the function resnet18"),
+        ({"weights": None}, "`weights` should be 'pretrained', 'random' or a file, found None"),
+        ({"num_classes": "10"}, "`num_classes` should be a whole number of at least 1, found '10'"),
+        ({"num_classes": 0}, "`num_classes` should be a whole number of at least 1, found 0"),
+        ({"name": "timm/vit_tiny_patch16_224", "image_size": 64.0}, "`image_size` should be a whole number"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(options, message):
+    given = {"name": "torchvision/resnet18", "weights": "random", **options}
+    with pytest.raises(ValueError, match=message):
+        task_network(given.pop("name"), **given)
 
 
 def test_wrong_weights_are_refused(tmp_path):

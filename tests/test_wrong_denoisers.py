@@ -46,6 +46,7 @@ from tests.networks import live_detector, live_recogniser, tiny_autoencoder, tin
         (lambda: lambda x, t, *, y: x, {"z": 1}, r"with the `conditioning` \['z'\], found"),
         (tiny_unet, torch.ones(1, 2, 3), "`conditioning` should be None for this UNet2DModel, which reads none"),
         (tiny_conditional_unet, numpy.ones((1, 2, 8)), "`conditioning` should be a tensor .* found a numpy array"),
+        (tiny_unet, {"words": torch.ones(1)}, r"keyword arguments of UNet2DModel \(sample.* found 'words'"),
         (lambda: tiny_conditional_unet(), "a photo", "`conditioning` should be a tensor or .* found 'a photo'"),
     ],
 )
@@ -104,3 +105,19 @@ def test_other_functions_of_noise_and_time_are_taken():
         assert isinstance(as_denoiser(model), Denoiser)
     assert isinstance(as_denoiser(lambda x, t, y: x, conditioning=torch.ones(1)), Denoiser)
     assert isinstance(as_denoiser(lambda x, t, *, y: x, conditioning={"y": torch.ones(1)}), Denoiser)
+
+
+@pytest.mark.parametrize(
+    ("noisy", "t", "message"),
+    [
+        (None, 5, r"`noisy` should be a floating point tensor \(N, C, H, W\), found None"),
+        (numpy.zeros((1, 3, 8, 8)), 5, "`noisy` should be a floating point tensor .* found a numpy array"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 5, "`noisy` should be a floating point tensor .*uint8"),
+        (torch.zeros(1, 3, 8, 8), 1000, r"`timestep` should be in \[0, 1000\), found 1000"),
+        (torch.zeros(1, 3, 8, 8), -5, r"`timestep` should be in \[0, 1000\), found -5"),
+        (torch.zeros(1, 3, 8, 8), 0.5, "`timestep` should be an integer or an integer tensor, found 0.5"),
+    ],
+)
+def test_what_a_denoiser_is_called_with_is_checked(noisy, t, message):
+    with pytest.raises(ValueError, match=message):
+        as_denoiser(tiny_unet())(noisy, t)

@@ -250,6 +250,8 @@ class Denoiser(nn.Module):
 
     def check_input(self, image: Tensor, name: str = "noisy") -> None:
         """Raise ``ValueError`` unless ``image`` has the rank, the channels and the device that the model needs."""
+        if not isinstance(image, Tensor) or not image.is_floating_point():
+            raise ValueError(f"`{name}` should be a floating point tensor (N, C, H, W), found {describe(image)}.")
         if image.ndim != 4 or self.in_channels not in (None, image.shape[1]):
             channels = "C" if self.in_channels is None else self.in_channels
             hint = "; a latent prior needs an `encoder`" if self.in_channels == 4 and image.ndim == 4 else ""
@@ -368,6 +370,8 @@ def wrap(
     is_network = isinstance(inner, nn.Module)
     if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ValueError(f"`{name}` should be a bare network, found a {type(inner).__name__}: pass its `.module`.")
+    if is_network and isinstance(conditioning, Mapping):
+        _check_keywords(inner, conditioning)
     layer = None if bottleneck is None else _layer_of(inner, bottleneck)
     if is_network and _is_layer(getattr(inner, "mid_block", "absent")):
         _check_diffusers_conditioning(inner, conditioning)
@@ -497,6 +501,19 @@ def _check_takes_noise(name: str, model: Any, conditioning: Conditioning | None)
     if second and second[0] in _NO_TIME:
         raise ValueError(
             f"{said}, found {describe(model)}, which takes {signature}: wrap it in a function if it is a denoiser."
+        )
+
+
+def _check_keywords(model: Any, conditioning: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for keyword arguments that a network does not have."""
+    signature = _signature(model)
+    parameters = {} if signature is None else signature.parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    if parameters and (unknown := [name for name in conditioning if name not in parameters]):
+        raise ValueError(
+            f"`conditioning` should be keyword arguments of {type(model).__name__} ({', '.join(parameters)}), found "
+            f"{unknown[0]!r}."
         )
 
 

@@ -73,6 +73,7 @@ class NoiseSchedule(nn.Module):
             self.register_buffer(name, exact.to(device, torch.float32), persistent=False)
         # counted once: reading a table on an accelerator would wait for it
         self._silent_from = int((signal.float() > 0).sum())
+        self._noisy_from = int(sigma.float()[0] == 0)
 
     @classmethod
     def linear(
@@ -172,7 +173,7 @@ class NoiseSchedule(nn.Module):
     @property
     def first_timestep(self) -> int:
         """The lowest level that holds noise: 1 where level 0 is the image itself."""
-        return int(float(self.sigma[0]) == 0)
+        return self._noisy_from
 
     @property
     def last_timestep(self) -> int:
@@ -275,6 +276,10 @@ class NoiseSchedule(nn.Module):
             t: timesteps, shape (N,), or one for all.
             prediction_type: overrides the schedule's own.
 
+        Raises:
+            ValueError: If shapes differ, or a timestep does not fit or holds no noise that a "sample" or a "residual"
+                could be divided into.
+
         Returns:
             The noise, same shape, in float32 or higher: near the last timestep :meth:`predict_x0` multiplies what is
             rounded here by more than a hundred. Of a "sample" prediction it amplifies errors by
@@ -283,12 +288,15 @@ class NoiseSchedule(nn.Module):
         """
         prediction_type = self.prediction_type if prediction_type is None else prediction_type
         check_choice("prediction_type", prediction_type, PredictionType)
+        _check_alike(output, x_t, "output", "x_t")
         output = output.to(torch.promote_types(torch.promote_types(output.dtype, x_t.dtype), torch.float32))
         if prediction_type == "epsilon":
             return output
         signal, sigma = self._levels(t, x_t)
         if prediction_type == "v_prediction":
             return signal * output + sigma * x_t
+        if prediction_type in ("sample", "residual"):
+            self._check_noisy(t)
         if prediction_type == "sample":
             return (x_t - signal * output) / sigma
         if prediction_type == "residual":
@@ -339,6 +347,15 @@ class NoiseSchedule(nn.Module):
             raise ValueError(
                 f"`{name}` should be at most {self.last_timestep}, the last level of this schedule that holds signal "
                 f"(alphas_cumprod is 0 above it), found {read[1]}."
+            )
+
+    def _check_noisy(self, t: Tensor | int) -> None:
+        """Raise ``ValueError`` for a timestep at which there is no noise to find. Accelerators are not read."""
+        read = _ends(t, "timestep")
+        if read is not None and 0 <= read[0] < self.first_timestep:
+            raise ValueError(
+                f"`timestep` should be at least {self.first_timestep}, the first level of this schedule that holds "
+                f"noise, found {read[0]}."
             )
 
     def expand_timestep(self, t: Tensor | int, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which network will read the image? One of torchvision, timm or transformers by its name, for an options file.
+"""Task networks of torchvision, timm and transformers by their names, for an options file.
 
 In Python code you need none of this: ``TDPLoss(torchvision.models.resnet50(weights="DEFAULT"))``.
 """
@@ -77,12 +77,13 @@ def normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | No
     """
     library, model = _parts(name)
     if library == "timm":
-        timm = require("timm", purpose=f"{name!r}", install="timm")
+        timm = _timm_with(model)
         config = timm.get_pretrained_cfg(model)
         if config is not None:
             return tuple(config.mean), tuple(config.std)
-    if library == "torchvision" and _is_detector(model):
-        return None
+    if library == "torchvision":
+        models = _torchvision_with(model)
+        return None if model in models.list_models(module=models.detection) else IMAGENET
     if library == "transformers":
         transformers = require("transformers", purpose=f"{name!r}", install='"restoreloss[examples]"')
         try:
@@ -103,9 +104,7 @@ def _parts(name: str) -> tuple[str, str]:
 
 
 def _torchvision(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
-    models = require("torchvision.models", purpose=f"'torchvision/{name}'", install="torchvision")
-    if name not in models.list_models():
-        raise ValueError(f"`name` should be one of `torchvision.models.list_models()`, found {name!r}.")
+    models = _torchvision_with(name)
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if not pretrained and any(module in models.get_model_builder(name).__module__ for module in _WITH_BACKBONE):
         options["weights_backbone"] = None  # else it would be downloaded
@@ -116,15 +115,24 @@ def _torchvision(name: str, pretrained: bool, num_classes: int | None) -> nn.Mod
 _WITH_BACKBONE = ("detection", "segmentation")
 
 
-def _is_detector(name: str) -> bool:
+def _torchvision_with(name: str) -> Any:
+    """``torchvision.models``, if it has a network of this name."""
     models = require("torchvision.models", purpose=f"'torchvision/{name}'", install="torchvision")
-    return name in models.list_models(module=models.detection)
+    if name not in models.list_models():
+        raise ValueError(f"`name` should be one of `torchvision.models.list_models()`, found {name!r}.")
+    return models
 
 
-def _timm(name: str, pretrained: bool, num_classes: int | None, image_size: int | None) -> nn.Module:
+def _timm_with(name: str) -> Any:
+    """``timm``, if it has a network of this name."""
     timm = require("timm", purpose=f"'timm/{name}'", install="timm")
     if not timm.is_model(name):
         raise ValueError(f"`name` should be one of `timm.list_models()`, found {name!r}.")
+    return timm
+
+
+def _timm(name: str, pretrained: bool, num_classes: int | None, image_size: int | None) -> nn.Module:
+    timm = _timm_with(name)
     size = {} if image_size is None else {"img_size": image_size}
     try:
         network: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **size)
