@@ -824,7 +824,7 @@ def test_gradients_reach_the_image_through_an_encoder(make):
 
 
 def test_what_is_no_encoder_is_refused():
-    with pytest.raises(ValueError, match="`encoder` should be a module or a callable, found SimpleNamespace"):
+    with pytest.raises(ValueError, match="`encoder` should be an autoencoder of .*found SimpleNamespace"):
         LatentEncoder(SimpleNamespace())
 
 

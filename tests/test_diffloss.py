@@ -356,7 +356,7 @@ def test_images_that_do_not_fit_are_refused_by_name(case: str, message: str) -> 
         ({"timesteps": (0.1, 0.6)}, "`timesteps`.*two integers"),
         ({"input_range": (1, 0)}, "`input_range`"),
         ({"input_range": 255}, "`input_range`.*255"),
-        ({"encoder": "vae"}, "`encoder`.*str"),
+        ({"encoder": "vae"}, "`encoder`.*the name 'vae'"),
         ({"schedule": object()}, "alphas_cumprod.*object"),
     ],
 )
