@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from restoreloss.checks import describe
 from restoreloss.default_layers import default_layers
 from restoreloss.frozen import bare
-from restoreloss.half_precision import enter, leave
 from restoreloss.images import check_range
 from restoreloss.normalization import Images, Normalize, Statistics, normalization
+from restoreloss.precision import enter, leave, reference_weight
 
 
 class FeatureExtractor:
@@ -233,7 +233,8 @@ class FeatureExtractor:
     def _prepare(self, images: Images, network: nn.Module) -> tuple[tuple[Any, ...], Tensor | None]:
         """The arguments of the network: images in [0, 1], normalized, in its dtype; and the door of half precision."""
         parts = [images] if isinstance(images, Tensor) else images
-        weight = next((p for p in network.parameters() if p.is_floating_point()), parts[0])
+        weight = reference_weight(network)
+        weight = parts[0] if weight is None else weight
         for part in parts:
             if weight.device != part.device:
                 raise ValueError(f"The images should be on the network's device {weight.device}, found {part.device}.")

@@ -320,7 +320,7 @@ IMAGE = images(2, 3, 4, 4)
         ({"timesteps": [0, 5]}, "`timesteps` should hold noise, found 0, which holds none"),
         ({"timesteps": [2.5]}, "should be an integer"),
         ({"input_range": (1, 0)}, "`input_range` should rise"),
-        ({"denoiser": 3}, "`model` should be a network or a callable"),
+        ({"denoiser": 3}, "`denoiser` should be a network or a callable"),
         ({"denoiser": lambda x_t, t: x_t[:1]}, "should return the shape of its input"),
     ],
 )

@@ -395,8 +395,8 @@ def test_steps_are_checked_before_the_first(last: Any) -> None:
         ({"steps": [1000]}, r"`steps` should be in \[0, 1000\), found 1000"),
         ({"schedule": "linear"}, "`schedule` should be the NoiseSchedule .* found 'linear'"),
         ({"schedule": None}, r"`schedule` should be the NoiseSchedule .* \(it carries none\), found None"),
-        ({"generator": 0}, "`generator` should be a torch.Generator, or one for each, found 0"),
-        ({"generator": "cpu"}, "`generator` should be a torch.Generator, or one for each, found 'cpu'"),
+        ({"generator": 0}, "`generator` should be a torch.Generator, or one for each sample, found 0"),
+        ({"generator": "cpu"}, "`generator` should be a torch.Generator, or one for each sample, found 'cpu'"),
     ],
 )
 def test_arguments_of_another_kind_are_named(changes: dict[str, Any], message: str) -> None:

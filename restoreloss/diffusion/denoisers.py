@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from restoreloss.checks import check_whole, describe
 from restoreloss.diffusion.levels import FlowLevels, is_flow_matching
 from restoreloss.diffusion.schedule import NoiseSchedule
-from restoreloss.diffusion.weights import reference_weight
+from restoreloss.precision import enter, leave, reference_weight
 
 Conditioning: TypeAlias = Tensor | Mapping[str, Any]
 """A tensor for the model's one conditioning argument, or its keyword arguments; tensors of 1 or N rows."""
@@ -157,7 +157,8 @@ class Denoiser(nn.Module):
             ValueError: If the shape, the device or a timestep does not fit the model.
         """
         t = self._check(noisy, t)
-        return self._noise(self._run(noisy, t), noisy, t, native)
+        (prediction,) = self._seen(noisy, t, noise=True, h=False)
+        return self._noise(prediction, noisy, t, native)
 
     def with_bottleneck(self, noisy: Tensor, t: Tensor | int, *, native: bool = False) -> tuple[Tensor, Tensor]:
         """The predicted noise and the h-space of the same pass (arguments as in :meth:`forward`).
@@ -166,11 +167,8 @@ class Denoiser(nn.Module):
             ValueError: If the model has no bottleneck that can be found.
         """
         t = self._check(noisy, t)
-        if self._tap is None:
-            output = self._run(noisy, t)
-            return self._noise(output, noisy, t, native), self._second(output, noisy)
-        output, h = self._tapped(noisy, t, stop=False)
-        return self._noise(output, noisy, t, native), h
+        prediction, h = self._seen(noisy, t, noise=True, h=True)
+        return self._noise(prediction, noisy, t, native), h
 
     def bottleneck(self, noisy: Tensor, t: Tensor | int) -> Tensor:
         """The h-space alone; a U-Net stops there and its decoder is never run (arguments as in :meth:`forward`).
@@ -178,19 +176,28 @@ class Denoiser(nn.Module):
         Raises:
             ValueError: If the model has no bottleneck that can be found.
         """
-        t = self._check(noisy, t)
-        if self._tap is None:
-            return self._second(self._run(noisy, t), noisy)
-        return self._tapped(noisy, t, stop=True)[1]
+        (h,) = self._seen(noisy, self._check(noisy, t), noise=False, h=True)
+        return h
 
-    def _tapped(self, noisy: Tensor, t: Tensor, *, stop: bool) -> tuple[Any, Tensor]:
+    def _seen(self, noisy: Tensor, t: Tensor, *, noise: bool, h: bool) -> tuple[Tensor, ...]:
+        """What the model predicts, what its bottleneck holds, or both, of one pass."""
+        weight = reference_weight(self)
+        dtype = noisy.dtype if weight is None else weight.dtype
+        (cast,), door = enter([noisy], dtype, self)
+        output, tapped = (self._run(cast, t), None) if self._tap is None or not h else self._tapped(cast, t, not noise)
+        parts = [self._prediction(output, noisy)] if noise else []
+        if h:
+            parts.append(self._second(output, noisy) if tapped is None else self._as_map(tapped, noisy))
+        return leave(door, *parts)
+
+    def _tapped(self, cast: Tensor, t: Tensor, stop: bool) -> tuple[Any, Tensor]:
         tap, output, h = self._tap, None, None
         assert tap is not None
         keys = (_COMPILED, _thread())  # a compiled part of the model cannot tell the thread it is called from
         for key in keys:
             tap.wanted[key] = stop
         try:
-            output = self._run(noisy, t)
+            output = self._run(cast, t)
         except _Reached:
             pass
         finally:
@@ -202,7 +209,7 @@ class Denoiser(nn.Module):
                 "The model ran without passing its bottleneck. If it was compiled and called before it was wrapped, "
                 "wrap it first: hooks set after the first compiled call never fire."
             )
-        return output, self._as_map(_check_rows(h, noisy), noisy)
+        return output, _check_rows(h, cast)
 
     def _as_map(self, h: Tensor, noisy: Tensor) -> Tensor:
         """Tokens (N, h w, C) as a map (N, C, h, w)."""
@@ -211,11 +218,9 @@ class Denoiser(nn.Module):
         rows, columns = (side // self._patch for side in noisy.shape[-2:])
         return h.transpose(1, 2).reshape(len(h), -1, rows, columns)
 
-    def _run(self, noisy: Tensor, t: Tensor) -> Any:
-        weight = reference_weight(self)
-        dtype = noisy.dtype if weight is None else weight.dtype
-        conditioning = _rows(self._conditioning, like=noisy, dtype=dtype)
-        given: list[Any] = [noisy.to(dtype)]
+    def _run(self, cast: Tensor, t: Tensor) -> Any:
+        conditioning = _rows(self._conditioning, like=cast, dtype=cast.dtype)
+        given: list[Any] = [cast]
         named: dict[str, Any] = {}
         for name, value in ((self._time_name, self.schedule.model_time(t)), (self._conditioning_name, conditioning)):
             if isinstance(value, dict):
@@ -226,7 +231,8 @@ class Denoiser(nn.Module):
                 given.append(value)
         return self.model(*given, **named)
 
-    def _noise(self, output: Any, noisy: Tensor, t: Tensor, native: bool) -> Tensor:
+    def _prediction(self, output: Any, noisy: Tensor) -> Tensor:
+        """What the model predicts, without a learned variance."""
         prediction = prediction_in(output)
         channels = noisy.shape[1]
         if prediction.ndim == noisy.ndim and prediction.shape[1] == 2 * channels:
@@ -236,6 +242,9 @@ class Denoiser(nn.Module):
                 f"The denoiser should return the shape of its input {tuple(noisy.shape)} (or twice its channels, with "
                 f"a learned variance), found {tuple(prediction.shape)}."
             )
+        return prediction
+
+    def _noise(self, prediction: Tensor, noisy: Tensor, t: Tensor, native: bool) -> Tensor:
         prediction = prediction.to(torch.promote_types(noisy.dtype, torch.float32))
         return prediction if native else self.schedule.to_noise(prediction, noisy, t)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from restoreloss.checks import describe
 from restoreloss.diffusion.denoisers import Conditioning, Denoiser, takes, wrap
-from restoreloss.diffusion.weights import reference_weight
+from restoreloss.precision import enter, leave, reference_weight
 
 
 def normalize_latents(latents: Tensor, config: Any) -> Tensor:
@@ -112,16 +112,17 @@ class LatentEncoder(nn.Module):
                 f"`restored` should have {self._channels} channels for this encoder, found {image.shape[1]}."
             )
         weight = reference_weight(self)
-        cast = image if weight is None else image.to(weight.dtype)
+        (cast,), door = enter([image], image.dtype if weight is None else weight.dtype, self)
+        output = self.encoder.encode(cast) if self._is_autoencoder else self.encoder(cast)
         if not self._is_autoencoder:
-            latents: Tensor = self.encoder(cast)
-            return latents.to(image.dtype)
-        output = self.encoder.encode(cast)
-        if hasattr(output, "latent_dist"):
+            latents: Tensor = output
+        elif hasattr(output, "latent_dist"):
             latents = output.latent_dist.mode()
         else:
             latents = output.latents if hasattr(output, "latents") else output.latent
-        return normalize_latents(latents.to(image.dtype), self.encoder.config)
+        (latents,) = leave(door, latents)
+        latents = latents.to(image.dtype)
+        return normalize_latents(latents, self.encoder.config) if self._is_autoencoder else latents
 
 
 class LatentPrior(nn.Module):

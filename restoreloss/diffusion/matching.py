@@ -15,7 +15,7 @@ from torch import Tensor
 
 from restoreloss._optional import require
 from restoreloss.checks import check_choice, check_whole, describe
-from restoreloss.diffusion.denoisers import as_denoiser
+from restoreloss.diffusion.denoisers import wrap
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.frozen import frozen
 from restoreloss.generators import check_generators, standard_normal
@@ -147,7 +147,7 @@ def match_timestep(
     check_choice("distance", distance, Distance)
     check_whole("ddim_steps", ddim_steps)
     check_generators(generator, None)
-    wrapped = as_denoiser(denoiser, schedule)
+    wrapped = wrap("denoiser", denoiser, schedule)
     schedule = wrapped.schedule
     tried = _tried(timesteps, schedule)
     source, target = check_range(input_range), schedule.model_range

@@ -13,7 +13,7 @@ from torch import Tensor
 from restoreloss.checks import check_whole, describe
 from restoreloss.diffusion.denoisers import takes
 from restoreloss.diffusion.schedule import NoiseSchedule
-from restoreloss.generators import Generators, standard_normal
+from restoreloss.generators import Generators, check_generators, standard_normal
 
 PredictsNoise: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """``(x_t, t) -> noise`` with t of shape (N,): a :class:`~restoreloss.Denoiser`, or your own function of a network."""

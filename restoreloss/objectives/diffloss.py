@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from restoreloss.checks import check_choice, check_number, describe
-from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_denoiser, as_schedule
+from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_schedule, wrap
 from restoreloss.diffusion.latents import LatentEncoder, LatentPrior
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.frozen import FrozenNetwork, frozen, serving, warn_if_trained
@@ -32,6 +32,7 @@ from restoreloss.objectives.sampling import (
     weighted,
 )
 from restoreloss.objectives.sizes import SizePolicy, crop_map, fit_size, pad_to
+from restoreloss.precision import reference_weight
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class DiffLoss(Objective):
         noise_weight: weight of the noise term. With 0 the decoder of a U-Net is not run.
         h_space_weight: weight of the h-space term, lambda in the paper.
         timesteps: draw t uniformly from ``low <= t < high`` for ``(low, high)``, or by a sampler
-            ``(n, generator) -> (n,) integers``. Default: all.
+            ``(n, generator) -> (n,) integers``. Default: all that hold noise.
         distance: "mse" | "rms" | "l2" | "l1", per sample (:func:`distance_per_sample`).
         input_range: what YOUR images span.
         conditioning: for denoisers that need it, fixed for all calls (:func:`as_denoiser`).
@@ -163,14 +164,14 @@ class DiffLoss(Objective):
         self.reduction: Reduction = reduction
         self.compare: Compare = compare
         self.crop, self.subset, self.every, self.calls = crop, subset, every, 0
-        steps = (denoiser.schedule if isinstance(denoiser, Denoiser) else as_schedule(schedule)).num_timesteps
-        self.timesteps = _check_timesteps(timesteps, steps)
+        levels = denoiser.schedule if isinstance(denoiser, Denoiser) else as_schedule(schedule)
+        self.timesteps = _check_timesteps(timesteps, levels.first_timestep, levels.num_timesteps)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"`dtype` should be a floating-point dtype of torch, found {dtype!r}.")
         if not isinstance(checkpointing, bool):
             raise ValueError(f"`checkpointing` should be True or False, found {checkpointing!r}.")
         # last, so that a refused call leaves the caller's networks as they were
-        wrapped = as_denoiser(denoiser, schedule, conditioning=conditioning)
+        wrapped = wrap("denoiser", denoiser, schedule, conditioning=conditioning)
         if h_space_weight > 0 and wrapped.has_bottleneck is False:
             raise ValueError(
                 f"`h_space_weight` should be 0 for {type(wrapped.model).__name__}, whose `mid_block` is None; found "
@@ -412,8 +413,9 @@ def _check_that_it_answers(denoiser: Denoiser) -> None:
     if denoiser.in_channels is not None or not isinstance(model, nn.Module):
         return
     convolution = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
-    weight = next(model.parameters(), torch.empty(0))
-    image = weight.new_zeros(1, 3 if convolution is None else convolution.in_channels, 64, 64)
+    weight = reference_weight(model)
+    like = torch.empty(0) if weight is None else weight
+    image = like.new_zeros(1, 3 if convolution is None else convolution.in_channels, 64, 64)
     if image.is_meta:
         return
     try:
@@ -427,9 +429,9 @@ def _check_that_it_answers(denoiser: Denoiser) -> None:
         logger.debug("%s was tried on 64x64 pixels: %s", type(model).__name__, error)
 
 
-def _check_timesteps(timesteps: Any, num_timesteps: int) -> tuple[int, int] | TimestepSampler:
+def _check_timesteps(timesteps: Any, first: int, num_timesteps: int) -> tuple[int, int] | TimestepSampler:
     if timesteps is None:
-        return 0, num_timesteps
+        return first, num_timesteps
     if callable(timesteps):
         return timesteps  # type: ignore[no-any-return]
     try:

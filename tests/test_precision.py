@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss import DiffLoss, FeatureExtractor, LatentPrior, TDPLoss, audit
-from restoreloss.half_precision import enter, leave
+from restoreloss.precision import enter, leave
 from tests.networks import tiny_autoencoder, tiny_unet
 
 

@@ -1,4 +1,4 @@
-"""Gradients through frozen networks in float16: scaled on the way in, exactly, so that they do not underflow to zero.
+"""The dtype of a network's input, and gradients through frozen networks in float16, scaled so that none is lost.
 
 The gradient of a mean over a batch of images is about 1e-7 in each element, which float16 rounds to zero. A pair of
 doors around the network multiplies it by a power of two where it enters half precision and divides it by the same
@@ -16,6 +16,11 @@ from torch import Tensor, nn
 
 _PEAK_EXPONENT = 6
 """The largest element of a scaled gradient lies in [2^6, 2^7): 9 bits below overflow, 30 above the smallest number."""
+
+
+def reference_weight(network: nn.Module) -> Tensor | None:
+    """The first floating-point parameter, which tells dtype and device of a network's input; None where it has none."""
+    return next((parameter for parameter in network.parameters() if parameter.is_floating_point()), None)
 
 
 def enter(images: Sequence[Tensor], dtype: torch.dtype, network: nn.Module) -> tuple[list[Tensor], Tensor | None]:
