@@ -17,7 +17,6 @@ from restoreloss.diffusion.checkpoints import load_prior, null_text
 from restoreloss.diffusion.denoisers import Denoiser, as_denoiser
 from restoreloss.diffusion.latents import LatentPrior
 from restoreloss.diffusion.levels import FlowLevels, NoiseLevels
-from restoreloss.diffusion.matching import TimestepMatch, match_timestep, order_by_timestep
 from restoreloss.diffusion.partial import denoise, partial_diffusion, short_steps
 from restoreloss.diffusion.prior import small_prior
 from restoreloss.diffusion.schedule import NoiseSchedule
@@ -31,6 +30,7 @@ from restoreloss.objectives.weighted_sum import WeightedSum
 from restoreloss.regularizers.importance import ParameterImportance
 from restoreloss.regularizers.orthogonality import GradientOrthogonality
 from restoreloss.training.audit import AuditReport, TermAudit, audit, calibrate
+from restoreloss.training.matching import TimestepMatch, match_timestep, order_by_timestep
 from restoreloss.training.phases import Alternation, Phase
 
 __version__ = "0.1.0"

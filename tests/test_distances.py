@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from restoreloss.objectives.distances import distance_per_sample, reduce_samples
+from restoreloss.distances import distance_per_sample, reduce_samples
 
 DISTANCES = ("mse", "rms", "l2", "l1")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from restoreloss import NoiseLevels, NoiseSchedule, TimestepMatch, match_timestep, order_by_timestep
-from restoreloss.diffusion.matching import plot_matches
+from restoreloss.training.matching import plot_matches
 from tests.networks import tiny_unet
 
 LEVELS = NoiseLevels.ir_sde()

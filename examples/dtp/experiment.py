@@ -25,7 +25,7 @@ from examples.common.report import Sample
 from examples.common.run_directory import read_json
 from examples.dtp.config import PAPER, Config
 from examples.dtp.train import Trainer
-from restoreloss.diffusion.matching import plot_matches
+from restoreloss.training.matching import plot_matches
 
 logger = logging.getLogger(__name__)
 

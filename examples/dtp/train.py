@@ -44,10 +44,10 @@ from restoreloss import (
     order_by_timestep,
 )  # fmt: skip
 from restoreloss.blocks.time_moe import TimeMoE
-from restoreloss.diffusion.matching import plot_matches
 from restoreloss.frozen import bare
 from restoreloss.integrations.torchjd import aggregate
 from restoreloss.regularizers.layer_decay import add_gradients, execution_order, layer_of, layer_weights, shallow
+from restoreloss.training.matching import plot_matches
 
 logger = logging.getLogger(__name__)
 

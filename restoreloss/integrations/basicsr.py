@@ -28,12 +28,12 @@ from torch.optim import Optimizer
 
 import restoreloss
 from restoreloss._optional import require
+from restoreloss.distances import Distance
 from restoreloss.integrations import forks, options
 from restoreloss.integrations.calls import CallCounts
 from restoreloss.integrations.checks import call, check_numbers, near
 from restoreloss.integrations.drop_in import register_all
 from restoreloss.integrations.task_networks import normalization, task_network
-from restoreloss.objectives.distances import Distance
 from restoreloss.regularizers.per_sample import Estimator
 
 _log = logging.getLogger(__name__)

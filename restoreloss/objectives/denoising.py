@@ -15,10 +15,10 @@ from restoreloss.checks import check_choice, describe
 from restoreloss.diffusion.denoisers import Denoiser, prediction_in
 from restoreloss.diffusion.levels import NoiseLevels
 from restoreloss.diffusion.schedule import NoiseSchedule
+from restoreloss.distances import Distance, Reduction, distance_per_sample, reduce_samples
 from restoreloss.generators import Generators, check_generators, integers, standard_normal
 from restoreloss.images import RangeWatch, check_images, check_pair, check_range, into_range
 from restoreloss.objectives.base import total
-from restoreloss.objectives.distances import Distance, Reduction, distance_per_sample, reduce_samples
 
 
 class DenoisingLoss(nn.Module):

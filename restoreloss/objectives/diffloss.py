@@ -18,11 +18,11 @@ from restoreloss.checks import check_choice, check_number, describe
 from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_schedule, wrap
 from restoreloss.diffusion.latents import LatentEncoder, LatentPrior
 from restoreloss.diffusion.schedule import NoiseSchedule
+from restoreloss.distances import Distance, Reduction, distance_per_sample, reduce_samples
 from restoreloss.frozen import FrozenNetwork, frozen, serving, warn_if_trained
 from restoreloss.generators import Generators, check_generators, draw_per_sample, integers, standard_normal
 from restoreloss.images import RangeWatch, check_pair, check_range, to_unit_range
 from restoreloss.objectives.base import Objective, total
-from restoreloss.objectives.distances import Distance, Reduction, distance_per_sample, reduce_samples
 from restoreloss.objectives.sampling import (
     Tiles,
     check_every,

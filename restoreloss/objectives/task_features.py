@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss.checks import check_choice, check_number, describe
+from restoreloss.distances import Distance, Reduction, distance_per_sample, reduce_samples
 from restoreloss.features import FeatureExtractor
 from restoreloss.frozen import FrozenNetwork, bare, frozen, serving, statistics_at_rest, warn_if_trained
 from restoreloss.images import RangeWatch, check_pair
 from restoreloss.normalization import Images, Normalize, normalizes_itself
 from restoreloss.objectives.base import Objective, total
-from restoreloss.objectives.distances import Distance, Reduction, distance_per_sample, reduce_samples
 
 
 class TDPLoss(Objective):

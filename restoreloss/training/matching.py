@@ -17,10 +17,10 @@ from restoreloss._optional import require
 from restoreloss.checks import check_choice, check_whole, describe
 from restoreloss.diffusion.denoisers import wrap
 from restoreloss.diffusion.schedule import NoiseSchedule
+from restoreloss.distances import Distance, distance_per_sample
 from restoreloss.frozen import frozen
 from restoreloss.generators import check_generators, standard_normal
 from restoreloss.images import check_pair, check_range, into_range, warn_if_out_of_range
-from restoreloss.objectives.distances import Distance, distance_per_sample
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""How far are two predictions apart, one number for each sample?"""
+"""Distances of two predictions, one number for each sample, and their reduction over samples."""
 
 from typing import Literal
 
