@@ -25,6 +25,7 @@ from restoreloss.frozen import frozen
 from restoreloss.objectives.base import Objective
 from restoreloss.objectives.denoising import DenoisingLoss
 from restoreloss.objectives.diffloss import DiffLoss
+from restoreloss.objectives.subsampled import Subsampled
 from restoreloss.objectives.task_features import FeatureMatchingLoss, HLFLoss, TDPLoss
 from restoreloss.objectives.weighted_sum import WeightedSum
 from restoreloss.regularizers.importance import ParameterImportance
@@ -60,6 +61,7 @@ __all__ = [
     "ParameterImportance",
     "Phase",
     "SCTuner",
+    "Subsampled",
     "TFA",
     "TDPLoss",
     "TermAudit",

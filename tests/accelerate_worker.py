@@ -17,6 +17,7 @@ from restoreloss import (
     GradientOrthogonality,
     ParameterImportance,
     Phase,
+    Subsampled,
     TDPLoss,
     WeightedSum,
 )
@@ -48,9 +49,9 @@ class Run:
         torch.manual_seed(0)
         restorer = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 3, padding=1))
         classifier, self.denoiser = Classifier(), Seen()
-        loss = WeightedSum(
-            {"pixel": nn.L1Loss(), "diff": DiffLoss(self.denoiser, h_space_weight=0, every=2)}, weights={"diff": 0.3}
-        )
+        diff = DiffLoss(self.denoiser, h_space_weight=0, timesteps=(300, 301))
+        self.denoiser.count = 0  # it was tried
+        loss = WeightedSum({"pixel": nn.L1Loss(), "diff": Subsampled(diff, every=2)}, weights={"diff": 0.3})
         self.importance = ParameterImportance(restorer, strength=3.0)
         generator = torch.Generator().manual_seed(5)
         images = torch.rand(4, 3, 6, 6, generator=generator)
@@ -84,8 +85,9 @@ class Run:
     def restore(self, batch):
         degraded, clean, label, number = batch
         restored = self.restorer(degraded)
-        fixed = {"timestep": 300, "noise": torch.zeros_like(clean)}  # else every process draws its own
-        terms = {"pixel": F.l1_loss(restored, clean), "diff": self.loss.objectives["diff"](restored, clean, **fixed)}
+        noise = [torch.Generator().manual_seed(int(one)) for one in number]  # else every process draws its own
+        diff = self.loss.objectives["diff"](restored, clean, generator=noise)
+        terms = {"pixel": F.l1_loss(restored, clean), "diff": diff}
         return {**terms, "tdp": self.tdp(restored, clean), "task": F.cross_entropy(self.classifier(restored), label)}
 
     def recognise(self, batch):

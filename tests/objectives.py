@@ -15,6 +15,7 @@ from restoreloss import (
     LatentPrior,
     NoiseSchedule,
     Objective,
+    Subsampled,
     TDPLoss,
     WeightedSum,
 )
@@ -111,7 +112,7 @@ CASES = [
     ),
     Case("DiffLoss-flow", lambda: DiffLoss(tiny_unet(), FlowLevels.uniform(shift=3.0))),
     Case("DiffLoss-crop", lambda: DiffLoss(unet_with_dropout(), crop=0.5), part=0.25),
-    Case("DiffLoss-subset", lambda: DiffLoss(unet_with_dropout(), subset=0.5), part=0.5),
+    Case("Subsampled-subset", lambda: Subsampled(DiffLoss(unet_with_dropout()), subset=0.5), part=0.5),
     Case("DiffLoss-checkpointing", lambda: DiffLoss(tiny_unet(), checkpointing=True)),
     Case("WeightedSum", all_terms),
     *LIVE,

@@ -14,7 +14,15 @@ accelerate = pytest.importorskip("accelerate")
 
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
-from restoreloss import Alternation, DiffLoss, GradientOrthogonality, ParameterImportance, Phase, WeightedSum  # noqa: E402
+from restoreloss import (  # noqa: E402
+    Alternation,
+    DiffLoss,
+    GradientOrthogonality,
+    ParameterImportance,
+    Phase,
+    Subsampled,
+    WeightedSum,
+)
 from restoreloss.integrations.accelerate import prepare, project, register  # noqa: E402
 from restoreloss.integrations.calls import CallCounts  # noqa: E402
 from tests.processes import launch  # noqa: E402
@@ -255,7 +263,8 @@ def test_each_registered_part_is_restored(accelerator, tmp_path):
 
 def test_parts_are_told_apart_by_name_not_by_order(tmp_path):
     def objectives():
-        return {name: DiffLoss(lambda x, t: x, h_space_weight=0, every=k) for name, k in (("two", 2), ("three", 3))}
+        whole = DiffLoss(lambda x, t: x, h_space_weight=0)
+        return {name: Subsampled(whole, every=k) for name, k in (("two", 2), ("three", 3))}
 
     first = accelerate.Accelerator(cpu=True)
     losses = objectives()
@@ -335,7 +344,7 @@ def test_old_and_absent_accelerate_are_refused(accelerator, monkeypatch):
 def test_counts_are_of_a_module_and_whole_numbers():
     with pytest.raises(ValueError, match="`module` should be a module, found None"):
         CallCounts(None)
-    counts = CallCounts(DiffLoss(lambda x, t: x, h_space_weight=0))
+    counts = CallCounts(Subsampled(nn.L1Loss(), every=2))
     with pytest.raises(ValueError, match="`state` should be counts by the names of losses, found list"):
         counts.load_state_dict([3])
     with pytest.raises(ValueError, match=r"`state\[''\]` should be a whole number of at least 0, found '3'"):

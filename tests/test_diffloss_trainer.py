@@ -26,6 +26,7 @@ from examples.diffloss.config import Adversarial, Config, Diff, Perceptual, Pixe
 from examples.diffloss.train import Discriminator, Trainer, terms_of
 from restoreloss import NoiseSchedule, audit, small_prior
 from tests.networks import tiny_unet
+from tests.objectives import networks
 
 ROOT = Path(__file__).parent.parent
 TINY = Config(
@@ -274,9 +275,9 @@ def test_every_option_of_the_prior_reaches_it(tmp_path: Path) -> None:
     )  # fmt: skip
     loss = Trainer(replace(TINY, out=tmp_path / "run", diff=diff)).diff
     assert loss is not None
-    for name in ("noise_weight", "h_space_weight", "timesteps", "distance", "compare", "snr_power", "crop", "subset"):
-        assert getattr(loss, name) == getattr(diff, name), name
-    assert loss.every == 3
+    for name in ("noise_weight", "h_space_weight", "timesteps", "distance", "compare", "snr_power", "crop"):
+        assert getattr(loss.objective, name) == getattr(diff, name), name
+    assert (loss.every, loss.subset) == (3, 0.75)
 
 
 def test_each_picture_has_a_chance_of_its_own(tmp_path: Path) -> None:
@@ -320,7 +321,7 @@ def test_any_prior_and_any_network_may_be_named(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer.run()
     assert trainer.diff is not None
-    weights = list(trainer.diff._denoiser.network.parameters())
+    weights = list(networks(trainer.diff)[0].parameters())
     assert {weight.dtype for weight in weights} == {torch.bfloat16} and sum(map(torch.numel, weights)) < 100_000
 
 
@@ -341,7 +342,7 @@ def test_pictures_may_be_compared_instead_of_noise(constrain: Any, tmp_path: Pat
             for c, y in zip(clean, noisy, strict=True)
         ]
     assert trainer.diff is not None
-    found = trainer.diff(z, x, timestep=t, noise=noise)
+    found = trainer.diff.inner(z, x, timestep=t, noise=noise)
     expected = nn.functional.mse_loss(*(clean if constrain == "image" else earlier))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 

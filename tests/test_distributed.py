@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from examples.common.batches import Batches
-from restoreloss import DenoisingLoss, DiffLoss, NoiseSchedule, Objective, WeightedSum
+from restoreloss import DenoisingLoss, DiffLoss, NoiseSchedule, Objective, Subsampled, WeightedSum
 from tests import distributed_recipes_worker as recipes
 from tests import fsdp_worker
 from tests.networks import tiny_unet
@@ -134,7 +134,7 @@ def test_a_picture_is_judged_alike_in_every_batch(build: Any) -> None:
 
 
 def test_pictures_are_chosen_by_their_own_chance() -> None:
-    loss = DiffLoss(tiny_unet(), subset=2, reduction="none")
+    loss = Subsampled(DiffLoss(tiny_unet(), reduction="none"), subset=2)
     restored, clean = torch.rand(2, 5, 3, 16, 16)
     restored.requires_grad_()
     chosen = []

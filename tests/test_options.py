@@ -17,12 +17,11 @@ from tests.objectives import images, pointwise
 
 def test_diffloss_with_all_of_its_options(prior):
     network, folder = prior
-    given = {"noise_weight": 0.5, "h_space_weight": 0.2, "distance": "l1", "snr_power": 0.5, "every": 2}
-    found = criterion(
-        {"type": "DiffLoss", "prior": folder, "loss_weight": 0.1, "timesteps": [100, 600], "input_range": [-1, 1]}
-        | given
-    )
-    wanted = restoreloss.DiffLoss(network, timesteps=(100, 600), input_range=(-1, 1), **given)
+    given = {"noise_weight": 0.5, "h_space_weight": 0.2, "distance": "l1", "snr_power": 0.5}
+    options = {"prior": folder, "loss_weight": 0.1, "timesteps": [100, 600], "input_range": [-1, 1], "every": 2}
+    found = criterion({"type": "DiffLoss", **options, **given})
+    whole = restoreloss.DiffLoss(network, timesteps=(100, 600), input_range=(-1, 1), **given)
+    wanted = restoreloss.Subsampled(whole, every=2)
     restored, target = (2 * image - 1 for image in images())
     for _ in range(3):
         torch.manual_seed(5)
@@ -41,21 +40,24 @@ class Recorder(nn.Module):
 
 OTHER = {  # than the defaults
     "noise_weight": 0.5, "h_space_weight": 0.2, "timesteps": (100, 600), "distance": "rms", "size": "resize",
-    "compare": "native", "snr_power": 0.5, "crop": 16, "subset": 0.5, "every": 3, "checkpointing": True,
+    "compare": "native", "snr_power": 0.5, "crop": 16, "checkpointing": True,
     "input_range": (-1.0, 1.0),
 }  # fmt: skip
 
 
 def test_every_option_of_diffloss_reaches_it(monkeypatch):
     monkeypatch.setattr(restoreloss, "DiffLoss", Recorder)
-    loads = []
-    monkeypatch.setattr(options, "load_prior", lambda *given, **named: loads.append((given, named)) or "prior")
+    loads, network = [], nn.Conv2d(3, 3, 1)
+    monkeypatch.setattr(options, "load_prior", lambda *given, **named: loads.append((given, named)) or network)
     prior = {"revision": "main", "local_files_only": True, "head_channels": 32, "grouped_heads": False}
-    criterion({"type": "DiffLoss", "prior": "some/where", "dtype": "torch.bfloat16", **prior, **OTHER})
+    less = {"subset": 0.5, "every": 3}
+    found = criterion({"type": "DiffLoss", "prior": "some/where", "dtype": "torch.bfloat16", **prior, **OTHER, **less})
     assert loads == [(("some/where",), prior)]
-    assert Recorder.found == (("prior",), {**OTHER, "dtype": torch.bfloat16})
+    assert Recorder.found == ((network,), OTHER)
+    assert network.weight.dtype == torch.bfloat16
+    assert (found.objective.subset, found.objective.every) == (0.5, 3)
     known = {option.name for option in fields(options.DiffLoss)}
-    assert known == {*OTHER, *prior, "prior", "dtype", "loss_weight"}
+    assert known == {*OTHER, *prior, *less, "prior", "dtype", "loss_weight"}
 
 
 def test_every_option_of_tdp_loss_reaches_it(monkeypatch):
@@ -181,7 +183,10 @@ TDP = {"type": "TDPLoss", "task": "torchvision/resnet18", "weights": "random"}
         ({"type": "DiffLoss", "loss_weight": None}, r"`loss_weight` should be a finite number, found None"),
         ({"type": "L1Loss", "loss_weight": float("nan")}, r"`loss_weight` should be a finite number, found nan"),
         ({"type": "L1Loss", "reduction": "none"}, r"`reduction` should be 'mean' or 'sum', found 'none'"),
-        ({"type": "DiffLoss", "dtype": "bf16"}, r"`dtype` should be a dtype of torch, as 'bfloat16', found 'bf16'"),
+        (
+            {"type": "DiffLoss", "dtype": "bf16"},
+            "`dtype` should be a floating-point dtype of torch, as .*, found .bf16.",
+        ),
         ({"type": "DiffLoss", "timesteps": [100]}, r"`timesteps` should be \(low, high\), found \[100\]"),
         ({"type": "TDPLoss", "task": "timm/resnet18"}, r"`TDPLoss` should be given \['weights'\]"),
         (
@@ -200,7 +205,6 @@ TDP = {"type": "TDPLoss", "task": "torchvision/resnet18", "weights": "random"}
         ({"type": "DiffLoss", "every": "2"}, "`every` should be a number, found the text '2'"),
         ({"type": "DiffLoss", "head_channels": 0}, "`head_channels` should be a whole number of at least 1, found 0"),
         ({"type": "DiffLoss", "checkpointing": "false"}, "`checkpointing` should be true or false, found 'false'"),
-        ({"type": "DiffLoss", "grouped_heads": None}, "`grouped_heads` should be true or false, found None"),
         ({"type": "DiffLoss", "prior": None}, "`prior` should be text, found None"),
         ({"type": "DiffLoss", "prior": ["small"]}, r"`prior` should be text, found \['small'\]"),
         ({"type": "DiffLoss", "revision": 3}, "`revision` should be text, found 3"),

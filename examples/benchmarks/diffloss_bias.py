@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from examples.benchmarks.diffloss_cost import Subject, floor, seconds
 from examples.common.photos import HELD_OUT, grid_crops, load_photo
-from restoreloss import DiffLoss, small_prior
+from restoreloss import DiffLoss, Subsampled, small_prior
 
 SETTINGS: Mapping[str, tuple[dict[str, Any], int]] = {
     "again": ({}, 1),
@@ -30,7 +30,7 @@ SETTINGS: Mapping[str, tuple[dict[str, Any], int]] = {
     "every=4": ({"every": 4}, 4),
     "crop=0.5, subset=0.5": ({"crop": 0.5, "subset": 0.5}, 8),
 }
-"""Options of DiffLoss, and how many draws look at as much as one of the whole."""
+"""Options of DiffLoss and Subsampled, and how many draws look at as much as one of the whole."""
 
 
 def pictures(size: int, count: int) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def pictures(size: int, count: int) -> tuple[Tensor, Tensor]:
     return (gaussian_blur(clean, [9, 9], [1.5, 1.5]) + 10 / 255 * noise).clamp(0, 1), clean
 
 
-def step(loss: DiffLoss, restored: Tensor, clean: Tensor, generator: torch.Generator) -> Tensor:
+def step(loss: Subsampled, restored: Tensor, clean: Tensor, generator: torch.Generator) -> Tensor:
     """The gradient of one call."""
     z = restored.clone().requires_grad_()
     loss(z, clean, generator=generator).backward()
@@ -57,8 +57,15 @@ def main() -> None:
 
     restored, clean = pictures(args.size, 1)
     timesteps = (100, 600)
-    losses = {name: DiffLoss(small_prior(), timesteps=timesteps, **options) for name, (options, _) in SETTINGS.items()}
-    whole = DiffLoss(small_prior(), timesteps=timesteps)
+    losses = {
+        name: Subsampled(
+            DiffLoss(small_prior(), timesteps=timesteps, crop=options.get("crop")),
+            every=options.get("every", 1),
+            subset=options.get("subset"),
+        )
+        for name, (options, _) in SETTINGS.items()
+    }
+    whole = losses["again"]
     generator = torch.Generator().manual_seed(1)
     reference = sum(step(whole, restored, clean, generator) for _ in tqdm(range(args.draws), desc="whole"))
     assert isinstance(reference, Tensor)

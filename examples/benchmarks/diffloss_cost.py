@@ -31,7 +31,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 from tqdm import tqdm
 
-from restoreloss import DiffLoss, LatentPrior, NoiseSchedule
+from restoreloss import DiffLoss, LatentPrior, NoiseSchedule, Objective, Subsampled
 from restoreloss.diffusion.latents import normalize_latents
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
@@ -44,7 +44,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "ours, bfloat16": {"dtype": torch.bfloat16},
     "ours, compiled": {},
 }
-"""Options of DiffLoss."""
+"""Options of :meth:`Subject.loss`."""
 TIMESTEP = 300
 
 
@@ -70,11 +70,14 @@ class Subject:
         handle.remove()
         return output, seen[0]
 
-    def loss(self, **options: Any) -> DiffLoss:
-        if self.vae is None:
-            return DiffLoss(self.net, **options)
-        prior = LatentPrior(self.vae, self.net, self.states, schedule=NoiseSchedule.scaled_linear())
-        return DiffLoss(prior, **options)
+    def loss(self, *, subset: float | None = None, dtype: torch.dtype | None = None, **options: Any) -> Objective:
+        prior: Any = self.net
+        if self.vae is not None:
+            prior = LatentPrior(self.vae, self.net, self.states, schedule=NoiseSchedule.scaled_linear())
+        if dtype is not None:
+            prior.to(dtype)
+        loss = DiffLoss(prior, **options)
+        return loss if subset is None else Subsampled(loss, subset=subset)
 
     def parameters(self) -> list[Tensor]:
         modules = [self.net] if self.vae is None else [self.net, self.vae.encoder]

@@ -37,6 +37,7 @@ from restoreloss import (
     LatentPrior,
     NoiseSchedule,
     Phase,
+    Subsampled,
     TDPLoss,
     WeightedSum,
     as_denoiser,
@@ -229,7 +230,7 @@ class Trainer(Recipe[Batch]):
             self.best = figures["psnr"]
             self.run_directory.save_weights("best", self.tested)
 
-    def _objectives(self) -> tuple[WeightedSum, DiffLoss | None]:
+    def _objectives(self) -> tuple[WeightedSum, Subsampled | None]:
         config = self.config
         pixel: nn.Module = nn.L1Loss() if config.pixel.distance == "l1" else nn.MSELoss()
         objectives: dict[str, Any] = {"pixel": pixel} if config.pixel.weight else {}
@@ -336,7 +337,7 @@ def terms_of(config: Config) -> list[str]:
     return [name for name, weight in weights.items() if weight]
 
 
-def _diff_loss(options: Diff) -> DiffLoss:
+def _diff_loss(options: Diff) -> Subsampled:
     prior: Any
     if options.prior == "small":
         prior = small_prior()
@@ -347,12 +348,14 @@ def _diff_loss(options: Diff) -> DiffLoss:
             raise ValueError(f"`diff.prior`: {error}") from error
     if options.constrain != "noise":
         prior = _constrained(prior, options)
-    return DiffLoss(
+    if options.bf16:
+        prior.to(torch.bfloat16)
+    loss = DiffLoss(
         prior, noise_weight=options.noise_weight, h_space_weight=options.h_space_weight, timesteps=options.timesteps,
         distance=options.distance, compare=options.compare, snr_power=options.snr_power, crop=options.crop,
-        subset=options.subset, every=options.every, dtype=torch.bfloat16 if options.bf16 else None,
         checkpointing=options.checkpointing,
     )  # fmt: skip
+    return Subsampled(loss, every=options.every, subset=options.subset)
 
 
 class Constrained(nn.Module):

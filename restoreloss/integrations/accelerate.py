@@ -61,7 +61,7 @@ def register(accelerator: Any, parts: Mapping[str, Any]) -> None:
         accelerator: an ``accelerate.Accelerator``.
         parts: by name, anything with ``state_dict`` and ``load_state_dict``: a ``ParameterImportance``, an
             ``Alternation`` (its schedulers: accelerate saves the optimizers that it prepared). Of a loss also how often
-            it was called, which ``every=k`` needs.
+            it was called, which ``Subsampled(every=k)`` needs.
 
     Raises:
         ValueError: For a name or a part that was registered before, a part without a state, an ``Alternation`` whose

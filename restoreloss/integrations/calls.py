@@ -1,4 +1,4 @@
-"""How does a loss that looks at every k-th call go on after a restart? Its counts are saved beside the networks."""
+"""CallCounts: the state of losses that are computed at every k-th call, to be saved beside the networks."""
 
 import logging
 from collections.abc import Mapping
@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from torch import nn
 
 from restoreloss.checks import check_whole, describe
-from restoreloss.objectives.diffloss import DiffLoss
+from restoreloss.objectives.subsampled import Subsampled
 
 _log = logging.getLogger(__name__)
 
 
 class CallCounts:
-    """How often each :class:`~restoreloss.DiffLoss` within a module was called, as a state to save.
+    """How often each :class:`~restoreloss.Subsampled` within a module was called, as a state to save.
 
     A loss is no part of a checkpoint of its own accord: its networks are hidden. With ``every=k`` the number of calls
     so far decides which call is the next to be looked at.
@@ -21,9 +21,9 @@ class CallCounts:
         module: a loss, a :class:`~restoreloss.WeightedSum`, or anything that holds some.
 
     Example:
-        >>> loss = WeightedSum({"pixel": nn.L1Loss(), "diff": DiffLoss(lambda x, t: x, h_space_weight=0, every=4)})
+        >>> loss = WeightedSum({"pixel": nn.L1Loss(), "other": Subsampled(nn.MSELoss(), every=4)})
         >>> CallCounts(loss).state_dict()
-        {'objective_diff': 0}
+        {'objective_other': 0}
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -45,6 +45,6 @@ class CallCounts:
         for name, loss in losses.items():
             loss.calls = check_whole(f"state[{name!r}]", state.get(name, 0), low=0)
 
-    def _losses(self) -> dict[str, DiffLoss]:
+    def _losses(self) -> dict[str, Subsampled]:
         found = self.module.named_modules()
-        return {name.replace("_orig_mod.", ""): module for name, module in found if isinstance(module, DiffLoss)}
+        return {name.replace("_orig_mod.", ""): module for name, module in found if isinstance(module, Subsampled)}

@@ -145,7 +145,7 @@ class ImportanceCallback(_Callback):  # type: ignore[misc]
 class ObjectivesCallback(_Callback):  # type: ignore[misc]
     """What the losses of a module need of a run.
 
-    - The call counts of ``DiffLoss(every=k)`` are saved with the checkpoint: a resumed run looks at the same calls.
+    - The call counts of ``Subsampled(every=k)`` are saved with the checkpoint: a resumed run looks at the same calls.
     - The first batch must be of one size on all processes (:func:`check_equal_batches`).
 
     Args:

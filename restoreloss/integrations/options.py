@@ -111,15 +111,20 @@ class DiffLoss(Criterion):
                     head_channels=self.head_channels, grouped_heads=self.grouped_heads,
                 )  # fmt: skip
         dtype = None if self.dtype is None else getattr(torch, self.dtype.removeprefix("torch."), None)
-        if self.dtype is not None and not isinstance(dtype, torch.dtype):
-            raise ValueError(f"`dtype` should be a dtype of torch, as 'bfloat16', found {self.dtype!r}.")
-        return restoreloss.DiffLoss(
+        if self.dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"`dtype` should be a floating-point dtype of torch, as 'bfloat16', found {self.dtype!r}.")
+        if dtype is not None:
+            prior.to(dtype)
+        loss = restoreloss.DiffLoss(
             prior, noise_weight=self.noise_weight, h_space_weight=self.h_space_weight,
             timesteps=None if self.timesteps is None else _pair("timesteps", self.timesteps),
             distance=self.distance, input_range=_pair("input_range", self.input_range), size=self.size,
-            compare=self.compare, snr_power=self.snr_power, crop=self.crop, subset=self.subset, every=self.every,
-            dtype=dtype, checkpointing=self.checkpointing,
+            compare=self.compare, snr_power=self.snr_power, crop=self.crop,
+            checkpointing=self.checkpointing,
         )  # fmt: skip
+        if self.every == 1 and self.subset is None:
+            return loss
+        return restoreloss.Subsampled(loss, every=self.every, subset=self.subset)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -5,7 +5,7 @@ not in the other (the noise it predicts, the semantics in its bottleneck) is the
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from operator import index
 from typing import Any, Literal, TypeAlias
@@ -23,15 +23,8 @@ from restoreloss.frozen import FrozenNetwork, frozen, serving, warn_if_trained
 from restoreloss.generators import Generators, check_generators, draw_per_sample, integers, standard_normal
 from restoreloss.images import RangeWatch, check_pair, check_range, to_unit_range
 from restoreloss.objectives.base import Objective, total
-from restoreloss.objectives.sampling import (
-    Tiles,
-    check_every,
-    check_share,
-    choose_samples,
-    nothing,
-    weighted,
-)
 from restoreloss.objectives.sizes import SizePolicy, crop_map, fit_size, pad_to
+from restoreloss.objectives.tiles import Tiles, check_share
 from restoreloss.precision import reference_weight
 
 logger = logging.getLogger(__name__)
@@ -76,18 +69,15 @@ class DiffLoss(Objective):
         snr_power: weigh timesteps by :math:`\text{SNR}_t^p`, of mean 1 over ``timesteps``. With p = -1 noise counts as
             it enters the denoised image; p > 0 prefers little noise.
         crop: look at one random tile of each image, of so many pixels or such a share of each side.
-        subset: look at so many samples, or such a share of them.
-        every: look at every k-th call only, and count it k times; the others return 0. ``calls`` counts them.
-        dtype: to convert the denoiser to, e.g. ``torch.bfloat16``; noise is mixed and compared in float32 all the same.
         checkpointing: recompute the blocks of a diffusers model in the backward pass, for less memory.
 
     Raises:
         ValueError: At construction for options that contradict each other or the denoiser, at a call for images that
             do not fit (shape, dtype, device, channels, an empty batch) or a timestep outside the schedule.
 
-    ``crop``, ``subset`` and ``every`` apply where a gradient is asked for in training mode; ``loss.eval()`` and inputs
-    without gradient get the whole. Their average is the whole but for what lies beyond the edge of a tile, which a
-    network with a receptive field sees; docs/diffloss.md has measurements.
+    ``crop`` applies where a gradient is asked for in training mode; ``loss.eval()`` and inputs without gradient get the
+    whole. Its average is the whole but for what lies beyond the edge of a tile, which a network with a receptive field
+    sees; docs/diffloss.md has measurements. :class:`Subsampled` looks at fewer samples, or at fewer calls.
 
     NaN pixels give NaN, in their own sample with ``reduction="none"``. Images clearly outside ``input_range`` warn
     once, at the first call that is not compiled. Images of one pixel are continued by it.
@@ -127,9 +117,6 @@ class DiffLoss(Objective):
         compare: Compare = "noise",
         snr_power: float = 0.0,
         crop: int | float | None = None,
-        subset: int | float | None = None,
-        every: int = 1,
-        dtype: torch.dtype | None = None,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -142,10 +129,8 @@ class DiffLoss(Objective):
         check_choice("size", size, SizePolicy)
         check_choice("reduction", reduction, Reduction)
         check_choice("compare", compare, Compare)
-        for name, share in (("crop", crop), ("subset", subset)):
-            if share is not None:
-                check_share(name, share)
-        check_every(every)
+        if crop is not None:
+            check_share("crop", crop)
         if crop is not None and distance not in ("mse", "l1"):
             raise ValueError(f"`crop` should go with the distance mse or l1, means over pixels, found {distance!r}.")
         latents: LatentEncoder | None = None
@@ -163,11 +148,9 @@ class DiffLoss(Objective):
         self.size: SizePolicy = size
         self.reduction: Reduction = reduction
         self.compare: Compare = compare
-        self.crop, self.subset, self.every, self.calls = crop, subset, every, 0
+        self.crop = crop
         levels = denoiser.schedule if isinstance(denoiser, Denoiser) else as_schedule(schedule)
         self.timesteps = _check_timesteps(timesteps, levels.first_timestep, levels.num_timesteps)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"`dtype` should be a floating-point dtype of torch, found {dtype!r}.")
         if not isinstance(checkpointing, bool):
             raise ValueError(f"`checkpointing` should be True or False, found {checkpointing!r}.")
         # last, so that a refused call leaves the caller's networks as they were
@@ -181,8 +164,6 @@ class DiffLoss(Objective):
         self._snr_weights = None if snr_power == 0 else _snr_weights(wrapped.schedule, self.snr_power, self.timesteps)
         if checkpointing:
             _enable_checkpointing(wrapped.model)
-        if dtype is not None:
-            wrapped.to(dtype)
         _check_that_it_answers(wrapped)
         warn_if_trained(wrapped, "denoiser")
         if latents is not None:
@@ -213,23 +194,9 @@ class DiffLoss(Objective):
         generator: Generators,
     ) -> dict[str, Tensor]:  # fmt: skip
         self._range.look({"restored": restored, "target": target})
-        count, rows, factor, tiles = len(restored), None, 1.0, None
-        if self.training and restored.requires_grad and torch.is_grad_enabled():
-            if self.every > 1 and not self._due():
-                shape = (count,) if self.reduction == "none" else ()
-                return {name: nothing(restored, shape) for name in self._weights}
-            factor = float(self.every)
-            if self.subset is not None:
-                rows = choose_samples(count, self.subset, generator, restored.device)
-            if rows is not None:
-                if isinstance(generator, Sequence):
-                    generator = [generator[row] for row in rows.tolist()]
-                rows = rows.to(restored.device)
-                restored, target = (image.index_select(0, rows) for image in (restored, target))
-                if isinstance(timestep, Tensor) and timestep.numel() == count:
-                    timestep = timestep.reshape(-1).to(rows.device).index_select(0, rows)
-            if self.crop is not None:
-                tiles, restored, target = self._tiles(self.crop, restored, target, generator)
+        tiles = None
+        if self.crop is not None and self.training and restored.requires_grad and torch.is_grad_enabled():
+            tiles, restored, target = self._tiles(self.crop, restored, target, generator)
         denoiser = self._denoiser.network
 
         z = self._to_model_space(restored)
@@ -259,8 +226,7 @@ class DiffLoss(Objective):
             if self._snr_weights is not None:
                 self._snr_weights = self._snr_weights.to(values.device)
                 values = values * self._snr_weights[t]
-            values = weighted(values, rows, count)
-            terms[name] = self._weights[name] * factor * reduce_samples(values, self.reduction)
+            terms[name] = self._weights[name] * reduce_samples(values, self.reduction)
         return terms
 
     def forward(
@@ -280,9 +246,9 @@ class DiffLoss(Objective):
             timestep: fixes t, an integer or (N,). Default: drawn from ``timesteps``.
             noise: fixes epsilon, in the shape of what the denoiser sees: the images, or the latents, resized where
                 ``size="resize"`` had to. Default: drawn from N(0, I).
-            generator: for what is drawn, on the generator's own device: with ``subset`` the samples, with ``crop`` the
-                tiles, then t, then the noise. One, or one for each sample, whose chance then does not depend on the
-                batch that it is in, nor on the process.
+            generator: for what is drawn, on the generator's own device: with ``crop`` the tiles, then t, then the
+                noise. One, or one for each sample, whose draws then do not depend on the batch that it is in, nor on
+                the process.
 
         Returns:
             A scalar, or (N,) with ``reduction="none"``, in float32 or higher.
@@ -299,12 +265,6 @@ class DiffLoss(Objective):
         if not any(weights.values()):
             raise ValueError("`noise_weight` or `h_space_weight` should be above 0, found that both were set to 0.")
         return {name: weight for name, weight in weights.items() if weight > 0}
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _due(self) -> bool:
-        """Whether this call is one to look at, of every k; not compiled, which would do it anew for every count."""
-        self.calls += 1
-        return (self.calls - 1) % self.every == 0
 
     def _tiles(
         self, crop: int | float, restored: Tensor, target: Tensor, generator: Generators
@@ -371,8 +331,7 @@ class DiffLoss(Objective):
         return (
             f"noise_weight={self.noise_weight:g}, h_space_weight={self.h_space_weight:g}, timesteps={self.timesteps}, "
             f"distance={self.distance!r}, input_range={self.input_range}, size={self.size!r}, "
-            f"reduction={self.reduction!r}, compare={self.compare!r}, snr_power={self.snr_power:g}, crop={self.crop}, "
-            f"subset={self.subset}, every={self.every}"
+            f"reduction={self.reduction!r}, compare={self.compare!r}, snr_power={self.snr_power:g}, crop={self.crop}"
         )
 
 

@@ -21,6 +21,7 @@ from restoreloss.checks import check_choice, check_number, check_whole, describe
 from restoreloss.images import check_pair
 from restoreloss.objectives.base import named_terms
 from restoreloss.objectives.diffloss import DiffLoss
+from restoreloss.objectives.subsampled import Subsampled
 from restoreloss.objectives.weighted_sum import WeightedSum
 
 Objectives: TypeAlias = (
@@ -359,9 +360,9 @@ def _measure(objectives: Objectives, restored: Tensor, target: Tensor, draws: in
 
 @contextmanager
 def _whole(*objectives: Any) -> Iterator[None]:
-    """Let each :class:`DiffLoss` look at all, also one that trains on a part: at every k-th call, say."""
+    """Let losses look at all that train on a part: on tiles, on some samples, at every k-th call."""
     trees = [objective.modules() for objective in objectives if isinstance(objective, nn.Module)]
-    parts = [module for tree in trees for module in tree if isinstance(module, DiffLoss)]
+    parts = [module for tree in trees for module in tree if isinstance(module, DiffLoss | Subsampled)]
     modes = [part.training for part in parts]
     try:
         for part in parts:

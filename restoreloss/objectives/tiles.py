@@ -1,10 +1,5 @@
-"""How can a loss look at less and mean the same?
+"""Tiles: one random tile of each image, so chosen and so weighted that its average over the choices is the whole."""
 
-It looks at a random part (some samples, one tile of each image, every k-th call), so chosen and so weighted that its
-average over the choices is the whole.
-"""
-
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,22 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restoreloss.generators import Generators, integers, permutation
-
-
-def choose_samples(count: int, share: int | float, generator: Generators, device: torch.device) -> Tensor | None:
-    """Some of the samples, without repetition; None for all of them.
-
-    Args:
-        count: N.
-        share: how many, an integer, or which part of N, a float; at least one, at most all.
-        generator: for the choice, on its own device, where the result is as well; one, or one for each sample.
-        device: of the result without a generator.
-    """
-    chosen = max(1, min(count, share if isinstance(share, int) else round(share * count)))
-    if chosen == count:
-        return None
-    return permutation(count, generator, device)[:chosen]
+from restoreloss.generators import Generators, integers
 
 
 @dataclass(frozen=True)
@@ -143,22 +123,3 @@ def check_share(name: str, value: Any) -> None:
     fits = isinstance(value, int | float) and not isinstance(value, bool)
     if not (fits and value > 0 and (isinstance(value, int) or value <= 1)):
         raise ValueError(f"`{name}` should be an integer above 0 or a share in (0, 1], found {value!r}.")
-
-
-def check_every(value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` counts calls."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`every` should be an integer above 0, found {value!r}.")
-
-
-def weighted(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
-    """Values of some samples as those of all ``count``, (N,): zero for the others, and more for these."""
-    if rows is None:
-        return values
-    return values.new_zeros(count).index_copy(0, rows, values * (count / len(rows)))
-
-
-def nothing(restored: Tensor, shape: Sequence[int]) -> Tensor:
-    """Zeros that depend on the image, so that a backward pass finds its way and brings zero."""
-    empty = restored.reshape(-1)[:0].sum()
-    return empty.to(torch.promote_types(restored.dtype, torch.float32)).expand(shape)

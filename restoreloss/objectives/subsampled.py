@@ -1,0 +1,145 @@
+"""Subsampled: any objective on fewer calls or fewer samples, right on average."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from restoreloss.checks import check_whole, describe
+from restoreloss.generators import Generators, check_generators, permutation
+from restoreloss.images import check_pair
+from restoreloss.objectives.base import Objective, named_terms, total
+from restoreloss.objectives.tiles import check_share
+
+
+class Subsampled(Objective):
+    r"""An objective that is computed on some samples of a batch, or on every k-th call, and counts for all.
+
+    .. math:: \hat L = k\,\mathbb 1[\text{call} \equiv 0 \bmod k] \cdot L(z_S, x_S), \qquad \mathrm{E}\,\hat L = L
+
+    with S a random subset of the samples. That holds for objectives that are means or sums over samples.
+
+    It applies where a gradient is asked for in training mode: ``.eval()`` and inputs without gradient get the whole.
+
+    Args:
+        objective: anything called with (restored, target); a module becomes a submodule.
+        every: compute every k-th call only, and count it k times; the others return 0 with a gradient of 0.
+        subset: how many samples, an integer, or which share of the batch, a float; at least one, at most all.
+
+    Attributes:
+        calls: how many calls there were that ``every`` counts. Set it when a training is resumed;
+            :class:`restoreloss.integrations.calls.CallCounts` does so for all losses of a module.
+
+    Raises:
+        ValueError: For what is no objective, an ``every`` below 1, or a ``subset`` that is no number above 0.
+
+    Example:
+        >>> loss = Subsampled(nn.MSELoss(), every=2)
+        >>> image = torch.ones(1, 3, 4, 4, requires_grad=True)
+        >>> [loss(image, torch.zeros(1, 3, 4, 4)).item() for _ in range(4)]
+        [2.0, 0.0, 2.0, 0.0]
+        >>> cheap = Subsampled(DiffLoss(small_prior()), subset=0.25)  # a quarter of the time
+    """
+
+    def __init__(
+        self,
+        objective: Callable[[Tensor, Tensor], Tensor],
+        *,
+        every: int = 1,
+        subset: int | float | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(objective) or isinstance(objective, type):
+            raise ValueError(f"`objective` should be a callable of (restored, target), found {describe(objective)}.")
+        self.every = check_whole("every", every)
+        if subset is not None:
+            check_share("subset", subset)
+        self.subset = subset
+        self.calls = 0
+        self._function = None if isinstance(objective, nn.Module) else objective
+        if isinstance(objective, nn.Module):
+            self.inner = objective
+        self._names: tuple[str, ...] = ("loss",)
+
+    @property
+    def objective(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """What is computed."""
+        return self.inner if self._function is None else self._function
+
+    @property
+    def reduction(self) -> str:
+        """That of the objective over samples, "mean" where it states none."""
+        return str(getattr(self.objective, "reduction", "mean"))
+
+    def terms(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> dict[str, Tensor]:
+        """The objective's terms, or "loss" where it has none.
+
+        Args:
+            restored: float (N, C, H, W).
+            target: the same shape.
+            generator: for the samples, and then for the objective where it takes one; one, or one for each sample.
+
+        Returns:
+            Scalars, or (N,) each for an objective with ``reduction="none"``.
+
+        Raises:
+            ValueError: For images that do not fit.
+        """
+        check_pair(restored, target)
+        check_generators(generator, len(restored))
+        if not (self.training and restored.requires_grad and torch.is_grad_enabled()):
+            return self._terms(restored, target, generator)
+        count = len(restored)
+        if self.every > 1 and not self._due():
+            shape = (count,) if self.reduction == "none" else ()
+            return {name: zeros_with_graph(restored, shape) for name in self._names}
+        rows = self._rows(count, generator, restored.device)
+        if rows is None:
+            terms = self._terms(restored, target, generator)
+        else:
+            if isinstance(generator, Sequence):
+                generator = [generator[row] for row in rows.tolist()]
+            rows = rows.to(restored.device)
+            chosen = self._terms(restored.index_select(0, rows), target.index_select(0, rows), generator)
+            terms = {name: self._counted_for_all(value, rows, count) for name, value in chosen.items()}
+        return {name: self.every * value for name, value in terms.items()}
+
+    def forward(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> Tensor:
+        """The sum of :meth:`terms`."""
+        return total(self.terms(restored, target, generator=generator))
+
+    def _terms(self, restored: Tensor, target: Tensor, generator: Generators) -> dict[str, Tensor]:
+        named = named_terms("loss", self.objective, restored, target, generator)
+        terms = {name.removeprefix("loss/"): value for name, value in named.items()}
+        self._names = tuple(terms)
+        return terms
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _due(self) -> bool:
+        """Whether this call is one to compute, of every k; not compiled, which would do it anew for every count."""
+        self.calls += 1
+        return (self.calls - 1) % self.every == 0
+
+    def _rows(self, count: int, generator: Generators, device: torch.device) -> Tensor | None:
+        """The samples to compute, or None for all of them."""
+        if self.subset is None:
+            return None
+        wanted = self.subset if isinstance(self.subset, int) else round(self.subset * count)
+        chosen = max(1, min(count, wanted))
+        return None if chosen == count else permutation(count, generator, device)[:chosen]
+
+    def _counted_for_all(self, value: Tensor, rows: Tensor, count: int) -> Tensor:
+        share = count / len(rows)
+        if value.ndim:  # one for each sample: zero for the others
+            return value.new_zeros(count).index_copy(0, rows, share * value)
+        return share * value if self.reduction == "sum" else value
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        return f"every={self.every}, subset={self.subset}"
+
+
+def zeros_with_graph(restored: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zeros that depend on the image, so that a backward pass finds its way and brings zero."""
+    empty = restored.reshape(-1)[:0].sum()
+    return empty.to(torch.promote_types(restored.dtype, torch.float32)).expand(shape)
