@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from restoreloss._optional import require
 from restoreloss.checks import check_number, check_whole
 from restoreloss.generators import check_generators, standard_normal, uniform
 from restoreloss.images import RangeWatch, check_images, check_range, mirrored
@@ -225,20 +226,29 @@ def shrink(images: Tensor, scale: float) -> Tensor:
 
 
 def jpeg(images: Tensor, quality: int) -> Tensor:
-    """Through libjpeg and back: (N, C, H, W) in [0, 1] with one or three channels, rounded to 8 bits."""
-    import numpy as np
-    from PIL import Image
+    """Through libjpeg and back: (N, C, H, W) in [0, 1] with one or three channels, rounded to 8 bits.
 
-    if not bool(images.isfinite().all()):
-        bad = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+    By Pillow, as torchvision's own codec is deprecated since its version 0.29.
+
+    Raises:
+        ValueError: For images that are not finite, as 8 bits have no NaN.
+        ImportError: If numpy or Pillow is not installed.
+    """
+    np = require("numpy", purpose="JPEG", install="numpy")
+    image_module = require("PIL.Image", purpose="JPEG", install="Pillow")
+
+    finite = images.isfinite().flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero().flatten().tolist()
         raise ValueError(f"`images` should be finite, as 8 bits have no NaN, found NaN or infinity in images {bad}.")
     pixels = (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8).movedim(1, -1).numpy()
     coded = []
     for picture in pixels:
         file = io.BytesIO()
         # Pillow's chroma is at half the resolution, as that of OpenCV
-        Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(file, "JPEG", quality=quality)
-        with Image.open(file) as read:
+        image = image_module.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
+        image.save(file, "JPEG", quality=quality)
+        with image_module.open(file) as read:
             coded.append(np.asarray(read).reshape(picture.shape))
     return torch.from_numpy(np.stack(coded)).movedim(-1, 1).to(images.device, images.dtype) / 255
 

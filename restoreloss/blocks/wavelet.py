@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from restoreloss._optional import require
 from restoreloss.checks import check_whole, describe
 
 
@@ -45,8 +46,7 @@ class WaveletColorFix(nn.Module):
         super().__init__()
         check_whole("levels", levels)
         if wavelet is not None:
-            import pywt
-
+            pywt = require("pywt", purpose="`wavelet`", install="PyWavelets")
             if wavelet not in pywt.wavelist(kind="discrete"):
                 raise ValueError(
                     f"`wavelet` should be None or a discrete wavelet of PyWavelets ('haar', 'db2', 'sym4', 'bior4.4', "
@@ -115,8 +115,8 @@ def _approximation(size: int, wavelet: str, levels: int) -> Any:
 
     An array: a tensor that was made in inference mode would be of no use to a gradient later.
     """
-    import numpy as np
-    import pywt
+    np = require("numpy", purpose="`wavelet`", install="numpy")
+    pywt = require("pywt", purpose="`wavelet`", install="PyWavelets")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a small image has a level that is all border, which is as it should be
