@@ -364,3 +364,21 @@ def test_grid_as_large_as_the_image_is_a_coin_a_pixel():
 def test_what_is_no_image_is_named(pair):
     with pytest.raises(ValueError, match="`restored` and `target` should be tensors, or lists of tensors"):
         CQMix()(*pair)
+
+
+def test_with_a_generator_each_the_cells_of_a_sample_do_not_depend_on_its_batch():
+    mix, (z, x) = CQMix((3, 2)), torch.rand(2, 4, 3, 9, 8)
+
+    def generators(numbers):
+        return [torch.Generator().manual_seed(number) for number in numbers]
+
+    mixed, mask = mix(z, x, generator=generators(range(4)), return_mask=True)
+    for number in range(4):
+        own = [number]
+        alone = mix(z[own], x[own], generator=generators(own))
+        in_a_list = mix([z[number]], [x[number]], generator=generators(own))
+        assert torch.equal(alone, mixed[own])
+        assert torch.equal(in_a_list[0], mixed[number])
+    assert len({tuple(one.flatten().tolist()) for one in mask}) > 1
+    with pytest.raises(ValueError, match="`generator` should be one, or one for each of 4, found 3"):
+        mix(z, x, generator=generators(range(3)))

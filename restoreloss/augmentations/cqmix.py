@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss.checks import check_number, check_whole, describe
-from restoreloss.generators import check_generators, uniform
+from restoreloss.generators import Generators, check_generators, draw_per_sample, uniform
 
 
 class CQMix(nn.Module):
-    r"""Cross-quality patch mix: every cell of a grid shows the restored or the target image, by a coin.
+    r"""Cross-quality patch mix: every cell of a grid shows the restored or the target image, at random.
 
     .. math:: \text{mix}_n = M_n \odot z_n + (1 - M_n) \odot x_n, \qquad M_n(\text{cell}) \sim \text{Bernoulli}(p)
 
@@ -51,14 +51,14 @@ class CQMix(nn.Module):
         self.p = check_number("p", p, low=0, high=1)
 
     @overload
-    def forward(self, restored: Tensor, target: Tensor, *, generator: torch.Generator | None = None) -> Tensor: ...
+    def forward(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> Tensor: ...
     @overload
     def forward(
-        self, restored: Sequence[Tensor], target: Sequence[Tensor], *, generator: torch.Generator | None = None
+        self, restored: Sequence[Tensor], target: Sequence[Tensor], *, generator: Generators = None
     ) -> list[Tensor]: ...
     @overload
     def forward(
-        self, restored: Tensor, target: Tensor, *, generator: torch.Generator | None = None, return_mask: bool
+        self, restored: Tensor, target: Tensor, *, generator: Generators = None, return_mask: bool
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def forward(
@@ -66,27 +66,25 @@ class CQMix(nn.Module):
         restored: Sequence[Tensor],
         target: Sequence[Tensor],
         *,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         return_mask: bool,
     ) -> tuple[list[Tensor], list[Tensor]]: ...
 
-    def forward(
-        self, restored: Any, target: Any, *, generator: torch.Generator | None = None, return_mask: bool = False
-    ) -> Any:
+    def forward(self, restored: Any, target: Any, *, generator: Generators = None, return_mask: bool = False) -> Any:
         """The mixed images.
 
         Args:
             restored: (N, C, H, W) of any dtype, or a list of (C, H, W) of any sizes. Its gradient passes through:
                 detach it where the restoration network is not trained.
             target: the same shape or shapes and device, of the same dtype or another floating-point one.
-            generator: for the coins, on its own device.
+            generator: for the cells, on its own device; one, or one for each sample, whose cells then do not depend on
+                the batch that it is in.
             return_mask: also return the mask.
 
         Returns:
             The mixed images; with ``return_mask`` also a mask (N, 1, H, W) (or a list of (1, H, W)) in the dtype of the
             images, 1 where ``restored`` was taken.
         """
-        check_generators(generator, None)
         if isinstance(restored, Tensor) or isinstance(target, Tensor):
             mixed, mask = self._mix("", 4, restored, target, generator)
             return (mixed, mask.to(mixed.dtype)) if return_mask else mixed
@@ -95,12 +93,15 @@ class CQMix(nn.Module):
             raise ValueError(f"`restored` and `target` should be tensors, or lists of tensors, found {found}.")
         if len(restored) != len(target):
             raise ValueError(f"`target` should be as many images as `restored` ({len(restored)}), found {len(target)}.")
-        pairs = [self._mix(f"[{i}]", 3, z, x, generator) for i, (z, x) in enumerate(zip(restored, target, strict=True))]
+        check_generators(generator, len(restored))
+        each = generator if isinstance(generator, Sequence) else [generator] * len(restored)
+        samples = enumerate(zip(restored, target, each, strict=True))
+        pairs = [self._mix(f"[{i}]", 3, z, x, one) for i, (z, x, one) in samples]
         images = [image for image, _ in pairs]
         return (images, [mask.to(image.dtype) for image, mask in pairs]) if return_mask else images
 
     def _mix(
-        self, index: str, ndim: int, restored: Tensor, target: Tensor, generator: torch.Generator | None
+        self, index: str, ndim: int, restored: Tensor, target: Tensor, generator: Generators
     ) -> tuple[Tensor, Tensor]:
         for name, image in (("restored", restored), ("target", target)):
             if not isinstance(image, Tensor) or image.ndim != ndim:
@@ -125,12 +126,15 @@ class CQMix(nn.Module):
                 f"`grid` should have no more cells than `restored{index}` has pixels, {height}x{width}, found "
                 f"{rows}x{columns}."
             )
+        if ndim == 4:
+            check_generators(generator, len(restored))
         # one uniform number a cell: n cells drawn at once are the same as n drawn one after the other
         cells = torch.empty(*samples, 1, rows, columns, device=restored.device)
-        coins = uniform(cells, generator) < self.p
+        drawn = draw_per_sample(lambda count, one: uniform(cells[:count], one), len(cells), generator)
+        chosen = drawn.to(restored.device) < self.p
         row = torch.arange(height, device=restored.device) * rows // height
         column = torch.arange(width, device=restored.device) * columns // width
-        mask = coins[..., row, :][..., column]
+        mask = chosen[..., row, :][..., column]
         return torch.where(mask, restored, target), mask
 
     def extra_repr(self) -> str:
