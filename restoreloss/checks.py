@@ -2,6 +2,8 @@
 
 import inspect
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Real
 from operator import index
 from typing import Any, get_args
@@ -86,6 +88,17 @@ def check_callable(name: str, function: Any, *arguments: str, where: str = "") -
         signature.bind(*arguments)
     except TypeError:
         raise ValueError(f"{takes}, found one that takes {signature}.") from None
+
+
+@contextmanager
+def named(theirs: str, ours: str) -> Iterator[None]:
+    """Let an error within the ``with`` block name the argument that the caller wrote, not the one that it became."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if f"`{theirs}`" not in str(error):
+            raise
+        raise type(error)(str(error).replace(f"`{theirs}`", f"`{ours}`")) from error
 
 
 def check_map(name: str, value: Any, channels: int) -> None:

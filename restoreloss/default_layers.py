@@ -39,8 +39,8 @@ def default_layers(network: nn.Module) -> tuple[str, ...]:
         if name in children:
             return (_last_of(name, children[name]),)
     raise ValueError(
-        f"`layers` should name the layers of {type(network).__name__}, which has no known default; its children are "
-        f"{list(children)}."
+        f"`layers` should name the layers of {type(network).__name__}, which has no known default, found None; its "
+        f"children are {list(children)}."
     )
 
 

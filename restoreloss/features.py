@@ -205,16 +205,16 @@ class FeatureExtractor:
             if own:
                 others = [name for name in outputs[layer] if name not in own]
                 raise ValueError(
-                    f"`layers` should name the tensors of {layer!r} one by one, as {own[0]!r} is the network's input "
-                    f"itself: choose from {others}."
+                    f"`layers` should name the tensors of {layer!r} one by one, found that {own[0]!r} is the network's "
+                    f"input itself: choose from {others}."
                 )
 
     def _check_ran(self, outputs: dict[str, Any]) -> None:
         silent = [path for path in self._paths if path not in outputs]
         if silent:
             raise ValueError(
-                f"`layers` should be layers that run; the network did not call {silent} (or it is compiled and does "
-                "not tell)."
+                f"`layers` should be layers that run, found that the network did not call {silent} (or it is compiled "
+                "and does not tell)."
             )
 
     def _chosen(self, outputs: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -242,6 +242,8 @@ class FeatureExtractor:
         if callable(self._normalization):
             found = self._normalization(unit[0] if isinstance(images, Tensor) else unit)
             arguments = found if isinstance(found, tuple) else (found,)
+            if not any(isinstance(part, Tensor) for part in tree_leaves(arguments)):
+                raise ValueError(f"`normalize` should return the network's input, found {describe(found)}.")
         else:
             normalized = [self._normalized(part, self._normalization) for part in unit]
             arguments = (normalized[0] if isinstance(images, Tensor) else normalized,)
@@ -278,9 +280,10 @@ def _check_images(images: Any) -> None:
     """Raise ``ValueError`` unless these are float (N, C, H, W), or a list of (C, H, W)."""
     several = isinstance(images, list | tuple)
     for image in images if several else [images]:
-        if not isinstance(image, Tensor) or image.ndim != (3 if several else 4) or not image.is_floating_point():
+        fits = isinstance(image, Tensor) and image.ndim == (3 if several else 4) and image.is_floating_point()
+        if not fits or image.numel() == 0:
             raise ValueError(
-                f"The images should be float (N, C, H, W), or a list of (C, H, W), found {describe(image)}"
+                f"The images should be float (N, C, H, W), or a list of (C, H, W), not empty, found {describe(image)}"
                 f"{' in a list' if several else ''}."
             )
     if several and not images:

@@ -1,9 +1,12 @@
 """The normalization of a task network: how images in [0, 1] become its input."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+
+from restoreloss.checks import check_callable
 
 Images: TypeAlias = Tensor | Sequence[Tensor]
 """Float (N, C, H, W), or a list of (C, H, W) for networks that take lists (torchvision's detectors)."""
@@ -40,6 +43,7 @@ def normalization(network: nn.Module, normalize: Normalize) -> Statistics | Call
             )
         return own
     if callable(normalize) and not isinstance(normalize, type):
+        check_callable("normalize", normalize, "images")
         function: Callable[[Images], Any] = normalize
         return function
     if by_itself:
@@ -59,8 +63,8 @@ def normalization(network: nn.Module, normalize: Normalize) -> Statistics | Call
             "`normalize` should be 'auto', 'model', 'imagenet', None, torchvision weights, ((mean, ...), (std, ...)) "
             f"or a callable, found {normalize!r}."
         ) from None
-    if len(mean) != len(std) or not all(value > 0 for value in std):
-        raise ValueError(f"`normalize` should have as many positive std as mean, found {normalize!r}.")
+    if len(mean) != len(std) or not all(value > 0 for value in std) or not all(map(math.isfinite, (*mean, *std))):
+        raise ValueError(f"`normalize` should have as many positive std as mean, all finite, found {normalize!r}.")
     return mean, std
 
 

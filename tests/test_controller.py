@@ -255,9 +255,9 @@ def test_without_diffusers_the_error_says_what_to_install(monkeypatch: pytest.Mo
         ),
         ({"multipliers": ()}, r"`multipliers` should be at least one whole number, found"),
         ({"layers": 0}, "`layers` should be a whole number of at least 1, found 0"),
-        ({"channels": 10}, r"channels \[10, 20, 20\] and 12 should be multiples of `groups` \(4\) and `heads` \(2\)"),
-        ({"control_channels": 10}, r"\[8, 16, 16\] and 10 should be multiples of `groups` \(4\)"),
-        ({"heads": 3}, r"`heads` \(3\)"),
+        ({"channels": 10}, r"`groups` and `heads` should divide the channels \[10, 20, 20\], .* 12, found 4 and 2"),
+        ({"control_channels": 10}, r"\[8, 16, 16\], and `groups` also `control_channels` 10, found 4"),
+        ({"heads": 3}, r"`heads` should divide .* found 4 and 3"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:
@@ -327,5 +327,7 @@ def test_timesteps_and_controls_of_another_size_are_refused() -> None:
     assert torch.equal(control(latents, 7)[0], control(latents, torch.tensor([7, 7]))[0])
     with pytest.raises(ValueError, match=r"`timestep` should be one or 2, found \(3,\)"):
         control(latents, torch.tensor([1, 2, 3]))
-    with pytest.raises(ValueError, match=r"`control` should have the size of `skip` \(1, 4, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"`control` should have the batch and size of `skip` \(1, 4, 3, 3\)"):
         SCTuner(4, 4)(normal(1, 4, 3, 3), normal(1, 4, 1, 1))
+    with pytest.raises(ValueError, match=r"`control` should have the batch and size of `skip` \(1, 4, 3, 3\)"):
+        SCTuner(4, 4)(normal(1, 4, 3, 3), normal(2, 4, 3, 3))

@@ -264,13 +264,13 @@ def test_images_of_any_range_reach_the_network_in_its_own(schedule: NoiseSchedul
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: DenoisingLoss("net", LEVELS), "`denoiser` should be a network or a function, found 'net'"),
+        (lambda: DenoisingLoss("net", LEVELS), r"`denoiser` should be callable as denoiser\(x_t, t\), found 'net'"),
         (lambda: DenoisingLoss(Network(), 50), "`schedule` should be NoiseLevels or a NoiseSchedule, found 50"),
         (lambda: DenoisingLoss(Network(), LEVELS, distance="l3"), "`distance` should be one of .* found 'l3'"),
         (lambda: DenoisingLoss(Network(), LEVELS, reduction="max"), "`reduction` should be one of"),
         (lambda: DenoisingLoss(Network(), LEVELS, timesteps=(5, 5)), r"0 <= low < high <= 51, found \(5, 5\)"),
         (lambda: DenoisingLoss(Network(), LEVELS, timesteps=(1, 52)), "`timesteps` should satisfy"),
-        (lambda: DenoisingLoss(Network(), LEVELS, timesteps=(-1, 5)), "`timesteps` should satisfy"),
+        (lambda: DenoisingLoss(Network(), LEVELS, timesteps=(-1, 5)), "`timesteps` should be a whole number of at"),
         (lambda: DenoisingLoss(Network(), LEVELS, weights=[1.0]), r"one for each of 51 timesteps, found \(1,\)"),
         (lambda: DenoisingLoss(Network(), LEVELS, input_range=(1, 0)), "`input_range` should rise"),
         (lambda: DenoisingLoss(Network(), LEVELS)(images(3, 4, 4)), r"`clean` should have shape \(N, C, H, W\)"),
@@ -278,7 +278,10 @@ def test_images_of_any_range_reach_the_network_in_its_own(schedule: NoiseSchedul
         (lambda: DenoisingLoss(Network(), LEVELS)(torch.ones(0, 3, 4, 4)), "`clean` should hold at least one image"),
         (lambda: DenoisingLoss(Network(), LEVELS)(images(2, 3, 4, 4), timestep=51), r"in \[0, 51\), found 51"),
         (lambda: DenoisingLoss(Network(), LEVELS)(images(2, 3, 4, 4), timestep=torch.ones(3).long()), "or 2 of them"),
-        (lambda: DenoisingLoss(Network(), LEVELS)(images(2, 3, 4, 4), noise=normal(1, 3, 4, 4)), "`x` and `noise`"),
+        (
+            lambda: DenoisingLoss(Network(), LEVELS)(images(2, 3, 4, 4), noise=normal(1, 3, 4, 4)),
+            "`noise` should be float",
+        ),
         (
             lambda: DenoisingLoss(lambda x_t, t: x_t[:, :2], LEVELS)(images(2, 3, 4, 4)),
             r"`denoiser` should return images like \(2, 3, 4, 4\), found \(2, 2, 4, 4\)",

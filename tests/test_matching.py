@@ -179,8 +179,8 @@ def test_batches_are_pooled_by_image_and_not_by_batch() -> None:
 def test_only_matches_of_the_same_timesteps_are_pooled() -> None:
     one = TimestepMatch(torch.tensor([1, 2]), torch.ones(1, 2), torch.ones(1))
     other = TimestepMatch(torch.tensor([1, 3]), torch.ones(1, 2), torch.ones(1))
-    for matches in ([], [one, other]):
-        with pytest.raises(ValueError, match="`matches` should be at least one, all of the same timesteps"):
+    for matches, message in (([], "at least one, found none"), ([one, other], r"of the same `timesteps`, found")):
+        with pytest.raises(ValueError, match=f"`matches` should be {message}"):
             TimestepMatch.pool(matches)
 
 

@@ -217,7 +217,7 @@ def test_prompts_that_were_trained_elsewhere_are_loaded() -> None:
 def test_of_prompts_of_another_width_none_is_loaded() -> None:
     tfa = adapters()
     state = copy.deepcopy(tfa.state_dict())
-    with pytest.raises(ValueError, match=r"The prompt 'detect' should be \(8,\), found \(6,\)"):
+    with pytest.raises(ValueError, match=r"`prompts\['detect'\]` should be \(8,\), found \(6,\)"):
         tfa.load_prompts({"look": torch.ones(8), "new": torch.ones(8), "detect": torch.ones(6)})
     assert tfa.tasks == TASKS and all(torch.equal(value, state[name]) for name, value in tfa.state_dict().items())
 
@@ -368,13 +368,13 @@ def call(*shapes: tuple[int, ...]) -> Any:
         (lambda: TFA(()), r"`channels` should be one number for each of `skips` \(\), found 512"),
         (lambda: TFA((4, 2), (8,)), r"each of `skips` \(4, 2\), found \(8,\)"),
         (lambda: TFA((4, 2), gate="relu"), "`gate` should be one of .'softmax', 'sigmoid'., found 'relu'"),
-        (lambda: TFA((4,), tasks=["look", "look"]), "`name` should be a new task, found 'look', .* one of look"),
+        (lambda: TFA((4,), tasks=["look", "look"]), "`tasks` should be a new task, found 'look', .* one of look"),
         (lambda: adapters().add_task("segment"), "found 'segment', which is one of look, classify, segment"),
         (lambda: adapters().add_task("a.b"), "`name` should be .* found 'a.b'"),
         (lambda: adapters().add_task(""), "`name` should be .* found ''"),
         (lambda: adapters().add_task("new", like="old"), "one of look, classify, segment, found 'old'"),
-        (lambda: adapters().prompt("old"), "A task should be one of look, classify, segment, found 'old'"),
-        (lambda: adapters(()).prompt("old"), "A task should be one of none yet, found 'old'"),
+        (lambda: adapters().prompt("old"), "`tasks` should be one of look, classify, segment, found 'old'"),
+        (lambda: adapters(()).prompt("old"), "`tasks` should be one of none yet, found 'old'"),
         (lambda: adapters().prompt(["look", "old"]), "one of look, classify, segment, found 'old'"),
         (lambda: adapters().prompt(["look", "look"], 3), "one for each of 3 images, found 2"),
         (lambda: adapters().prompt([]), "`tasks` should name one for each .* found 0"),

@@ -180,7 +180,7 @@ def test_per_sample_objectives_sum_per_sample():
         ({"a.b": F.l1_loss}, None, "without '/' and '.', found 'a.b'"),
         ({"": F.l1_loss}, None, "without '/' and '.', found ''"),
         ({1: F.l1_loss}, None, "without '/' and '.', found 1"),
-        ({"l1": 0.5}, None, r"callables of \(restored, target\), found 'l1': 0.5"),
+        ({"l1": 0.5}, None, r"`objectives\['l1'\]` should be callable as .*, found 0.5"),
         ({"l1": F.l1_loss}, {"l1": math.nan}, "found nan"),
         ({"l1": F.l1_loss}, {"l1": math.inf}, "found inf"),
         ({"l1": F.l1_loss, "l2": F.mse_loss}, {"l1": 0, "l2": 0}, "other than 0, found all 0"),
@@ -192,9 +192,11 @@ def test_bad_construction_is_refused_with_what_was_found(objectives, weights, me
 
 
 def test_objectives_of_different_reductions_are_refused_with_their_shapes():
-    loss = WeightedSum({"mean": nn.L1Loss(), "none": nn.L1Loss(reduction="none")})
-    with pytest.raises(ValueError, match=r"the same `reduction`.*'mean': \(\), 'none': \(2, 3, 5, 4\)"):
+    loss = WeightedSum({"mean": nn.L1Loss(), "none": lambda a, b: (a - b).mean(dim=(1, 2, 3))})
+    with pytest.raises(ValueError, match=r"the same `reduction`.*'mean': \(\), 'none': \(2,\)"):
         loss(*pair())
+    with pytest.raises(ValueError, match=r"'none' should return a scalar, or one value .*\(2, 3, 5, 4\)"):
+        WeightedSum({"none": nn.L1Loss(reduction="none")})(*pair())
 
 
 def test_objective_that_returns_no_tensor_is_refused_by_name():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoreloss.augmentations.mixtures import blur, gaussian_kernel, jpeg
+from restoreloss.checks import check_whole
 from restoreloss.generators import Generators, check_generators, standard_normal, uniform
 from restoreloss.images import RangeWatch, check_images, check_range, into_range, warn_if_out_of_range
 
@@ -183,6 +184,7 @@ class Corruptions(nn.Module):
 
     def draw(self, count: int, *, generator: Generators = None) -> list[Corruption]:
         """What to do to ``count`` pictures."""
+        check_whole("count", count, low=0)
         drawn = []
         for one in _one_for_each("generator", generator, count):
             name, severity = uniform(torch.empty(2, dtype=torch.float64), one).tolist()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoreloss._optional import require
-from restoreloss.checks import check_number, check_whole
+from restoreloss.checks import check_number, check_whole, describe
 from restoreloss.generators import check_generators, standard_normal, uniform
 from restoreloss.images import RangeWatch, check_images, check_range, mirrored
 
@@ -124,9 +124,9 @@ class MixtureB(nn.Module):
         low, high = _span("quality", quality, 1, 100)
         self.quality = (int(low), int(high))
         self.anisotropic = check_number("anisotropic", anisotropic, low=0, high=1)
-        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"`kernel_size` should be odd and at least 1, found {kernel_size!r}.")
-        self.kernel_size = kernel_size
+        self.kernel_size = check_whole("kernel_size", kernel_size)
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"`kernel_size` should be odd, found {kernel_size}.")
         self.input_range = check_range(input_range)
         self._range = RangeWatch(self.input_range)
 
@@ -151,6 +151,7 @@ class MixtureB(nn.Module):
 
     def draw(self, count: int, *, generator: torch.Generator | None = None) -> list[Degradation]:
         """What to do to ``count`` pictures."""
+        check_whole("count", count, low=0)
         drawn_numbers = uniform(torch.empty(count, 7, dtype=torch.float64), generator).tolist()
 
         def between(span: Span, u: float) -> float:
@@ -174,6 +175,8 @@ class MixtureB(nn.Module):
 
     def degrade(self, images: Tensor, what: Degradation, *, generator: torch.Generator | None = None) -> Tensor:
         """One degradation of images in [0, 1], (N, C, H, W) in float32 or higher."""
+        if not isinstance(what, Degradation):
+            raise ValueError(f"`what` should be one of `draw(count)`, found {describe(what)}.")
         kernel = gaussian_kernel(self.kernel_size, what.sigma, what.angle).to(images.device, images.dtype)
         small = shrink(blur(images, kernel), what.scale)
         grain = standard_normal(small, generator)

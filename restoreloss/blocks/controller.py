@@ -63,17 +63,21 @@ class Controller(nn.Module):
             raise ValueError(f"`multipliers` should be at least one whole number, found {describe(multipliers)}.")
         for multiplier in multipliers:
             check_whole("multipliers", multiplier)
-        if attention is not None and (not isinstance(attention, Sequence) or isinstance(attention, str)):
+        if attention is not None and not (
+            isinstance(attention, Sequence) and all(isinstance(level, bool) for level in attention)
+        ):
             raise ValueError(f"`attention` should be one bool for each level, found {describe(attention)}.")
         last = len(multipliers) - 1
         attention = [level < last for level in range(last + 1)] if attention is None else list(attention)
         if len(attention) != last + 1:
-            raise ValueError(f"`attention` should be one for each of `multipliers` {tuple(multipliers)}.")
+            raise ValueError(
+                f"`attention` should be one for each of `multipliers` {tuple(multipliers)}, found {len(attention)}."
+            )
         widths = [channels * multiplier for multiplier in multipliers]
         if any(width % groups or width % heads for width in widths) or control_channels % groups:
             raise ValueError(
-                f"The channels {widths} and {control_channels} should be multiples of `groups` ({groups}) and `heads` "
-                f"({heads})."
+                f"`groups` and `heads` should divide the channels {widths}, and `groups` also `control_channels` "
+                f"{control_channels}, found {groups} and {heads}."
             )
         purpose, install = "A Controller", "diffusers"
         embeddings = require("diffusers.models.embeddings", purpose=purpose, install=install)
@@ -175,9 +179,9 @@ class SCTuner(nn.Module):
         """
         check_map("skip", skip, self.channels)
         check_map("control", control, self.control_channels)
-        if control.shape[2:] != skip.shape[2:]:
+        if control.shape[2:] != skip.shape[2:] or len(control) != len(skip):
             raise ValueError(
-                f"`control` should have the size of `skip` {tuple(skip.shape)}, found {tuple(control.shape)}."
+                f"`control` should have the batch and size of `skip` {tuple(skip.shape)}, found {tuple(control.shape)}."
             )
         skip = skip + self.project(control)
         edited: Tensor = skip + self.second(F.gelu(self.first(skip)))

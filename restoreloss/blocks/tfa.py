@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from restoreloss.checks import check_choice, check_map, check_whole, describe
+from restoreloss.checks import check_choice, check_map, check_whole, describe, named
 
 Gate = Literal["softmax", "sigmoid"]
 
@@ -85,7 +85,8 @@ class TFA(nn.Module):
         self.prompts = nn.ParameterDict()
         self.width = skips[0]
         for task in tasks:
-            self.add_task(task)
+            with named("name", "tasks"):
+                self.add_task(task)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -113,7 +114,11 @@ class TFA(nn.Module):
         if not name or "." in name or hasattr(self.prompts, name):
             raise ValueError(f"`name` should be without a dot, and no attribute of a module's own, found {name!r}.")
         at = next(self.parameters())
-        value = torch.zeros(self.width, device=at.device, dtype=at.dtype) if like is None else self._of(like).detach()
+        value = (
+            torch.zeros(self.width, device=at.device, dtype=at.dtype)
+            if like is None
+            else self._of(like, "like").detach()
+        )
         prompt = nn.Parameter(value.clone())
         self.prompts[name] = prompt
         return prompt
@@ -131,12 +136,12 @@ class TFA(nn.Module):
         if count is not None:
             check_whole("count", count)
         if isinstance(tasks, str):
-            return self._of(tasks).expand(1 if count is None else count, -1)
+            return self._of(tasks, "tasks").expand(1 if count is None else count, -1)
         if not isinstance(tasks, Sequence):
             raise ValueError(f"`tasks` should be a name, or one for each image, found {describe(tasks)}.")
         if not tasks or count not in (None, len(tasks)):
             raise ValueError(f"`tasks` should name one for each of {count or 'the'} images, found {len(tasks)}.")
-        return torch.stack([self._of(task) for task in tasks])
+        return torch.stack([self._of(task, "tasks") for task in tasks])
 
     def load_prompts(self, prompts: Mapping[str, Tensor] | nn.ParameterDict) -> None:
         """Prompts that were trained elsewhere with these adapters; new tasks are added.
@@ -148,17 +153,18 @@ class TFA(nn.Module):
             raise ValueError(f"`prompts` should be a mapping of names to tensors, found {describe(prompts)}.")
         for name, value in prompts.items():
             if not isinstance(value, Tensor):
-                raise ValueError(f"The prompt {name!r} should be a tensor ({self.width},), found {describe(value)}.")
+                raise ValueError(f"`prompts[{name!r}]` should be a tensor ({self.width},), found {describe(value)}.")
             if tuple(value.shape) != (self.width,):
-                raise ValueError(f"The prompt {name!r} should be ({self.width},), found {tuple(value.shape)}.")
+                raise ValueError(f"`prompts[{name!r}]` should be ({self.width},), found {tuple(value.shape)}.")
         for name, value in prompts.items():
             held = self.prompts[name] if name in self.prompts else self.add_task(name)
             with torch.no_grad():
                 held.copy_(value)
 
-    def _of(self, task: str) -> nn.Parameter:
+    def _of(self, task: str, argument: str) -> nn.Parameter:
         if not isinstance(task, str) or task not in self.prompts:
-            raise ValueError(f"A task should be one of {', '.join(self.tasks) or 'none yet'}, found {describe(task)}.")
+            known = ", ".join(self.tasks) or "none yet"
+            raise ValueError(f"`{argument}` should be one of {known}, found {describe(task)}.")
         prompt: nn.Parameter = self.prompts[task]
         return prompt
 

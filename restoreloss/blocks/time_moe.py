@@ -208,6 +208,8 @@ class TimeConditioned(nn.Module):
         super().__init__()
         if not isinstance(network, nn.Module):
             raise ValueError(f"`network` should be a module, found {describe(network)}.")
+        if not isinstance(passes_time, bool):
+            raise ValueError(f"`passes_time` should be True or False, found {describe(passes_time)}.")
         self.network, self.passes_time = network, passes_time
         self.num_timesteps = check_whole("num_timesteps", num_timesteps)
         self.time_dim = check_whole("time_dim", time_dim, low=2)
@@ -279,7 +281,7 @@ class TimeConditioned(nn.Module):
         """
         found = [block.balance for block in self.modules() if isinstance(block, TimeMoE) and block.balance is not None]
         if not found:
-            raise ValueError("The network should hold a TimeMoE that has been called, found none.")
+            raise ValueError("`balance_loss` should follow a call of a network with a TimeMoE, found none.")
         return torch.stack(found).mean()
 
     def forward(self, image: Tensor, t: Tensor | int) -> Any:

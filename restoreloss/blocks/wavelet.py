@@ -126,6 +126,7 @@ def _approximation(size: int, wavelet: str, levels: int) -> Any:
 
 
 def _wide(image: Tensor, name: str) -> Tensor:
-    if not isinstance(image, Tensor) or image.ndim != 4 or not image.is_floating_point():
-        raise ValueError(f"`{name}` should be a float tensor (N, C, H, W), found {describe(image)}.")
+    fits = isinstance(image, Tensor) and image.ndim == 4 and image.is_floating_point() and image.numel() > 0
+    if not fits:
+        raise ValueError(f"`{name}` should be a float tensor (N, C, H, W), not empty, found {describe(image)}.")
     return image.float() if image.dtype in (torch.float16, torch.bfloat16) else image

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from restoreloss._optional import require
-from restoreloss.checks import describe
+from restoreloss.checks import check_callable, describe
 from restoreloss.integrations.calls import CallCounts
 from restoreloss.regularizers.orthogonality import GradientOrthogonality
 from restoreloss.sharding import is_sharded
@@ -127,8 +127,7 @@ def project(
     """
     _check(accelerator)
     for name, function in (("generation", generation), ("reconstruction", reconstruction)):
-        if not callable(function):
-            raise ValueError(f"`{name}` should be a function that returns the loss, found {describe(function)}.")
+        check_callable(name, function)
     kind = accelerator.distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise ValueError(f"`accelerator` should run one process or DDP, whose parameters are whole, found {kind}.")

@@ -3,8 +3,7 @@
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -71,17 +70,6 @@ def check_kind(name: str, value: Any, kind: Any) -> None:
                 parts = value.values() if isinstance(value, Mapping) else () if isinstance(value, str) else value
                 for part in parts:
                     check_kind(name, part, get_args(each)[-1])
-
-
-@contextmanager
-def named(theirs: str, ours: str) -> Iterator[None]:
-    """Let an error within the ``with`` block name the option that was written, not the argument that it became."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        if f"`{theirs}`" not in str(error):
-            raise
-        raise type(error)(str(error).replace(f"`{theirs}`", f"`{ours}`")) from error
 
 
 def near(option: Any, known: Sequence[str]) -> str:

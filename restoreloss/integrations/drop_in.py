@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from restoreloss.checks import describe
+
 FILE = "restoreloss_loss.py"
 
 
@@ -49,6 +51,8 @@ class Framework:
             ValueError: If this is no checkout of the framework, or its losses are found in another way.
             FileExistsError: If another file of that name is there.
         """
+        if not isinstance(repository, str | Path):
+            raise ValueError(f"`repository` should be a folder, found {describe(repository)}.")
         package = Path(repository).expanduser() / self.package
         for name, sign in (("losses/__init__.py", "_loss.py"), ("utils/registry.py", "LOSS_REGISTRY")):
             if not (package / name).is_file() or sign not in (package / name).read_text(encoding="utf-8"):
@@ -86,6 +90,8 @@ def register_all(registry: Any, losses: Iterable[type]) -> None:
     Raises:
         ValueError: If a name is taken by something else.
     """
+    if isinstance(registry, type) or not hasattr(registry, "register") or not hasattr(registry, "get"):
+        raise ValueError(f"`registry` should be the framework's LOSS_REGISTRY, found {describe(registry)}.")
     missing = [loss for loss in losses if loss.__name__ not in registry]
     for loss in losses:
         if loss not in missing and registry.get(loss.__name__) is not loss:

@@ -82,6 +82,8 @@ class ImportanceCallback(_Callback):  # type: ignore[misc]
         super().__init__()
         if not isinstance(importance, ParameterImportance):
             raise ValueError(f"`importance` should be a ParameterImportance, found {describe(importance)}.")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"`name` should be text, found {describe(name)}.")
         self.importance, self.name = importance, name
 
     @property
@@ -159,6 +161,8 @@ class ObjectivesCallback(_Callback):  # type: ignore[misc]
     def __init__(self, *, check_batches: bool = True) -> None:
         _lightning()
         super().__init__()
+        if not isinstance(check_batches, bool):
+            raise ValueError(f"`check_batches` should be True or False, found {describe(check_batches)}.")
         self._unchecked = check_batches
         self._counts = CallCounts(nn.Module())
 
@@ -282,6 +286,8 @@ def log_terms(module: Any, terms: Mapping[str, Tensor], *, prefix: str = "train/
         raise ValueError(f"`terms` should be scalar tensors by name (reduction='mean'), found {found or 'none'}.")
     if not hasattr(module, "log_dict"):
         raise ValueError(f"`module` should be a LightningModule, found {describe(module)}.")
+    if not isinstance(prefix, str):
+        raise ValueError(f"`prefix` should be text, found {describe(prefix)}.")
     module.log_dict({f"{prefix}{name}": value for name, value in terms.items()}, sync_dist=sync_dist)
     return total(dict(terms))
 

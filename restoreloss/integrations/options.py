@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 import restoreloss
-from restoreloss.checks import check_whole
+from restoreloss.checks import check_whole, named
 from restoreloss.diffusion.checkpoints import load_prior
 from restoreloss.diffusion.prior import small_prior
 from restoreloss.distances import Distance
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.generators import Generators
-from restoreloss.integrations.checks import call, check_kind, named
+from restoreloss.integrations.checks import call, check_kind
 from restoreloss.integrations.task_networks import normalization, task_network
 from restoreloss.objectives.base import Objective, named_terms, total
 from restoreloss.objectives.diffloss import Compare

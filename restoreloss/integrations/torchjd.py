@@ -138,7 +138,7 @@ def aggregate(
     rows: list[list[Tensor]] = []
     for name, loss in losses.items():
         alone = [p for p in own.get(name, ()) if p.requires_grad and id(p) not in known]
-        gradients = gradients_of(loss, [*shared, *alone], retain_graph=len(rows) + 1 < len(losses))
+        gradients = gradients_of(f"losses[{name!r}]", loss, [*shared, *alone], retain_graph=len(rows) + 1 < len(losses))
         rows.append(gradients[: len(shared)])
         average_(gradients[len(shared) :])
         for parameter, gradient in zip(alone, gradients[len(shared) :], strict=True):

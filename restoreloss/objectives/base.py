@@ -80,6 +80,14 @@ def _check_terms(terms: Any, name: str | None = None) -> None:
     for key, value in terms.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{whose} should return tensors by name, found {key!r}: {describe(value)}.")
+        if value.ndim > 1:
+            raise ValueError(
+                f"{whose} should return scalars, or one value for each sample, found {key!r}: {describe(value)}."
+            )
+    first, *others = terms.values()
+    if any(other.numel() != first.numel() for other in others):
+        shapes = {key: tuple(value.shape) for key, value in terms.items()}
+        raise ValueError(f"{whose} should return terms of one shape (the same `reduction`), found {shapes}.")
 
 
 def _takes_generator(function: Callable[..., Any]) -> bool:

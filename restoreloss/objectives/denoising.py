@@ -5,13 +5,13 @@ model. :class:`~restoreloss.DiffLoss` is the other way round: there the denoiser
 """
 
 from collections.abc import Callable, Sequence
-from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
 
-from restoreloss.checks import check_choice, describe
+from restoreloss.checks import check_callable, check_choice, check_whole, describe
 from restoreloss.diffusion.denoisers import Denoiser, prediction_in
 from restoreloss.diffusion.levels import NoiseLevels
 from restoreloss.diffusion.schedule import NoiseSchedule
@@ -76,8 +76,9 @@ class DenoisingLoss(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        if not callable(denoiser) or isinstance(denoiser, type):
+        if isinstance(denoiser, NoiseSchedule | _Loss) or hasattr(denoiser, "terms"):
             raise ValueError(f"`denoiser` should be a network or a function, found {describe(denoiser)}.")
+        check_callable("denoiser", denoiser, "x_t", "t")
         if not isinstance(schedule, NoiseSchedule):
             raise ValueError(f"`schedule` should be NoiseLevels or a NoiseSchedule, found {describe(schedule)}.")
         if isinstance(denoiser, Denoiser) and schedule.prediction_type != "epsilon":
@@ -95,12 +96,10 @@ class DenoisingLoss(nn.Module):
         self.reduction: Reduction = reduction
         self.input_range = check_range(input_range)
         self._range = RangeWatch(self.input_range)
-        try:
-            low, high = (
-                (schedule.first_timestep, schedule.num_timesteps) if timesteps is None else map(index, timesteps)
-            )
-        except (TypeError, ValueError):
-            raise ValueError(f"`timesteps` should be two integers (low, high), found {timesteps!r}.") from None
+        chosen = (schedule.first_timestep, schedule.num_timesteps) if timesteps is None else timesteps
+        if not isinstance(chosen, Sequence) or isinstance(chosen, str) or len(chosen) != 2:
+            raise ValueError(f"`timesteps` should be two integers (low, high), found {describe(timesteps)}.")
+        low, high = (check_whole("timesteps", step, low=0) for step in chosen)
         if not 0 <= low < high <= schedule.num_timesteps:
             raise ValueError(
                 f"`timesteps` should satisfy 0 <= low < high <= {schedule.num_timesteps}, found {timesteps!r}."
@@ -130,6 +129,8 @@ class DenoisingLoss(nn.Module):
             timestep = integers(*self.timesteps, len(clean), generator, clean.device)
         if noise is None:
             noise = standard_normal(clean, generator)
+        elif not isinstance(noise, Tensor) or noise.shape != clean.shape or not noise.is_floating_point():
+            raise ValueError(f"`noise` should be float {tuple(clean.shape)} like `clean`, found {describe(noise)}.")
         noise = noise.to(clean.device)
         t = self.schedule.expand_timestep(timestep, clean)
         x = into_range(clean, self.input_range, self.schedule.model_range)
@@ -177,4 +178,6 @@ def _table(weights: Any) -> Tensor:
         raise ValueError(f"`weights` should be numbers, one for each timestep, found {describe(weights)}.") from None
     if not bool((table.isfinite() & (table >= 0)).all()):
         raise ValueError("`weights` should be finite and at least 0, found others.")
+    if not bool(table.any()):
+        raise ValueError("`weights` should leave at least one timestep a weight above 0, found all 0.")
     return table

@@ -8,13 +8,14 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from operator import index
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from restoreloss.checks import check_choice, check_number, describe
+from restoreloss.checks import check_callable, check_choice, check_number, describe
 from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_schedule, wrap
 from restoreloss.diffusion.latents import LatentEncoder, LatentPrior
 from restoreloss.diffusion.schedule import NoiseSchedule
@@ -129,18 +130,27 @@ class DiffLoss(Objective):
         check_choice("size", size, SizePolicy)
         check_choice("reduction", reduction, Reduction)
         check_choice("compare", compare, Compare)
-        if crop is not None:
-            check_share("crop", crop)
+        crop = None if crop is None else check_share("crop", crop)
         if crop is not None and distance not in ("mse", "l1"):
             raise ValueError(f"`crop` should go with the distance mse or l1, means over pixels, found {distance!r}.")
         latents: LatentEncoder | None = None
         if isinstance(denoiser, LatentPrior):
             given = {"schedule": schedule, "conditioning": conditioning, "encoder": encoder}
             if twice := [name for name, value in given.items() if value is not None]:
-                raise ValueError(f"`{twice[0]}` should be None for a LatentPrior, which has its own.")
+                raise ValueError(
+                    f"`{twice[0]}` should be None for a LatentPrior, which has its own, found "
+                    f"{describe(given[twice[0]])}."
+                )
             latents, denoiser = denoiser.encoder, denoiser.denoiser
         elif encoder is not None:
             latents = LatentEncoder(encoder)
+        elif isinstance(denoiser, NoiseSchedule):
+            raise ValueError("`denoiser` should come first and `schedule` second, found a schedule in its place.")
+        elif isinstance(denoiser, str | Path):
+            raise ValueError(
+                f"`denoiser` should be a network or a function, found {str(denoiser)!r}: "
+                "`load_prior` reads names, folders and files."
+            )
         self.noise_weight = float(noise_weight)
         self.h_space_weight = float(h_space_weight)
         self.distance: Distance = distance
@@ -392,6 +402,7 @@ def _check_timesteps(timesteps: Any, first: int, num_timesteps: int) -> tuple[in
     if timesteps is None:
         return first, num_timesteps
     if callable(timesteps):
+        check_callable("timesteps", timesteps, "count", "generator")
         return timesteps  # type: ignore[no-any-return]
     try:
         low, high = map(index, timesteps)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from restoreloss.checks import check_whole, describe
+from restoreloss.checks import check_callable, check_whole
 from restoreloss.generators import Generators, check_generators, permutation
 from restoreloss.images import check_pair
 from restoreloss.objectives.base import Objective, named_terms, total
@@ -49,12 +49,9 @@ class Subsampled(Objective):
         subset: int | float | None = None,
     ) -> None:
         super().__init__()
-        if not callable(objective) or isinstance(objective, type):
-            raise ValueError(f"`objective` should be a callable of (restored, target), found {describe(objective)}.")
+        check_callable("objective", objective, "restored", "target")
         self.every = check_whole("every", every)
-        if subset is not None:
-            check_share("subset", subset)
-        self.subset = subset
+        self.subset = None if subset is None else check_share("subset", subset)
         self.calls = 0
         self._function = None if isinstance(objective, nn.Module) else objective
         if isinstance(objective, nn.Module):

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from restoreloss.checks import describe
 from restoreloss.generators import Generators, integers
 
 
@@ -118,8 +120,10 @@ def _starts(length: int, size: int, multiple: int) -> list[int]:
     return [multiple * round(number * (length - size) / (count - 1) / multiple) for number in range(count)]
 
 
-def check_share(name: str, value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is an integer above 0 or a share in (0, 1]."""
-    fits = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (fits and value > 0 and (isinstance(value, int) or value <= 1)):
-        raise ValueError(f"`{name}` should be an integer above 0 or a share in (0, 1], found {value!r}.")
+def check_share(name: str, value: Any) -> int | float:
+    """The value as an integer above 0 or a share in (0, 1], or ``ValueError``."""
+    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0:
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, Integral) and 0 < float(value) <= 1:
+        return float(value)
+    raise ValueError(f"`{name}` should be an integer above 0 or a share in (0, 1], found {describe(value)}.")

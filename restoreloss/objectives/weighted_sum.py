@@ -5,7 +5,7 @@ from contextlib import ExitStack
 
 from torch import Tensor, nn
 
-from restoreloss.checks import check_number, describe
+from restoreloss.checks import check_callable, check_number, describe
 from restoreloss.features import FeatureExtractor
 from restoreloss.generators import Generators, check_generators
 from restoreloss.images import check_pair
@@ -53,10 +53,7 @@ class WeightedSum(Objective):
             raise ValueError(f"`weights` should be named after objectives {list(objectives)}, found {unknown}.")
         self.weights = {name: check_number(f"weights[{name!r}]", weights.get(name, 1.0)) for name in objectives}
         for name, objective in objectives.items():
-            if not callable(objective) or isinstance(objective, type):
-                raise ValueError(
-                    f"`objectives` should be callables of (restored, target), found {name!r}: {describe(objective)}."
-                )
+            check_callable(f"objectives[{name!r}]", objective, "restored", "target")
             if not isinstance(name, str) or not name or "/" in name or "." in name:
                 raise ValueError(f"`objectives` should have names without '/' and '.', found {name!r}.")
         if not any(self.weights.values()):
@@ -117,6 +114,11 @@ class WeightedSum(Objective):
             for key, value in named_terms(name, objective, restored, target, generator).items():
                 if not isinstance(value, Tensor):
                     raise ValueError(f"Objective {name!r} should return a tensor, found {describe(value)}.")
+                if value.ndim > 1:
+                    raise ValueError(
+                        f"Objective {name!r} should return a scalar, or one value for each sample, found "
+                        f"{describe(value)}: is its `reduction` 'none'?"
+                    )
                 terms[key] = weight * value
         shapes = {key: tuple(value.shape) for key, value in terms.items()}
         if len(set(shapes.values())) > 1:

@@ -109,8 +109,8 @@ class ParameterImportance(nn.Module):
         self.estimator, self.normalize, self.mode = estimator, normalize, mode
         self.strength = check_number("strength", strength, low=0)
         self.chunk_size = check_whole("chunk_size", chunk_size)
-        self.layer_weights = {} if layer_weights is None else layer_weights
         self._model = (model,)  # in a tuple: not registered
+        self.layer_weights = {} if layer_weights is None else layer_weights
         self._loop = self._warned = False
         self._open()
 
@@ -127,6 +127,14 @@ class ParameterImportance(nn.Module):
             name: check_number(f"layer_weights[{name!r}]", weight, low=0) for name, weight in weights.items()
         }
         self._factors: dict[str, float] = {}
+        names = [*bare(self._model[0]).named_modules(), *bare(self._model[0]).named_parameters()]
+        known = {_plain(name) for name, _ in names}
+        if unknown := [name for name in self._layer_weights if name not in known]:
+            warnings.warn(
+                f"`layer_weights` should name modules or parameters of `model`, found {unknown[:3]}, which "
+                "change nothing.",
+                stacklevel=3,
+            )
 
     def accumulate(
         self,
@@ -260,7 +268,9 @@ class ParameterImportance(nn.Module):
         Call it once per optimizer step, after the last ``backward()``, and after ``GradScaler.unscale_``.
         """
         self._check_measured()
+        charged = False
         for parameter, omega, anchor, weight in self._charged():
+            charged = True
             if not parameter.requires_grad:
                 continue
             slope = moved = parameter.to(omega.dtype) - anchor
@@ -274,6 +284,8 @@ class ParameterImportance(nn.Module):
                 parameter.grad.addcmul_(omega, slope, value=weight)
             else:
                 parameter.grad += (weight * omega * slope).to(parameter.grad.dtype)
+        if not charged:
+            self._nothing_charged()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Call :meth:`apply_` before each step of an optimizer, after any clipping of gradients.
@@ -310,6 +322,7 @@ class ParameterImportance(nn.Module):
 
     def importance(self, task: int = 0) -> dict[str, Tensor]:
         """The importances of one task by the parameters' names."""
+        check_whole("task", task, low=0, high=self.tasks - 1)
         return self._named(task, "importance")
 
     def _charged(self) -> Iterable[tuple[nn.Parameter, Tensor, Tensor, float]]:
@@ -338,7 +351,7 @@ class ParameterImportance(nn.Module):
         names = {name for task in range(self.tasks) for name in self._named(task, "importance")}
         known = [parameter for name, parameter in parameters.items() if name in names]
         if not known:
-            raise ValueError("No parameter of `model` has an importance: was it measured on another network?")
+            raise ValueError("`model` should have parameters that were measured, found none: was it another network?")
         return 0.0 * whole(known[0].to(_exact(known[0])).sum())
 
     def _layer_weight(self, name: str) -> float:
@@ -380,7 +393,11 @@ class ParameterImportance(nn.Module):
         sizes = {name: p.numel() for name, p in parameters.items() if p.numel()}
         zero = [name for name in sizes if not bool(importance[_plain(name)].any())]
         if len(zero) == len(sizes):
-            logger.warning("All importances are 0: the loss has no gradient there, and the penalty will be 0.")
+            warnings.warn(
+                "`loss_fn` should depend on the parameters of `model`, found that all importances are 0: the penalty "
+                "will be 0.",
+                stacklevel=4,
+            )
         elif zero and not self._warned:
             self._warned = True
             share = sum(sizes[name] for name in zero) / sum(sizes.values())
@@ -408,13 +425,16 @@ class ParameterImportance(nn.Module):
                     self._open(self.tasks - 1)  # nothing measured yet: the anchor is where it is measured
                     return
                 raise ValueError(
-                    f"`{name}` has moved since its importance was first measured: call `begin_task()` to remember "
-                    "what was learned since."
+                    f"`{name}` should be where its importance was first measured, found that it has moved: call "
+                    "`begin_task()` to remember what was learned since."
                 )
 
     def _check_measured(self) -> None:
         if not self._measured:  # not the buffer: reading it would wait for the device at every step
-            raise ValueError("The importance is not measured: call `accumulate(loss_fn, batches)` first.")
+            raise ValueError(
+                "The importance should be measured first, found that it is not measured: call `accumulate(loss_fn, "
+                "batches)`."
+            )
 
     def _buffer(self, kind: str) -> Tensor:
         value = self._buffers[f"{self.tasks - 1}/{kind}"]

@@ -4,6 +4,7 @@ Depth is the order in which layers run, found by running the network once. The o
 in which somebody wrote them down.
 """
 
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,10 +49,19 @@ def execution_order(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"`model` should be a module, found {describe(model)}.")
-    if isinstance(blocks, str):
-        raise ValueError(f"`blocks` should be a list of names, found the string {blocks!r}.")
+    if blocks is not None and (isinstance(blocks, str) or not isinstance(blocks, Iterable)):
+        raise ValueError(f"`blocks` should be a list of names, found {describe(blocks)}.")
     check_choice("mode", mode, RunMode)
     network = bare(model)
+    wrong = [describe(one) for one in inputs if isinstance(one, type) or type(one).__name__ == "ndarray"]
+    try:
+        inspect.signature(network.forward).bind(*inputs)
+    except TypeError:
+        wrong = [describe(one) for one in inputs]
+    if wrong or not inputs:
+        raise ValueError(
+            f"`inputs` should be what {type(network).__name__} is called with, as tensors, found {wrong or 'none'}."
+        )
     modules = dict(network.named_modules())
     if blocks is None:
         chosen = [name for name, module in modules.items() if any(True for _ in module.parameters(recurse=False))]
@@ -73,7 +83,7 @@ def execution_order(
         for handle in handles:
             handle.remove()
     if not order:
-        raise ValueError(f"None of the blocks {chosen[:20]} ran in mode {mode!r}.")
+        raise ValueError(f"`blocks` should name some that run in mode {mode!r}, found {chosen[:20]}, which do not.")
     # what is in a block that ran belongs to it, though it may not be called by itself
     idle = [name for name in chosen if layer_of(name, order) is None]
     if idle:
@@ -190,6 +200,8 @@ def add_gradients(loss: Tensor, model: nn.Module, weights: Mapping[str, float], 
     parameters = dict(bare(model).named_parameters())
     chosen = [parameters[name] for name in factors]
     gradients = torch.autograd.grad(loss, chosen, retain_graph=retain_graph, allow_unused=True)
+    if all(gradient is None for gradient in gradients):
+        raise ValueError("`loss` should depend on parameters that `weights` name, found that it depends on none.")
     for parameter, gradient, factor in zip(chosen, gradients, factors.values(), strict=True):
         if gradient is not None:
             gradient = factor * gradient
@@ -216,5 +228,9 @@ def _count(share: float | int, order: Sequence[str]) -> int:
 
 def layer_of(name: str, layers: Iterable[str]) -> str | None:
     """The layer that a parameter belongs to: the longest of the names that fit."""
+    if not isinstance(name, str):
+        raise ValueError(f"`name` should be the name of a parameter, found {describe(name)}.")
+    if isinstance(layers, str):
+        raise ValueError(f"`layers` should be names, found one, {layers!r}.")
     fitting = [layer for layer in layers if layer == "" or name == layer or name.startswith(f"{layer}.")]
     return max(fitting, key=len) if fitting else None

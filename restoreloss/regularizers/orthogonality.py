@@ -106,7 +106,8 @@ class GradientOrthogonality(nn.Module):
         sides = [_as_list(generation, "generation"), _as_list(reconstruction, "reconstruction")]
         if at is None:
             gradients = [
-                [gradients_of(loss, self._parameters_shared, create_graph=True) for loss in side] for side in sides
+                [gradients_of(name, loss, self._parameters_shared, create_graph=True) for loss in side]
+                for name, side in zip(("generation", "reconstruction"), sides, strict=True)
             ]
         else:
             if not isinstance(at, tuple | list) or len(at) != 2:
@@ -133,6 +134,12 @@ class GradientOrthogonality(nn.Module):
             >>> orthogonality.from_gradients([e1, e2], [e1, e2]).item()
             1.5
         """
+        for name, given in (("generation", generation), ("reconstruction", reconstruction)):
+            fits = isinstance(given, Sequence) and all(isinstance(row, Sequence) for row in given) and len(given) > 0
+            if not fits or not all(isinstance(part, Tensor) for row in given for part in row):
+                raise ValueError(
+                    f"`{name}` should be a list of tensors for each micro-batch, at least one, found {describe(given)}."
+                )
         rows = [*generation, *reconstruction]
         cosines, there = _cosines(rows)
         side = torch.arange(len(rows), device=cosines.device) < len(generation)
@@ -186,9 +193,10 @@ class GradientOrthogonality(nn.Module):
         weights = [check_number("weight", each, low=0) for each in weights]
         if len(weights) != len(shared):
             raise ValueError(f"`weight` should be one, or {len(shared)}, found {len(weights)}.")
-        of_generation = gradients_of(generation, shared, retain_graph=True)  # the two graphs may share a part
+        # the two graphs may share a part
+        of_generation = gradients_of("generation", generation, shared, retain_graph=True)
         of_generation = [w * gradient for w, gradient in zip(weights, of_generation, strict=True)]
-        of_both = gradients_of(reconstruction, [*shared, *rest])
+        of_both = gradients_of("reconstruction", reconstruction, [*shared, *rest])
         average_([*of_generation, *of_both])
         of_reconstruction = of_both[: len(shared)]
         exact = torch.promote_types(shared[0].dtype, torch.float32)
@@ -251,7 +259,7 @@ def _by_sample(losses: list[Tensor], tensors: list[Tensor]) -> list[list[Tensor]
     if len(losses) != len(tensors):
         raise ValueError(f"`at` should hold one tensor for each loss ({len(losses)}), found {len(tensors)}.")
     gradients = [
-        gradients_of(loss, [tensor], create_graph=True)[0] for loss, tensor in zip(losses, tensors, strict=True)
+        gradients_of("at", loss, [tensor], create_graph=True)[0] for loss, tensor in zip(losses, tensors, strict=True)
     ]
     return [[sample] for gradient in gradients for sample in gradient]
 
@@ -259,7 +267,8 @@ def _by_sample(losses: list[Tensor], tensors: list[Tensor]) -> list[list[Tensor]
 def _cosines(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
     """(K, K) cosines of K gradients, and which of these are not zero."""
     if len({tuple(tensor.shape for tensor in row) for row in rows}) != 1:
-        raise ValueError("The gradients should be of the same shapes in all micro-batches.")
+        found = [[tuple(tensor.shape) for tensor in row] for row in rows]
+        raise ValueError(f"The gradients should be of the same shapes in all micro-batches, found {found}.")
     columns = [column for column in zip(*rows, strict=True) if column[0].numel()]
     if not columns:
         raise ValueError("The gradients should hold numbers, found empty ones only.")

@@ -68,7 +68,7 @@ class PerSample:
         with torch.enable_grad(), allow_mutation_on_saved_tensors() if self.mutates else nullcontext():
             value = self._value(sample, sign)
             if not value.requires_grad:
-                raise ValueError("What `loss_fn` returns should depend on the parameters of `model`.")
+                raise ValueError("`loss_fn` should return what depends on the parameters of `model`, found no graph.")
             return torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
 
     def _value(self, sample: Any, signs: Tensor | None) -> Tensor:
@@ -115,7 +115,7 @@ def batch_size(batch: Any) -> int:
     if arrays or len(sizes) != 1 or None in sizes or 0 in sizes:
         shapes = sorted(tuple(leaf.shape) for leaf in tensors)
         found = describe(arrays[0]) if arrays else shapes if tensors else describe(batch)
-        raise ValueError(f"A batch should be tensors of N samples each along the first dimension, found {found}.")
+        raise ValueError(f"`batches` should hold tensors of N samples each along the first dimension, found {found}.")
     (size,) = sizes
     assert size is not None
     return size

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss._optional import require
-from restoreloss.checks import check_choice, check_number, check_whole, describe
+from restoreloss.checks import check_callable, check_choice, check_number, check_whole, describe
 from restoreloss.images import check_pair
 from restoreloss.objectives.base import named_terms
 from restoreloss.objectives.diffloss import DiffLoss
@@ -134,6 +134,9 @@ class AuditReport:
         axes.invert_yaxis()
         axes.set(xlim=(0, 1.45), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel="share of the gradient at the restored image")
         axes.spines[["top", "right"]].set_visible(False)
+        known = figure.canvas.get_supported_filetypes()
+        if Path(path).suffix and Path(path).suffix[1:].lower() not in known:
+            raise ValueError(f"`path` should end in one of {', '.join(known)}, found {Path(path).name!r}.")
         figure.savefig(path, dpi=130)
         return Path(path)
 
@@ -270,10 +273,8 @@ def calibrate(
     """
     if isinstance(objectives, WeightedSum):
         objectives = objectives.objectives
-    if not objectives:
-        raise ValueError("`objectives` should name at least one objective, found none.")
     if not isinstance(objectives, Mapping) or not isinstance(shares, Mapping):
-        found = f"{type(objectives).__name__} and {type(shares).__name__}"
+        found = f"{describe(objectives)} and {describe(shares)}"
         raise ValueError(f"`objectives` and `shares` should be mappings by name, found {found}.")
     _weighed(objectives)
     for name, share in shares.items():
@@ -316,8 +317,7 @@ def _weighed(objectives: Objectives) -> list[tuple[str, float, Callable[..., Ten
         if not objectives:
             raise ValueError("`objectives` should name at least one objective, found none.")
         for name, objective in objectives.items():
-            if isinstance(objective, type) or not callable(objective):
-                raise ValueError(f"`objectives` should be callable, found {name!r}: {describe(objective)}.")
+            check_callable(f"objectives[{name!r}]", objective, "restored", "target")
         return [(name, 1.0, objective) for name, objective in objectives.items()]
     if isinstance(objectives, type) or not callable(objectives):
         raise ValueError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from restoreloss._optional import require
-from restoreloss.checks import check_choice, check_whole, describe
+from restoreloss.checks import check_choice, check_number, check_whole, describe
 from restoreloss.diffusion.denoisers import wrap
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.distances import Distance, distance_per_sample
@@ -74,8 +74,14 @@ class TimestepMatch:
         Raises:
             ValueError: For none, or different timesteps.
         """
-        if not matches or any(not torch.equal(match.timesteps, matches[0].timesteps) for match in matches):
-            raise ValueError("`matches` should be at least one, all of the same timesteps.")
+        if not isinstance(matches, Sequence) or not all(isinstance(match, TimestepMatch) for match in matches):
+            found = [describe(one) for one in matches] if isinstance(matches, Sequence) else describe(matches)
+            raise ValueError(f"`matches` should be a list of TimestepMatch, found {found}.")
+        if not matches:
+            raise ValueError("`matches` should be at least one, found none.")
+        tried = [match.timesteps.tolist() for match in matches]
+        if any(timesteps != tried[0] for timesteps in tried):
+            raise ValueError(f"`matches` should be of the same `timesteps`, found {tried}.")
         return cls(
             matches[0].timesteps,
             torch.cat([match.per_image for match in matches]),
@@ -189,13 +195,21 @@ def order_by_timestep(matches: Mapping[str, TimestepMatch | float]) -> list[str]
     Returns:
         The names; those of one t* stay in the order given.
 
+    Raises:
+        ValueError: For something else than a mapping of names to matches or numbers.
+
     Example:
         >>> order_by_timestep({"hazy": 47, "noisy": 4, "rainy": 8})
         ['noisy', 'rainy', 'hazy']
 
     Source: DTP, Section 3.3.
     """
-    found = {name: match.best if isinstance(match, TimestepMatch) else match for name, match in matches.items()}
+    if not isinstance(matches, Mapping):
+        raise ValueError(f"`matches` should be a mapping of names to what was found, found {describe(matches)}.")
+    found = {
+        name: match.best if isinstance(match, TimestepMatch) else check_number(f"matches[{name!r}]", match, low=0)
+        for name, match in matches.items()
+    }
     return sorted(found, key=lambda name: found[name])
 
 

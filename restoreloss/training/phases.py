@@ -69,6 +69,8 @@ class Phase(Generic[Batch]):
     max_norm: float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"`name` should be text, found {describe(self.name)}.")
         for name, kinds in (("trains", nn.Module | nn.Parameter), ("frozen", nn.Module)):
             given: Any = getattr(self, name)
             # an nn.Sequential could be iterated, and is one network
@@ -261,6 +263,9 @@ class Alternation(Generic[Batch]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What :meth:`state_dict` gave, into the same phases."""
+        if not isinstance(state, Mapping) or not isinstance(state.get("phases"), Mapping):
+            found_keys = list(state) if isinstance(state, Mapping) else describe(state)
+            raise ValueError(f"`state` should be what `state_dict()` gave, with 'phases', found {found_keys}.")
         expected, found = (
             {name: [len(phase["optimizers"]), len(phase["schedulers"])] for name, phase in saved["phases"].items()}
             for saved in (self.state_dict(), state)
@@ -392,7 +397,7 @@ def _check(phase: Phase[Any]) -> None:
         raise ValueError(f"`trains` of phase {phase.name!r} should name at least one network, found none.")
     learning = {part for item in phase.trains if isinstance(item, nn.Module) for part in item.modules()}
     if any(bare(module) in learning for module in phase.frozen):
-        raise ValueError(f"`frozen` of phase {phase.name!r} should name nothing that it trains.")
+        raise ValueError(f"`frozen` of phase {phase.name!r} should name nothing that it trains, found a part of it.")
     if any(mode not in ("train", "eval") for mode in phase.modes.values()):
         raise ValueError(
             f"`modes` of phase {phase.name!r} should be 'train' or 'eval', found {[*phase.modes.values()]}."
@@ -444,7 +449,9 @@ def _terms(name: str, result: Any) -> Mapping[str, Tensor]:
         found = {key: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for key, v in terms.items()}
         raise ValueError(f"The objective of phase {name!r} should return a scalar, or scalars by name, found {found}.")
     if "grad_norm" in terms:
-        raise ValueError(f"The objective of phase {name!r} should not call a term 'grad_norm', the name of the norm.")
+        raise ValueError(
+            f"The objective of phase {name!r} should leave 'grad_norm' to the norm, found a term of that name."
+        )
     return terms
 
 
