@@ -189,25 +189,5 @@ def _module() -> Any:
     return LightningModule()
 
 
-PENDING: tuple[str, ...] = (
-    "options.TDPLoss: a file that holds no weights",
-    "task_network: name=None",
-    "task_network: name=3",
-    "task_network: name=PosixPath('torchvision/resnet18')",
-    "task_network: weights=None",
-    "task_network: weights=True",
-    "task_network: weights=3",
-    "task_network: num_classes='10'",
-    "task_network: num_classes=0",
-    "task_network: num_classes=-1",
-    "task_network: num_classes=1.5",
-    "task_network: num_classes=True",
-    "task_network: image_size=0",
-    "task_network: a text file",
-    "task_network: an empty safetensors file",
-    "task_network: a folder without a config",
-    "task_networks.normalization: None",
-    "task_networks.normalization: 3",
-    "task_networks.normalization: 'resnet18'",
-    "task_networks.normalization: 'keras/x'",
-)
+# wrong uses that are not told yet
+PENDING: tuple[str, ...] = ("task_network: a folder without a config",)
