@@ -53,15 +53,14 @@ def execution_order(
         raise ValueError(f"`blocks` should be a list of names, found {describe(blocks)}.")
     check_choice("mode", mode, RunMode)
     network = bare(model)
-    wrong = [describe(one) for one in inputs if isinstance(one, type) or type(one).__name__ == "ndarray"]
+    fits = not any(isinstance(one, type) or type(one).__name__ == "ndarray" for one in inputs)
     try:
         inspect.signature(network.forward).bind(*inputs)
     except TypeError:
-        wrong = [describe(one) for one in inputs]
-    if wrong or not inputs:
-        raise ValueError(
-            f"`inputs` should be what {type(network).__name__} is called with, as tensors, found {wrong or 'none'}."
-        )
+        fits = False
+    if not fits:
+        found = ", ".join(map(describe, inputs)) or "none"
+        raise ValueError(f"`inputs` should be what {type(network).__name__} is called with, as tensors, found {found}.")
     modules = dict(network.named_modules())
     if blocks is None:
         chosen = [name for name, module in modules.items() if any(True for _ in module.parameters(recurse=False))]

@@ -207,7 +207,7 @@ def order_by_timestep(matches: Mapping[str, TimestepMatch | float]) -> list[str]
     if not isinstance(matches, Mapping):
         raise ValueError(f"`matches` should be a mapping of names to what was found, found {describe(matches)}.")
     found = {
-        name: match.best if isinstance(match, TimestepMatch) else check_number(f"matches[{name!r}]", match, low=0)
+        name: match.best if isinstance(match, TimestepMatch) else check_number(f"matches[{name!r}]", match)
         for name, match in matches.items()
     }
     return sorted(found, key=lambda name: found[name])
