@@ -18,6 +18,7 @@ from restoreloss import (
     LatentPrior,
     NoiseSchedule,
     Objective,
+    Subsampled,
     TDPLoss,
     WeightedSum,
     small_prior,
@@ -96,7 +97,13 @@ def with_gradients(network: nn.Module) -> nn.Module:
     return network
 
 
-PAIRED = {"DiffLoss": diff, "TDPLoss": tdp, "HLFLoss": hlf, "WeightedSum": weighted}
+PAIRED = {
+    "Subsampled": lambda: Subsampled(diff()),
+    "DiffLoss": diff,
+    "TDPLoss": tdp,
+    "HLFLoss": hlf,
+    "WeightedSum": weighted,
+}
 LOOKING = {
     "TDPLoss": lambda **o: TDPLoss(reader(), "stage", **o),
     "HLFLoss": lambda **o: HLFLoss(reader(), reference(), "stage", **o),
@@ -157,7 +164,13 @@ WRONG = [
     # --- options
     *(wrong("DiffLoss", f"noise_weight={n}", partial(DiffLoss, unet(), noise_weight=v), "`noise_weight`") for n, v in NOT_NUMBERS.items()),
     *(wrong("DiffLoss", f"h_space_weight={n}", partial(DiffLoss, unet(), h_space_weight=v), "`h_space_weight`") for n, v in NOT_NUMBERS.items()),
-    *(wrong("DiffLoss", f"every={n}", partial(DiffLoss, unet(), every=v), "`every`") for n, v in NOT_WHOLE.items()),
+    *(wrong("Subsampled", f"every={n}", partial(Subsampled, nn.L1Loss(), every=v), "`every`") for n, v in NOT_WHOLE.items()),
+    *(wrong("Subsampled", f"subset={v!r}", partial(Subsampled, nn.L1Loss(), subset=v), "`subset`") for v in (0, -1, 1.5, 0.0, "0.5", True, float("nan"), (4, 4))),
+    *(wrong("Subsampled", k, partial(Subsampled, v), "`objective`") for k, v in {"None": None, "a class": nn.L1Loss, "text": "l1", "a mapping": {"pixel": nn.L1Loss()}, "a list": [nn.L1Loss()], "of one image": lambda a: a.mean(), "small_prior": small_prior, "an image": clean()}.items()),
+    *(wrong("Subsampled", f"generator={k}", partial(lambda v: Subsampled(nn.L1Loss())(restored(), clean(), generator=v), v), "`generator`") for k, v in NOT_GENERATORS.items()),
+    wrong("Subsampled", "an unknown option", lambda: Subsampled(nn.L1Loss(), crop=4), "crop", by=TypeError),
+    wrong("DiffLoss", "an option of Subsampled", lambda: DiffLoss(unet(), every=2), "every", by=TypeError),
+    wrong("WeightedSum", "weights 0 later", lambda: _weightless()(restored(), clean()), "`weights`"),
     *(wrong("DiffLoss", f"input_range={n}", partial(DiffLoss, unet(), input_range=v), "`input_range`") for n, v in NOT_RANGES.items()),
     wrong("DiffLoss", "both weights 0", lambda: DiffLoss(unet(), noise_weight=0, h_space_weight=0), "noise_weight", "h_space_weight"),
     wrong("DiffLoss", "both weights 0 later", lambda: zeroed()(restored(), clean()), "noise_weight"),
@@ -189,12 +202,9 @@ WRONG = [
     wrong("DiffLoss", "snr_power NaN", lambda: DiffLoss(unet(), snr_power=float("nan")), "`snr_power`"),
     *(
         wrong("DiffLoss", f"{o}={v!r}", partial(DiffLoss, unet(), **{o: v}), f"`{o}`")
-        for o in ("crop", "subset")
+        for o in ("crop",)
         for v in (0, -1, 1.5, 0.0, "0.5", True, float("nan"), (4, 4))
     ),
-    wrong("DiffLoss", "dtype as text", lambda: DiffLoss(fill, h_space_weight=0, dtype="float16"), "`dtype`"),
-    wrong("DiffLoss", "dtype of whole numbers", lambda: DiffLoss(unet(), dtype=torch.int8), "`dtype`"),
-    wrong("DiffLoss", "dtype a builtin", lambda: DiffLoss(unet(), dtype=float), "`dtype`"),
     wrong("DiffLoss", "checkpointing as text", lambda: DiffLoss(unet(), checkpointing="false"), "`checkpointing`"),
     wrong("DiffLoss", "conditioning of an unconditional model", lambda: DiffLoss(unet(), conditioning=torch.ones(1, 4, 8)), "`conditioning`"),
     wrong("DiffLoss", "no conditioning of a conditional model", lambda: DiffLoss(conditional_unet()), "`conditioning`"),
@@ -363,6 +373,12 @@ def _live_unet() -> nn.Module:
     from tests.networks import tiny_unet
 
     return tiny_unet()
+
+
+def _weightless() -> WeightedSum:
+    total = weighted()
+    total.weights = dict.fromkeys(total.weights, 0.0)
+    return total
 
 
 def _looking(name: str, layers: Any) -> Any:
