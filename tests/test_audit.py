@@ -489,7 +489,7 @@ def test_two_terms_of_one_name_are_refused_by_name(others):
             r"Term 'l1' should be a scalar tensor.*found a numpy array of shape \(2, 3, 6, 5\)",
         ),
         ({"l1": lambda z, x: {"a": z.mean()}}, pair(), {}, "Term 'l1' should be a scalar tensor.*found dict"),
-        ({"l1": nn.L1Loss}, pair(), {}, "`objectives` should be callable, found 'l1': the class L1Loss"),
+        ({"l1": nn.L1Loss}, pair(), {}, "should be callable as .*, found the class L1Loss"),
         (nn.L1Loss, pair(), {}, "`objectives` should be .* found the class L1Loss"),
         (pair()[0], (pair()[1], {"l1": F.l1_loss}), {}, "`objectives` should be .* found a tensor of shape"),
         ({"l1": F.l1_loss}, pair(), {"draws": 0}, "`draws` should be a whole number of at least 1, found 0"),
@@ -614,7 +614,7 @@ def test_terms_that_come_and_go_are_refused_by_name():
 
 @pytest.mark.parametrize("objectives", [{"a": 3}, [torch.nn.L1Loss()]])
 def test_objectives_that_cannot_be_called_are_refused(objectives):
-    with pytest.raises(ValueError, match="`objectives` should be"):
+    with pytest.raises(ValueError, match="`objectives.* should be"):
         audit(objectives, *pair())
 
 
@@ -649,11 +649,11 @@ def test_an_unknown_term_is_refused_with_those_that_there_are():
         ),
         ({"l1": F.l1_loss, "l2": F.mse_loss}, {"l2": True}, r"`shares\['l2'\]` should be .* found True"),
         ({"l1": F.l1_loss, "l2": F.mse_loss}, {"l2": None}, r"`shares\['l2'\]` should be .* found None"),
-        ({"l1": F.l1_loss, "l2": 3}, {"l2": 0.5}, "`objectives` should be callable, found 'l2': 3"),
+        ({"l1": F.l1_loss, "l2": 3}, {"l2": 0.5}, "should be callable as .*, found 3"),
         (
             {"l1": F.l1_loss, "l2": nn.MSELoss},
             {"l2": 0.5},
-            "`objectives` should be callable, found 'l2': the class MSE",
+            "should be callable as .*, found the class MSE",
         ),
     ],
 )

@@ -149,8 +149,8 @@ def test_within_a_sum_it_keeps_the_names_of_its_terms() -> None:
         (Errors(), {"subset": 0}, "`subset` should be an integer above 0 or a share"),
         (Errors(), {"subset": 1.5}, "`subset` should"),
         (Errors(), {"subset": "0.5"}, "`subset` should"),
-        (Errors, {}, "`objective` should be a callable .* found the class Errors"),
-        (0.5, {}, "`objective` should be a callable .* found 0.5"),
+        (Errors, {}, "`objective` should be callable as .* found the class Errors"),
+        (0.5, {}, "`objective` should be callable as .* found 0.5"),
     ],
 )
 def test_what_cannot_be_is_refused(objective: Any, options: dict[str, Any], message: str) -> None:
