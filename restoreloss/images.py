@@ -125,7 +125,7 @@ def warn_if_out_of_range(images: Mapping[str, Tensor], input_range: tuple[float,
         darkest, brightest = (float(value) for value in image.detach().aminmax())
         outside = -math.inf < darkest < low - slack or math.inf > brightest > high + slack
         if made and low == 0:
-            outside |= -1.02 * high <= darkest <= -0.9 * high and brightest <= 1.02 * high
+            outside |= -1.005 * high <= darkest <= -0.9 * high and brightest <= 1.005 * high
         # photographs without one pixel in the lower half of a signed range, or in the upper 99 % of a wide one
         inside = darkest < brightest and (low < 0 <= darkest or (span > 2 and brightest - low <= span / 100))
         if outside or inside:

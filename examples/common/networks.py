@@ -77,7 +77,7 @@ class _ResidualBlock(nn.Module):
         return x + residual
 
 
-def restorer(name: str, scale: int, weights: Path | None = None) -> nn.Module:
+def restorer(name: str, scale: int, weights: Path | None = None, *, option: str = "restorer") -> nn.Module:
     """A restoration network that enlarges by ``scale``.
 
     Args:
@@ -86,6 +86,7 @@ def restorer(name: str, scale: int, weights: Path | None = None) -> nn.Module:
             for whatever spandrel finds in ``weights``.
         scale: of the super-resolution.
         weights: a state dict, or for "file" any checkpoint that spandrel reads.
+        option: that the name was given as, for messages.
 
     Raises:
         ValueError: For an unknown name, and weights of another scale.
@@ -113,9 +114,7 @@ def restorer(name: str, scale: int, weights: Path | None = None) -> nn.Module:
     elif name in _RESTORERS:
         network = _RESTORERS[name](scale)
     else:
-        raise ValueError(
-            f"The restoration network should be one of {(*_RESTORERS, 'file', 'spandrel/NAME')}, found {name!r}."
-        )
+        raise ValueError(f"`{option}` should be one of {(*_RESTORERS, 'file', 'spandrel/NAME')}, found {name!r}.")
     if weights is not None:
         load_weights(network, weights)
     return network

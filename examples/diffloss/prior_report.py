@@ -141,6 +141,10 @@ def main() -> None:
     try:
         check_folder(args.out, "--out")
         train, held_out = photographs(args.images, smallest=96)
+        if args.prior is not None and not (args.prior / "config.json").is_file():
+            raise ValueError(
+                f"`--prior` should be a folder that train_prior wrote, found no config.json in {args.prior}."
+            )
         prior = small_prior() if args.prior is None else UNet2DModel.from_pretrained(args.prior, variant="fp16").float()
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -95,7 +95,7 @@ class Trainer(Recipe[Batch]):
         self.tests = {name: test_pairs(config, name, shifted=False) for name in config.degradations}
         if empty := [name for name, found in self.tests.items() if not found]:
             raise ValueError(f"`places` should have test pictures of {empty[0]!r} that can be read, found none.")
-        network = restorer(config.network, 1, config.weights)  # first: the same one whatever the terms
+        network = restorer(config.network, 1, config.weights, option="network")
         _check_size(network, config.patch, config.network)
         self.objectives, self.diff = self._objectives()
         self.net: nn.Module = self.accelerator.prepare(network.to(self.device))

@@ -10,7 +10,7 @@ import inspect
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -116,8 +116,10 @@ class Denoiser(nn.Module):
         in_channels: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(model, type) or not callable(model):
+        if isinstance(model, type) or not callable(model) or (conditioning is None and not takes(model, 2)):
             raise ValueError(f"`model` should be a network or a callable f(x_t, t), found {describe(model)}.")
+        if isinstance(model, nn.Module) and second_argument(model) in _NO_TIME:
+            raise ValueError(f"`model` should take timesteps after the noisy image, found {describe(model)}.")
         if not isinstance(schedule, NoiseSchedule):
             raise ValueError(
                 f"`schedule` should be a NoiseSchedule, found {describe(schedule)}; `as_denoiser` takes schedulers too."
@@ -261,6 +263,8 @@ class Denoiser(nn.Module):
         """Raise ``ValueError`` unless ``image`` has the rank, the channels and the device that the model needs."""
         if not isinstance(image, Tensor) or not image.is_floating_point():
             raise ValueError(f"`{name}` should be a floating point tensor (N, C, H, W), found {describe(image)}.")
+        if image.numel() == 0:
+            raise ValueError(f"`{name}` should hold at least one image and one pixel, found {tuple(image.shape)}.")
         if image.ndim != 4 or self.in_channels not in (None, image.shape[1]):
             channels = "C" if self.in_channels is None else self.in_channels
             hint = "; a latent prior needs an `encoder`" if self.in_channels == 4 and image.ndim == 4 else ""
@@ -503,7 +507,7 @@ def _check_takes_noise(name: str, model: Any, conditioning: Conditioning | None)
     signature = _signature(model)
     if signature is None:
         return
-    if not takes(model, None, None, *more, **named):
+    if not takes(model, 2 + len(more), named):
         hint = f"; with the `conditioning` {'third' if more else sorted(named)}" if conditioning is not None else ""
         raise ValueError(f"{said}{hint}, found {describe(model)}, which takes {signature}.")
     second = list(signature.bind(None, None, *more, **named).arguments)[1:2]
@@ -526,13 +530,22 @@ def _check_keywords(model: Any, conditioning: Mapping[str, Any]) -> None:
         )
 
 
-def takes(function: Any, *given: Any, **named: Any) -> bool:
-    """Whether a module or function can be called with these arguments; True where its signature does not say."""
+def takes(function: Any, count: int, names: Iterable[str] = ()) -> bool:
+    """Whether a module or function takes so many arguments and these keywords; True where nothing tells."""
     signature = _signature(function)
     try:
-        return callable(function) and (signature is None or signature.bind(*given, **named) is not None)
+        if signature is not None:
+            signature.bind(*[None] * count, **dict.fromkeys(names))
+        return callable(function)
     except TypeError:
         return False
+
+
+def second_argument(function: Any) -> str | None:
+    """The name of the second argument of a module or function, None where its signature does not say."""
+    signature = _signature(function)
+    names = [] if signature is None else list(signature.parameters)
+    return names[1] if len(names) > 1 else None
 
 
 def _signature(function: Any) -> inspect.Signature | None:

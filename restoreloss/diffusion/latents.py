@@ -81,6 +81,7 @@ class LatentEncoder(nn.Module):
         if isinstance(encoder, type) or not callable(encoder):
             raise ValueError(f"{said}, found {describe(encoder)}.")
         self.encoder: Any = encoder
+        self._name = name
         config: Any = getattr(encoder, "config", None)
         self._is_autoencoder = hasattr(encoder, "encode") and hasattr(config, "scaling_factor")
         self._channels: int | None = None
@@ -102,7 +103,7 @@ class LatentEncoder(nn.Module):
             raise ValueError(
                 f"{said}, found {describe(encoder)}, whose config has no `scaling_factor`: wrap it in a function."
             )
-        elif not takes(encoder, None):
+        elif not takes(encoder, 1):
             raise ValueError(f"{said}, found {describe(encoder)}, which does not take one image.")
 
     def forward(self, image: Tensor) -> Tensor:
@@ -115,6 +116,11 @@ class LatentEncoder(nn.Module):
         (cast,), door = enter([image], image.dtype if weight is None else weight.dtype, self)
         output = self.encoder.encode(cast) if self._is_autoencoder else self.encoder(cast)
         if not self._is_autoencoder:
+            if not isinstance(output, Tensor):
+                raise ValueError(
+                    f"`{self._name}` should return latents, found {describe(output)}: give an autoencoder of diffusers "
+                    "itself rather than its `encode`."
+                )
             latents: Tensor = output
         elif hasattr(output, "latent_dist"):
             latents = output.latent_dist.mode()

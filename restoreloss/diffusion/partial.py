@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from restoreloss.checks import check_whole, describe
-from restoreloss.diffusion.denoisers import takes
+from restoreloss.diffusion.denoisers import second_argument, takes
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.generators import Generators, check_generators, standard_normal
 
@@ -135,7 +135,10 @@ def denoise(
     listed = _listed(steps, schedule)
     for step, following in zip(listed, [*listed[1:], None], strict=True):
         t = schedule.expand_timestep(step, x_t)
-        x0 = schedule.predict_x0(x_t, denoiser(x_t, t), t)
+        noise = denoiser(x_t, t)
+        if not isinstance(noise, Tensor) or noise.shape != x_t.shape:
+            raise ValueError(f"`denoiser` should return noise of shape {tuple(x_t.shape)}, found {describe(noise)}.")
+        x0 = schedule.predict_x0(x_t, noise, t)
         if following is None:
             break
         mean, deviation = schedule.posterior(x_t, x0, t, following)
@@ -150,7 +153,7 @@ def _check_images(name: str, images: Any, generator: Generators) -> None:
 
 
 def _schedule(denoiser: PredictsNoise, schedule: NoiseSchedule | None) -> NoiseSchedule:
-    if isinstance(denoiser, type) or not takes(denoiser, None, None):
+    if isinstance(denoiser, type) or not takes(denoiser, 2) or second_argument(denoiser) == "target":
         raise ValueError(f"`denoiser` should be a function (x_t, t) -> noise, found {describe(denoiser)}.")
     found = getattr(denoiser, "schedule", None) if schedule is None else schedule
     if not isinstance(found, NoiseSchedule):

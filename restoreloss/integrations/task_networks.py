@@ -145,7 +145,13 @@ def _timm(name: str, pretrained: bool, num_classes: int | None, image_size: int 
 
 def _transformers(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
     transformers = require("transformers", purpose=f"'transformers/{name}'", install='"restoreloss[examples]"')
-    config = transformers.AutoConfig.from_pretrained(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"`name` should be a folder with a config.json or a name on the hub, found {name!r}: {reason}"
+        ) from error
     if num_classes is not None:
         config.num_labels = num_classes
     # the class that the folder was saved from: a head is a part of the task network

@@ -60,7 +60,7 @@ WRONG = [
     wrong("CQMix", "lists of other lengths", lambda: CQMix()([restored(3, 8, 8)], [clean(3, 8, 8)] * 2), "`target`"),
     wrong("CQMix", "a list beside a batch", lambda: CQMix()([restored(3, 8, 8)], clean(1, 3, 8, 8)), "`restored`"),
     *(wrong("CQMix", f"generator={k}", partial(lambda v: CQMix()(restored(), clean(), generator=v), v), "`generator`") for k, v in NOT_GENERATORS.items()),
-    wrong("CQMix", "one generator for each sample", lambda: CQMix()(restored(), clean(), generator=[seeded()] * 2), "`generator`"),
+    wrong("CQMix", "too many generators", lambda: CQMix()(restored(), clean(), generator=[seeded()] * 9), "`generator`"),
     # --- color
     *(wrong("WaveletColorFix", f"levels={v!r}", partial(WaveletColorFix, v), "`levels`") for v in (0, -1, "5", 1.5, None, True)),
     *(wrong("WaveletColorFix", f"wavelet={v!r}", partial(WaveletColorFix, wavelet=v), "`wavelet`") for v in ("haarr", 5, "")),
@@ -72,5 +72,3 @@ WRONG = [
     wrong("WaveletColorFix", ".low of an array", lambda: WaveletColorFix().low(ARRAY), "`image`"),
     wrong("WaveletColorFix", ".high of None", lambda: WaveletColorFix().high(None), "`image`"),
 ]  # fmt: skip
-
-PENDING: tuple[str, ...] = ()

@@ -98,6 +98,3 @@ WRONG = [
 class _Floats(nn.Module):
     def forward(self, x: Tensor) -> float:
         return 0.5
-
-
-PENDING: tuple[str, ...] = ()

@@ -131,9 +131,3 @@ WRONG = [
 ]
 
 # wrong uses that are not told yet
-PENDING: tuple[str, ...] = (
-    "examples.diffloss.train: --network=nafnett",
-    "examples.sr4ir.train: --restorer=unet --train_count=20 --test_count=4",
-    "examples.unirestore.train: --tasks=[depth]",
-    "examples.diffloss.prior_report: --prior=nowhere",
-)

@@ -190,4 +190,3 @@ def _module() -> Any:
 
 
 # wrong uses that are not told yet
-PENDING: tuple[str, ...] = ("task_network: a folder without a config",)

@@ -427,4 +427,3 @@ def _pyramid() -> nn.Module:
 
 
 # wrong uses that are not told yet
-PENDING: tuple[str, ...] = ("DiffLoss: an encoder that returns a distribution",)

@@ -246,12 +246,3 @@ WRONG = [
 ]  # fmt: skip
 
 # wrong uses that are not told yet
-PENDING: tuple[str, ...] = (
-    "Denoiser: small_prior",
-    "Denoiser: a loss",
-    "Denoiser: called with no pixel",
-    "denoise: a loss for the denoiser",
-    "partial_diffusion: a loss for the denoiser",
-    "denoise: a model that returns a float",
-    "denoise: a model that returns another shape",
-)

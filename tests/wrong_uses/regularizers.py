@@ -158,6 +158,3 @@ class _Idle(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.used(x)
-
-
-PENDING: tuple[str, ...] = ()

@@ -121,5 +121,3 @@ WRONG = [
     wrong("calibrate", "a dead objective", lambda: calibrate({"pixel": nn.L1Loss(), "other": torch.no_grad()(lambda a, b: (a - b).mean())}, restored(), clean(), shares={"other": 0.5}), "other", "DEAD"),
     wrong("calibrate", "a broken objective", lambda: calibrate({"pixel": nn.L1Loss(), "other": lambda a, b: a.mean() * float("nan")}, restored(), clean(), shares={"other": 0.5}), "other", "NON-FINITE"),
 ]  # fmt: skip
-
-PENDING: tuple[str, ...] = ()
