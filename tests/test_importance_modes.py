@@ -259,3 +259,26 @@ def test_a_seed_is_no_generator() -> None:
     importance = ParameterImportance(nn.Linear(2, 1), estimator="gn")
     with pytest.raises(ValueError, match=r"`generator` should be a torch.Generator, found 0"):
         importance.accumulate(lambda model, batch: model(batch), [rows()], generator=0)  # type: ignore[arg-type]
+
+
+# L2-SP
+
+
+def test_l2sp_holds_all_parameters_alike_without_a_measurement() -> None:
+    model = nn.Linear(3, 2).double()
+    model.bias.requires_grad_(False)
+    importance = ParameterImportance(model, estimator="l2sp", strength=0.3, layer_weights={"weight": 2.0})
+    assert importance().item() == 0
+    moved = torch.arange(6, dtype=torch.float64).view(2, 3)
+    with torch.no_grad():
+        model.weight += moved
+        model.bias += 5  # frozen: not held
+    penalty = importance()
+    torch.testing.assert_close(penalty, 0.3 * 2 * 0.5 * moved.square().sum())
+    penalty.backward()
+    torch.testing.assert_close(model.weight.grad, 0.3 * 2 * moved)
+    resumed = ParameterImportance(nn.Linear(3, 2).double(), estimator="l2sp", strength=0.3)
+    resumed.load_state_dict(importance.state_dict())
+    torch.testing.assert_close(resumed.importance()["weight"], torch.ones(2, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="`estimator` should be another one to measure with, found 'l2sp'"):
+        importance.accumulate(lambda net, batch: net(batch).sum(), [torch.ones(1, 3).double()])

@@ -10,7 +10,6 @@ from torch import nn
 from restoreloss._optional import require
 from restoreloss.regularizers.per_sample import Estimator
 
-Penalty = Estimator | Literal["l2sp"]
 Conflict = Literal["project", "full", "orthogonality"]
 AggregatorName = Literal["upgrad", "dualproj", "pcgrad", "mgda"]
 
@@ -28,7 +27,7 @@ class Method:
     """
 
     pretrained: bool = True
-    penalty: Penalty | None = None
+    penalty: Estimator | None = None
     replay: bool = False
     conflict: Conflict | None = None
     decay: bool = False

@@ -452,11 +452,24 @@ class FineTuning(_Steps):
     def _begin(self) -> None:
         """Measure the importance where the stage begins, on pre-training data (Algorithm 6)."""
         self.begun = True
-        trainer, config = self.trainer, self.trainer.config
+        trainer = self.trainer
         penalty, network = trainer.method.penalty, bare(trainer.net)
         if penalty is None:
             return
-        self.importance = self._unmeasured()
+        # adapters that have learned nothing yet have nothing to hold on to
+        new = [network.get_parameter(name) for name in trainer.new] if len(self.names) == len(trainer.turns[0]) else []
+        for parameter in new:
+            parameter.requires_grad_(False)
+        try:
+            self.importance = self._unmeasured()
+            if penalty != "l2sp":
+                self._measure(self.importance)
+        finally:
+            for parameter in new:
+                parameter.requires_grad_(True)
+
+    def _measure(self, importance: ParameterImportance) -> None:
+        trainer, config, penalty = self.trainer, self.trainer.config, self.trainer.method.penalty
         processes, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
         first, last = (part * config.importance_samples // processes for part in (rank, rank + 1))
         places = [(3, k) for k in range(first, last)]
@@ -471,26 +484,14 @@ class FineTuning(_Steps):
         generator = torch.Generator().manual_seed(chance(config.seed, 7))
         # the signs of "gn": every process draws its part of those of all pictures
         torch.randint(0, 2, (first, *noisy.clean.shape[1:]), generator=generator)
-        # adapters that have learned nothing yet have nothing to hold on to
-        new = [network.get_parameter(name) for name in trainer.new] if len(self.names) == len(trainer.turns[0]) else []
-        for parameter in new:
-            parameter.requires_grad_(False)
-        try:
-            self.importance.accumulate(loss_fn, [(x_t, noisy.t, noisy.clean)], generator=generator)
-        finally:
-            for parameter in new:
-                parameter.requires_grad_(True)
-        if penalty == "l2sp":  # every parameter matters alike
-            for name, value in self.importance.state_dict().items():
-                if "/importance/" in name:
-                    value.fill_(1.0)
+        importance.accumulate(loss_fn, [(x_t, noisy.t, noisy.clean)], generator=generator)
 
     def _unmeasured(self) -> ParameterImportance:
         config, penalty = self.trainer.config, self.trainer.method.penalty
         assert penalty is not None
         return ParameterImportance(
-            bare(self.trainer.net), estimator="fisher" if penalty == "l2sp" else penalty,
-            strength=config.penalty_weight, normalize=config.normalize, layer_weights=self.weights,
+            bare(self.trainer.net), estimator=penalty, strength=config.penalty_weight, normalize=config.normalize,
+            layer_weights=self.weights,
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:

@@ -40,9 +40,11 @@ class ParameterImportance(nn.Module):
     fisher    :math:`\mathrm{E}\,g_i^2`                                    :math:`\tfrac12 \Omega d^2` (EWC)
     mas       :math:`\mathrm{E}\,|\nabla\lVert F(x_i)\rVert^2|`            :math:`\Omega d^2`
     gn        :math:`\mathrm{E}\,(\nabla v^\top F(x_i))^2`, v random +-1   :math:`\tfrac12 \Omega d^2`
+    l2sp      1, without a measurement                                     :math:`\tfrac12 d^2` (L2-SP)
     ========= ============================================================ ============================================
 
-    The first two vanish where the loss of every sample does; "mas" and "gn" look at the output F and do not.
+    The first two vanish where the loss of every sample does; "mas" and "gn" look at the output F and do not. "l2sp"
+    holds all parameters that require a gradient alike, from where they are when it is made.
 
     Importances and anchors :math:`\theta_0` are buffers under the parameters' names, without the prefixes of DDP,
     ``torch.compile`` and FSDP: save them with ``state_dict()``, in float32 or higher. The network is neither registered
@@ -86,7 +88,8 @@ class ParameterImportance(nn.Module):
     Source: DTP, Eqs. (3) to (5), (14) to (16), (23) to (27). The equations are lost in the text that we have: the form
     of "taylor2" is that of the authors' statements and code, with the second derivative of Eq. (25) from Gauss and
     Newton. Their unified script never estimates the importance, so its penalty is 0; here an unmeasured penalty is an
-    error. EWC: Kirkpatrick et al. 2017; MAS: Aljundi et al. 2018.
+    error. EWC: Kirkpatrick et al. 2017; MAS: Aljundi et al. 2018;
+    L2-SP: Li et al. 2018.
     """
 
     def __init__(
@@ -164,6 +167,8 @@ class ParameterImportance(nn.Module):
                 gradient that is not finite, and parameters that FSDP2 has cut or that moved since the first call; for
                 a ``loss_fn`` that does not take (model, batch), and one batch where an iterable of them is expected.
         """
+        if self.estimator == "l2sp":
+            raise ValueError("`estimator` should be another one to measure with, found 'l2sp', which measures nothing.")
         check_callable("loss_fn", loss_fn, "model", "batch")
         if isinstance(loss_fn, _Loss) or hasattr(loss_fn, "terms"):
             raise ValueError(
@@ -367,7 +372,12 @@ class ParameterImportance(nn.Module):
             anchor = whole(parameter.detach()).to(_exact(parameter), copy=True)
             self.register_buffer(_key(task, "anchor", name), anchor)
         self.register_buffer(f"{task}/samples", torch.zeros((), dtype=torch.int64, device=anchor.device))
-        self._measured = False
+        self._measured = self.estimator == "l2sp"
+        if self._measured:
+            for name, parameter in bare(self._model[0]).named_parameters():
+                if parameter.requires_grad:
+                    alike = torch.ones_like(whole(parameter.detach()), dtype=_exact(parameter))
+                    self.register_buffer(_key(task, "importance", name), alike)
 
     def _keep(self, parameters: Mapping[str, nn.Parameter], sums: dict[str, Tensor], count: int) -> None:
         total = torch.tensor(count, device=next(iter(sums.values())).device)
@@ -461,7 +471,7 @@ class ParameterImportance(nn.Module):
                 self.register_buffer(name, torch.empty_like(state_dict[prefix + name], device=device))
         super()._load_from_state_dict(state_dict, prefix, *others)
         samples = self._buffer("samples")
-        self._measured = samples.is_meta or int(samples) > 0
+        self._measured = self.estimator == "l2sp" or samples.is_meta or int(samples) > 0
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ParameterImportance":
         exact = dict(self._buffers)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from restoreloss.checks import describe
 
-Estimator = Literal["taylor2", "fisher", "mas", "gn"]
+Estimator = Literal["taylor2", "fisher", "mas", "gn", "l2sp"]
 
 
 class PerSample:
