@@ -118,7 +118,7 @@ class Denoiser(nn.Module):
         super().__init__()
         if isinstance(model, type) or not callable(model) or (conditioning is None and not takes(model, 2)):
             raise ValueError(f"`model` should be a network or a callable f(x_t, t), found {describe(model)}.")
-        if isinstance(model, nn.Module) and second_argument(model) in _NO_TIME:
+        if isinstance(model, nn.Module) and time_name is None and second_argument(model) in _NO_TIME:
             raise ValueError(f"`model` should take timesteps after the noisy image, found {describe(model)}.")
         if not isinstance(schedule, NoiseSchedule):
             raise ValueError(
