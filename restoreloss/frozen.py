@@ -74,7 +74,7 @@ class FrozenNetwork(nn.Module, Generic[Network]):
       checkpoint and no DDP bucket.
 
     Args:
-        network: taken over as it is, not copied: the caller's object is frozen.
+        network: taken over as it is, not copied: the caller's object is frozen. Dropout inside of its RNNs is set to 0.
 
     Example:
         >>> held = FrozenNetwork(nn.Linear(2, 1))
@@ -188,15 +188,18 @@ def warn_if_trained(network: nn.Module, name: str) -> None:
     else:
         # by the exact type, as isinstance would wake up lazy objects
         optimizers = [thing for thing in gc.get_objects() if issubclass(type(thing), Optimizer)]
-        holders = [o for o in optimizers if any(id(p) in trained for group in o.param_groups for p in group["params"])]
+        # one whose construction failed has no groups
+        groups = [(one, group) for one in optimizers for group in getattr(one, "param_groups", ())]
+        holders = [one for one, group in groups if any(id(parameter) in trained for parameter in group["params"])]
         if holders:
             reason = f"an optimizer ({type(holders[0]).__name__}) holds its parameters"
     if reason:
+        kind = type(getattr(network, "model", network)).__name__
         warnings.warn(
-            f"`{name}` ({type(network).__name__}) is frozen from now on, and {reason}: is it the network that you "
+            f"`{name}` ({kind}) is frozen from now on, and {reason}: is it the network that you "
             f"train, and were two arguments exchanged? If it has been trained and is to rest, `{name}.requires_grad_("
             "False)` beforehand says so.",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

@@ -82,8 +82,9 @@ def into_range(image: Tensor, source: tuple[float, float], target: tuple[float, 
 class RangeWatch:
     """Warns once where images can hardly span the range that the caller promised.
 
-    It looks at the first, the tenth, the hundredth and the thousandth call, outside of compiled code, as reading the
-    lowest and the highest value synchronizes with the device.
+    It looks at the first, the hundredth and the thousandth call, outside of compiled code, as reading the lowest and
+    the highest value synchronizes with the device. What a network made may be anything at first, so that only what
+    looks like images of another range is told before the hundredth call.
 
     Args:
         input_range: what the images should span.
@@ -103,31 +104,35 @@ class RangeWatch:
         if self.told or torch.compiler.is_compiling() or any(image.is_meta for image in images.values()):
             return
         self._calls += 1
-        if self._calls in (1, 10, 100, 1000):
-            self.told = warn_if_out_of_range(images, self.input_range)
+        if self._calls in (1, 100, 1000):
+            self.told = warn_if_out_of_range(images, self.input_range, settled=self._calls > 1)
 
 
-def warn_if_out_of_range(images: Mapping[str, Tensor], input_range: tuple[float, float]) -> bool:
+def warn_if_out_of_range(
+    images: Mapping[str, Tensor], input_range: tuple[float, float], *, settled: bool = False
+) -> bool:
     """Warn where images can hardly span ``input_range``, and return whether any did not.
 
     Args:
-        images: by the name of the argument. Most may overshoot by a quarter of the range. What a network made,
-            "restored" and "student_images", may overshoot by twice the range, as it may be untrained yet; but not end
-            where a signed range does, as the output of a tanh.
+        images: by the name of the argument. They may overshoot by a quarter of the range; what a network made,
+            "restored" and "student_images", by more.
         input_range: what they should span.
+        settled: whether the network has been trained for a while. One that has not may overshoot by fifty times the
+            range, but not end where a signed range does, as the output of a tanh.
     """
     low, high = input_range
     span = high - low
     found = []
     for name, image in images.items():
         made = name in ("restored", "student_images")
-        slack = span * (2 if made else 0.25)
+        slack = span * (0.25 if not made else 0.75 if settled else 50)
         darkest, brightest = (float(value) for value in image.detach().aminmax())
         outside = -math.inf < darkest < low - slack or math.inf > brightest > high + slack
         if made and low == 0:
             outside |= -1.005 * high <= darkest <= -0.9 * high and brightest <= 1.005 * high
         # photographs without one pixel in the lower half of a signed range, or in the upper 99 % of a wide one
-        inside = darkest < brightest and (low < 0 <= darkest or (span > 2 and brightest - low <= span / 100))
+        narrow = darkest < brightest and (not made or settled)
+        inside = narrow and (low < 0 <= darkest or (span > 2 and brightest - low <= span / 100))
         if outside or inside:
             found.append(f"`{name}` spans [{darkest:.4g}, {brightest:.4g}]")
     if found:

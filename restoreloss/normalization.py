@@ -1,6 +1,7 @@
 """The normalization of a task network: how images in [0, 1] become its input."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -63,6 +64,11 @@ def normalization(network: nn.Module, normalize: Normalize) -> Statistics | Call
             "`normalize` should be 'auto', 'model', 'imagenet', None, torchvision weights, ((mean, ...), (std, ...)) "
             f"or a callable, found {normalize!r}."
         ) from None
+    if any(abs(value) > 2 for value in (*mean, *std)):
+        warnings.warn(
+            f"`normalize` should be of images in [0, 1], found {normalize!r}, which looks like that of 0..255.",
+            stacklevel=4,
+        )
     if len(mean) != len(std) or not all(value > 0 for value in std) or not all(map(math.isfinite, (*mean, *std))):
         raise ValueError(f"`normalize` should have as many positive std as mean, all finite, found {normalize!r}.")
     return mean, std

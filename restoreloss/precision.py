@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_PEAK_EXPONENT = 6
-"""The largest element of a scaled gradient lies in [2^6, 2^7): 9 bits below overflow, 30 above the smallest number."""
+_PEAK_EXPONENT, _SUM_BITS = 6, 7
+"""The largest element of a scaled gradient is below 2^7, and the sum of all elements of a sample below 2^14."""
 
 
 def reference_weight(network: nn.Module) -> Tensor | None:
@@ -53,10 +53,15 @@ def leave(door: Tensor | None, *outputs: Tensor) -> tuple[Tensor, ...]:
 class _Enter(torch.autograd.Function):
     """The casts, and a number whose gradient is the factor that the gradients of the casts have to be multiplied by."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *images: Tensor) -> tuple[Tensor, ...]:
-        ctx.dtypes = [image.dtype for image in images]
+    def forward(dtype: torch.dtype, *images: Tensor) -> tuple[Tensor, ...]:
         return *(image.to(dtype) for image in images), images[0].new_ones(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ARG004
+        ctx.dtypes = [image.dtype for image in inputs[1:]]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -65,17 +70,26 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, door: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.dtypes = [output.dtype for output in outputs]
+    def forward(door: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(output.to(door.dtype) for output in outputs)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ARG004
+        ctx.dtypes = [one.dtype for one in inputs[1:]]
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        peak = torch.stack([gradient.detach().abs().amax() for gradient in gradients]).amax()
+        sizes = [gradient.abs() for gradient in gradients]
+        peak = torch.stack([size.amax() for size in sizes]).amax()
+        # what adds up where a network sums over pixels, as global pooling does
+        mass = torch.stack([size.reshape(len(size), -1).sum(dim=1).amax() for size in sizes]).amax()
+        size = torch.maximum(peak, mass / 2**_SUM_BITS)
         # zeros, NaN and infinity pass as they are
-        scalable = (peak > 0) & peak.isfinite()
-        exponent = _PEAK_EXPONENT - torch.where(scalable, peak, 1.0).log2().floor()
+        scalable = (size > 0) & size.isfinite()
+        exponent = _PEAK_EXPONENT - torch.where(scalable, size, 1.0).log2().floor()
         scale = torch.where(scalable, exponent.clamp(max=120).exp2(), 1.0)
         scaled = ((gradient * scale).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
         return 1 / scale, *scaled

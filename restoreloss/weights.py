@@ -98,7 +98,8 @@ def weights_in(contents: Any, path: str | Path) -> dict[str, Tensor]:
     """
     found, taken = contents, ""
     while isinstance(found, Mapping):
-        inside = [str(name) for name, value in found.items() if isinstance(value, Mapping) and _has_tensors(value)]
+        held = [name for name, value in found.items() if isinstance(value, Mapping) and _has_tensors(value)]
+        inside = [name for name in held if isinstance(name, str)]
         names = [name for name in CONTAINERS if name in inside]
         if not names and len(inside) == 1 and not any(isinstance(value, Tensor) for value in found.values()):
             names = inside
@@ -132,7 +133,8 @@ def load_state(network: nn.Module, weights: Mapping[str, Tensor], path: str | Pa
     wanted = _unwrapped({name: name for name, value in own.items() if isinstance(value, Tensor)}, path)
     shapes = {name: (own[wanted[name]].shape, weights[name].shape) for name in wanted if name in weights}
     wrong = {
-        "lacks": [name for name in wanted if name not in weights],
+        # a count that old files do not have, and torch does not miss
+        "lacks": [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")],
         "has besides": [name for name in weights if name not in wanted],
         "has in another shape": [
             f"{name} {tuple(found)} instead of {tuple(expected)}"
@@ -143,7 +145,7 @@ def load_state(network: nn.Module, weights: Mapping[str, Tensor], path: str | Pa
     if any(wrong.values()):
         found = "; ".join(f"{what} {_some(names)}" for what, names in wrong.items() if names)
         raise ValueError(f"{path} should hold the weights of this {type(network).__name__}, found that it {found}.")
-    network.load_state_dict({wanted[name]: value for name, value in weights.items()}, strict=len(wanted) == len(own))
+    network.load_state_dict({wanted[name]: value for name, value in weights.items()}, strict=len(weights) == len(own))
 
 
 def _has_tensors(value: Any) -> bool:

@@ -137,20 +137,20 @@ def test_clearly_wrong_range_warns_with_both_ranges(spans, input_range):
 def test_what_an_untrained_network_makes_is_not_told_and_what_a_tanh_makes_is(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for ends in ((-0.87, 1.23), (-0.3, 0.4), (-1.2, 1.1), (0.0, 2.9)):
+        for ends in ((-0.87, 1.23), (-0.3, 0.4), (-1.2, 1.1), (0.0, 2.9), (-9, 12)):
             assert not warn_if_out_of_range({name: spanning(*ends)}, (0.0, 1.0))
-    for ends in ((-1, 1), (-0.97, 0.9), (-3, 2), (0, 255)):
+    for ends, settled in (((-1, 1), False), ((-0.97, 0.9), False), ((0, 255), False), ((-3, 2), True)):
         with pytest.warns(UserWarning, match=f"`{name}` spans"):
-            assert warn_if_out_of_range({name: spanning(*ends)}, (0.0, 1.0))
+            assert warn_if_out_of_range({name: spanning(*ends)}, (0.0, 1.0), settled=settled)
 
 
 def test_the_watch_looks_again_until_it_has_told():
     watch = RangeWatch((0.0, 1.0))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for call in range(1, 12):
-            watch.look({"restored": spanning(-0.5, 0.5) if call < 3 else spanning(-1, 1)})
-    assert len(caught) == 1  # at the tenth call
+        for call in range(1, 102):
+            watch.look({"restored": spanning(-0.5, 0.5) if call < 3 else spanning(-1, 2)})
+    assert len(caught) == 1  # at the hundredth call
 
 
 def within(low, high):

@@ -282,3 +282,16 @@ def test_l2sp_holds_all_parameters_alike_without_a_measurement() -> None:
     torch.testing.assert_close(resumed.importance()["weight"], torch.ones(2, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="`estimator` should be another one to measure with, found 'l2sp'"):
         importance.accumulate(lambda net, batch: net(batch).sum(), [torch.ones(1, 3).double()])
+
+
+def test_an_optimizer_is_attached_to_once_and_holds_the_network() -> None:
+    model = nn.Linear(3, 2)
+    importance = ParameterImportance(model, estimator="l2sp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = importance.attach(optimizer)
+    with pytest.raises(ValueError, match="`optimizer` should be attached to once, found that it is"):
+        importance.attach(optimizer)
+    handle.remove()
+    importance.attach(optimizer)
+    with pytest.raises(ValueError, match="`optimizer` should hold parameters of `model`"):
+        importance.attach(torch.optim.SGD(nn.Linear(3, 2).parameters(), lr=0.1))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.ops import SqueezeExcitation
 
 from restoreloss import DiffLoss, FeatureExtractor, LatentPrior, TDPLoss, audit
 from restoreloss.precision import enter, leave
@@ -94,6 +95,28 @@ def test_a_scaled_loss_does_not_overflow() -> None:
     (plain,) = torch.autograd.grad(loss(z, x, **FIXED), z)
     (scaled,) = torch.autograd.grad(2.0**16 * loss(z, x, **FIXED), z)
     torch.testing.assert_close(scaled / 2.0**16, plain)
+
+
+@pytest.mark.parametrize("shift", [0.02, 0.2])
+def test_a_network_that_sums_over_pixels_does_not_overflow(shift: float) -> None:
+    torch.manual_seed(0)
+    single = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.SiLU(), SqueezeExcitation(16, 4), nn.Conv2d(16, 8, 1))
+    half = copy.deepcopy(single).half()
+    clean = 0.5 * images(2, 3, 64, 64)[1]
+    restored = (clean + shift).requires_grad_()
+    losses = [TDPLoss(net, "3", normalize=None, distance="mse") for net in (single, half)]
+    wanted, found = (gradient(loss, restored, clean) for loss in losses)
+    assert found.isfinite().all()
+    assert torch.cosine_similarity(found.flatten(), wanted.flatten(), dim=0) > 0.99
+
+
+def test_batched_gradients_pass_the_doors() -> None:
+    network = nn.Linear(2, 2, bias=False).half().requires_grad_(False)
+    image = torch.tensor([[0.5, -1.0]], requires_grad=True)
+    (cast,), door = enter([image], torch.float16, network)
+    (output,) = leave(door, network(cast))
+    (found,) = torch.autograd.grad(output, image, torch.eye(2)[:, None], is_grads_batched=True)
+    torch.testing.assert_close(found[:, 0], network.weight.float())
 
 
 def test_a_network_that_trains_gets_no_scaled_gradient() -> None:

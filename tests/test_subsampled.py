@@ -68,6 +68,22 @@ def test_losses_of_torch_and_functions_are_subsampled_too() -> None:
     assert list(function.terms(z, x)) == ["loss"]
 
 
+def test_sums_of_several_losses_are_scaled_and_mixtures_refused() -> None:
+    z, x = uniform(4, 3, 8, 8), uniform(4, 3, 8, 8, seed=1)
+    order = torch.randperm(4, generator=seeded(0))[:1]
+    both = WeightedSum({"one": Errors("sum"), "other": nn.MSELoss(reduction="sum")})
+    found, _ = value_and_gradient(Subsampled(both, subset=1), z, x, generator=seeded(0))
+    torch.testing.assert_close(found, 4 * both(z[order], x[order]))
+    with pytest.raises(ValueError, match=r"`objectives` should share one `reduction`, found \['mean', 'sum'\]"):
+        Subsampled(WeightedSum({"one": Errors("sum"), "other": nn.MSELoss()}), subset=1)
+    function = Subsampled(lambda restored, target: (restored - target).square().sum(), subset=1, reduction="sum")
+    torch.testing.assert_close(
+        value_and_gradient(function, z, x, generator=seeded(0))[0], 4 * (z - x)[order].square().sum()
+    )
+    with pytest.raises(ValueError, match="`objective` should return a scalar or one number for each of 2 samples"):
+        value_and_gradient(Subsampled(nn.MSELoss(reduction="none"), subset=2), z, x)
+
+
 def test_subsets_are_right_on_average() -> None:
     z, x = uniform(4, 3, 8, 8).requires_grad_(), uniform(4, 3, 8, 8, seed=1)
     loss, generator = Subsampled(Errors(), subset=1), seeded(0)

@@ -259,6 +259,14 @@ class Denoiser(nn.Module):
             "(as_denoiser(..., bottleneck=...)), leave the h-space out (h_space_weight=0), or return (noise, h)."
         )
 
+    def answer(self, noisy: Tensor, t: Tensor | int) -> Any:
+        """What the model returns for an image, unread (arguments as in :meth:`forward`)."""
+        return self._run(noisy, self._check(noisy, t))
+
+    def check_answer(self, output: Any, noisy: Tensor) -> None:
+        """Raise ``ValueError`` unless what the model returned holds a prediction for ``noisy``."""
+        self._prediction(output, noisy)
+
     def check_input(self, image: Tensor, name: str = "noisy") -> None:
         """Raise ``ValueError`` unless ``image`` has the rank, the channels and the device that the model needs."""
         if not isinstance(image, Tensor) or not image.is_floating_point():
@@ -495,12 +503,13 @@ _NO_TIME = ("target", "targets", "label", "labels", "mask", "encoder_hidden_stat
 def _check_takes_noise(name: str, model: Any, conditioning: Conditioning | None) -> None:
     """Raise ``ValueError`` for what cannot be called as f(x_t, t), as far as its signature tells."""
     said = f"`{name}` should be called as f(x_t, t) with the noisy image and timesteps (N,)"
-    if hasattr(model, "encode") and hasattr(model, "decode"):
+    if hasattr(model, "encode") and hasattr(model, "decode") and hasattr(model, "config"):
         raise ValueError(
             f"{said}, found {describe(model)}, which encodes images: give the diffusion model, and this as "
             "LatentPrior(vae, unet) or as `encoder`."
         )
-    if isinstance(model, nn.Module) and type(model).forward is nn.Module.forward:
+    scripted = isinstance(model, torch.jit.ScriptModule)
+    if isinstance(model, nn.Module) and not scripted and type(model).forward is nn.Module.forward:
         raise ValueError(f"{said}, found {describe(model)}, which has no forward pass.")
     more = [] if conditioning is None or isinstance(conditioning, Mapping) else [conditioning]
     named = dict(conditioning) if isinstance(conditioning, Mapping) else {}
@@ -511,7 +520,8 @@ def _check_takes_noise(name: str, model: Any, conditioning: Conditioning | None)
         hint = f"; with the `conditioning` {'third' if more else sorted(named)}" if conditioning is not None else ""
         raise ValueError(f"{said}{hint}, found {describe(model)}, which takes {signature}.")
     second = list(signature.bind(None, None, *more, **named).arguments)[1:2]
-    if second and second[0] in _NO_TIME:
+    by_default = signature.parameters[second[0]].default if second else None
+    if second and (second[0] in _NO_TIME or isinstance(by_default, bool | str)):
         raise ValueError(
             f"{said}, found {describe(model)}, which takes {signature}: wrap it in a function if it is a denoiser."
         )

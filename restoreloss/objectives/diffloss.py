@@ -4,8 +4,10 @@ The model is shown the restored and the clean image under the same noise at the 
 not in the other (the noise it predicts, the semantics in its bottleneck) is the loss.
 """
 
+import copy
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from operator import index
 from pathlib import Path
@@ -22,7 +24,7 @@ from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.distances import Distance, Reduction, distance_per_sample, reduce_samples
 from restoreloss.frozen import FrozenNetwork, frozen, serving, warn_if_trained
 from restoreloss.generators import Generators, check_generators, draw_per_sample, integers, standard_normal
-from restoreloss.images import RangeWatch, check_pair, check_range, to_unit_range
+from restoreloss.images import RangeWatch, check_pair, check_range, into_range, to_unit_range
 from restoreloss.objectives.base import Objective, total
 from restoreloss.objectives.sizes import SizePolicy, crop_map, fit_size, pad_to
 from restoreloss.objectives.tiles import Tiles, check_share
@@ -196,7 +198,9 @@ class DiffLoss(Objective):
         check_generators(generator, len(restored))
         # Autocast would cast the frozen weights in each pass, keep every copy for the backward pass, and round two
         # nearly equal images to half: the prior computes in the dtype of its own weights instead.
-        with serving(*self._frozen), torch.autocast(restored.device.type, enabled=False):
+        kind = restored.device.type
+        leaving = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+        with serving(*self._frozen), leaving:
             return self._terms(restored, target, timestep, noise, generator)
 
     def _terms(
@@ -225,6 +229,13 @@ class DiffLoss(Objective):
         with torch.no_grad():
             seen_in_target = self._look(denoiser, denoiser.schedule.add_noise(x, noise, t), t)
         seen_in_restored = self._look(denoiser, denoiser.schedule.add_noise(z, noise, t), t)
+        if z.requires_grad and torch.is_grad_enabled():
+            for name, seen in seen_in_restored.items():
+                if not seen.requires_grad:
+                    raise ValueError(
+                        f"`denoiser` should pass a gradient to `restored`, found none in {name!r}: its forward pass is "
+                        "under `no_grad` or `inference_mode`, or detaches the image."
+                    )
         terms = {}
         for name, reference in seen_in_target.items():
             values = distance_per_sample(
@@ -294,7 +305,7 @@ class DiffLoss(Objective):
     def _to_model_space(self, image: Tensor) -> Tensor:
         image = to_unit_range(image, self.input_range)
         if self._encoder is None:
-            return image
+            return into_range(image, (-1.0, 1.0), self._denoiser.network.schedule.model_range)
         encoder = self._encoder.network
         latents: Tensor = encoder(fit_size(image, encoder.multiple, self.size))
         return latents
@@ -373,29 +384,37 @@ def _enable_checkpointing(model: Any) -> None:
 
 @torch.no_grad()
 def _check_that_it_answers(denoiser: Denoiser) -> None:
-    """Try a network of unknown kind once on a small image: a restorer or a classifier is no prior.
+    """Try a copy of a network of unknown kind on a small image: what a restorer or a classifier returns is no noise.
+
+    Large, compiled and conditional networks are not tried, and one that raises may want another size.
 
     Raises:
-        ValueError: If it cannot be called with (x_t, t), or returns nothing that could be a prediction.
+        ValueError: If it returns nothing that could be a prediction.
     """
     model = denoiser.model
-    if denoiser.in_channels is not None or not isinstance(model, nn.Module):
+    known = denoiser.in_channels is not None or denoiser._conditioning is not None
+    if known or not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
         return
     convolution = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
     weight = reference_weight(model)
+    if weight is not None and (weight.is_meta or sum(p.numel() for p in model.parameters()) > 50_000_000):
+        return
     like = torch.empty(0) if weight is None else weight
     image = like.new_zeros(1, 3 if convolution is None else convolution.in_channels, 64, 64)
-    if image.is_meta:
+    devices = [image.device] if image.device.type == "cuda" else []
+    try:
+        tried = copy.deepcopy(denoiser)
+        with frozen(tried), torch.random.fork_rng(devices=devices):
+            output = tried.answer(image, denoiser.schedule.num_timesteps // 2)
+    except Exception as error:  # of a size, a range of timesteps or a copy that it does not have: the first call tells
+        logger.debug("%s was tried on 64x64 pixels: %s", type(model).__name__, error)
         return
     try:
-        with frozen(model), torch.random.fork_rng(devices=[]):
-            denoiser(image, denoiser.schedule.num_timesteps // 2)
-    except (TypeError, ValueError) as error:
+        denoiser.check_answer(output, image)
+    except ValueError as error:
         raise ValueError(
             f"`denoiser` should be a diffusion model, called with (x_t, t), found a {type(model).__name__}: {error}"
         ) from error
-    except Exception as error:  # a size or a number of channels that it does not read: the first call will tell
-        logger.debug("%s was tried on 64x64 pixels: %s", type(model).__name__, error)
 
 
 def _check_timesteps(timesteps: Any, first: int, num_timesteps: int) -> tuple[int, int] | TimestepSampler:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from restoreloss.checks import check_callable, check_whole
+from restoreloss.checks import check_callable, check_choice, check_whole
+from restoreloss.distances import Reduction
 from restoreloss.generators import Generators, check_generators, permutation
 from restoreloss.images import check_pair
 from restoreloss.objectives.base import Objective, named_terms, total
@@ -25,6 +26,8 @@ class Subsampled(Objective):
         objective: anything called with (restored, target); a module becomes a submodule.
         every: compute every k-th call only, and count it k times; the others return 0 with a gradient of 0.
         subset: how many samples, an integer, or which share of the batch, a float; at least one, at most all.
+        reduction: what the objective does over samples, "mean" | "sum" | "none". Default: what it states as its
+            ``reduction``, else "mean".
 
     Attributes:
         calls: how many calls there were that ``every`` counts. Set it when a training is resumed;
@@ -47,6 +50,7 @@ class Subsampled(Objective):
         *,
         every: int = 1,
         subset: int | float | None = None,
+        reduction: Reduction | None = None,
     ) -> None:
         super().__init__()
         check_callable("objective", objective, "restored", "target")
@@ -56,17 +60,15 @@ class Subsampled(Objective):
         self._function = None if isinstance(objective, nn.Module) else objective
         if isinstance(objective, nn.Module):
             self.inner = objective
+        if reduction is not None:
+            check_choice("reduction", reduction, Reduction)
+        self.reduction: Reduction = getattr(objective, "reduction", "mean") if reduction is None else reduction
         self._names: tuple[str, ...] = ("loss",)
 
     @property
     def objective(self) -> Callable[[Tensor, Tensor], Tensor]:
         """What is computed."""
         return self.inner if self._function is None else self._function
-
-    @property
-    def reduction(self) -> str:
-        """That of the objective over samples, "mean" where it states none."""
-        return str(getattr(self.objective, "reduction", "mean"))
 
     def terms(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> dict[str, Tensor]:
         """The objective's terms, or "loss" where it has none.
@@ -127,6 +129,11 @@ class Subsampled(Objective):
 
     def _counted_for_all(self, value: Tensor, rows: Tensor, count: int) -> Tensor:
         share = count / len(rows)
+        if value.ndim and value.shape != rows.shape:
+            raise ValueError(
+                f"`objective` should return a scalar or one number for each of {len(rows)} samples, found shape "
+                f"{tuple(value.shape)}."
+            )
         if value.ndim:  # one for each sample: zero for the others
             return value.new_zeros(count).index_copy(0, rows, share * value)
         return share * value if self.reduction == "sum" else value

@@ -4,6 +4,7 @@
 that it was before. :class:`FeatureMatchingLoss` keeps the one near the other, and trains the network, not the image.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -189,7 +190,15 @@ class HLFLoss(Objective):
             )
             for network in (task, reference)
         )  # fmt: skip
+        self.reduction: Reduction = reduction
         self.reference._range.told = True  # the task's look at the same images has said it
+        learning = [_learns(loss.features.network) for loss in (self.task, self.reference)]
+        if learning == [False, True]:
+            warnings.warn(
+                "`reference` is frozen from now on, and its parameters require a gradient, while those of `task` do "
+                "not: were the two exchanged?",
+                stacklevel=2,
+            )
         warn_if_trained(self.reference.features.network, "reference")
         self._reference = FrozenNetwork(self.reference.features.network)
 
@@ -270,6 +279,11 @@ class FeatureMatchingLoss(Objective):
         self.teacher, _ = _extractor("teacher", teacher, self.layers, normalize, input_range)
         self.layer_weights = _layer_weights(self.layers, layer_weights)
         self._range = RangeWatch(self.teacher.input_range)
+        if not _learns(self.student.network) and _learns(self.teacher.network):
+            raise ValueError(
+                "`student` should have parameters that require a gradient, found none, while `teacher` has some: were "
+                "the two exchanged?"
+            )
         warn_if_trained(self.teacher.network, "teacher")
         self._teacher = FrozenNetwork(self.teacher.network)
 
@@ -354,6 +368,10 @@ def _check_two(one: Any, other: Any, name: str, other_name: str) -> None:
             f"`{other_name}` should be another network than `{name}`, found one that shares its weights: it is frozen, "
             f"give `copy.deepcopy({name})`."
         )
+
+
+def _learns(network: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in network.parameters())
 
 
 def _check_network(network: Any, name: str) -> None:

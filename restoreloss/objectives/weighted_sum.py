@@ -65,6 +65,18 @@ class WeightedSum(Objective):
                 self.add_module(f"objective_{name}", objective)
 
     @property
+    def reduction(self) -> str:
+        """What all objectives do over samples; "mean" where they state nothing.
+
+        Raises:
+            ValueError: Where some are means and others are sums.
+        """
+        stated = {getattr(objective, "reduction", "mean") for objective in self.objectives.values()}
+        if len(stated) > 1:
+            raise ValueError(f"`objectives` should share one `reduction`, found {sorted(stated)}.")
+        return str(stated.pop())
+
+    @property
     def objectives(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         """The objectives by name, in the order given."""
         functions = self._functions

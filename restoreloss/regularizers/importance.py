@@ -115,6 +115,7 @@ class ParameterImportance(nn.Module):
         self._model = (model,)  # in a tuple: not registered
         self.layer_weights = {} if layer_weights is None else layer_weights
         self._loop = self._warned = False
+        self._attached: list[RemovableHandle] = []
         self._open()
 
     @property
@@ -296,7 +297,7 @@ class ParameterImportance(nn.Module):
         """Call :meth:`apply_` before each step of an optimizer, after any clipping of gradients.
 
         Args:
-            optimizer: not accelerate's wrapper, but ``wrapper.optimizer``.
+            optimizer: of the network's parameters; not accelerate's wrapper, but ``wrapper.optimizer``.
 
         Returns:
             A handle with ``remove()``.
@@ -323,7 +324,15 @@ class ParameterImportance(nn.Module):
                 )
             self.apply_()
 
-        return optimizer.register_step_pre_hook(add)
+        own = {id(parameter) for parameter in bare(self._model[0]).parameters()}
+        if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            raise ValueError("`optimizer` should hold parameters of `model`, found those of another network.")
+        hooks = optimizer._optimizer_step_pre_hooks
+        if any(handle.id in hooks for handle in self._attached if handle.hooks_dict_ref() is hooks):
+            raise ValueError("`optimizer` should be attached to once, found that it is: the penalty would count twice.")
+        handle = optimizer.register_step_pre_hook(add)
+        self._attached.append(handle)
+        return handle
 
     def importance(self, task: int = 0) -> dict[str, Tensor]:
         """The importances of one task by the parameters' names."""
