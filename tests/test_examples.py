@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from examples import quickstart
 from examples.common.folder import load_folder, read_picture
 from examples.common.photos import HELD_OUT, TRAIN, grid_crops, load_photo, pyramid, random_crops
+from examples.diffloss import photos_run
 from examples.diffloss.prior_report import linear_errors, noise_errors
 from examples.diffloss.train_prior import Recipe, Trainer
 from restoreloss import NoiseSchedule
@@ -100,7 +100,7 @@ def test_a_folder_without_pictures_is_refused(make: bool, tmp_path: Path, capsys
     with pytest.raises(ValueError, match="The folder should hold an image|There should be a folder of images"):
         load_folder(folder, smallest=96)
     with pytest.raises(SystemExit, match="2"):
-        quickstart.main(["--images", str(folder), "--out", str(tmp_path / "out")])
+        photos_run.main(["--images", str(folder), "--out", str(tmp_path / "out")])
     last = capsys.readouterr().err.splitlines()[-1]
     assert "The folder should hold an image" in last or "There should be a folder of images" in last
     assert not (tmp_path / "out").exists()
@@ -125,7 +125,7 @@ def test_wrong_use_of_quickstart_is_one_line_and_leaves_no_folder(
     name: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        quickstart.main([*arguments, f"--out={tmp_path / 'out'}"])
+        photos_run.main([*arguments, f"--out={tmp_path / 'out'}"])
     assert name in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
@@ -133,23 +133,23 @@ def test_wrong_use_of_quickstart_is_one_line_and_leaves_no_folder(
 def test_quickstart_says_what_is_in_the_place_of_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="2"):
-        quickstart.main([f"--out={tmp_path / 'file' / 'out'}"])
+        photos_run.main([f"--out={tmp_path / 'file' / 'out'}"])
     assert "`--out` should be a folder, found the file" in capsys.readouterr().err
 
 
 def test_quickstart_stops_where_the_loss_is_nan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch, calls = quickstart.Experiment.batch, []
+    batch, calls = photos_run.Experiment.batch, []
 
-    def broken(self: quickstart.Experiment, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def broken(self: photos_run.Experiment, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append(1)
         clean, degraded = batch(self, generator)
         return clean, degraded * (float("nan") if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(quickstart.Experiment, "batch", broken)
+    monkeypatch.setattr(photos_run.Experiment, "batch", broken)
     with pytest.raises(SystemExit, match="1"):
-        quickstart.main(["--steps=20", f"--out={tmp_path / 'out'}"])
+        photos_run.main(["--steps=20", f"--out={tmp_path / 'out'}"])
     assert "quickstart: warm-up, step 2: the pixel loss is nan" in capsys.readouterr().err
     assert not (tmp_path / "out" / "results.json").exists()
 
@@ -161,7 +161,7 @@ def test_quickstart_on_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixtur
         pixels = (load_photo(name) * 255).byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(pictures / f"{name}.png")
     (pictures / "broken.png").write_bytes(b"\x89PNG")
-    result = quickstart.main(["--images", str(pictures), "--out", str(out), "--steps", "20"])
+    result = photos_run.main(["--images", str(pictures), "--out", str(out), "--steps", "20"])
     printed = capsys.readouterr().out
     for name in ("comparison.png", "curves.png", "audit.png", "audit.txt", "results.json"):
         assert str(out / name) in printed
@@ -180,11 +180,11 @@ def test_quickstart_says_where_the_prior_does_not_help() -> None:
     up, down = torch.tensor([30.0, 31.0, 32.0]), torch.tensor([29.0, 30.0, 31.1])
     good = {"PSNR": up, "SSIM": up / 40, "diffusion distance": down / 1000}
     bad = {"PSNR": down, "SSIM": down / 40, "diffusion distance": up / 1000}
-    assert "WORSE" in quickstart.verdict(good, bad, 3)
-    assert "did not help" in quickstart.verdict(good, bad, 3)
-    assert "WORSE" not in quickstart.verdict(bad, good, 3)
-    assert "did not help" not in quickstart.verdict(bad, good, 3)
-    assert quickstart.verdict(good, good, 3).count("no clear change") == 3
+    assert "WORSE" in photos_run.verdict(good, bad, 3)
+    assert "did not help" in photos_run.verdict(good, bad, 3)
+    assert "WORSE" not in photos_run.verdict(bad, good, 3)
+    assert "did not help" not in photos_run.verdict(bad, good, 3)
+    assert photos_run.verdict(good, good, 3).count("no clear change") == 3
 
 
 def test_prior_training_learns_and_resumes_exactly(tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""The comparison of the quickstart: words degraded, restored twice and clean, with what two readers read in each."""
+
+from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from examples.reading.readers import as_compared
+
+TITLES = {"degraded": "degraded", "l1": "L1", "tdp": "L1 + TDP", "clean": "clean"}
+RIGHT, WRONG = "#118a2e", "#d4111b"
+
+
+def save_comparison(
+    path: Path,
+    images: Mapping[str, Tensor],
+    read: Mapping[str, Mapping[str, Sequence[str]]],
+    texts: Sequence[str],
+    *,
+    rows: int = 6,
+) -> None:
+    """A row for each word: its images, and under each what every reader reads in it.
+
+    The words are the first that the fixed reader reads well in one restored image and not in the other, whichever it
+    is: the title says how many there are of each kind. Others follow where there are too few.
+
+    Args:
+        path: of the PNG.
+        images: (N, 3, H, W) for each of ``TITLES``.
+        read: by image, then by reader, the texts.
+        texts: what should be read.
+        rows: how many words.
+    """
+    right = {
+        name: [as_compared(a) == as_compared(b) for a, b in zip(read[name]["fixed"], texts, strict=True)]
+        for name in TITLES
+    }
+    won = [i for i in range(len(texts)) if right["tdp"][i] and not right["l1"][i]]
+    lost = [i for i in range(len(texts)) if right["l1"][i] and not right["tdp"][i]]
+    differing = sorted([*won, *lost])
+    chosen = (differing + [i for i in range(len(texts)) if i not in differing])[:rows]
+    figure = Figure(figsize=(13, 0.9 + 1.75 * len(chosen)), layout="constrained", facecolor="white")
+    both = sum(a and b for a, b in zip(right["l1"], right["tdp"], strict=True))
+    figure.suptitle(
+        f"Of {len(texts)} unseen words the fixed reader reads {sum(right['l1'])} after L1 and "
+        f"{sum(right['tdp'])} after L1 + TDP.\n"
+        f"{both} in both, {len(won)} after L1 + TDP alone, {len(lost)} after L1 alone: "
+        "the first of those read in one of the two",
+        fontsize=14,
+    )
+    panels = figure.subplots(len(chosen), len(TITLES), squeeze=False)
+    for row, index in enumerate(chosen):
+        for column, (name, title) in enumerate(TITLES.items()):
+            panel = panels[row][column]
+            pixels = images[name][index].clamp(0, 1).permute(1, 2, 0).numpy()
+            panel.imshow(pixels, interpolation="nearest", aspect="auto")
+            panel.set_xticks([])
+            panel.set_yticks([])
+            if row == 0:
+                panel.set_title(title, fontsize=17, fontweight="bold" if name == "tdp" else "normal")
+            for line, (reader, said) in enumerate(read[name].items()):
+                _write(panel, reader, said[index], texts[index], -0.17 - 0.21 * line)
+    figure.savefig(path, dpi=100)
+
+
+def _write(panel: Any, reader: str, said: str, text: str, height: float) -> None:
+    """What a reader reads, letter for letter in its color, below a panel."""
+    panel.text(0.0, height, reader, transform=panel.transAxes, fontsize=11, color="0.35", va="center")
+    style = {"family": "DejaVu Sans Mono", "fontsize": 16, "fontweight": "bold", "va": "center"}
+    letters = said or "(nothing)"
+    good = right_letters(said, text) if said else [False] * len(letters)
+    for place, (letter, is_right) in enumerate(zip(letters[:14], good, strict=False)):
+        panel.text(
+            0.2 + 0.057 * place, height, letter, transform=panel.transAxes, color=RIGHT if is_right else WRONG, **style
+        )
+    complete = as_compared(said) == as_compared(text)
+    panel.text(
+        1.0, height, "\N{HEAVY CHECK MARK}" if complete else "\N{BALLOT X}", transform=panel.transAxes,
+        fontsize=16, color=RIGHT if complete else WRONG, va="center", ha="right", family="DejaVu Sans",
+    )  # fmt: skip
+
+
+def right_letters(said: str, text: str) -> list[bool]:
+    """For each letter that was read whether it is one of the text's, in its order; upper and lower case are one."""
+    right = [False] * len(said)
+    matcher = SequenceMatcher(None, said.lower(), text.lower(), autojunk=False)
+    for block in matcher.get_matching_blocks():
+        right[block.a : block.a + block.size] = [True] * block.size
+    return right
