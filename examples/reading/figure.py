@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from examples.reading.readers import as_compared
+from examples.reading.readers import as_compared, words_read
 
 TITLES = {"degraded": "degraded", "l1": "L1", "tdp": "L1 + TDP", "clean": "clean"}
 RIGHT, WRONG = "#118a2e", "#d4111b"
@@ -25,7 +25,8 @@ def save_comparison(
     """A row for each word: its images, and under each what every reader reads in it.
 
     The words are the first that the fixed reader reads well in one restored image and not in the other, whichever it
-    is: the title says how many there are of each kind. Others follow where there are too few.
+    is: the title says how many there are of each kind, and the head of a column how many of all words are read. Others
+    follow where there are too few.
 
     Args:
         path: of the PNG.
@@ -43,12 +44,9 @@ def save_comparison(
     differing = sorted([*won, *lost])
     chosen = (differing + [i for i in range(len(texts)) if i not in differing])[:rows]
     figure = Figure(figsize=(13, 0.9 + 1.75 * len(chosen)), layout="constrained", facecolor="white")
-    both = sum(a and b for a, b in zip(right["l1"], right["tdp"], strict=True))
     figure.suptitle(
-        f"Of {len(texts)} unseen words the fixed reader reads {sum(right['l1'])} after L1 and "
-        f"{sum(right['tdp'])} after L1 + TDP.\n"
-        f"{both} in both, {len(won)} after L1 + TDP alone, {len(lost)} after L1 alone: "
-        "the first of those read in one of the two",
+        f"{len(texts)} unseen words. After L1 + TDP the fixed reader reads {len(won)} that it misreads after L1, "
+        f"and misreads {len(lost)} that it read. The first of these:",
         fontsize=14,
     )
     panels = figure.subplots(len(chosen), len(TITLES), squeeze=False)
@@ -60,10 +58,17 @@ def save_comparison(
             panel.set_xticks([])
             panel.set_yticks([])
             if row == 0:
-                panel.set_title(title, fontsize=17, fontweight="bold" if name == "tdp" else "normal")
+                totals = ", ".join(f"{reader} {_percent(said, texts):.0f} %" for reader, said in read[name].items())
+                panel.set_title(
+                    f"{title}\nread: {totals}", fontsize=15, fontweight="bold" if name == "tdp" else "normal"
+                )
             for line, (reader, said) in enumerate(read[name].items()):
                 _write(panel, reader, said[index], texts[index], -0.17 - 0.21 * line)
     figure.savefig(path, dpi=100)
+
+
+def _percent(said: Sequence[str], texts: Sequence[str]) -> float:
+    return float(words_read(said, texts).mean())
 
 
 def _write(panel: Any, reader: str, said: str, text: str, height: float) -> None:
