@@ -58,13 +58,13 @@ def save_comparison(
             panel.set_xticks([])
             panel.set_yticks([])
             if row == 0:
-                totals = ", ".join(f"{reader} {_percent(said, texts):.0f} %" for reader, said in read[name].items())
-                panel.set_title(
-                    f"{title}\nread: {totals}", fontsize=15, fontweight="bold" if name == "tdp" else "normal"
+                totals = ", ".join(
+                    f"{reader} reads {_percent(said, texts):.0f} %" for reader, said in read[name].items()
                 )
+                panel.set_title(f"{title}\n{totals}", fontsize=13, fontweight="bold" if name == "tdp" else "normal")
             for line, (reader, said) in enumerate(read[name].items()):
                 _write(panel, reader, said[index], texts[index], -0.17 - 0.21 * line)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90)
 
 
 def _percent(said: Sequence[str], texts: Sequence[str]) -> float:
