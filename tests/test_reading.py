@@ -180,6 +180,7 @@ def test_quickstart_writes_its_files_and_keys(tmp_path: Path, capsys: pytest.Cap
     assert all(5 < value < 60 for value in found["psnr"].values())
     assert found["references"]["words_read"]["fixed"]["clean"] >= 80
     assert found["audit"]["terms"]["tdp/FeatureExtraction"]["share"] > 0
+    assert 0 <= found["words_read_at_the_shared_start"] <= 100
     assert "difference to L1 [95 %]" in printed
 
 
