@@ -207,7 +207,7 @@ def test_feature_loss(networks, criterion, distance):
 def test_feature_loss_of_a_layer_with_several_tensors():
     class Pyramid(nn.Module):
         def forward(self, image):
-            return {"0": image, "1": F.avg_pool2d(image, 2), "pool": F.avg_pool2d(image, 4)}
+            return {"0": image + 0, "1": F.avg_pool2d(image, 2), "pool": F.avg_pool2d(image, 4)}
 
     task = nn.Sequential()
     task.add_module("backbone", Pyramid())
