@@ -298,7 +298,7 @@ def test_networks_are_tested_at_rest_and_leave_no_trace(tmp_path: Path, monkeypa
             found: Tensor = self.norm(self.layer(x))
             return found
 
-    monkeypatch.setattr(training, "restorer", lambda *_: Counting())
+    monkeypatch.setattr(training, "restorer", lambda *_, option: Counting())
     trainer = Trainer(replace(TINY, out=tmp_path / "run"))
     norm: Any = trainer.net.norm
     assert trainer.net.training and not norm.running_mean.any() and int(norm.num_batches_tracked) == 0
@@ -415,7 +415,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "degradation": ({"degradations": ["foggy"]}, "`degradations` should be of blurry, .*found \\['foggy'\\]"),
     "accumulate": ({"accumulate": 3}, "`batch` should be a multiple of `accumulate` 3 .* found 4"),
     "ema": ({"ema": 1.0}, "`ema` should be a decay from 0 to below 1, found 1.0"),
-    "network": ({"network": "unet"}, "restoration network should be one of .*spandrel/NAME.*found 'unet'"),
+    "network": ({"network": "unet"}, "`network` should be one of .*spandrel/NAME.*found 'unet'"),
     "no such": ({"network": "spandrel/Nothing"}, "an architecture of spandrel that needs no options, found 'Nothing'"),
     "grey": ({"network": "spandrel/DRUNet"}, "`network` spandrel/DRUNet should map .* to the same shape, found"),
     "larger": (

@@ -226,6 +226,6 @@ def test_a_frozen_prior_may_be_half_by_itself(batch: Batch) -> None:
     image = batch.degraded.clone().requires_grad_()
     gradients = []
     for dtype in (None, torch.bfloat16):
-        loss = seeded(DiffLoss(small_prior(), dtype=dtype))
+        loss = seeded(DiffLoss(small_prior().to(dtype)))
         gradients.append(value_and_gradients(lambda loss=loss: loss(image, batch.clean), [image], None)[1])  # type: ignore[misc]
     assert cosine(*gradients) >= 0.99

@@ -193,7 +193,7 @@ def test_configs_of_the_paper_are_valid_and_ask_for_the_data(
         ({"method": "tdp_joint", "task": "detection"}, "`task` should not be 'detection'"),
         ({"batch": 21}, "`batch` should be between 1 and the 20 training samples, found 21"),
         ({"scale": 5}, "`scale` should be one of"),
-        ({"restorer": "edrs"}, "restoration network should be one of"),
+        ({"restorer": "edrs"}, "`restorer` should be one of"),
         ({"restorer": "file"}, "restorer .file. should be given a file of weights"),
         ({"recogniser": "resnet"}, "`recogniser` should be"),
         ({"data": "cub200"}, "`root` should be the folder"),

@@ -138,7 +138,7 @@ def test_a_step_on_the_balance_evens_the_work() -> None:
 
 def test_the_balance_of_several_mixtures_is_their_mean() -> None:
     model = TimeConditioned(network(), {"0": TimeMoE(8), "1": FiLM(8)})
-    with pytest.raises(ValueError, match="should hold a TimeMoE that has been called, found none"):
+    with pytest.raises(ValueError, match="`balance_loss` should follow a call of a network with a TimeMoE, found none"):
         model.balance_loss()
     model.attach({"2": TimeMoE(3)})
     learned(model)(normal(2, 3, 4, 4), 5)

@@ -383,7 +383,7 @@ def _check(config: Config) -> None:
     for task in [config.name] if config.name is not None else config.tasks:
         if task not in TASKS:
             option = "tasks" if config.name is None else "name"
-            raise ValueError(f"`{option}` should be of {', '.join(TASKS)}, found {task!r}.")
+            raise ValueError(f"`{option}` should be one of {', '.join(TASKS)}, found {task!r}.")
     for name in ("train_tasks", "network", "restored_too"):
         if config.stage == "add-task" and getattr(config, name):
             raise ValueError(f"`{name}` should be left out of 'add-task', found {getattr(config, name)!r}.")

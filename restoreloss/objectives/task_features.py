@@ -199,7 +199,8 @@ class HLFLoss(Objective):
                 "not: were the two exchanged?",
                 stacklevel=2,
             )
-        warn_if_trained(self.reference.features.network, "reference")
+        else:
+            warn_if_trained(self.reference.features.network, "reference")
         self._reference = FrozenNetwork(self.reference.features.network)
 
     def terms(self, restored: Images, target: Images) -> dict[str, Tensor]:

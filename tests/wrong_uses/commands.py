@@ -55,7 +55,7 @@ OWN = {
     "examples.unirestore.prepare": {"--pictures=nowhere": "`pictures`"},
 }  # fmt: skip
 SCRIPTS = {
-    "examples.quickstart": {
+    "examples.diffloss.photos_run": {
         "--steps=1": "steps", "--steps=x": "steps", "--blur=99": "blur", "--blur=-1": "blur", "--noise=-1": "noise", "--noise=nan": "noise", "--share=0": "share", "--share=2": "share",
         "--weight=-1": "weight", "--weight=nan": "weight", "--device=cuda": "device", "--device=abacus": "device", "--timesteps 5": "timesteps", "--timesteps 600 100": "timesteps",
         "--timesteps a b": "timesteps", "--imags=x": "imags", "--images=nowhere": "images", "--seed=x": "seed", "--h-space-weight=-1": "h_space_weight",

@@ -267,7 +267,7 @@ WRONG = [
     *(wrong("FeatureMatchingLoss", f"{k} for teacher", partial(lambda v: FeatureMatchingLoss(reader(), v, "stage"), v), "`teacher`") for k, v in NOT_NETWORKS.items()),
     *(wrong("FeatureExtractor", f"{k} for network", partial(lambda v: FeatureExtractor(v, "stage"), v), "`network`") for k, v in NOT_NETWORKS.items()),
     wrong("HLFLoss", "exchanged networks", lambda: HLFLoss(reference(), with_gradients(live_recogniser()), "stage"), "`reference`", by=Warning),
-    wrong("FeatureMatchingLoss", "exchanged networks", lambda: FeatureMatchingLoss(reference(), with_gradients(live_recogniser()), "stage"), "`teacher`", by=Warning),
+    wrong("FeatureMatchingLoss", "exchanged networks", lambda: FeatureMatchingLoss(reference(), with_gradients(live_recogniser()), "stage"), "`student`"),
     wrong("FeatureMatchingLoss", "a student at rest", lambda: FeatureMatchingLoss(reference(), reference(), "stage")(clean(), clean()), "student"),
     wrong("HLFLoss", "one network for both", lambda: HLFLoss(reader(), reader(), "stage"), "reference"),
     wrong("HLFLoss", "a list of layers for the reference", lambda: HLFLoss(reader(), ["stage"]), "`reference`"),
