@@ -230,7 +230,7 @@ def test_project_refuses_sharded_parameters(accelerator, monkeypatch):
     monkeypatch.setattr(type(accelerator), "distributed_type", accelerate.DistributedType.FSDP)
     with pytest.raises(ValueError, match="should run one process or DDP, whose parameters are whole, found FSDP"):
         project(accelerator, None, None, lambda: torch.zeros(()), lambda: torch.zeros(()))
-    with pytest.raises(ValueError, match="`generation` should be a function that returns the loss, found a tensor"):
+    with pytest.raises(ValueError, match=r"`generation` should be callable as generation\(\), found a tensor"):
         project(accelerator, None, None, torch.zeros(()), torch.zeros(()))
 
 

@@ -321,7 +321,7 @@ def test_a_network_that_cannot_take_the_test_images_is_refused_with_their_size(
 
     from examples.diffloss import train as training
 
-    monkeypatch.setattr(training, "restorer", lambda *_: Square())
+    monkeypatch.setattr(training, "restorer", lambda *_, option: Square())
     for split in ("train", "test"):
         for number in range(4):
             write(tmp_path / "data" / split / f"{number}.png")

@@ -94,7 +94,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             loss.backward()
             optimizer.step()
         trained.eval().requires_grad_(False)
-
     # Stage 3, for a task that nobody thought of before: one vector learns.
     clean, label = images[1400:], labels[1400:]
     degraded = (clean + 0.4 * torch.randn_like(clean)).clamp(0, 1)
