@@ -211,7 +211,7 @@ class WithRestoreloss:
         phases = [restoreloss.Phase("restorer", [self.net_g], self._restore, self.optimizer_g)]
         if self.net_t is not None:
             phases.append(restoreloss.Phase("task", [self.net_t], self._recognise, self.optimizer_t))
-        self.alternation = restoreloss.Alternation(phases)
+        self.alternation = restoreloss.Alternation(phases, on_non_finite="ignore")
 
     def setup_optimizers(self) -> None:
         """Also that of the task network; the schedulers of BasicSR are for all."""

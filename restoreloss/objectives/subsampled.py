@@ -63,7 +63,7 @@ class Subsampled(Objective):
         if reduction is not None:
             check_choice("reduction", reduction, Reduction)
         self.reduction: Reduction = getattr(objective, "reduction", "mean") if reduction is None else reduction
-        self._names: tuple[str, ...] = ("loss",)
+        self._names: tuple[str, ...] | None = None
 
     @property
     def objective(self) -> Callable[[Tensor, Tensor], Tensor]:
@@ -91,7 +91,10 @@ class Subsampled(Objective):
         count = len(restored)
         if self.every > 1 and not self._due():
             shape = (count,) if self.reduction == "none" else ()
-            return {name: zeros_with_graph(restored, shape) for name in self._names}
+            if self._names is None:  # the first call of a resumed training: the terms are called as before
+                with torch.random.fork_rng(), torch.no_grad():
+                    self._terms(restored[:1], target[:1], None)
+            return {name: zeros_with_graph(restored, shape) for name in self._names or ()}
         rows = self._rows(count, generator, restored.device)
         if rows is None:
             terms = self._terms(restored, target, generator)
