@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.networks import tiny_unet
+from tests.helpers.networks import tiny_unet
 
 
 @pytest.fixture

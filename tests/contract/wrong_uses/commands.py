@@ -1,0 +1,133 @@
+"""Wrong uses of the commands: command lines that are refused before anything is trained."""
+
+import contextlib
+import importlib
+import os
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+from tests.contract.wrong_uses.table import Wrong, wrong
+
+TRAINERS = {
+    "examples.diffloss.train": [], "examples.dtp.train": ["--method=scratch"], "examples.sr4ir.train": [],
+    "examples.edtr.train": [], "examples.unirestore.train": ["stage1"], "examples.edtr.prepare": [],
+    "examples.unirestore.prepare": [],
+}  # fmt: skip
+EVERYWHERE = {
+    "--stepz=1": "stepz", "--steps=many": "steps", "--steps=-1": "`steps`", "--steps=1.5": "steps", "--steps=0": "`steps`", "--steps=": "steps",
+    "--batch=0": "`batch`", "--batch=none": "batch", "--seed=-1": "`seed`", "--seed=x": "seed", "--workers=-1": "`workers`", "--save_every=0": "`save_every`",
+    "--eval_every=-1": "`eval_every`", "--max_norm=-1": "`max_norm`", "--max_norm=big": "max_norm", "--precision=fp8": "precision", "--cpu=maybe": "cpu",
+    "--config=nowhere.yaml": "nowhere.yaml", "--test_count=0": "`test_count`", "--train_count=-5": "`train_count`", "word": "word",
+}  # fmt: skip
+OWN = {
+    "examples.diffloss.train": {
+        "--patch=0": "`patch`", "--lr=0": "`lr`", "--lr=nan": "lr", "--lr=fast": "lr", "--ema=1": "`ema`", "--ema=-1": "`ema`",
+        "--degradations=[foggy]": "`degradations`", "--degradations=[]": "`degradations`", "--data=folder": "data", "--network=nafnett": "`network`",
+        "--weights=nowhere.pth": "nowhere.pth", "--diff.weight=-1": "`diff` should have a weight", "--diff.weight=x": "diff.weight", "--diff.distance=L1": "diff.distance",
+        "--diff.wieght=1": "wieght", "--pixel.distance=l2": "pixel.distance", "--accumulate=0": "`accumulate`", "--accumulate=3": "`accumulate`",
+        "--diff.compare=x0": "diff.compare", "--diff.timesteps=[5,1] --diff.weight=1": "`timesteps`", "--perceptual.layers=[a] --perceptual.weight=-1": "`perceptual` should have a weight",
+        "--adversarial.width=0 --adversarial.weight=1": "`adversarial.width`", "--places={rainy: lol} --data=folders": "`places`",
+    },
+    "examples.dtp.train": {
+        "--method=gef2": "method", "--order=up": "order", "--timesteps=best": "timesteps", "--num_timesteps=0": "`num_timesteps`", "--experts=0": "`experts`",
+        "--penalty_weight=-1": "`penalty_weight`", "--replay_share=x": "replay_share", "--shallow=2": "`shallow`", "--decay=-1": "`decay`", "--network=unet": "`network`",
+        "--aggregator=Sum": "aggregator", "--normalize=max": "normalize", "--orthogonality_every=0": "`orthogonality_every`", "--pretrained=nowhere --method=gef": "`pretrained`",
+    },
+    "examples.sr4ir.train": {
+        "--method=sr": "method", "--task=depth": "task", "--restorer=unet --train_count=20 --test_count=4": "`restorer`", "--recogniser=huge --train_count=20 --test_count=4": "`recogniser`", "--grid=0": "`grid`", "--mix=2": "`mix`",
+        "--start=cold": "start", "--tdp_weight=-1": "`tdp_weight`", "--h_optimizer=lion": "h_optimizer", "--severities=[6]": "`severities`", "--severities=[]": "`severities`",
+        "--scale=0": "`scale`", "--degradation=rain": "degradation", "--data=imagenet": "data", "--data=cub200": "`root`", "--size=0": "`size`", "--contrast=[1]": "contrast",
+        "--restart=-1": "`restart`", "--layers=[nothing] --train_count=20 --test_count=4": "`layers`", "--s_weights=nowhere.pth --train_count=20 --test_count=4": "nowhere.pth",
+    },
+    "examples.edtr.train": {
+        "--method=edrt": "method", "--n=0": "`n`", "--n=x": "n", "--t_p=-1": "`t_p`", "--alpha=-1": "`alpha`", "--prepared=nowhere": "`prepared`", "--lr=-1": "`lr`",
+        "--smallest=-1": "`smallest`", "--references=3": "references", "--long_steps=0": "`long_steps`",
+    },
+    "examples.unirestore.train": {
+        "--gate=tanh": "gate", "--adapter=lora": "adapter", "--tasks=[]": "`tasks`", "--tasks=[depth]": "`tasks`",
+        "--train_tasks=[depth]": "`train_tasks`", "--task_weights={depth: 1}": "`task_weights`", "--cfrm_blocks=[x]": "cfrm_blocks", "--control_channels=0": "`control_channels`",
+        "--prompt_lr=-1": "`prompt_lr`", "--restored_too=-1": "`restored_too`", "--cfrm=perhaps": "cfrm",
+    },
+    "examples.edtr.prepare": {"--tasks=[]": "`tasks`", "--pre_lr=-1": "`pre_lr`"},
+    "examples.unirestore.prepare": {"--pictures=nowhere": "`pictures`"},
+}  # fmt: skip
+SCRIPTS = {
+    "examples.diffloss.photos_run": {
+        "--steps=1": "steps", "--steps=x": "steps", "--blur=99": "blur", "--blur=-1": "blur", "--noise=-1": "noise", "--noise=nan": "noise", "--share=0": "share", "--share=2": "share",
+        "--weight=-1": "weight", "--weight=nan": "weight", "--device=cuda": "device", "--device=abacus": "device", "--timesteps 5": "timesteps", "--timesteps 600 100": "timesteps",
+        "--timesteps a b": "timesteps", "--imags=x": "imags", "--images=nowhere": "images", "--seed=x": "seed", "--h-space-weight=-1": "h_space_weight",
+    },
+    "examples.diffloss.train_prior": {"--steps=x": "steps", "--steps=0": "steps", "--images=nowhere": "images", "--save-every=0": "save-every", "--sed=1": "sed", "--seed=x": "seed"},
+    "examples.diffloss.prior_report": {"--prior=nowhere": "prior", "--images=nowhere": "images", "--prio=x --out": "out"},
+    "examples.diffloss.experiment": {"": "study", "nothing --out=x": "study", "gamma": "out", "gamma --out=x --steps=x": "steps", "gamma --out=x --seeds": "seeds"},
+    "examples.common.report": {"": "RUNS", "nowhere": "nowhere", "nowhere --by=size": "by"},
+    "examples.common.contact_sheet": {"--photo=dog": "photo", "--seed=x": "seed"},
+    "examples.edtr.restore": {
+        "": "pictures", "in out": "run", "in out --run=nowhere": "nowhere", "in out --run=nowhere --tile=x": "tile", "in out --run=nowhere --tile=1": "`tile`",
+        "in out --run=nowhere --seed=-1": "`seed`", "in out --run=nowhere --n=x": "n",
+    },
+    "examples.unirestore.restore": {
+        "": "pictures", "in out": "run", "in out --run=nowhere": "nowhere", "in out --run=nowhere --steps=x": "steps", "in out --run=nowhere --tile=x": "tile",
+        "in out --run=nowhere --seed=-1": "`seed`", "in out --run=nowhere --overlap=x": "overlap",
+    },
+    "examples.sr4ir.experiment": {"nothing": "nothing"},
+    "examples.edtr.experiment": {"nothing --out=x": "nothing"},
+    "examples.dtp.experiment": {"nothing --out=x": "nothing"},
+    "examples.unirestore.experiment": {"nothing --out=x": "nothing"},
+}  # fmt: skip
+
+
+def command(module: str, *arguments: str) -> None:
+    """Run a command in this process, in an empty folder."""
+    main = importlib.import_module(module).main
+    before = Path.cwd()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(sys, "argv", [module, *arguments]),
+        contextlib.ExitStack() as stack,
+    ):
+        os.chdir(folder)
+        stack.callback(os.chdir, before)
+        main()
+
+
+def _words(line: str) -> list[str]:
+    """The arguments of a line; what is between braces or brackets stays together."""
+    first, *others = line.split(" --")
+    return [first, *(f"--{part}" for part in others)] if line.startswith("--") else line.split()
+
+
+def _entry(module: str, line: str, told: str, *given: str) -> Wrong:
+    arguments = [*given, *_arguments(line)]
+    return wrong(
+        module, line or "nothing", partial(command, module, *arguments), *([told] if told else []), by=SystemExit
+    )
+
+
+def _arguments(line: str) -> list[str]:
+    found: list[str] = []
+    for part in _words(line):
+        option, separator, rest = part.partition(" ")
+        # "--timesteps 5 1" are several arguments, "--places={rainy: lol}" is one
+        found += [option, *rest.split()] if separator and "=" not in option else [part]
+    return found
+
+
+WRONG = [
+    *(
+        _entry(module, line, told, *given, "--cpu=true", "--out=run")
+        for module, given in TRAINERS.items()
+        for line, told in EVERYWHERE.items()
+    ),
+    *(
+        _entry(module, line, told, *TRAINERS[module], "--cpu=true", "--out=run")
+        for module, lines in OWN.items()
+        for line, told in lines.items()
+    ),
+    *(_entry(module, line, told) for module, lines in SCRIPTS.items() for line, told in lines.items()),
+]
+
+# wrong uses that are not told yet

@@ -1,0 +1,163 @@
+"""The latents of an autoencoder are normalized as its config says, in one place, and back."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+from examples.edtr.restorer import EDTR
+from examples.unirestore.model import UniRestore
+from restoreloss import DiffLoss, LatentPrior, NoiseSchedule
+from restoreloss.diffusion.latents import LatentEncoder, denormalize_latents, normalize_latents
+from tests.helpers.networks import tiny_autoencoder, tiny_unet
+
+MEAN, STD = [1.0, -2.0, 0.5, 3.0], [2.0, 4.0, 0.5, 8.0]
+IMAGE = 2 * torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 1
+
+
+def described(**config: Any) -> Any:
+    return SimpleNamespace(**{"scaling_factor": 0.5, **config})
+
+
+def by_channel(latents: torch.Tensor, scaling: float) -> torch.Tensor:
+    """The formula in a loop."""
+    return torch.stack([(latents[:, i] - MEAN[i]) / STD[i] * scaling for i in range(4)], dim=1)
+
+
+@torch.no_grad()
+def test_mean_and_deviation_of_each_channel() -> None:
+    vae = tiny_autoencoder(scaling_factor=0.5, latents_mean=MEAN, latents_std=STD).eval()
+    expected = by_channel(vae.encode(IMAGE).latent_dist.mode(), 0.5)
+    torch.testing.assert_close(LatentEncoder(vae)(IMAGE), expected)
+    seen: list[torch.Tensor] = []
+
+    def noise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return x
+
+    loss = DiffLoss(LatentPrior(vae, noise), h_space_weight=0)
+    images = (IMAGE + 1) / 2
+    loss(images, images, timestep=0, noise=torch.zeros_like(expected))
+    signal = NoiseSchedule.linear().signal[0]
+    torch.testing.assert_close(seen[0], signal * expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        described(),
+        described(shift_factor=0.25),
+        described(latents_mean=None, latents_std=None, shift_factor=None),
+        described(latents_mean=MEAN, latents_std=STD),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_there_and_back(config: Any, dtype: torch.dtype) -> None:
+    latents = torch.randn(2, 4, 3, 3, dtype=dtype)
+    there = normalize_latents(latents, config)
+    assert there.dtype == dtype and not torch.equal(there, latents)
+    torch.testing.assert_close(denormalize_latents(there, config), latents)
+    if getattr(config, "latents_mean", None) is not None:
+        torch.testing.assert_close(there, by_channel(latents, 0.5))
+    else:
+        torch.testing.assert_close(there, (latents - (getattr(config, "shift_factor", None) or 0)) * 0.5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"latents_mean": MEAN},
+        {"latents_std": STD},
+        {"latents_mean": MEAN, "latents_std": STD[:3]},
+        {"latents_mean": MEAN, "latents_std": [1.0, 0.0, 1.0, 1.0]},
+        {"latents_mean": [1.0, float("nan"), 1.0, 1.0], "latents_std": STD},
+        {"latents_mean": 0.5, "latents_std": 2.0},
+        {"latents_mean": MEAN, "latents_std": STD, "shift_factor": 0.1},
+    ],
+)
+def test_statistics_that_do_not_say_all_are_refused(config: dict[str, Any]) -> None:
+    for turned in (normalize_latents, denormalize_latents):
+        with pytest.raises(ValueError, match="should have `latents_mean` and `latents_std` of 4 numbers each"):
+            turned(torch.ones(1, 4, 2, 2), described(**config))
+
+
+@torch.no_grad()
+def test_the_recipes_use_the_same_formula() -> None:
+    vae = tiny_autoencoder(scaling_factor=0.5, latents_mean=MEAN, latents_std=STD, norm_num_groups=4).eval()
+    expected = by_channel(vae.encode(IMAGE).latent_dist.mode(), 0.5)
+    picture = vae.decode(vae.encode(IMAGE).latent_dist.mode()).sample / 2 + 0.5
+    model: Any = SimpleNamespace(_vae=[vae], _encoder=SimpleNamespace(network=None))
+    latents = EDTR.encode(model, (IMAGE + 1) / 2)
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(EDTR.decode(model, latents), picture, rtol=1e-4, atol=1e-4)
+    model = SimpleNamespace(multiple=1, _vae=SimpleNamespace(network=vae), cfrm=None, tfa=None)
+    latents, skips = UniRestore.encode(model, (IMAGE + 1) / 2, restored=False)
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(UniRestore.decode(model, latents, skips, "see"), picture, rtol=1e-4, atol=1e-4)
+
+
+def autoencoders() -> dict[str, nn.Module]:
+    halved = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    blocks = {"encoder_block_out_channels": (8, 16), "decoder_block_out_channels": (8, 16)}
+    return {
+        "DC": diffusers.AutoencoderDC(
+            latent_channels=4, **blocks, encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
+            encoder_block_types="ResBlock", decoder_block_types="ResBlock", encoder_qkv_multiscales=((), ()),
+            decoder_qkv_multiscales=((), ()), scaling_factor=0.5,
+        ),
+        "Tiny": diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1), scaling_factor=0.5,
+        ),
+        "VQ": diffusers.VQModel(
+            block_out_channels=(8, 16), **halved, norm_num_groups=4, latent_channels=4, vq_embed_dim=3,
+            scaling_factor=0.5,
+        ),
+        "asymmetric": diffusers.AsymmetricAutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2, down_block_out_channels=(8, 16),
+            up_block_types=("UpDecoderBlock2D",) * 2, up_block_out_channels=(8, 16), norm_num_groups=4,
+            scaling_factor=0.5,
+        ),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["DC", "Tiny", "VQ", "asymmetric"])
+def test_other_autoencoders_of_diffusers(kind: str) -> None:
+    vae: Any = autoencoders()[kind].eval()
+    encoder, output = LatentEncoder(vae), vae.encode(IMAGE)
+    raw = {
+        "DC": lambda: output.latent, "Tiny": lambda: output.latents, "VQ": lambda: output.latents,
+        "asymmetric": lambda: output.latent_dist.mode(),
+    }[kind]()  # fmt: skip
+    torch.testing.assert_close(encoder(IMAGE), 0.5 * raw)
+    assert encoder.latent_channels == raw.shape[1]
+    assert encoder.multiple == 16 // raw.shape[-1] == 2
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        (None, "found None"),
+        ("vae", "found the name 'vae': AutoencoderKL.from_pretrained"),
+        (diffusers.AutoencoderKL, "found the class AutoencoderKL"),
+        (tiny_unet(), "found a UNet2DModel, which does not take one image"),
+        (lambda: 0, "does not take one image"),
+        (SimpleNamespace(config=1), "found SimpleNamespace"),
+    ],
+)
+def test_what_is_no_autoencoder_is_refused(encoder: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"`encoder` should be .*{message}"):
+        LatentEncoder(encoder)
+    with pytest.raises(ValueError, match=f"`vae` should be .*{message}"):
+        LatentPrior(encoder, tiny_unet())
+
+
+def test_parts_of_a_latent_prior_in_the_wrong_places_are_named() -> None:
+    with pytest.raises(ValueError, match=r"`unet` should be called as .* found a AutoencoderKL, which encodes images"):
+        LatentPrior(lambda u: u, tiny_autoencoder())
+    with pytest.raises(ValueError, match="`unet` should be a network, found the name 'some/unet': load_prior"):
+        LatentPrior(tiny_autoencoder(), "some/unet")  # type: ignore[arg-type]
