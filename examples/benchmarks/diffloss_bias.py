@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
 from examples.benchmarks.diffloss_cost import Subject, floor, seconds
-from examples.common.photos import HELD_OUT, grid_crops, load_photo
+from examples.common.data.photos import HELD_OUT, grid_crops, load_photo
 from restoreloss import DiffLoss, Subsampled, small_prior
 
 SETTINGS: Mapping[str, tuple[dict[str, Any], int]] = {

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from examples.common.networks import nafnet
-from examples.common.photos import HELD_OUT, TRAIN, load_photo, random_crops
+from examples.common.data.photos import HELD_OUT, TRAIN, load_photo, random_crops
+from examples.common.networks.restorers import nafnet
 from restoreloss import (
     CQMix,
     DenoisingLoss,

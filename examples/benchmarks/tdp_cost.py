@@ -24,8 +24,8 @@ from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn
 from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
 
-from examples.common.degrade import low_resolution
-from examples.common.networks import EDSR
+from examples.common.data.degrade import low_resolution
+from examples.common.networks.restorers import EDSR
 from restoreloss import CQMix, TDPLoss
 from restoreloss.normalization import IMAGENET
 

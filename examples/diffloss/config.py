@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from examples.common.options import RunOptions
-from examples.common.pairs import PairOptions
+from examples.common.data.pairs import PairOptions
+from examples.common.engine.options import RunOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class Config(PairOptions, RunOptions):
     """One run. The defaults train on two cores in a minute.
 
     Attributes:
-        network: of examples/common/networks.py: nafnet-small, nafnet, restormer, swinir, ..., or "file".
+        network: of examples/common/networks/restorers.py: nafnet-small, nafnet, restormer, swinir, ..., or "file".
         weights: a checkpoint to begin with; of "file", whatever spandrel reads.
         pixel: the pixel loss.
         diff: the diffusion prior.

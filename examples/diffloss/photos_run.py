@@ -26,10 +26,10 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
-from examples.common import command_line
-from examples.common.folder import check_folder
-from examples.common.photos import grid_crops, photographs, random_crops
-from examples.common.run_directory import to_json
+from examples.common.data.folder import check_folder
+from examples.common.data.photos import grid_crops, photographs, random_crops
+from examples.common.engine import command_line
+from examples.common.engine.run_directory import to_json
 from restoreloss import DiffLoss, WeightedSum, audit, calibrate, small_prior
 
 BATCH, CROP, TEST_CROP = 8, 48, 96

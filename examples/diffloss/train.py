@@ -23,12 +23,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from examples.common import command_line
-from examples.common.batches import chance
-from examples.common.degradations import DEGRADATIONS
-from examples.common.networks import load_weights, restorer
-from examples.common.pairs import test_pairs, training_pairs
-from examples.common.recipe import Recipe, Stage, naming
+from examples.common.data.degradations import DEGRADATIONS
+from examples.common.data.pairs import test_pairs, training_pairs
+from examples.common.engine import command_line
+from examples.common.engine.batches import chance
+from examples.common.engine.recipe import Recipe, Stage, naming
+from examples.common.networks.restorers import load_weights, restorer
 from examples.diffloss.config import Config, Diff, Perceptual
 from restoreloss import (
     Alternation,

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from examples.common.options import RunOptions
-from examples.common.pairs import PairOptions
+from examples.common.data.pairs import PairOptions
+from examples.common.engine.options import RunOptions
 from examples.dtp.methods import AggregatorName
 
 MethodName = Literal[

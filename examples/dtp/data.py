@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from examples.common.clean_pictures import CleanPictures, training_photographs
-from examples.common.pair_folders import pairs
-from examples.common.pairs import FolderPairs, test_pairs
+from examples.common.data.clean_images import CleanPictures, training_photographs
+from examples.common.data.pair_folders import pairs
+from examples.common.data.pairs import FolderPairs, test_pairs
 
 
 def clean_pictures(config: Any) -> CleanPictures:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from examples.common.networks import nafnet
-from examples.common.restormer import Restormer
+from examples.common.networks.restorers import nafnet
+from examples.common.networks.restormer import Restormer
 from restoreloss import FiLM, TimeConditioned, TimeMoE
 from restoreloss.blocks.time_moe import channels_of
 

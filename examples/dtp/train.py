@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from examples.common import command_line
-from examples.common.batches import chance
-from examples.common.degradations import DEGRADATIONS
-from examples.common.pairs import test_pairs, training_pairs
-from examples.common.recipe import Recipe, Stage, naming
+from examples.common.data.degradations import DEGRADATIONS
+from examples.common.data.pairs import test_pairs, training_pairs
+from examples.common.engine import command_line
+from examples.common.engine.batches import chance
+from examples.common.engine.recipe import Recipe, Stage, naming
 from examples.dtp.config import PAPER, Config
 from examples.dtp.data import clean_pictures, held_out_pictures
 from examples.dtp.methods import METHODS, Method, aggregator

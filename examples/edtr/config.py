@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from examples.common.options import DataOptions, Degradation, RunOptions
+from examples.common.engine.options import DataOptions, Degradation, RunOptions
 
 MethodName = Literal[
     "edtr", "conventional", "hlf_long", "hlf_from_noise", "no_pre", "no_hlf", "no_fm", "no_prior", "only_task",

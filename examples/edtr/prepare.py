@@ -17,11 +17,11 @@ On large pictures the prior is Stable Diffusion: ``--train_prior false`` here, a
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from examples.common import command_line
-from examples.common.folder import check_folder
-from examples.common.options import DataOptions, Degradation, RunOptions, check_numbers, shared
-from examples.common.tasks import Task
-from examples.common.train_prior import PriorConfig, PriorTrainer
+from examples.common.data.folder import check_folder
+from examples.common.data.tasks import Task
+from examples.common.engine import command_line
+from examples.common.engine.options import DataOptions, Degradation, RunOptions, check_numbers, shared
+from examples.common.networks.train_prior import PriorConfig, PriorTrainer
 from examples.sr4ir.config import Config as TaskConfig
 from examples.sr4ir.train import Trainer as TaskTrainer
 

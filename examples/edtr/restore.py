@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
-from examples.common.batches import chance
-from examples.common.command_line import device
-from examples.common.folder import check_folder, restore_folder
-from examples.common.networks import restorer
-from examples.common.run_directory import file_in
+from examples.common.data.folder import check_folder, restore_folder
+from examples.common.engine.batches import chance
+from examples.common.engine.command_line import device
+from examples.common.engine.run_directory import file_in
+from examples.common.networks.restorers import restorer
 from examples.edtr.methods import METHODS
 from examples.edtr.restorer import EDTR
 

@@ -21,18 +21,18 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from examples.common import command_line
-from examples.common.batches import chance
-from examples.common.data import TEST_SEED, datasets
-from examples.common.degrade import degradation
-from examples.common.evaluation import Judges, evaluate, first_usable, load_recogniser
-from examples.common.networks import restorer
-from examples.common.options import DataOptions, plain_values
-from examples.common.recipe import Recipe, Stage
-from examples.common.recognition import Recognition, features_of
-from examples.common.run_directory import file_in
-from examples.common.tasks import Task, TaskData, to_device
-from examples.common.tiles import apart, together
+from examples.common.data.degrade import degradation
+from examples.common.data.task_data import TEST_SEED, datasets
+from examples.common.data.tasks import Task, TaskData, to_device
+from examples.common.data.tiles import apart, together
+from examples.common.engine import command_line
+from examples.common.engine.batches import chance
+from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recogniser
+from examples.common.engine.options import DataOptions, plain_values
+from examples.common.engine.recipe import Recipe, Stage
+from examples.common.engine.recognition import Recognition, features_of
+from examples.common.engine.run_directory import file_in
+from examples.common.networks.restorers import restorer
 from examples.edtr.config import Config
 from examples.edtr.methods import METHODS, Method
 from examples.edtr.restorer import EDTR, Hint

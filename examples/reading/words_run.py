@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.common import command_line
-from examples.common.folder import check_folder
-from examples.common.networks import restorer
-from examples.common.run_directory import to_json
+from examples.common.data.folder import check_folder
+from examples.common.engine import command_line
+from examples.common.engine.run_directory import to_json
+from examples.common.networks.restorers import restorer
 from examples.reading.figure import save_comparison
 from examples.reading.readers import (
     TDP_LAYERS,

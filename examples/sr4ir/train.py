@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from examples.common import command_line
-from examples.common.batches import chance
-from examples.common.data import TEST_SEED, datasets, on_grid
-from examples.common.degrade import degradation
-from examples.common.evaluation import Judges, evaluate, first_usable, load_recogniser
-from examples.common.networks import load_weights, recogniser, restorer
-from examples.common.recipe import Recipe, Stage
-from examples.common.recognition import Recognition, features_of
-from examples.common.run_directory import file_in
-from examples.common.tasks import TaskData, each, to_device
+from examples.common.data.degrade import degradation
+from examples.common.data.task_data import TEST_SEED, datasets, on_grid
+from examples.common.data.tasks import TaskData, each, to_device
+from examples.common.engine import command_line
+from examples.common.engine.batches import chance
+from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recogniser
+from examples.common.engine.recipe import Recipe, Stage
+from examples.common.engine.recognition import Recognition, features_of
+from examples.common.engine.run_directory import file_in
+from examples.common.networks.restorers import load_weights, recogniser, restorer
 from examples.sr4ir.config import Config
 from examples.sr4ir.methods import METHODS, Method
 from restoreloss import Alternation, CQMix, Phase, TDPLoss

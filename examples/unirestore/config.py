@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from examples.common.options import DataOptions, Degradation, RunOptions
+from examples.common.engine.options import DataOptions, Degradation, RunOptions
 from examples.unirestore.adapters import AdapterName
 
 StageName = Literal["stage1", "stage2", "add-task"]
@@ -37,7 +37,8 @@ class Config(DataOptions, RunOptions):
         cfrm_weights: lambda of Eq. (2); the default is 0.1, ..., 0.1, 0.01.
         adapter: one of examples/unirestore/adapters.py.
         gate: of the TFA.
-        network: a restoration network in UniRestore's place, to compare it to; one of examples/common/networks.py.
+        network: a restoration network in UniRestore's place, to compare it to;
+            one of examples/common/networks/restorers.py.
         control_channels: channels of the Controller; the default is the authors' 256.
         steps_of_diffusion: denoising steps, 1 to 4.
         lr: of all but prompts (AdamW).

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.common.clean_pictures import CleanPictures, training_photographs
-from examples.common.data import datasets
-from examples.common.folder import UNREADABLE, Skipped, image_files, read_picture
-from examples.common.options import DataOptions
-from examples.common.photos import HELD_OUT, grid_crops, load_photo
-from examples.common.tasks import InMemory, Task, TaskData
+from examples.common.data.clean_images import CleanPictures, training_photographs
+from examples.common.data.folder import UNREADABLE, Skipped, image_files, read_picture
+from examples.common.data.photos import HELD_OUT, grid_crops, load_photo
+from examples.common.data.task_data import datasets
+from examples.common.data.tasks import InMemory, Task, TaskData
+from examples.common.engine.options import DataOptions
 from examples.unirestore.config import TASKS
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from examples.common.latent_diffusion import load_latent_diffusion
+from examples.common.networks.latent_diffusion import load_latent_diffusion
 from examples.unirestore.adapters import AdapterName, build_adapters
 from restoreloss import CFRM, TFA, Controller, NoiseSchedule, SCTuner
 from restoreloss.blocks.tfa import Gate

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from examples.common import command_line
-from examples.common.folder import check_folder
-from examples.common.networks import recogniser
-from examples.common.options import DataOptions, Degradation, RunOptions, check_numbers, shared
-from examples.common.train_prior import PriorConfig, PriorTrainer
+from examples.common.data.folder import check_folder
+from examples.common.engine import command_line
+from examples.common.engine.options import DataOptions, Degradation, RunOptions, check_numbers, shared
+from examples.common.networks.restorers import recogniser
+from examples.common.networks.train_prior import PriorConfig, PriorTrainer
 from examples.sr4ir.config import Config as TaskConfig
 from examples.sr4ir.train import Trainer as TaskTrainer
 from examples.unirestore.data import data_of, mixed

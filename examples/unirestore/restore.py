@@ -16,10 +16,10 @@ import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
-from examples.common.batches import chance
-from examples.common.command_line import device
-from examples.common.folder import check_folder, restore_folder
-from examples.common.tiles import tiled
+from examples.common.data.folder import check_folder, restore_folder
+from examples.common.data.tiles import tiled
+from examples.common.engine.batches import chance
+from examples.common.engine.command_line import device
 from examples.unirestore.model import UniRestore
 from examples.unirestore.train import FILE
 

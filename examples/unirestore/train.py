@@ -24,16 +24,16 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from examples.common import command_line
-from examples.common.batches import chance
-from examples.common.data import TEST_SEED
-from examples.common.degrade import Degrade, degradation
-from examples.common.evaluation import Judges, evaluate, first_usable, load_recogniser
-from examples.common.networks import restorer
-from examples.common.options import check_numbers
-from examples.common.recipe import Recipe, Stage
-from examples.common.recognition import Recognition
-from examples.common.tasks import TaskData, each, to_device
+from examples.common.data.degrade import Degrade, degradation
+from examples.common.data.task_data import TEST_SEED
+from examples.common.data.tasks import TaskData, each, to_device
+from examples.common.engine import command_line
+from examples.common.engine.batches import chance
+from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recogniser
+from examples.common.engine.options import check_numbers
+from examples.common.engine.recipe import Recipe, Stage
+from examples.common.engine.recognition import Recognition
+from examples.common.networks.restorers import restorer
 from examples.unirestore.config import TASKS, WEIGHTS, Config, StageName
 from examples.unirestore.data import data_of
 from examples.unirestore.model import UniRestore, enlarged, reflected
@@ -273,7 +273,7 @@ class Trainer(Recipe[Batch]):
             self._evaluate(task, found, self.restores(task), self.config.degradation)
 
     def figures(self, read: Callable[[str], Callable[[Any, Any], Any]]) -> tuple[dict[str, float], dict[str, Any]]:
-        """What :func:`examples.common.evaluation.evaluate` finds of each task.
+        """What :func:`examples.common.engine.evaluation.evaluate` finds of each task.
 
         Args:
             read: task -> (clean, degraded) -> the pictures that are read.

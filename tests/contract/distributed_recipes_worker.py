@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from examples.common.recipe import Recipe
+from examples.common.engine.recipe import Recipe
 from examples.diffloss import config as diffloss
 from examples.diffloss.train import Trainer as DiffLossTrainer
 from examples.dtp.config import Config as DTPConfig

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from examples.common.batches import Batches
+from examples.common.engine.batches import Batches
 from restoreloss import DenoisingLoss, DiffLoss, NoiseSchedule, Objective, Subsampled, WeightedSum
 from tests.contract import distributed_recipes_worker as recipes
 from tests.contract import fsdp_worker

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from examples.common.options import HIGHEST, LOWEST, RunOptions, check_numbers
+from examples.common.engine.options import HIGHEST, LOWEST, RunOptions, check_numbers
 from examples.diffloss.config import Adversarial
 from examples.diffloss.config import Config as DiffLossConfig
 from examples.dtp.config import Config as DTPConfig

@@ -14,12 +14,12 @@ from PIL import Image
 from scipy.io import savemat
 from torch import Tensor
 
-from examples.common.batches import Batches, loader
-from examples.common.data import datasets
-from examples.common.datasets import VOC_CLASSES, FolderData, cub200, stanford_cars, voc2012
-from examples.common.folder import read_picture
-from examples.common.recognition import Recognition
-from examples.common.tasks import IGNORED, collate
+from examples.common.data.datasets import VOC_CLASSES, FolderData, cub200, stanford_cars, voc2012
+from examples.common.data.folder import read_picture
+from examples.common.data.task_data import datasets
+from examples.common.data.tasks import IGNORED, collate
+from examples.common.engine.batches import Batches, loader
+from examples.common.engine.recognition import Recognition
 from examples.sr4ir.config import Config
 
 RED, BLUE = (255, 0, 0), (30, 60, 200)

@@ -20,10 +20,10 @@ from spandrel import ModelLoader
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from examples.diffloss import experiment
 from examples.diffloss import train as training
 from examples.diffloss.config import Adversarial, Config, Diff, Perceptual, Pixel
 from examples.diffloss.train import Discriminator, Trainer, terms_of
+from examples.experiments import diffloss as experiment
 from restoreloss import NoiseSchedule, audit, small_prior
 from tests.contract.objectives import networks
 from tests.helpers.networks import tiny_unet

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from examples.common.degradations import DEGRADATIONS, degrade, motion_kernel
-from examples.common.pair_folders import LAYOUTS, pairs
-from examples.common.pairs import FolderPairs
-from examples.dtp import experiment
+from examples.common.data.degradations import DEGRADATIONS, degrade, motion_kernel
+from examples.common.data.pair_folders import LAYOUTS, pairs
+from examples.common.data.pairs import FolderPairs
 from examples.dtp.config import PAPER, Config, MethodName
 from examples.dtp.methods import METHODS
 from examples.dtp.networks import NETWORKS, add_experts, timed_network
 from examples.dtp.train import Batch, FineTuning, Trainer, turns
+from examples.experiments import dtp as experiment
 from restoreloss.frozen import bare
 from tests.helpers.processes import ROOT
 
@@ -295,7 +295,7 @@ def test_networks_take_any_size_and_begin_as_if_without_time_and_experts(name: s
 
 @pytest.mark.parametrize("name", DEGRADATIONS)
 def test_degradations_are_those_of_their_seed_and_harsher_elsewhere(name: str) -> None:
-    from examples.common.photos import load_photo
+    from examples.common.data.photos import load_photo
 
     photo = load_photo("coffee")[:, 100:163, 200:277]
 

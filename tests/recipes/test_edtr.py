@@ -17,17 +17,23 @@ from skimage import data as photos
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from examples.common.folder import read_picture
-from examples.common.latent_diffusion import empty_prompt, scheduler, small_autoencoder, small_prompt, small_unet
-from examples.common.report import read_runs
-from examples.common.tiles import apart, tiled, together
-from examples.edtr import experiment
+from examples.common.data.folder import read_picture
+from examples.common.data.tiles import apart, tiled, together
+from examples.common.networks.latent_diffusion import (
+    empty_prompt,
+    scheduler,
+    small_autoencoder,
+    small_prompt,
+    small_unet,
+)
 from examples.edtr import prepare as preparing
 from examples.edtr import restore as restoring
 from examples.edtr.config import Config, MethodName
 from examples.edtr.methods import METHODS
 from examples.edtr.restorer import EDTR, latent_controlnet
 from examples.edtr.train import TASKS, Trainer
+from examples.experiments import edtr as experiment
+from examples.experiments.report import read_runs
 from restoreloss import Alternation, NoiseSchedule, WaveletColorFix
 from tests.helpers.processes import ROOT
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.common.folder import load_folder, read_picture
-from examples.common.photos import HELD_OUT, TRAIN, grid_crops, load_photo, pyramid, random_crops
+from examples.common.data.folder import load_folder, read_picture
+from examples.common.data.photos import HELD_OUT, TRAIN, grid_crops, load_photo, pyramid, random_crops
 from examples.diffloss import photos_run
-from examples.diffloss.prior_report import linear_errors, noise_errors
 from examples.diffloss.train_prior import Recipe, Trainer
+from examples.experiments.prior_report import linear_errors, noise_errors
 from restoreloss import NoiseSchedule
 from tests.helpers.processes import ROOT
 

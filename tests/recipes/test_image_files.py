@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from examples.common.folder import AtNeed, image_files, load_folder, read_picture, restore_folder
-from examples.common.pair_folders import pairs
-from examples.common.pairs import FolderPairs
-from examples.common.photos import grid_crops, levels, photographs, pyramid, random_crops
+from examples.common.data.folder import AtNeed, image_files, load_folder, read_picture, restore_folder
+from examples.common.data.pair_folders import pairs
+from examples.common.data.pairs import FolderPairs
+from examples.common.data.photos import grid_crops, levels, photographs, pyramid, random_crops
 
 
 def write(path: Path, value: int = 100, size: int = 8) -> Path:

@@ -16,15 +16,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from examples.common.evaluation import first_usable
-from examples.common.networks import fit_sizes, restorer
-from examples.common.report import read_run
-from examples.common.run_directory import RunDirectory
-from examples.common.tasks import IGNORED, InMemory
+from examples.common.data.tasks import IGNORED, InMemory
+from examples.common.engine.evaluation import first_usable
+from examples.common.engine.run_directory import RunDirectory
+from examples.common.networks.restorers import fit_sizes, restorer
 from examples.diffloss.config import Config
 from examples.diffloss.train import Trainer
 from examples.dtp.config import Config as DTPConfig
 from examples.dtp.train import Trainer as DTPTrainer
+from examples.experiments.report import read_run
 from examples.sr4ir.config import Config as SR4IRConfig
 from examples.sr4ir.train import Trainer as SR4IRTrainer
 from examples.unirestore.config import Config as UniRestoreConfig

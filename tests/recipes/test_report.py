@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.common import report as module
-from examples.common.report import METHODS, main, read_runs
-from examples.common.run_directory import RunDirectory
+from examples.common.engine.run_directory import RunDirectory
+from examples.experiments import report as module
+from examples.experiments.report import METHODS, main, read_runs
 
 T_975 = {1: 12.706204736, 2: 4.302652730, 3: 3.182446305}  # of Student's t, from a printed table
 GENERATED = {"task": "classification", "data": "generated", "scale": 4, "start": "scratch", "restorer": "edsr-small"}

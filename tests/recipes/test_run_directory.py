@@ -16,8 +16,8 @@ import torch
 import yaml
 from PIL import Image
 
-from examples.common import run_directory
-from examples.common.run_directory import RunDirectory
+from examples.common.engine import run_directory
+from examples.common.engine.run_directory import RunDirectory
 from tests.helpers.processes import ROOT
 
 CONFIG: dict[str, Any] = {"lr": 1e-5, "layers": (1, 2), "name": "ü", "weights": {"tdp": 1.0}, "start": None}
@@ -393,7 +393,7 @@ def test_a_process_killed_in_the_middle_of_a_save(tmp_path: Path, no_tensorboard
 def hold(path: Path) -> subprocess.Popen[str]:
     """Another process that owns a folder until it is told to end."""
     code = (
-        "import sys; from pathlib import Path; from examples.common.run_directory import RunDirectory\n"
+        "import sys; from pathlib import Path; from examples.common.engine.run_directory import RunDirectory\n"
         f"run = RunDirectory(Path({str(path)!r}), {{'a': 1}}); print('held', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
@@ -424,7 +424,7 @@ def test_one_process_may_open_a_folder_again_and_a_finished_run_has_no_owner(tmp
     one = RunDirectory(path, {"a": 1})
     other = RunDirectory(path, {"a": 1})
     del one
-    code = f"from examples.common.run_directory import *; RunDirectory(Path({str(path)!r}), {{'a': 1}})"
+    code = f"from examples.common.engine.run_directory import *; RunDirectory(Path({str(path)!r}), {{'a': 1}})"
 
     def again() -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize
 
-from examples.common.batches import Batches, chance, loader
-from examples.common.data import datasets, on_grid
-from examples.common.degrade import low_resolution
-from examples.common.networks import EDSR, load_weights, recogniser, restorer
-from examples.common.recognition import Recognition, features_of
-from examples.common.tasks import Task
-from examples.sr4ir import experiment, train
+from examples.common.data.degrade import low_resolution
+from examples.common.data.task_data import datasets, on_grid
+from examples.common.data.tasks import Task
+from examples.common.engine.batches import Batches, chance, loader
+from examples.common.engine.recognition import Recognition, features_of
+from examples.common.networks.restorers import EDSR, load_weights, recogniser, restorer
+from examples.experiments import sr4ir as experiment
+from examples.sr4ir import train
 from examples.sr4ir.config import Config, MethodName
 from examples.sr4ir.methods import METHODS
 from examples.sr4ir.train import Trainer, rate

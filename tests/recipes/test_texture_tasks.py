@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.common import photo_textures as photos_module
-from examples.common.generated import CLASSES, STRIPES, generated
-from examples.common.photo_textures import BACKGROUNDS, CUT, GAP, PHOTOS, columns, part, photo_textures
-from examples.common.photos import HELD_OUT, load_photo
+from examples.common.data import photo_textures as photos_module
+from examples.common.data.generated import CLASSES, STRIPES, generated
+from examples.common.data.photo_textures import BACKGROUNDS, CUT, GAP, PHOTOS, columns, part, photo_textures
+from examples.common.data.photos import HELD_OUT, load_photo
 
 TASKS = ("classification", "segmentation", "detection")
 MAKERS = {

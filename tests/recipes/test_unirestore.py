@@ -23,12 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from examples.common.batches import chance
-from examples.common.evaluation import Judges, load_recogniser
-from examples.common.folder import read_picture
-from examples.common.latent_diffusion import scheduler, small_autoencoder, small_prompt, small_unet
-from examples.common.photos import HELD_OUT, load_photo
-from examples.unirestore import experiment
+from examples.common.data.folder import read_picture
+from examples.common.data.photos import HELD_OUT, load_photo
+from examples.common.engine.batches import chance
+from examples.common.engine.evaluation import Judges, load_recogniser
+from examples.common.networks.latent_diffusion import scheduler, small_autoencoder, small_prompt, small_unet
+from examples.experiments import unirestore as experiment
 from examples.unirestore import prepare as preparing
 from examples.unirestore import restore as restoring
 from examples.unirestore import train as training
@@ -66,7 +66,7 @@ def learned(module: nn.Module, std: float = 0.1) -> Any:
 
 
 def small(*, tasks: Any = ("look", "classify"), prediction: Any = "epsilon", **options: Any) -> UniRestore:
-    """Of examples/common/latent_diffusion.py, with three levels."""
+    """Of examples/common/networks/latent_diffusion.py, with three levels."""
     torch.manual_seed(0)
     schedule = NoiseSchedule.scaled_linear(prediction_type=prediction)
     options = {"cfrm_blocks": [1, 1], "control_channels": 8, **options}

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from examples.common.networks import EDSR, load_weights, restorer
+from examples.common.networks.restorers import EDSR, load_weights, restorer
 from restoreloss.weights import load_state, read_weights
 
 

@@ -61,10 +61,10 @@ SCRIPTS = {
         "--timesteps a b": "timesteps", "--imags=x": "imags", "--images=nowhere": "images", "--seed=x": "seed", "--h-space-weight=-1": "h_space_weight",
     },
     "examples.diffloss.train_prior": {"--steps=x": "steps", "--steps=0": "steps", "--images=nowhere": "images", "--save-every=0": "save-every", "--sed=1": "sed", "--seed=x": "seed"},
-    "examples.diffloss.prior_report": {"--prior=nowhere": "prior", "--images=nowhere": "images", "--prio=x --out": "out"},
-    "examples.diffloss.experiment": {"": "study", "nothing --out=x": "study", "gamma": "out", "gamma --out=x --steps=x": "steps", "gamma --out=x --seeds": "seeds"},
-    "examples.common.report": {"": "RUNS", "nowhere": "nowhere", "nowhere --by=size": "by"},
-    "examples.common.contact_sheet": {"--photo=dog": "photo", "--seed=x": "seed"},
+    "examples.experiments.prior_report": {"--prior=nowhere": "prior", "--images=nowhere": "images", "--prio=x --out": "out"},
+    "examples.experiments.diffloss": {"": "study", "nothing --out=x": "study", "gamma": "out", "gamma --out=x --steps=x": "steps", "gamma --out=x --seeds": "seeds"},
+    "examples.experiments.report": {"": "RUNS", "nowhere": "nowhere", "nowhere --by=size": "by"},
+    "examples.experiments.contact_sheet": {"--photo=dog": "photo", "--seed=x": "seed"},
     "examples.edtr.restore": {
         "": "pictures", "in out": "run", "in out --run=nowhere": "nowhere", "in out --run=nowhere --tile=x": "tile", "in out --run=nowhere --tile=1": "`tile`",
         "in out --run=nowhere --seed=-1": "`seed`", "in out --run=nowhere --n=x": "n",
@@ -73,10 +73,10 @@ SCRIPTS = {
         "": "pictures", "in out": "run", "in out --run=nowhere": "nowhere", "in out --run=nowhere --steps=x": "steps", "in out --run=nowhere --tile=x": "tile",
         "in out --run=nowhere --seed=-1": "`seed`", "in out --run=nowhere --overlap=x": "overlap",
     },
-    "examples.sr4ir.experiment": {"nothing": "nothing"},
-    "examples.edtr.experiment": {"nothing --out=x": "nothing"},
-    "examples.dtp.experiment": {"nothing --out=x": "nothing"},
-    "examples.unirestore.experiment": {"nothing --out=x": "nothing"},
+    "examples.experiments.sr4ir": {"nothing": "nothing"},
+    "examples.experiments.edtr": {"nothing --out=x": "nothing"},
+    "examples.experiments.dtp": {"nothing --out=x": "nothing"},
+    "examples.experiments.unirestore": {"nothing --out=x": "nothing"},
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 from torchvision.transforms.v2.functional import normalize
 
-from examples.common.tasks import IGNORED, Task
+from examples.common.data.tasks import IGNORED, Task
 from restoreloss.features import FeatureExtractor
 from restoreloss.frozen import bare
 from restoreloss.normalization import IMAGENET

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from examples.common.batches import chance
-from examples.common.data import datasets
-from examples.common.latent_diffusion import scheduler, small_autoencoder, small_prompt, small_unet
-from examples.common.options import DataOptions, Degradation, RunOptions
-from examples.common.recipe import Recipe, Stage
-from examples.common.tasks import TaskData, collate, to_device
-from examples.common.tiles import together
+from examples.common.data.task_data import datasets
+from examples.common.data.tasks import TaskData, collate, to_device
+from examples.common.data.tiles import together
+from examples.common.engine.batches import chance
+from examples.common.engine.options import DataOptions, Degradation, RunOptions
+from examples.common.engine.recipe import Recipe, Stage
+from examples.common.networks.latent_diffusion import scheduler, small_autoencoder, small_prompt, small_unet
 from restoreloss import Alternation, NoiseSchedule, Phase
 from restoreloss.frozen import bare
 

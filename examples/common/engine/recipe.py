@@ -19,11 +19,11 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.common.batches import Batches, chance, loader
-from examples.common.folder import check_folder
-from examples.common.options import RunOptions, check_numbers
-from examples.common.run_directory import RunDirectory, own
-from examples.common.tasks import TaskData
+from examples.common.data.folder import check_folder
+from examples.common.data.tasks import TaskData
+from examples.common.engine.batches import Batches, chance, loader
+from examples.common.engine.options import RunOptions, check_numbers
+from examples.common.engine.run_directory import RunDirectory, own
 from restoreloss.frozen import bare
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from examples.common.restormer import Restormer
-from examples.common.tasks import Task
+from examples.common.data.tasks import Task
+from examples.common.networks.restormer import Restormer
 from restoreloss.objectives.sizes import pad_to
 from restoreloss.weights import load_state, read_weights
 

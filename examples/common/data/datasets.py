@@ -20,8 +20,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from examples.common.folder import UNREADABLE, Skipped, read_picture
-from examples.common.tasks import IGNORED, Task
+from examples.common.data.folder import UNREADABLE, Skipped, read_picture
+from examples.common.data.tasks import IGNORED, Task
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ VOC_CLASSES = (
 
 
 class FolderData:
-    """Pictures read from files when they are asked for; a :class:`~examples.common.tasks.TaskData`.
+    """Pictures read from files when they are asked for; a :class:`~examples.common.data.tasks.TaskData`.
 
     A picture or annotation that cannot be read is named in one warning (of each worker), and its sample is None.
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from examples.common.tasks import InMemory, TaskData, collate
+from examples.common.data.tasks import InMemory, TaskData, collate
 
 
 class Batches(Sampler[list[tuple[int, int]]]):

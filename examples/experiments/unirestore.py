@@ -1,10 +1,10 @@
 """Which claims of UniRestore hold where two cores can test them? All runs of docs/unirestore.md.
 
-    python -m examples.unirestore.experiment table --out runs/unirestore        # Tables 1 to 5
-    python -m examples.unirestore.experiment new_task --out runs/unirestore     # Table 6: detection by a prompt alone
-    python -m examples.unirestore.experiment tables --out runs/unirestore
-    python -m examples.unirestore.experiment sheet --out runs/unirestore        # pictures of the first seed
-    python -m examples.unirestore.experiment latents --out runs/unirestore      # how far from clean, of stage 1
+    python -m examples.experiments.unirestore table --out runs/unirestore        # Tables 1 to 5
+    python -m examples.experiments.unirestore new_task --out runs/unirestore     # Table 6: detection by a prompt alone
+    python -m examples.experiments.unirestore tables --out runs/unirestore
+    python -m examples.experiments.unirestore sheet --out runs/unirestore        # pictures of the first seed
+    python -m examples.experiments.unirestore latents --out runs/unirestore      # how far from clean, of stage 1
 
 Finished runs are not done again: the same command goes on after a stop.
 """
@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from examples.common.data import TEST_SEED
-from examples.common.degrade import degradation
-from examples.common.folder import read_picture
-from examples.common.options import shared
-from examples.common.report import Sample, markdown
-from examples.common.run_directory import read_json
-from examples.common.tasks import collate
+from examples.common.data.degrade import degradation
+from examples.common.data.folder import read_picture
+from examples.common.data.task_data import TEST_SEED
+from examples.common.data.tasks import collate
+from examples.common.engine.options import shared
+from examples.common.engine.run_directory import read_json
+from examples.experiments.report import Sample, markdown
 from examples.unirestore.config import TASKS, Config
 from examples.unirestore.data import data_of
 from examples.unirestore.prepare import Config as PrepareConfig

@@ -1,11 +1,11 @@
 """Which claims of DTP hold where two cores can test them? All runs of docs/dtp.md.
 
-    python -m examples.dtp.experiment pretrain --out runs/dtp
-    python -m examples.dtp.experiment forgetting --out runs/dtp          # setting A: penalties, replay, projection
-    python -m examples.dtp.experiment elsewhere --out runs/dtp           # setting A on two more degradations
-    python -m examples.dtp.experiment order --out runs/dtp               # setting B: TIT and experts
-    python -m examples.dtp.experiment timesteps --out runs/dtp           # t* of the ten degradations
-    python -m examples.dtp.experiment tables --out runs/dtp
+    python -m examples.experiments.dtp pretrain --out runs/dtp
+    python -m examples.experiments.dtp forgetting --out runs/dtp          # setting A: penalties, replay, projection
+    python -m examples.experiments.dtp elsewhere --out runs/dtp           # setting A on two more degradations
+    python -m examples.experiments.dtp order --out runs/dtp               # setting B: TIT and experts
+    python -m examples.experiments.dtp timesteps --out runs/dtp           # t* of the ten degradations
+    python -m examples.experiments.dtp tables --out runs/dtp
 
 Finished runs are not done again: the same command goes on after a stop.
 """
@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from examples.common.degradations import DEGRADATIONS
-from examples.common.report import Sample
-from examples.common.run_directory import read_json
+from examples.common.data.degradations import DEGRADATIONS
+from examples.common.engine.run_directory import read_json
 from examples.dtp.config import PAPER, Config
 from examples.dtp.train import Trainer
+from examples.experiments.report import Sample
 from restoreloss.training.matching import plot_matches
 
 logger = logging.getLogger(__name__)

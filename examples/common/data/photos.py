@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.common.folder import AtNeed, Images, load_folder, unit
+from examples.common.data.folder import AtNeed, Images, load_folder, unit
 
 TRAIN = (
     "astronaut",

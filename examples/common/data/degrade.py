@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from examples.common.batches import chance
-from examples.common.options import DataOptions
-from examples.common.tasks import each
+from examples.common.data.tasks import each
+from examples.common.engine.batches import chance
+from examples.common.engine.options import DataOptions
 from restoreloss import MixtureA, MixtureB
 from restoreloss.augmentations.corruptions import CORRUPTIONS, Corruptions
 

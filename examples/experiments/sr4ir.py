@@ -1,7 +1,7 @@
 """Do the claims of SR4IR hold where two cores can test them? All runs of docs/sr4ir.md.
 
-    python -m examples.sr4ir.experiment table --out runs/sr4ir --data generated --seeds 1 2 3 4 5
-    python -m examples.common.report runs/sr4ir/table
+    python -m examples.experiments.sr4ir table --out runs/sr4ir --data generated --seeds 1 2 3 4 5
+    python -m examples.experiments.report runs/sr4ir/table
 
 Every run is one of ``examples.sr4ir.train``. Finished ones are not done again: the same command goes on after a stop.
 """

@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from examples.common.batches import chance
-from examples.common.clean_pictures import training_photographs
-from examples.common.degradations import degrade
-from examples.common.folder import UNREADABLE, Skipped, read_picture
-from examples.common.pair_folders import LAYOUTS, pairs
-from examples.common.photos import grid_crops, photographs, pyramid, random_crops
-from examples.common.tasks import Task
+from examples.common.data.clean_images import training_photographs
+from examples.common.data.degradations import degrade
+from examples.common.data.folder import UNREADABLE, Skipped, read_picture
+from examples.common.data.pair_folders import LAYOUTS, pairs
+from examples.common.data.photos import grid_crops, photographs, pyramid, random_crops
+from examples.common.data.tasks import Task
+from examples.common.engine.batches import chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +23,10 @@ class PairOptions:
     """Which pairs.
 
     Attributes:
-        degradations: to restore, of examples/common/degradations.py.
+        degradations: to restore, of examples/common/data/degradations.py.
         data: "photos" are at hand; "folders" are read from disk.
         places: for "folders", "LAYOUT:ROOT" by the name of the degradation; layouts are in
-            examples/common/pair_folders.py.
+            examples/common/data/pair_folders.py.
         shifted_places: likewise, where the network is tested after training on ``places``: REVIDE, Rain100H, ...
         patch: side of the training crops.
         train_count: crops an epoch of "photos".

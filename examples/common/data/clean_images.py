@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.common.folder import UNREADABLE, Skipped, read_picture
-from examples.common.photos import photographs, pyramid, random_crops
-from examples.common.tasks import Task
+from examples.common.data.folder import UNREADABLE, Skipped, read_picture
+from examples.common.data.photos import photographs, pyramid, random_crops
+from examples.common.data.tasks import Task
 
 
 class CleanPictures:

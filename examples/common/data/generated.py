@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from examples.common.tasks import InMemory, Task
+from examples.common.data.tasks import InMemory, Task
 
 CLASSES = (
     "horizontal stripes",

@@ -1,7 +1,7 @@
 """Has a prior learned anything that a linear filter does not know?
 
-    python -m examples.diffloss.prior_report                       # the prior that ships
-    python -m examples.diffloss.prior_report --prior runs/prior    # yours
+    python -m examples.experiments.prior_report                       # the prior that ships
+    python -m examples.experiments.prior_report --prior runs/prior    # yours
 
 On crops of the held-out photographs it measures how well the noise is predicted at several timesteps, against the same
 network untrained and against the best linear denoiser, and draws what the prior removes and what it dreams.
@@ -19,8 +19,8 @@ from scipy.fft import dctn
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.common.folder import check_folder
-from examples.common.photos import grid_crops, photographs
+from examples.common.data.folder import check_folder
+from examples.common.data.photos import grid_crops, photographs
 from restoreloss import NoiseSchedule, as_denoiser, small_prior
 
 TIMESTEPS = (10, 25, 50, 100, 200, 400, 600, 800)

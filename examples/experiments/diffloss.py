@@ -1,9 +1,9 @@
 """Which claims of DiffLoss hold where two cores can test them? All runs of docs/diffloss-recipe.md.
 
-    python -m examples.diffloss.experiment gamma --out runs/diffloss       # Fig. 7: terms and weights
-    python -m examples.diffloss.experiment constrain --out runs/diffloss   # Table 4: noise, x0-hat, x_{t-1}
-    python -m examples.diffloss.experiment tables --out runs/diffloss
-    python -m examples.diffloss.experiment plot --out runs/diffloss
+    python -m examples.experiments.diffloss gamma --out runs/diffloss       # Fig. 7: terms and weights
+    python -m examples.experiments.diffloss constrain --out runs/diffloss   # Table 4: noise, x0-hat, x_{t-1}
+    python -m examples.experiments.diffloss tables --out runs/diffloss
+    python -m examples.experiments.diffloss plot --out runs/diffloss
 
 Finished runs are not done again: the same command goes on after a stop.
 """
@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from examples.common.report import Sample, markdown
-from examples.common.run_directory import read_json
+from examples.common.engine.run_directory import read_json
 from examples.diffloss.config import Config, Diff
 from examples.diffloss.train import Trainer
+from examples.experiments.report import Sample, markdown
 
 logger = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from examples.common.data import on_grid
-from examples.common.degrade import Degrade
-from examples.common.networks import load_weights, recogniser
-from examples.common.recipe import naming
-from examples.common.recognition import Recognition, features_of
-from examples.common.run_directory import RunDirectory
-from examples.common.tasks import IGNORED, InMemory, Task, TaskData, collate, to_device
+from examples.common.data.degrade import Degrade
+from examples.common.data.task_data import on_grid
+from examples.common.data.tasks import IGNORED, InMemory, Task, TaskData, collate, to_device
+from examples.common.engine.recipe import naming
+from examples.common.engine.recognition import Recognition, features_of
+from examples.common.engine.run_directory import RunDirectory
+from examples.common.networks.restorers import load_weights, recogniser
 from restoreloss import frozen
 
 BATCH, SAMPLES = 50, 8

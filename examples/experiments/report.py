@@ -1,7 +1,7 @@
 """Which training method is best, by how much, and is it more than chance?
 
-    python -m examples.common.report runs/sr4ir --out runs/sr4ir_report
-    python -m examples.common.report runs/edtr --reference edtr --out runs/edtr_report
+    python -m examples.experiments.report runs/sr4ir --out runs/sr4ir_report
+    python -m examples.experiments.report runs/edtr --reference edtr --out runs/edtr_report
 
 Every folder below the first that holds ``config.yaml`` (task, data, method, seed and other settings) and
 ``results.json`` (numbers such as score, psnr, seconds) is a finished run. Runs that agree in task, data, degradation,
@@ -28,7 +28,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
-from examples.common.run_directory import read_json
+from examples.common.engine.run_directory import read_json
 
 METHODS = (
     "oracle", "no_restoration", "pre_restoration", "l_to_t", "s_to_t", "t_to_s", "joint", "tdsr", "rsrssn", "no_tdp",

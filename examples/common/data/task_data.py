@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.common.options import DataOptions
-from examples.common.tasks import TaskData
+from examples.common.data.tasks import TaskData
+from examples.common.engine.options import DataOptions
 
 TEST_SEED = 1_000_003
 """Added to a seed for test pictures."""
@@ -20,7 +20,7 @@ def datasets(config: DataOptions, seed: int) -> tuple[TaskData, TaskData]:
     """
     seed = seed if config.data_seed is None else config.data_seed
     if config.data == "generated":
-        from examples.common.generated import generated
+        from examples.common.data.generated import generated
 
         size = config.size or 48
         return (
@@ -28,14 +28,14 @@ def datasets(config: DataOptions, seed: int) -> tuple[TaskData, TaskData]:
             generated(config.task, config.test_count, seed + TEST_SEED, size=size, contrast=config.contrast),
         )
     if config.data == "photos":
-        from examples.common.photo_textures import photo_textures
+        from examples.common.data.photo_textures import photo_textures
 
         size = config.size or 48
         return (
             photo_textures(config.task, "train", config.train_count, seed, size=size),
             photo_textures(config.task, "test", config.test_count, seed + TEST_SEED, size=size),
         )
-    from examples.common.datasets import cub200, stanford_cars, voc2012
+    from examples.common.data.datasets import cub200, stanford_cars, voc2012
 
     if config.root is None:
         raise ValueError(f"`root` should be the folder of the data set {config.data!r}, found None.")

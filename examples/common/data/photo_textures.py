@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from examples.common.generated import Floats, Mask, box_of
-from examples.common.photos import load_photo, pyramid
-from examples.common.tasks import InMemory, Task
+from examples.common.data.generated import Floats, Mask, box_of
+from examples.common.data.photos import load_photo, pyramid
+from examples.common.data.tasks import InMemory, Task
 
 Split = Literal["train", "test"]
 Window = tuple[float, int, int, int, int]

@@ -1,10 +1,10 @@
 """Do the claims of EDTR hold where two cores can test them? All runs of docs/edtr.md.
 
-    python -m examples.edtr.experiment prior --out runs/edtr
-    python -m examples.edtr.experiment table --out runs/edtr --seeds 1 2 3
-    python -m examples.edtr.experiment ablations --out runs/edtr --seeds 1 2 3
-    python -m examples.common.report runs/edtr/table --by folder --reference edtr_1
-    python -m examples.edtr.experiment steps --out runs/edtr        # of trained networks: n, and the noise (S4)
+    python -m examples.experiments.edtr prior --out runs/edtr
+    python -m examples.experiments.edtr table --out runs/edtr --seeds 1 2 3
+    python -m examples.experiments.edtr ablations --out runs/edtr --seeds 1 2 3
+    python -m examples.experiments.report runs/edtr/table --by folder --reference edtr_1
+    python -m examples.experiments.edtr steps --out runs/edtr        # of trained networks: n, and the noise (S4)
 
 Finished runs are not done again: the same command goes on after a stop.
 """
@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from examples.common.options import shared
-from examples.common.train_prior import PriorConfig, PriorTrainer
+from examples.common.engine.options import shared
+from examples.common.networks.train_prior import PriorConfig, PriorTrainer
 from examples.edtr.config import Config
 from examples.edtr.prepare import Config as PrepareConfig
 from examples.edtr.prepare import prepare

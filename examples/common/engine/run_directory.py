@@ -47,7 +47,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from examples.common.folder import check_folder
+from examples.common.data.folder import check_folder
 
 logger = logging.getLogger(__name__)
 

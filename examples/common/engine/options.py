@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from examples.common.tasks import Task
+from examples.common.data.tasks import Task
 
 Degradation = Literal["bicubic", "mixture_a", "mixture_b", "corruptions", "unseen_corruptions"]
 DataName = Literal["generated", "photos", "cub200", "cars", "voc2012"]

@@ -1,6 +1,6 @@
 """What does each corruption look like?
 
-    python -m examples.common.contact_sheet --out docs/images/corruptions.png
+    python -m examples.experiments.contact_sheet --out docs/images/corruptions.png
 
 A photograph of 192 pixels, shown at half of its size, with each of them at severities 1, 3 and 5.
 """
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from examples.common.photos import HELD_OUT, TRAIN, load_photo
+from examples.common.data.photos import HELD_OUT, TRAIN, load_photo
 from restoreloss import CORRUPTIONS, corrupt
 
 SEVERITIES = (1, 3, 5)

@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from examples.common.folder import image_files
+from examples.common.data.folder import image_files
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Data of the recipes: photographs, generated tasks, data sets on disk, degradations, tiles."""

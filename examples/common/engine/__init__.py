@@ -1,0 +1,1 @@
+"""What every trainer does: its command line and config, the run directory, the loop, evaluation."""

@@ -1,0 +1,1 @@
+"""Networks that the recipes train: restorers, a small latent diffusion model."""

@@ -1,0 +1,1 @@
+"""The runs behind the tables in docs, and how they are reported."""
