@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
+import torch
 from torch import Tensor, nn
 
 from restoreloss.checks import check_callable, check_number, describe
@@ -10,19 +11,39 @@ from restoreloss.features import FeatureExtractor
 from restoreloss.generators import Generators, check_generators
 from restoreloss.images import check_pair
 from restoreloss.objectives.base import Objective, named_terms, total
+from restoreloss.objectives.shares import BackwardPass, RunningNorms, norm_at, weights_for
 
 
 class WeightedSum(Objective):
-    r"""A weighted sum of named objectives, :math:`\sum_k w_k L_k(z, x)`.
+    r"""A weighted sum of named objectives, :math:`\sum_k w_k L_k(z, x)`, of given weights or of kept shares.
+
+    A weight from a paper belongs to that paper's networks and loss scales; a share of the gradient at the restored
+    image means the same everywhere, and stays what it is while the losses fall. With ``shares``
+
+    .. math:: w_k = \frac{s_k}{1 - \sum_j s_j} \cdot \frac{\sum_i |w_i|\,\|g_i\|}{\|g_k\|}, \qquad
+        g_k = \frac{\partial L_k}{\partial z}
+
+    where i runs over the objectives of fixed weight and the norms are means over the last hundred calls or so, read
+    where the training's own backward pass goes through. They are buffers: the state dict of this module resumes them.
+    Processes of ``torch.distributed`` measure together and each of them has to call.
 
     Args:
         objectives: anything called with (restored, target), by name: torch losses, objectives, functions. Modules
             become submodules, so their parameters (a learned loss has some) are trained and saved with this one.
         weights: by name; what is absent weighs 1. An objective of weight 0 is not computed.
+        shares: by name, each between 0 and 1, in sum below 1: of the sum of the norms of all weighted gradients. At
+            least one objective has a fixed weight. Shares are measured in training mode, where a gradient is asked
+            for; before the first such call an objective with a share weighs 1.
+
+    Attributes:
+        weights: those of fixed weight; may be changed between calls.
+        shares: the shares; may be changed between calls.
 
     Raises:
         ValueError: At construction for an empty mapping, a name with "/", a weight of an unknown name or one that is
-            not finite; at a call for an objective that returns no tensor, or returns another shape than the others.
+            not finite, and shares that leave nothing to the others; at a call for an objective that returns no tensor,
+            or returns another shape than the others; at the first call in training for one with a share whose gradient
+            at the restored image is zero or not finite.
 
     Example:
         >>> loss = WeightedSum({"l1": nn.L1Loss(), "l2": nn.MSELoss()}, weights={"l2": 0.5})
@@ -33,31 +54,42 @@ class WeightedSum(Objective):
           1 * l1: L1Loss()
           0.5 * l2: MSELoss()
         )
+        >>> loss = WeightedSum({"pixel": nn.L1Loss(), "diff": DiffLoss(small_prior())}, shares={"diff": 0.5})
+        >>> loss(restored.requires_grad_(), clean).backward()
+        >>> round(audit(loss, restored, clean, draws=32)["diff/noise"].share, 1)
+        0.5
     """
 
     def __init__(
         self,
         objectives: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
         weights: Mapping[str, float] | None = None,
+        *,
+        shares: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
-        weights = {} if weights is None else weights
-        if not isinstance(weights, Mapping):
-            raise ValueError(f"`weights` should be a mapping by name, found {describe(weights)}.")
+        weights, shares = ({} if given is None else given for given in (weights, shares))
+        for argument, given in (("weights", weights), ("shares", shares)):
+            if not isinstance(given, Mapping):
+                raise ValueError(f"`{argument}` should be a mapping by name, found {describe(given)}.")
         if not isinstance(objectives, Mapping):
             raise ValueError(f"`objectives` should be a mapping by name, found {type(objectives).__name__}.")
         if not objectives:
             raise ValueError("`objectives` should name at least one objective, found none.")
-        unknown = [name for name in weights if name not in objectives]
-        if unknown:
-            raise ValueError(f"`weights` should be named after objectives {list(objectives)}, found {unknown}.")
-        self.weights = {name: check_number(f"weights[{name!r}]", weights.get(name, 1.0)) for name in objectives}
+        for argument, given in (("weights", weights), ("shares", shares)):
+            if unknown := [name for name in given if name not in objectives]:
+                raise ValueError(f"`{argument}` should be named after objectives {list(objectives)}, found {unknown}.")
+        if twice := [name for name in weights if name in shares]:
+            raise ValueError(f"`weights` should not name what has a share, found {twice} in both.")
+        self._names = tuple(objectives)
+        self.weights = {n: check_number(f"weights[{n!r}]", weights.get(n, 1.0)) for n in objectives if n not in shares}
+        self.shares = {name: check_number(f"shares[{name!r}]", share, low=0, high=1) for name, share in shares.items()}
         for name, objective in objectives.items():
             check_callable(f"objectives[{name!r}]", objective, "restored", "target")
             if not isinstance(name, str) or not name or "/" in name or "." in name:
                 raise ValueError(f"`objectives` should have names without '/' and '.', found {name!r}.")
-        if not any(self.weights.values()):
-            raise ValueError("`weights` should leave at least one objective a weight other than 0, found all 0.")
+        self._check_weights()
+        self._norms = RunningNorms(self._names) if shares else None
         self._functions = {name: f for name, f in objectives.items() if not isinstance(f, nn.Module)}
         for name, objective in objectives.items():
             if isinstance(objective, nn.Module):
@@ -81,8 +113,27 @@ class WeightedSum(Objective):
         """The objectives by name, in the order given."""
         functions = self._functions
         return {
-            name: functions[name] if name in functions else getattr(self, f"objective_{name}") for name in self.weights
+            name: functions[name] if name in functions else getattr(self, f"objective_{name}") for name in self._names
         }
+
+    def current_weights(self) -> dict[str, float]:
+        """All weights by name: the fixed ones, and what the shares come to; these weigh 1 before they are measured."""
+        weights = self.weights | {name: float(weight) for name, weight in self._weights_of_shares().items()}
+        return {name: weights[name] for name in self._names}
+
+    def _weights_of_shares(self) -> dict[str, Tensor | float]:
+        if self._norms is None or not self._norms.known:
+            return dict.fromkeys(self.shares, 1.0)
+        return {**weights_for(self.shares, self._norms.by_name(), self.weights)}
+
+    def _check_weights(self) -> None:
+        if not any(self.weights.values()):
+            found = dict(self.weights) or f"shares of {sum(self.shares.values()):g} for all"
+            raise ValueError(f"`weights` should leave at least one objective a weight other than 0, found {found}.")
+        if not all(share > 0 for share in self.shares.values()) or sum(self.shares.values()) >= 1:
+            raise ValueError(
+                f"`shares` should each be above 0 and leave some of 1 to {list(self.weights)}, found {self.shares}."
+            )
 
     def terms(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> dict[str, Tensor]:
         """The weighted terms: "diff/noise" for a term of an objective that has terms, "pixel" for one that has none.
@@ -100,14 +151,15 @@ class WeightedSum(Objective):
         """
         check_pair(restored, target)
         check_generators(generator, len(restored))
+        self._check_weights()
         target = target.detach()  # torch's own losses would differentiate it
-        extractors = self._shared_extractors()
-        if not extractors:
-            return self._weighted_terms(restored, target, generator)
         with ExitStack() as stack:
-            for extractor in extractors:
+            for extractor in self._shared_extractors():
                 stack.enter_context(extractor.shared())
-            return self._weighted_terms(restored, target, generator)
+            if self._norms is None:
+                return self._weighted_terms(restored, target, generator, None)
+            terms: dict[str, Tensor] = self._terms_with_shares(restored, target, generator, self._norms)
+            return terms
 
     def _shared_extractors(self) -> list[FeatureExtractor]:
         """Those that several objectives look through: one pass will do for all."""
@@ -115,15 +167,42 @@ class WeightedSum(Objective):
         extractors = [extractor for extractor in found if isinstance(extractor, FeatureExtractor)]
         return [extractor for n, extractor in enumerate(extractors) if extractor in extractors[:n]]
 
-    def _weighted_terms(self, restored: Tensor, target: Tensor, generator: Generators) -> dict[str, Tensor]:
-        if not any(self.weights.values()):
-            raise ValueError("`weights` should leave at least one objective a weight other than 0, found all set to 0.")
-        terms: dict[str, Tensor] = {}
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _terms_with_shares(
+        self, restored: Tensor, target: Tensor, generator: Generators, norms: RunningNorms
+    ) -> dict[str, Tensor]:
+        """The terms, measured where they are trained with. Not compiled: hooks on the backward pass are not."""
+        if not (self.training and restored.requires_grad and torch.is_grad_enabled()):
+            return self._weighted_terms(restored, target, generator, None)
+        if norms.known:
+            return self._weighted_terms(restored, target, generator, norms.begin())
+        values = self._values(restored, target, generator, None)
+        measured = {name: norm_at(restored, list(terms.values())) for name, terms in values.items()}
+        norms.update(measured)
+        bad = [n for n in self.shares if not (bool(measured[n].isfinite()) and float(measured[n]) > 0)]
+        if bad or not norms.known:
+            raise ValueError(
+                f"Objectives with a share should have a finite gradient above 0 at `restored`, found "
+                f"{ {name: float(norm) for name, norm in measured.items()} }."
+            )
+        return self._weigh(values, None)
+
+    def _weighted_terms(
+        self, restored: Tensor, target: Tensor, generator: Generators, backward: BackwardPass | None
+    ) -> dict[str, Tensor]:
+        return self._weigh(self._values(restored, target, generator, backward), backward)
+
+    def _values(
+        self, restored: Tensor, target: Tensor, generator: Generators, backward: BackwardPass | None
+    ) -> dict[str, dict[str, Tensor]]:
+        """The terms of each objective, without its weight."""
+        values = {}
         for name, objective in self.objectives.items():
-            weight = self.weights[name]
-            if weight == 0:
+            if self.weights.get(name) == 0:
                 continue
-            for key, value in named_terms(name, objective, restored, target, generator).items():
+            image = restored if backward is None else backward.image(name, restored)
+            values[name] = named_terms(name, objective, image, target, generator)
+            for value in values[name].values():
                 if not isinstance(value, Tensor):
                     raise ValueError(f"Objective {name!r} should return a tensor, found {describe(value)}.")
                 if value.ndim > 1:
@@ -131,7 +210,14 @@ class WeightedSum(Objective):
                         f"Objective {name!r} should return a scalar, or one value for each sample, found "
                         f"{describe(value)}: is its `reduction` 'none'?"
                     )
-                terms[key] = weight * value
+        return values
+
+    def _weigh(self, values: dict[str, dict[str, Tensor]], backward: BackwardPass | None) -> dict[str, Tensor]:
+        weights: dict[str, Tensor | float] = {**self.weights, **self._weights_of_shares()}
+        if backward is None:
+            terms = {key: weights[name] * value for name in values for key, value in values[name].items()}
+        else:
+            terms = backward.terms(values, weights)
         shapes = {key: tuple(value.shape) for key, value in terms.items()}
         if len(set(shapes.values())) > 1:
             raise ValueError(f"Objectives should return one shape (the same `reduction`), found {shapes}.")
@@ -142,6 +228,8 @@ class WeightedSum(Objective):
         return total(self.terms(restored, target, generator=generator))
 
     def __repr__(self) -> str:
-        lines = [f"{self.weights[name]:g} * {name}: {objective!r}" for name, objective in self.objectives.items()]
+        weights = {name: f"{weight:g}" for name, weight in self.weights.items()}
+        weights |= {name: f"{share:.0%} of the gradient" for name, share in self.shares.items()}
+        lines = [f"{weights[name]} * {name}: {objective!r}" for name, objective in self.objectives.items()]
         body = "\n".join(lines).replace("\n", "\n  ")
         return f"{type(self).__name__}(\n  {body}\n)"

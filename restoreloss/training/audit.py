@@ -307,9 +307,8 @@ class _Measured:
 def _weighed(objectives: Objectives) -> list[tuple[str, float, Callable[..., Tensor]]]:
     """(name, weight, objective) for each objective."""
     if isinstance(objectives, WeightedSum):
-        weighed = [
-            (name, objectives.weights[name], f) for name, f in objectives.objectives.items() if objectives.weights[name]
-        ]
+        weights = objectives.current_weights()
+        weighed = [(name, weights[name], f) for name, f in objectives.objectives.items() if weights[name]]
         if not weighed:
             raise ValueError(f"`objectives` should weigh something, found the weights {dict(objectives.weights)}.")
         return weighed

@@ -1,0 +1,148 @@
+"""RunningNorms: how strong the gradient of each objective was in the last calls, for weights that keep a share."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_AVERAGED_CALLS = 100
+
+
+class RunningNorms(nn.Module):
+    r"""Running means of the norms :math:`\|\partial L_k / \partial z\|` at the restored image z.
+
+    They are read where the training's own backward pass goes through: a call costs one norm for each objective, and
+    nothing waits for the device. The first call measures directly, as no backward pass has been yet. The mean is over
+    all calls so far, and from the hundredth on over the last hundred or so (an exponential average). With
+    ``torch.distributed`` the norms are those of the whole batch over all processes, each of which has to call.
+
+    Args:
+        names: of the objectives.
+    """
+
+    mean: Tensor
+    count: Tensor
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        self.register_buffer("mean", torch.zeros(len(self.names)))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self._reset()
+
+    def _reset(self) -> None:
+        self._known = False
+        self._last: BackwardPass | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether a call has been measured. Asks the device once."""
+        if not self._known:
+            self._known = bool(self.count > 0)
+        return self._known
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_last": None}
+
+    def _load_from_state_dict(self, *arguments: object) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._reset()
+
+    @torch.no_grad()
+    def update(self, measured: Mapping[str, Tensor]) -> None:
+        """Take the norms of one call into the mean, unless one is not finite or all are zero. What is absent is 0."""
+        found = torch.stack(
+            [measured[name].to(self.mean) if name in measured else 0 * self.mean[0] for name in self.names]
+        )
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # the loss is the mean over processes, whose images are different ones
+            squares = (found / dist.get_world_size()).square()
+            dist.all_reduce(squares)
+            found = squares.sqrt()
+        usable = found.isfinite().all() & (found > 0).any()
+        self.count += usable
+        step = 1 / self.count.clamp(1, _AVERAGED_CALLS)
+        self.mean.copy_(torch.where(usable, self.mean + step * (found - self.mean), self.mean))
+
+    def begin(self) -> "BackwardPass":
+        """The hooks of a call whose backward pass will tell the norms. Takes in those of the call before."""
+        if self._last is not None and self._last.norms:
+            self.update(self._last.norms)
+        self._last = BackwardPass()
+        return self._last
+
+    def by_name(self) -> dict[str, Tensor]:
+        """The mean norms."""
+        return dict(zip(self.names, self.mean.unbind(), strict=True))
+
+
+class BackwardPass:
+    """Hooks on what each objective reads and returns in one call, which tell the norm of its own gradient."""
+
+    def __init__(self) -> None:
+        self.norms: dict[str, Tensor] = {}
+        self._factors: dict[str, Tensor] = {}
+        self._weights: Mapping[str, Tensor | float] = {}
+
+    def image(self, name: str, restored: Tensor) -> Tensor:
+        """The restored image for one objective, whose gradient is measured on its way back."""
+
+        def measure(gradient: Tensor) -> None:
+            self.norms[name] = gradient_norm(gradient) / (self._factors[name] * self._weights[name]).abs()
+
+        alias = restored.view_as(restored)
+        alias.register_hook(measure)
+        return alias
+
+    def terms(
+        self, values: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Tensor | float]
+    ) -> dict[str, Tensor]:
+        """The weighted terms, at which the factor behind them is read: that of a GradScaler, or of accumulation."""
+        self._weights = weights
+        weighted = {}
+        for name, terms in values.items():
+
+            def read(gradient: Tensor, name: str = name) -> None:
+                self._factors[name] = gradient.detach().float().sum()
+
+            for key, value in terms.items():
+                weighted[key] = weights[name] * value
+                if weighted[key].requires_grad:
+                    weighted[key].register_hook(read)
+        return weighted
+
+
+@torch.no_grad()
+def gradient_norm(gradient: Tensor) -> Tensor:
+    """The norm in float32, of a gradient divided by its largest element: squares underflow at 1e-23."""
+    gradient = gradient.float()
+    peak = gradient.abs().amax()
+    safe = torch.where(peak > 0, peak, 1)
+    norm: Tensor = safe * torch.linalg.vector_norm(gradient / safe)
+    return norm
+
+
+def norm_at(image: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """The norm of the gradient that the sum of these values has at the image."""
+    # scaled in half precision, as a GradScaler would: a gradient that it saves must not be called zero
+    scale = 2.0**12 if image.dtype in (torch.float16, torch.bfloat16) else 1.0
+    summed = scale * torch.stack([value.mean() for value in values]).sum()
+    gradient = None
+    if summed.requires_grad:
+        (gradient,) = torch.autograd.grad(summed, image, retain_graph=True, allow_unused=True)
+    return image.new_zeros((), dtype=torch.float32) if gradient is None else gradient_norm(gradient) / scale
+
+
+def weights_for(
+    shares: Mapping[str, float], norms: Mapping[str, Tensor], fixed: Mapping[str, float]
+) -> dict[str, Tensor]:
+    r"""Weights that give objectives a share of the gradient, beside others of fixed weight.
+
+    .. math:: w_k = \frac{s_k}{1 - \sum_j s_j} \cdot \frac{\sum_i |w_i| \|g_i\|}{\|g_k\|}
+
+    with i over the objectives of fixed weight.
+    """
+    rest = torch.stack([abs(weight) * norms[name] for name, weight in fixed.items()]).sum() / (1 - sum(shares.values()))
+    smallest = torch.finfo(torch.float32).tiny
+    return {name: share * rest / norms[name].clamp(min=smallest) for name, share in shares.items()}

@@ -1,0 +1,221 @@
+"""WeightedSum(shares=...): objectives keep their share of the gradient while they change."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from restoreloss import Subsampled, WeightedSum, audit
+from restoreloss.objectives.shares import gradient_norm
+from tests.helpers.processes import launch
+
+
+def images(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    restored, target = torch.rand(2, 4, 3, 6, 6, generator=generator).unbind()
+    return restored.requires_grad_(), target
+
+
+def scaled(factor):
+    """A loss that is linear in the image, whose gradient has the norm `factor`."""
+    return lambda restored, target: factor * (restored - target).sum() / restored.numel() ** 0.5
+
+
+def norm_of(value, image):
+    (gradient,) = torch.autograd.grad(value, image, retain_graph=True)
+    return float(gradient.norm())
+
+
+def shares_of(terms, image):
+    norms = {name: norm_of(value, image) for name, value in terms.items()}
+    return {name: norm / sum(norms.values()) for name, norm in norms.items()}
+
+
+def test_shares_hold_from_the_first_call_on():
+    loss = WeightedSum(
+        {"pixel": nn.L1Loss(), "second": nn.L1Loss(), "a": scaled(300.0), "b": nn.MSELoss()},
+        weights={"second": -2.0},
+        shares={"a": 0.5, "b": 0.2},
+    )
+    restored, target = images()
+    found = shares_of(loss.terms(restored, target), restored)
+    assert found == pytest.approx({"pixel": 0.1, "second": 0.2, "a": 0.5, "b": 0.2}, rel=1e-5)
+
+
+def test_they_follow_the_mean_norm_that_training_shows():
+    strength = [1.0]
+    loss = WeightedSum({"pixel": scaled(2.0), "other": lambda z, x: scaled(strength[0])(z, x)}, shares={"other": 0.25})
+    restored, target = images()
+    mean, expected = 1.0, []
+    for call in range(1, 300):
+        strength[0] = 1.0 + call % 7
+        terms = loss.terms(restored, target)
+        if call == 1:
+            mean = strength[0]  # measured before it is used
+        weight = 0.25 / 0.75 * 2.0 / mean
+        assert float(terms["other"]) == pytest.approx(weight * float(scaled(strength[0])(restored, target)), rel=1e-4)
+        sum(terms.values()).backward()
+        if call > 1:
+            mean += (strength[0] - mean) / min(call, 100)
+        expected.append(weight)
+    assert loss.current_weights()["pixel"] == 1.0
+    assert loss.current_weights()["other"] == pytest.approx(expected[-1], rel=1e-3)
+
+
+def test_what_multiplies_the_loss_does_not_count():
+    def weights(factor):
+        loss = WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, shares={"other": 0.5})
+        for seed in range(5):
+            restored, target = images(seed)
+            (factor(seed) * loss(restored, target)).backward()
+        return loss.current_weights()
+
+    assert weights(lambda seed: 2.0 ** (16 - seed)) == pytest.approx(weights(lambda seed: 1.0), rel=1e-5)
+
+
+def test_measuring_changes_no_gradient():
+    restored, target = images()
+    loss = WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, shares={"other": 0.3})
+    for _ in range(3):
+        weights = loss.current_weights()
+        (found,) = torch.autograd.grad(loss(restored, target), restored)
+        weights = loss.current_weights() if weights["other"] == 1.0 else weights
+        plain = WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, weights=weights)
+        (expected,) = torch.autograd.grad(plain(restored, target), restored)
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_call_without_gradient_or_in_eval_measures_nothing():
+    restored, target = images()
+    loss = WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, shares={"other": 0.3})
+    before = float(loss.eval()(restored, target))
+    assert before == pytest.approx(float(nn.L1Loss()(restored, target) + nn.MSELoss()(restored, target)))
+    loss.train()(restored, target).backward()
+    weights, state = loss.current_weights(), copy.deepcopy(loss.state_dict())
+    with torch.no_grad():
+        value = float(loss(*images(1)))
+    assert value == float(loss.eval()(*images(1)))
+    z, x = images(1)
+    assert value == pytest.approx(float(nn.L1Loss()(z, x) + weights["other"] * nn.MSELoss()(z, x)))
+    assert loss.current_weights() == weights
+    torch.testing.assert_close(loss.state_dict(), state)
+
+
+def run(loss, seeds):
+    for seed in seeds:
+        restored, target = images(seed)
+        loss(restored, target).backward()
+    return loss
+
+
+@pytest.mark.parametrize("carry", ["state_dict", "deepcopy", "pickle"])
+def test_a_resumed_run_goes_on_with_the_same_weights(carry):
+    def new():
+        return WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, shares={"other": 0.3})
+
+    half = run(new(), range(4))
+    half(*images(4))  # takes in the fourth; its own backward pass is the one that a stop loses
+    if carry == "state_dict":
+        resumed = new()
+        resumed.load_state_dict(half.state_dict())
+    else:
+        resumed = copy.deepcopy(half) if carry == "deepcopy" else pickle.loads(pickle.dumps(half))
+    again = run(new(), range(4))
+    assert run(resumed, range(4, 8)).current_weights() == run(again, range(4, 8)).current_weights()
+    assert set(half.state_dict()) == {"_norms.mean", "_norms.count"}
+    assert not list(half.parameters())
+
+
+def test_a_broken_call_is_left_out():
+    loss = run(WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, shares={"other": 0.3}), range(3))
+    (float("nan") * loss(*images(3))).backward()
+    same = run(WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, shares={"other": 0.3}), range(3))
+    same(*images(3))
+    assert run(loss, [4, 5]).current_weights() == run(same, [4, 5]).current_weights()
+
+
+def test_an_objective_that_is_computed_now_and_then_has_its_share_on_average():
+    loss = WeightedSum({"pixel": scaled(1.0), "other": Subsampled(scaled(1.0), every=4)}, shares={"other": 0.5})
+    restored, target = images()
+    total = {"pixel": 0.0, "other/loss": 0.0}
+    for call in range(600):
+        terms = loss.terms(restored, target)
+        if call >= 200:
+            total = {name: total[name] + norm_of(terms[name], restored) for name in terms}
+        sum(terms.values()).backward()
+    assert total["other/loss"] / sum(total.values()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_values_for_each_sample_keep_their_share_too():
+    def squares(restored, target):
+        return (restored - target).square().mean(dim=(1, 2, 3))
+
+    def distances(restored, target):
+        return (restored - target).abs().mean(dim=(1, 2, 3))
+
+    restored, target = images()
+    loss = WeightedSum({"pixel": distances, "other": squares}, shares={"other": 0.4})
+    for _ in range(3):
+        terms = {name: value.mean() for name, value in loss.terms(restored, target).items()}
+        assert shares_of(terms, restored)["other"] == pytest.approx(0.4, rel=1e-4)
+        sum(terms.values()).backward()
+
+
+def test_audit_shows_the_share():
+    restored, target = images()
+    loss = run(WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, shares={"other": 0.3}), [0])
+    assert audit(loss, restored, target)["other"].share == pytest.approx(0.3, rel=1e-4)
+    assert "30% of the gradient * other: MSELoss()" in repr(loss)
+
+
+def test_compiled_it_is_the_same():
+    restored, target = images()
+    loss, compiled = (WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, shares={"other": 0.3}) for _ in "ab")
+    called = torch.compile(compiled, backend="aot_eager")
+    for seed in range(3):
+        restored, target = images(seed)
+        (expected,) = torch.autograd.grad(loss(restored, target), restored)
+        (found,) = torch.autograd.grad(called(restored, target), restored)
+        torch.testing.assert_close(found, expected)
+    assert compiled.current_weights() == pytest.approx(loss.current_weights())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shares": {"othr": 0.5}}, "`shares` should be named after objectives"),
+        ({"shares": {"other": 1.0}}, "leave some of 1 to"),
+        ({"shares": {"other": 0.0}}, "above 0"),
+        ({"shares": {"other": -0.1}}, "shares"),
+        ({"shares": {"other": "0.5"}}, "shares"),
+        ({"shares": 0.5}, "`shares` should be a mapping"),
+        ({"shares": {"pixel": 0.5, "other": 0.4}}, "a weight other than 0"),
+        ({"shares": {"other": 0.5}, "weights": {"other": 2.0}}, "in both"),
+        ({"shares": {"other": 0.5}, "weights": {"pixel": 0.0}}, "a weight other than 0"),
+    ],
+)
+def test_wrong_shares_are_told(options, message):
+    with pytest.raises(ValueError, match=message):
+        WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, **options)
+
+
+@pytest.mark.parametrize("factor", [0.0, float("nan")])
+def test_an_objective_without_a_gradient_cannot_have_a_share(factor):
+    loss = WeightedSum({"pixel": nn.L1Loss(), "other": lambda z, x: factor * (z - x).sum()}, shares={"other": 0.3})
+    with pytest.raises(ValueError, match="other"):
+        loss(*images())
+
+
+def test_the_norm_of_very_small_and_very_large_gradients():
+    unit = torch.tensor([3.0, 4.0])
+    for scale in (1e-30, 1.0, 1e30):
+        assert float(gradient_norm(scale * unit)) == pytest.approx(5 * scale, rel=1e-6)
+    assert float(gradient_norm(torch.zeros(3))) == 0
+
+
+def test_two_processes_keep_the_shares_of_one():
+    done = launch("tests/unit/objectives/shares_worker.py", timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("equal") == 2
