@@ -72,6 +72,19 @@ def integers(low: int, high: int, count: int, generator: Generators, device: tor
     return draw_per_sample(draw, count, generator)
 
 
+def stratified(low: int, high: int, count: int, generator: Generators, device: torch.device) -> Tensor:
+    """(N,) integers like :func:`integers`, one from each of N equal parts of the range, in random order.
+
+    Each by itself is uniform over the whole range, and their mean over a batch varies less than that of independent
+    ones. Where each sample has a generator of its own they are independent, as no sample may know of the others.
+    """
+    if isinstance(generator, Sequence):
+        return integers(low, high, count, generator, device)
+    order = permutation(count, generator, device)
+    within = uniform(torch.empty(count, device=order.device), generator)
+    return (low + (order + within) * ((high - low) / count)).long().clamp(max=high - 1)
+
+
 def permutation(count: int, generator: Generators, device: torch.device) -> Tensor:
     """The numbers 0 to ``count - 1`` in random order, on the generator's device, or on ``device`` without one."""
     if isinstance(generator, Sequence):  # each sample draws a number, and these are sorted

@@ -16,7 +16,7 @@ from restoreloss.diffusion.denoisers import Denoiser, prediction_in
 from restoreloss.diffusion.levels import NoiseLevels
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.distances import Distance, Reduction, distance_per_sample, reduce_samples
-from restoreloss.generators import Generators, check_generators, integers, standard_normal
+from restoreloss.generators import Generators, check_generators, standard_normal, stratified
 from restoreloss.images import RangeWatch, check_images, check_pair, check_range, into_range
 from restoreloss.objectives.base import total
 
@@ -126,7 +126,7 @@ class DenoisingLoss(nn.Module):
         check_generators(generator, len(clean))
         self._range.look({"clean": clean})
         if timestep is None:
-            timestep = integers(*self.timesteps, len(clean), generator, clean.device)
+            timestep = stratified(*self.timesteps, len(clean), generator, clean.device)
         if noise is None:
             noise = standard_normal(clean, generator)
         elif not isinstance(noise, Tensor) or noise.shape != clean.shape or not noise.is_floating_point():

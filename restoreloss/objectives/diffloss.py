@@ -23,7 +23,7 @@ from restoreloss.diffusion.latents import LatentEncoder, LatentPrior
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.distances import Distance, Reduction, distance_per_sample, reduce_samples
 from restoreloss.frozen import FrozenNetwork, frozen, serving, warn_if_trained
-from restoreloss.generators import Generators, check_generators, draw_per_sample, integers, standard_normal
+from restoreloss.generators import Generators, check_generators, draw_per_sample, standard_normal, stratified
 from restoreloss.images import RangeWatch, check_pair, check_range, into_range, to_unit_range
 from restoreloss.objectives.base import Objective, total
 from restoreloss.objectives.sizes import SizePolicy, crop_map, fit_size, pad_to
@@ -59,8 +59,8 @@ class DiffLoss(Objective):
             Default: the linear schedule of DDPM and ADM.
         noise_weight: weight of the noise term. With 0 the decoder of a U-Net is not run.
         h_space_weight: weight of the h-space term, lambda in the paper.
-        timesteps: draw t uniformly from ``low <= t < high`` for ``(low, high)``, or by a sampler
-            ``(n, generator) -> (n,) integers``. Default: all that hold noise.
+        timesteps: draw t uniformly from ``low <= t < high`` for ``(low, high)``, the samples of a batch one from
+            each equal part of it, or by a sampler ``(n, generator) -> (n,) integers``. Default: all that hold noise.
         distance: "mse" | "rms" | "l2" | "l1", per sample (:func:`distance_per_sample`).
         input_range: what YOUR images span.
         conditioning: for denoisers that need it, fixed for all calls (:func:`as_denoiser`).
@@ -313,7 +313,7 @@ class DiffLoss(Objective):
     def _timestep(self, z: Tensor, generator: Generators) -> Tensor:
         sampler = self.timesteps
         if not callable(sampler):
-            return integers(*sampler, len(z), generator, z.device)
+            return stratified(*sampler, len(z), generator, z.device)
 
         def sample(count: int, one: torch.Generator | None) -> Tensor:
             drawn = sampler(count, one)

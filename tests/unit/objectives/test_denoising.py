@@ -193,7 +193,8 @@ def test_a_generator_draws_the_timesteps_and_then_the_noise() -> None:
     found = DenoisingLoss(network, LEVELS)(clean, generator=torch.Generator().manual_seed(5))
     assert torch.equal(torch.get_rng_state(), before)
     again = torch.Generator().manual_seed(5)
-    t = torch.randint(1, 51, (4,), generator=again)
+    order = torch.randperm(4, generator=again)  # one timestep from each quarter of 1..50
+    t = (1 + (order + torch.rand(4, generator=again)) * 50 / 4).long()
     noise = torch.randn(clean.shape, generator=again, dtype=torch.float64)
     torch.testing.assert_close(network.seen[0][0], clean + LEVELS.sigma[t].view(-1, 1, 1, 1) * noise)
     assert torch.equal(network.seen[0][1], t)
