@@ -72,6 +72,10 @@ class DiffLoss(Objective):
         snr_power: weigh timesteps by :math:`\text{SNR}_t^p`, of mean 1 over ``timesteps``. With p = -1 noise counts as
             it enters the denoised image; p > 0 prefers little noise.
         crop: look at one random tile of each image, of so many pixels or such a share of each side.
+        jacobian: False leaves out the derivative of the denoiser, as score distillation does: the gradient at
+            :math:`z_t` is that of :math:`d(z_t + \delta, x_t)` at the fixed
+            :math:`\delta = f(z_t) - z_t - f(x_t) + x_t`, for "mse" the difference of the predicted noises. Without
+            a backward pass through the denoiser, and memory for one; for the noise term alone.
         checkpointing: recompute the blocks of a diffusers model in the backward pass, for less memory.
 
     Raises:
@@ -120,6 +124,7 @@ class DiffLoss(Objective):
         compare: Compare = "noise",
         snr_power: float = 0.0,
         crop: int | float | None = None,
+        jacobian: bool = True,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -163,8 +168,16 @@ class DiffLoss(Objective):
         self.crop = crop
         levels = denoiser.schedule if isinstance(denoiser, Denoiser) else as_schedule(schedule)
         self.timesteps = _check_timesteps(timesteps, levels.first_timestep, levels.num_timesteps)
-        if not isinstance(checkpointing, bool):
-            raise ValueError(f"`checkpointing` should be True or False, found {checkpointing!r}.")
+        for option, value in (("jacobian", jacobian), ("checkpointing", checkpointing)):
+            if not isinstance(value, bool):
+                raise ValueError(f"`{option}` should be True or False, found {value!r}.")
+        if not jacobian and (h_space_weight > 0 or compare != "noise" or checkpointing):
+            found = f"h_space_weight={h_space_weight:g}, compare={compare!r}, checkpointing={checkpointing}"
+            raise ValueError(
+                "`jacobian=False` should go with `h_space_weight=0`, `compare='noise'` and no `checkpointing`, found "
+                f"{found}."
+            )
+        self.jacobian = jacobian
         # last, so that a refused call leaves the caller's networks as they were
         wrapped = wrap("denoiser", denoiser, schedule, conditioning=conditioning)
         if h_space_weight > 0 and wrapped.has_bottleneck is False:
@@ -228,7 +241,11 @@ class DiffLoss(Objective):
 
         with torch.no_grad():
             seen_in_target = self._look(denoiser, denoiser.schedule.add_noise(x, noise, t), t)
-        seen_in_restored = self._look(denoiser, denoiser.schedule.add_noise(z, noise, t), t)
+        noisy = denoiser.schedule.add_noise(z, noise, t)
+        with torch.set_grad_enabled(self.jacobian and torch.is_grad_enabled()):
+            seen_in_restored = self._look(denoiser, noisy, t)
+        if not self.jacobian:  # the value of what is seen, with the derivative of what is shown
+            seen_in_restored = {name: seen + (noisy - noisy.detach()) for name, seen in seen_in_restored.items()}
         if z.requires_grad and torch.is_grad_enabled():
             for name, seen in seen_in_restored.items():
                 if not seen.requires_grad:
@@ -352,7 +369,8 @@ class DiffLoss(Objective):
         return (
             f"noise_weight={self.noise_weight:g}, h_space_weight={self.h_space_weight:g}, timesteps={self.timesteps}, "
             f"distance={self.distance!r}, input_range={self.input_range}, size={self.size!r}, "
-            f"reduction={self.reduction!r}, compare={self.compare!r}, snr_power={self.snr_power:g}, crop={self.crop}"
+            f"reduction={self.reduction!r}, compare={self.compare!r}, snr_power={self.snr_power:g}, crop={self.crop}, "
+            f"jacobian={self.jacobian}"
         )
 
 

@@ -1,5 +1,6 @@
 """WeightedSum: several named objectives as one loss, each still seen by itself."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
@@ -179,11 +180,11 @@ class WeightedSum(Objective):
         values = self._values(restored, target, generator, None)
         measured = {name: norm_at(restored, list(terms.values())) for name, terms in values.items()}
         norms.update(measured)
-        bad = [n for n in self.shares if not (bool(measured[n].isfinite()) and float(measured[n]) > 0)]
-        if bad or not norms.known:
+        found = {name: float(norm) for name, norm in measured.items()}
+        # where all are zero (the image is its target) there is nothing to measure yet
+        if any(found.values()) and not all(0 < found[name] < math.inf for name in self.shares):
             raise ValueError(
-                f"Objectives with a share should have a finite gradient above 0 at `restored`, found "
-                f"{ {name: float(norm) for name, norm in measured.items()} }."
+                f"Objectives with a share should have a finite gradient above 0 at `restored`, found the norms {found}."
             )
         return self._weigh(values, None)
 

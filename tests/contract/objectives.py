@@ -61,6 +61,10 @@ def all_terms() -> WeightedSum:
     return WeightedSum(objectives, weights={"diff": 0.1})
 
 
+def shares() -> WeightedSum:
+    return WeightedSum({"pixel": nn.L1Loss(), "diff": DiffLoss(unet_with_dropout())}, shares={"diff": 0.5})
+
+
 def two_looks_through_one_network() -> WeightedSum:
     shared = FeatureExtractor(live_recogniser(), ["stem.1", "stage"])
     looks = {"near": TDPLoss(shared, ["stem.1"], distance="rms"), "far": TDPLoss(shared, ["stage"])}
@@ -115,6 +119,7 @@ CASES = [
     Case("Subsampled-subset", lambda: Subsampled(DiffLoss(unet_with_dropout()), subset=0.5), part=0.5),
     Case("DiffLoss-checkpointing", lambda: DiffLoss(tiny_unet(), checkpointing=True)),
     Case("WeightedSum", all_terms),
+    Case("WeightedSum-shares", shares),
     *LIVE,
 ]
 

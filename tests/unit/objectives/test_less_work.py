@@ -1,5 +1,6 @@
 """Tiles of DiffLoss, weights of timesteps and cheaper priors, against all choices or on average."""
 
+import copy
 import itertools
 import math
 from typing import Any
@@ -365,3 +366,57 @@ def test_less_work_has_the_gradient_of_the_whole_on_average() -> None:
     one, other = sums
     assert isinstance(one, Tensor) and isinstance(other, Tensor)
     assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.9
+
+
+# no derivative of the denoiser
+
+
+@pytest.mark.parametrize("distance", ["mse", "l1", "rms", "l2"])
+def test_without_the_jacobian_the_gradient_is_that_of_the_definition(distance: str) -> None:
+    network = tiny_unet().double()
+    whole, without = (
+        DiffLoss(copy.deepcopy(network), h_space_weight=0, distance=distance, jacobian=jacobian)
+        for jacobian in (True, False)
+    )
+    z, x, noise = uniform(2, 3, 8, 8).double(), uniform(2, 3, 8, 8, seed=1).double(), normal(2, 3, 8, 8).double()
+    t = torch.tensor([100, 700])
+    schedule = NoiseSchedule.linear()
+    with torch.no_grad():
+        denoise = as_denoiser(network)
+        z_t, x_t = (schedule.add_noise(2 * image - 1, noise, t) for image in (z, x))
+        offset = denoise(z_t, t) - z_t - denoise(x_t, t) + x_t
+
+    def definition(image: Tensor) -> Tensor:
+        difference = schedule.add_noise(2 * image - 1, noise, t) + offset - x_t
+        flat = difference.flatten(1)
+        per_sample = {
+            "mse": flat.square().mean(dim=1), "l1": flat.abs().mean(dim=1),
+            "rms": flat.square().mean(dim=1).sqrt(), "l2": flat.norm(dim=1),
+        }  # fmt: skip
+        return per_sample[distance].mean()
+
+    options = {"timestep": t, "noise": noise}
+    value, gradient = value_and_gradient(without, z, x, **options)
+    torch.testing.assert_close(value, whole(z, x, **options))
+    (expected,) = torch.autograd.grad(definition(image := z.clone().requires_grad_()), image)
+    torch.testing.assert_close(gradient, expected)
+    assert torch.autograd.gradcheck(definition, (z.clone().requires_grad_(),))
+    assert (
+        F.cosine_similarity(gradient.flatten(), value_and_gradient(whole, z, x, **options)[1].flatten(), dim=0) < 0.99
+    )
+
+
+def test_without_the_jacobian_no_graph_of_the_denoiser_is_kept() -> None:
+    saved = []
+    loss = DiffLoss(tiny_unet(), h_space_weight=0, jacobian=False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda t: t):
+        loss(uniform(1, 3, 16, 16).requires_grad_(), uniform(1, 3, 16, 16, seed=1))
+    assert sum(saved) <= 6 * 3 * 16 * 16
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"h_space_weight": 0, "compare": "native"}, {"h_space_weight": 0, "checkpointing": True}]
+)
+def test_without_the_jacobian_only_the_predicted_noise_is_compared(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="`jacobian=False` should go with `h_space_weight=0`"):
+        DiffLoss(tiny_unet(), jacobian=False, **options)
