@@ -13,8 +13,9 @@ from restoreloss.blocks.controller import Controller, SCTuner
 from restoreloss.blocks.tfa import TFA
 from restoreloss.blocks.time_moe import FiLM, TimeConditioned, TimeMoE
 from restoreloss.blocks.wavelet import WaveletColorFix
+from restoreloss.diffusion.adapt import as_denoiser
 from restoreloss.diffusion.checkpoints import load_prior, null_text
-from restoreloss.diffusion.denoisers import Denoiser, as_denoiser
+from restoreloss.diffusion.denoisers import Denoiser
 from restoreloss.diffusion.latents import LatentPrior
 from restoreloss.diffusion.levels import FlowLevels, NoiseLevels
 from restoreloss.diffusion.partial import denoise, partial_diffusion, short_steps

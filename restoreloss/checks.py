@@ -80,14 +80,20 @@ def check_callable(name: str, function: Any, *arguments: str, where: str = "") -
     takes = f"`{name}`{where} should be callable as {name}({', '.join(arguments)})"
     if isinstance(function, type) or not callable(function):
         raise ValueError(f"{takes}, found {describe(function)}.")
+    signature = signature_of(function)
     try:
-        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
-    except ValueError:
-        return
-    try:
-        signature.bind(*arguments)
+        if signature is not None:
+            signature.bind(*arguments)
     except TypeError:
         raise ValueError(f"{takes}, found one that takes {signature}.") from None
+
+
+def signature_of(function: Any) -> inspect.Signature | None:
+    """What a module or function takes; None where it does not tell, as some compiled code."""
+    try:
+        return inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):
+        return None
 
 
 @contextmanager

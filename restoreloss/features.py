@@ -176,7 +176,7 @@ class FeatureExtractor:
             outputs[path] = found = {name: value.clone() if keeps else value for name, value in found.items()}
             versions[path] = [_version(value) for value in found.values()]
             if last:
-                raise _Reached
+                raise Reached
 
         with ExitStack() as stack:
             for path in self._paths:
@@ -184,7 +184,7 @@ class FeatureExtractor:
                 stack.callback(handle.remove)
             stack.enter_context(_one_arithmetic())
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(suppress(_Reached))
+            stack.enter_context(suppress(Reached))
             stack.callback(setattr, self, "_looking", self._looking)
             self._looking = True
             network(*arguments)
@@ -290,8 +290,8 @@ def _check_images(images: Any) -> None:
         raise ValueError("The images should be at least one, found an empty list.")
 
 
-class _Reached(Exception):
-    """All layers have been seen."""
+class Reached(Exception):
+    """A hook has seen what was asked for, and the rest of the pass is not needed."""
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from restoreloss._optional import require
 from restoreloss.checks import check_choice, check_whole, describe
 from restoreloss.diffusion import layouts
-from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_denoiser, as_schedule, check_conditioning
+from restoreloss.diffusion.adapt import as_denoiser, as_schedule
+from restoreloss.diffusion.denoisers import Conditioning, Denoiser, check_conditioning
 from restoreloss.diffusion.latents import LatentPrior
 from restoreloss.diffusion.schedule import NoiseSchedule, PredictionType
 from restoreloss.weights import read_file, weights_in

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from restoreloss.checks import describe
-from restoreloss.diffusion.denoisers import Conditioning, Denoiser, takes, wrap
+from restoreloss.checks import check_callable, describe
+from restoreloss.diffusion.adapt import wrap
+from restoreloss.diffusion.denoisers import Conditioning, Denoiser
 from restoreloss.precision import enter, leave, reference_weight
 
 
@@ -103,8 +104,8 @@ class LatentEncoder(nn.Module):
             raise ValueError(
                 f"{said}, found {describe(encoder)}, whose config has no `scaling_factor`: wrap it in a function."
             )
-        elif not takes(encoder, 1):
-            raise ValueError(f"{said}, found {describe(encoder)}, which does not take one image.")
+        else:
+            check_callable(name, encoder, "u")
 
     def forward(self, image: Tensor) -> Tensor:
         """Latents in the dtype of ``image``, shape (N, c, h, w)."""

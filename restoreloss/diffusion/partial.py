@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from restoreloss.checks import check_whole, describe
-from restoreloss.diffusion.denoisers import second_argument, takes
+from restoreloss.diffusion.denoisers import check_takes_noise
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.generators import Generators, check_generators, standard_normal
 
@@ -153,8 +153,7 @@ def _check_images(name: str, images: Any, generator: Generators) -> None:
 
 
 def _schedule(denoiser: PredictsNoise, schedule: NoiseSchedule | None) -> NoiseSchedule:
-    if isinstance(denoiser, type) or not takes(denoiser, 2) or second_argument(denoiser) == "target":
-        raise ValueError(f"`denoiser` should be a function (x_t, t) -> noise, found {describe(denoiser)}.")
+    check_takes_noise("denoiser", denoiser)
     found = getattr(denoiser, "schedule", None) if schedule is None else schedule
     if not isinstance(found, NoiseSchedule):
         carried = " (it carries none)" if schedule is None else ""

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from restoreloss.checks import check_callable, check_choice, check_number, describe
-from restoreloss.diffusion.denoisers import Conditioning, Denoiser, as_schedule, wrap
+from restoreloss.diffusion.adapt import as_schedule, wrap
+from restoreloss.diffusion.denoisers import Conditioning, Denoiser
 from restoreloss.diffusion.latents import LatentEncoder, LatentPrior
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.distances import Distance, Reduction, distance_per_sample, reduce_samples

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from restoreloss._optional import require
 from restoreloss.checks import check_choice, check_number, check_whole, describe
-from restoreloss.diffusion.denoisers import wrap
+from restoreloss.diffusion.adapt import wrap
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.distances import Distance, distance_per_sample
 from restoreloss.frozen import frozen

@@ -383,8 +383,8 @@ def test_steps_are_checked_before_the_first(last: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"denoiser": None}, r"`denoiser` should be a function \(x_t, t\) -> noise, found None"),
-        ({"denoiser": lambda x: x}, "`denoiser` should be a function"),
+        ({"denoiser": None}, r"`denoiser` should be a network or a callable f\(x_t, t\), found None"),
+        ({"denoiser": lambda x: x}, r"`denoiser` should be called as f\(x_t, t\) .* which takes \(x\)"),
         ({"denoiser": NoiseSchedule}, "`denoiser` should be .* found the class NoiseSchedule"),
         ({"x": None}, "`x_?t?` should be a floating point tensor .* found None"),
         ({"x": numpy.zeros((1, 3, 4, 4))}, "`x_?t?` should be a floating point tensor .* found a numpy array"),
