@@ -161,3 +161,63 @@ def test_parts_of_a_latent_prior_in_the_wrong_places_are_named() -> None:
         LatentPrior(lambda u: u, tiny_autoencoder())
     with pytest.raises(ValueError, match="`unet` should be a network, found the name 'some/unet': load_prior"):
         LatentPrior(tiny_autoencoder(), "some/unet")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shift", [None, 0.25])
+def test_an_autoencoder_gives_its_mode_shifted_and_scaled(shift):
+    model = tiny_autoencoder(scaling_factor=0.5, shift_factor=shift)
+    mean, _ = model.quant_conv(model.encoder(IMAGE)).chunk(2, dim=1)
+    encoder = LatentEncoder(model)
+    torch.testing.assert_close(encoder(IMAGE), (mean - (shift or 0)) * 0.5)
+    assert torch.equal(encoder(IMAGE), encoder(IMAGE))
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_the_multiple_of_an_autoencoder_is_what_it_halves(levels):
+    model = tiny_autoencoder(
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+    )
+    encoder = LatentEncoder(model)
+    assert 16 // encoder(torch.rand(1, 3, 16, 16)).shape[-1] == encoder.multiple == 2 ** (levels - 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "encoder", [lambda u: u[:, :, ::2, ::2], nn.Conv2d(3, 4, 2, stride=2)], ids=["function", "module"]
+)
+def test_any_other_encoder_is_called_as_it_is(encoder):
+    latent = LatentEncoder(encoder)
+    assert torch.equal(latent(IMAGE), encoder(IMAGE))
+    assert latent.multiple == 1
+
+
+@pytest.mark.parametrize("make", [tiny_autoencoder, lambda: nn.Conv2d(3, 4, 2, stride=2)])
+@pytest.mark.parametrize(("of_model", "of_image"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_latents_come_in_the_dtype_of_the_image(make, of_model, of_image):
+    encoder = LatentEncoder(make().to(of_model))
+    latents = encoder(IMAGE.to(of_image))
+    assert latents.dtype == of_image
+    expected = encoder(IMAGE.to(of_image).to(of_model))
+    torch.testing.assert_close(latents, expected.to(of_image), rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [tiny_autoencoder, lambda: nn.Conv2d(3, 4, 2, stride=2)])
+def test_gradients_reach_the_image_through_an_encoder(make):
+    x = IMAGE.clone().requires_grad_()
+    LatentEncoder(make().requires_grad_(False))(x).square().sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_autoencoders_without_a_distribution_encode_too() -> None:
+    tiny = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )  # fmt: skip
+    image = torch.rand(1, 3, 8, 8) * 2 - 1
+    encoder = LatentEncoder(tiny)
+    torch.testing.assert_close(encoder(image), tiny.encode(image).latents * tiny.config.scaling_factor)
+    with pytest.raises(ValueError, match="3 channels for this encoder, found 1"):
+        encoder(image[:, :1])
