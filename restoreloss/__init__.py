@@ -18,8 +18,8 @@ from restoreloss.diffusion.checkpoints import load_prior, null_text
 from restoreloss.diffusion.denoisers import Denoiser
 from restoreloss.diffusion.latents import LatentPrior
 from restoreloss.diffusion.levels import FlowLevels, NoiseLevels
-from restoreloss.diffusion.partial import denoise, partial_diffusion, short_steps
 from restoreloss.diffusion.prior import small_prior
+from restoreloss.diffusion.sampling import denoise, partial_diffusion, short_steps
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.features import FeatureExtractor
 from restoreloss.frozen import frozen

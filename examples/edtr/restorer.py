@@ -15,7 +15,7 @@ from examples.common.data.tiles import tiled, together
 from examples.common.networks.latent_diffusion import load_latent_diffusion
 from restoreloss import NoiseSchedule, WaveletColorFix, denoise, partial_diffusion, short_steps
 from restoreloss.diffusion.latents import denormalize_latents, normalize_latents
-from restoreloss.diffusion.partial import PredictsNoise
+from restoreloss.diffusion.sampling import PredictsNoise
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.generators import Generators, standard_normal
 
