@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from restoreloss.checks import describe, named, signature_of
-from restoreloss.diffusion.denoisers import Conditioning, Denoiser, check_conditioning
+from restoreloss.checks import describe, signature_of
+from restoreloss.diffusion.denoisers import Conditioning, Denoiser, check_conditioning, check_takes_noise
 from restoreloss.diffusion.levels import FlowLevels, is_flow_matching
 from restoreloss.diffusion.schedule import NoiseSchedule
 
@@ -155,14 +155,14 @@ def wrap(
             f"`{name}` should be called as f(x_t, t) with the noisy image and timesteps (N,), found {describe(inner)}, "
             "which encodes images: give the diffusion model, and this as LatentPrior(vae, unet) or as `encoder`."
         )
-    with named("model", name):
-        return Denoiser(
-            model,
-            as_schedule(schedule),
-            conditioning=conditioning,
-            bottleneck=layer,
-            has_bottleneck=None if layer is None else True,
-        )
+    check_takes_noise(name, model, conditioning)
+    return Denoiser(
+        model,
+        as_schedule(schedule),
+        conditioning=conditioning,
+        bottleneck=layer,
+        has_bottleneck=None if layer is None else True,
+    )
 
 
 TRANSFORMERS: Mapping[str, tuple[str, int]] = {

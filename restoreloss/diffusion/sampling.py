@@ -1,22 +1,25 @@
-"""How does a diffusion model restore a picture in a few steps, beginning from the picture and not from noise?
+"""Sampling: from noisy images or latents to clean ones in a few steps, from pure noise or from a first restoration.
 
-A picture that has lost its detail is made noisy up to a small timestep, which buries what is wrong with it and keeps
-what is right, and is then denoised in one or a few long strides.
+An image that has lost its detail is made noisy up to a small timestep, which buries what is wrong with it and keeps
+what is right, and is then denoised in one or a few long strides. Between two steps the noise is drawn anew from the
+posterior (DDPM) or put back as it was found (DDIM).
 """
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from restoreloss.checks import check_whole, describe
+from restoreloss.checks import check_choice, check_whole, describe
 from restoreloss.diffusion.denoisers import check_takes_noise
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.generators import Generators, check_generators, standard_normal
 
 PredictsNoise: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """``(x_t, t) -> noise`` with t of shape (N,): a :class:`~restoreloss.Denoiser`, or your own function of a network."""
+
+Sampler = Literal["posterior", "deterministic"]
 
 
 def short_steps(t_p: int = 200, n: int = 1) -> list[int]:
@@ -25,7 +28,7 @@ def short_steps(t_p: int = 200, n: int = 1) -> list[int]:
     .. math:: T_n = \big[t_p,\ \lfloor t_p (n-1)/n \rfloor,\ \dots,\ \lfloor t_p / n \rfloor\big]
 
     Args:
-        t_p: the timestep up to which pictures are made noisy, at least 1.
+        t_p: the timestep up to which images are made noisy, at least 1.
         n: how many steps, from 1 to ``t_p``.
 
     Raises:
@@ -49,6 +52,7 @@ def partial_diffusion(
     steps: int | Tensor | Sequence[int],
     schedule: NoiseSchedule | None = None,
     *,
+    sampler: Sampler = "posterior",
     noise: Tensor | None = None,
     generator: Generators = None,
 ) -> Tensor:
@@ -67,6 +71,7 @@ def partial_diffusion(
         x: images or latents of a first restoration, float (N, ...), in the range the denoiser was trained on.
         steps: those of :func:`short_steps`; or one, as an integer or a tensor of one for each sample (N,).
         schedule: of the denoiser; by default the one it carries.
+        sampler: see :func:`denoise`.
         noise: standard normal, shape of ``x``; drawn by default.
         generator: for the noise, here and between the steps; one, or one for each sample.
 
@@ -75,7 +80,7 @@ def partial_diffusion(
 
     Raises:
         ValueError: For no steps, steps that do not fall, leave the schedule or hold no signal, shapes that differ, no
-            schedule, and arguments of another kind.
+            schedule, an unknown sampler, and arguments of another kind.
 
     Example:
         >>> schedule = NoiseSchedule.scaled_linear()
@@ -92,8 +97,8 @@ def partial_diffusion(
     _check_images("x", x, generator)
     if noise is None:
         noise = standard_normal(x, generator)
-    x_t = schedule.add_noise(x, noise, _listed(steps, schedule)[0])
-    return denoise(denoiser, x_t, steps, schedule, generator=generator)
+    x_t = schedule.add_noise(x, noise, _as_list(steps, schedule)[0])
+    return denoise(denoiser, x_t, steps, schedule, sampler=sampler, generator=generator)
 
 
 def denoise(
@@ -102,20 +107,27 @@ def denoise(
     steps: int | Tensor | Sequence[int],
     schedule: NoiseSchedule | None = None,
     *,
+    sampler: Sampler = "posterior",
     generator: Generators = None,
 ) -> Tensor:
     r"""From noisy images or latents to clean ones, in the given steps.
 
-    At each step the clean image is predicted; at all but the last one, the next noisy one is drawn from
-    :math:`q(x_s \mid x_t, \hat x_0)` of the chain that has these steps only (:meth:`NoiseSchedule.posterior`). With
-    ``short_steps(T - 1, 50)`` on pure noise it is the usual DDPM sampler of 50 steps.
+    At each step the clean image :math:`\hat x_0` is predicted; at all but the last one it is made noisy again:
+
+    ============= =================================================================================================
+    posterior     :math:`x_s \sim q(x_s \mid x_t, \hat x_0)` of the chain that has these steps only
+                  (:meth:`NoiseSchedule.posterior`). With ``short_steps(T - 1, 50)`` on pure noise it is the usual
+                  DDPM sampler of 50 steps.
+    deterministic :math:`x_s = a_s \hat x_0 + \sigma_s \epsilon_\theta(x_t, t)`, with the noise that was found (DDIM).
+    ============= =================================================================================================
 
     Args:
         denoiser: ``(x_t, t) -> noise``.
         x_t: noisy up to the first of ``steps``, float (N, ...).
         steps: falling timesteps; or one, as an integer or a tensor (N,).
         schedule: of the denoiser; by default the one it carries.
-        generator: for the noise between the steps; one, or one for each sample.
+        sampler: "posterior" | "deterministic".
+        generator: for the noise between the steps of "posterior"; one, or one for each sample.
 
     Returns:
         The last prediction of the clean image, shape and dtype of ``x_t``.
@@ -128,12 +140,14 @@ def denoise(
         >>> denoise(lambda x_t, t: torch.zeros_like(x_t), torch.ones(1, 4, 8, 8), 999, schedule).mean() > 14
         tensor(True)
 
-    Source: Kim et al., "Exploiting Diffusion Prior for Task-driven Image Restoration", Algorithm S1, lines 15-20.
+    Source: Kim et al., "Exploiting Diffusion Prior for Task-driven Image Restoration", Algorithm S1, lines 15-20; Song
+    et al. 2021, Eq. 12 with a variance of 0.
     """
     schedule = _schedule(denoiser, schedule)
     _check_images("x_t", x_t, generator)
-    listed = _listed(steps, schedule)
-    for step, following in zip(listed, [*listed[1:], None], strict=True):
+    check_choice("sampler", sampler, Sampler)
+    chain = _as_list(steps, schedule)
+    for step, following in zip(chain, [*chain[1:], None], strict=True):
         t = schedule.expand_timestep(step, x_t)
         noise = denoiser(x_t, t)
         if not isinstance(noise, Tensor) or noise.shape != x_t.shape:
@@ -141,8 +155,11 @@ def denoise(
         x0 = schedule.predict_x0(x_t, noise, t)
         if following is None:
             break
-        mean, deviation = schedule.posterior(x_t, x0, t, following)
-        x_t = (mean + deviation * standard_normal(x_t, generator)).to(x_t.dtype)
+        if sampler == "deterministic":
+            x_t = schedule.add_noise(x0, noise, following)
+        else:
+            mean, deviation = schedule.posterior(x_t, x0, t, following)
+            x_t = (mean + deviation * standard_normal(x_t, generator)).to(x_t.dtype)
     return x0
 
 
@@ -164,15 +181,15 @@ def _schedule(denoiser: PredictsNoise, schedule: NoiseSchedule | None) -> NoiseS
     return found
 
 
-def _listed(steps: int | Tensor | Sequence[int], schedule: NoiseSchedule) -> list[int | Tensor]:
-    listed: list[int | Tensor] = list(steps) if isinstance(steps, Sequence) else [steps]
-    if not listed:
+def _as_list(steps: int | Tensor | Sequence[int], schedule: NoiseSchedule) -> list[int | Tensor]:
+    chain: list[int | Tensor] = list(steps) if isinstance(steps, Sequence) else [steps]
+    if not chain:
         raise ValueError("`steps` should be at least one timestep, found none.")
-    for step in listed:
+    for step in chain:
         schedule.check_timestep(step, "steps")
         schedule.check_signal(step, "steps")
-    if len(listed) > 1 and any(isinstance(step, Tensor) and step.numel() > 1 for step in listed):
+    if len(chain) > 1 and any(isinstance(step, Tensor) and step.numel() > 1 for step in chain):
         raise ValueError("`steps` should be integers where there are several, found a tensor of one for each sample.")
-    if not all(int(t) > int(s) for t, s in itertools.pairwise(listed)):
-        raise ValueError(f"`steps` should fall, found {listed}.")
-    return listed
+    if not all(int(t) > int(s) for t, s in itertools.pairwise(chain)):
+        raise ValueError(f"`steps` should fall, found {chain}.")
+    return chain

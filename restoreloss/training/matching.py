@@ -16,10 +16,11 @@ from torch import Tensor
 from restoreloss._optional import require
 from restoreloss.checks import check_choice, check_number, check_whole, describe
 from restoreloss.diffusion.adapt import wrap
+from restoreloss.diffusion.sampling import denoise
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.distances import Distance, distance_per_sample
 from restoreloss.frozen import frozen
-from restoreloss.generators import check_generators, standard_normal
+from restoreloss.generators import Generators, check_generators, standard_normal
 from restoreloss.images import check_pair, check_range, into_range, warn_if_out_of_range
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def match_timestep(
     distance: Distance = "l1",
     input_range: tuple[float, float] = (0.0, 1.0),
     ddim_steps: int = 5,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> TimestepMatch:
     r"""Find the timestep at which a denoiser restores degraded images best.
 
@@ -127,7 +128,7 @@ def match_timestep(
         distance: d.
         input_range: of the images.
         ddim_steps: for "ddim".
-        generator: of the noise.
+        generator: of the noise; one, or one for each sample.
 
     Returns:
         The curve over timesteps, of each image and of all, its minimum, and whether that is any use at all. What is
@@ -152,7 +153,7 @@ def match_timestep(
     check_choice("mode", mode, Mode)
     check_choice("distance", distance, Distance)
     check_whole("ddim_steps", ddim_steps)
-    check_generators(generator, None)
+    check_generators(generator, len(degraded))
     wrapped = wrap("denoiser", denoiser, schedule)
     schedule = wrapped.schedule
     tried = _tried(timesteps, schedule)
@@ -162,17 +163,10 @@ def match_timestep(
     noise = standard_normal(y, generator)
 
     def restore(t: int) -> Tensor:
-        if mode == "direct":
-            return schedule.predict_x0(start := _scaled(y, schedule, t), wrapped(start, t), t)
-        x_t = schedule.add_noise(y, noise, t)
+        x_t = schedule.add_noise(y, torch.zeros_like(y) if mode == "direct" else noise, t)
         steps = [t * k // ddim_steps for k in range(ddim_steps, 0, -1)] if mode == "ddim" else [t]
         steps = sorted({step for step in steps if step >= schedule.first_timestep} | {t}, reverse=True)
-        for step, following in zip(steps, [*steps[1:], None], strict=True):
-            seen = wrapped(x_t, step)
-            x0 = schedule.predict_x0(x_t, seen, step)
-            if following is not None:
-                x_t = schedule.add_noise(x0, seen, following)
-        return x0
+        return denoise(wrapped, x_t, steps, sampler="deterministic")
 
     with torch.no_grad(), frozen(wrapped):
         distances = [distance_per_sample(restore(t), x, distance) for t in tried]
@@ -218,7 +212,7 @@ def plot_matches(matches: Mapping[str, TimestepMatch], path: str | Path) -> Path
 
     Args:
         matches: by name.
-        path: of the picture, by its ending PNG, SVG or PDF.
+        path: of the plot, by its ending PNG, SVG or PDF.
 
     Returns:
         The path.
@@ -238,10 +232,6 @@ def plot_matches(matches: Mapping[str, TimestepMatch], path: str | Path) -> Path
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     return Path(path)
-
-
-def _scaled(y: Tensor, schedule: NoiseSchedule, t: int) -> Tensor:
-    return schedule.add_noise(y, torch.zeros_like(y), t)
 
 
 def _tried(timesteps: Sequence[int] | None, schedule: NoiseSchedule) -> list[int]:

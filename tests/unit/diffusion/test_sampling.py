@@ -1,4 +1,4 @@
-"""Partial diffusion and its few steps, against the formulas of the paper and Bayes' rule."""
+"""Samplers and partial diffusion, against the formulas of the papers, Bayes' rule and the schedulers of diffusers."""
 
 import math
 from typing import Any
@@ -257,8 +257,42 @@ def test_the_steps_are_those_of_diffusers(steps: list[int]) -> None:
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [[200], [200, 150, 100, 50], [999, 749, 499, 249]])
+def test_deterministic_steps_are_those_of_ddim_in_diffusers(steps: list[int]) -> None:
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=steps[-1],
+    )  # fmt: skip
+    unet = tiny_unet()
+    x_t = normal(2, 3, 8, 8)
+    found = denoise(lambda x, t: unet(x, t).sample, x_t, steps, SCHEDULE, sampler="deterministic")
+    stride = steps[0] - steps[1] if len(steps) > 1 else 1
+    scheduler.num_inference_steps = 1000 // stride
+    for t in steps:
+        output = scheduler.step(unet(x_t, torch.tensor([t, t])).sample, t, x_t)
+        x_t = output.prev_sample
+    torch.testing.assert_close(found, output.pred_original_sample, rtol=1e-4, atol=1e-4)
+
+
+def test_deterministic_steps_draw_nothing() -> None:
+    x, noise = normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1)
+    generator = torch.Generator().manual_seed(3)
+    state = generator.get_state()
+    denoiser = perfect(0.5 * x)
+    first, second = (
+        partial_diffusion(
+            denoiser, x, short_steps(200, 4), SCHEDULE, sampler="deterministic", noise=noise, generator=generator
+        )
+        for _ in range(2)
+    )
+    assert torch.equal(first, second)
+    assert torch.equal(generator.get_state(), state)
+    torch.testing.assert_close(first, 0.5 * x, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("n", [1, 4, 50])
-def test_gaussian_pictures_are_restored_with_the_statistics_of_ddpm(n: int) -> None:
+def test_gaussian_images_are_restored_with_the_statistics_of_ddpm(n: int) -> None:
     """Of pictures N(mean, spread^2) the best denoiser is linear, and so every step of the chain stays Gaussian."""
     mean, spread, steps = 0.5, 0.8, short_steps(600, n)
     abar = SCHEDULE.alphas_cumprod.double()
@@ -355,7 +389,7 @@ def test_what_is_given_is_left_as_it_is() -> None:
     assert torch.equal(x, kept[0]) and torch.equal(noise, kept[1]) and steps == [200, 100]
 
 
-def test_pictures_that_are_not_floating_point_are_refused() -> None:
+def test_images_that_are_not_floating_point_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"`x` should be a floating point tensor \(N, ...\), found a tensor of .* torch.int64"
     ):
@@ -396,6 +430,7 @@ def test_steps_are_checked_before_the_first(last: Any) -> None:
         ({"schedule": "linear"}, "`schedule` should be the NoiseSchedule .* found 'linear'"),
         ({"schedule": None}, r"`schedule` should be the NoiseSchedule .* \(it carries none\), found None"),
         ({"generator": 0}, "`generator` should be a torch.Generator, or one for each sample, found 0"),
+        ({"sampler": "ddim"}, r"`sampler` should be one of \('posterior', 'deterministic'\), found 'ddim'"),
         ({"generator": "cpu"}, "`generator` should be a torch.Generator, or one for each sample, found 'cpu'"),
     ],
 )
@@ -409,7 +444,10 @@ def test_arguments_of_another_kind_are_named(changes: dict[str, Any], message: s
     denoiser, x, steps, schedule = (changes.get(name, value) for name, value in usual.items())
     for call in (partial_diffusion, denoise):
         with pytest.raises(ValueError, match=message):
-            call(denoiser, x, steps, schedule, generator=changes.get("generator"))
+            call(
+                denoiser, x, steps, schedule, generator=changes.get("generator"),
+                sampler=changes.get("sampler", "posterior"),
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", [None, 2.0, "4", True, 0, torch.tensor(2.5), [4]])

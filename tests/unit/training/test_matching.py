@@ -202,6 +202,18 @@ def test_images_without_a_degradation_have_nothing_to_gain() -> None:
     assert match.gain == 0 and match.degenerate
 
 
+def test_an_image_may_have_a_generator_of_its_own() -> None:
+    clean = images(3, 3, 8, 8)
+
+    def per_image(rows: slice) -> Tensor:
+        return match_timestep(
+            lambda x, t: 0.1 * x, LEVELS, 0.7 * clean[rows], clean[rows], mode="diffuse", timesteps=[5, 50],
+            generator=[seeded(seed) for seed in range(3)][rows],
+        ).per_image  # fmt: skip
+
+    torch.testing.assert_close(per_image(slice(1, 3)), per_image(slice(3))[1:])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_all_timesteps_see_the_same_noise_and_the_generator_alone_draws_it(mode: Any) -> None:
     clean, before = images(2, 3, 4, 4), torch.get_rng_state()
