@@ -27,7 +27,7 @@ from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
 
 from examples.common.networks.latent_diffusion import small_autoencoder, small_prompt, small_unet
-from examples.edtr.restorer import EDTR, Hint, latent_controlnet
+from restoreloss.restorers.edtr import EDTR, Hint, latent_controlnet
 from restoreloss import FeatureExtractor, FeatureMatchingLoss, HLFLoss, NoiseSchedule
 from restoreloss.normalization import IMAGENET
 

@@ -24,7 +24,7 @@ from examples.common.engine.command_line import device
 from examples.common.engine.run_directory import file_in
 from examples.common.networks.restorers import restorer
 from examples.edtr.methods import METHODS
-from examples.edtr.restorer import EDTR
+from restoreloss.restorers.edtr import EDTR
 
 
 def load_run(run: Path) -> tuple[EDTR, int]:

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from examples.common.data.degrade import degradation
 from examples.common.data.task_data import TEST_SEED, datasets
 from examples.common.data.tasks import Task, TaskData, to_device
-from examples.common.data.tiles import apart, together
+from restoreloss.restorers.tiling import apart, together
 from examples.common.engine import command_line
 from examples.common.engine.batches import chance
 from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recogniser
@@ -35,7 +35,7 @@ from examples.common.engine.run_directory import file_in
 from examples.common.networks.restorers import restorer
 from examples.edtr.config import Config
 from examples.edtr.methods import METHODS, Method
-from examples.edtr.restorer import EDTR, Hint
+from restoreloss.restorers.edtr import EDTR, Hint
 from restoreloss import Alternation, FeatureExtractor, FeatureMatchingLoss, HLFLoss, Objective, Phase, TDPLoss
 from restoreloss.frozen import bare
 

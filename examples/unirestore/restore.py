@@ -17,10 +17,10 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
 from examples.common.data.folder import check_folder, restore_folder
-from examples.common.data.tiles import tiled
+from restoreloss.restorers.tiling import tiled
 from examples.common.engine.batches import chance
 from examples.common.engine.command_line import device
-from examples.unirestore.model import UniRestore
+from restoreloss.restorers.unirestore import UniRestore
 from examples.unirestore.train import FILE
 
 

@@ -36,7 +36,7 @@ from examples.common.engine.recognition import Recognition
 from examples.common.networks.restorers import restorer
 from examples.unirestore.config import TASKS, WEIGHTS, Config, StageName
 from examples.unirestore.data import data_of
-from examples.unirestore.model import UniRestore, enlarged, reflected
+from restoreloss.restorers.unirestore import UniRestore, enlarged, reflected
 from restoreloss import Alternation, Phase
 from restoreloss.frozen import bare
 from restoreloss.generators import standard_normal

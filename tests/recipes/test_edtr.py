@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from examples.common.data.folder import read_picture
-from examples.common.data.tiles import apart, tiled, together
+from restoreloss.restorers.tiling import apart, tiled, together
 from examples.common.networks.latent_diffusion import (
     empty_prompt,
     scheduler,
@@ -30,7 +30,7 @@ from examples.edtr import prepare as preparing
 from examples.edtr import restore as restoring
 from examples.edtr.config import Config, MethodName
 from examples.edtr.methods import METHODS
-from examples.edtr.restorer import EDTR, latent_controlnet
+from restoreloss.restorers.edtr import EDTR, latent_controlnet
 from examples.edtr.train import TASKS, Trainer
 from examples.experiments import edtr as experiment
 from examples.experiments.report import read_runs

@@ -35,7 +35,7 @@ from examples.unirestore import train as training
 from examples.unirestore.adapters import AdapterName, PerTask, build_adapters
 from examples.unirestore.config import TASKS, Config
 from examples.unirestore.data import data_of, mixed
-from examples.unirestore.model import UniRestore, enlarged, reflected
+from restoreloss.restorers.unirestore import UniRestore, enlarged, reflected
 from examples.unirestore.train import Batch, Part, Trainer
 from restoreloss import Alternation, NoiseSchedule
 from tests.helpers.processes import ROOT

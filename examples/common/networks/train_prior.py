@@ -13,7 +13,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from examples.common.data.task_data import datasets
 from examples.common.data.tasks import TaskData, collate, to_device
-from examples.common.data.tiles import together
+from restoreloss.restorers.tiling import together
 from examples.common.engine.batches import chance
 from examples.common.engine.options import DataOptions, Degradation, RunOptions
 from examples.common.engine.recipe import Recipe, Stage

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from examples.edtr.restorer import EDTR
-from examples.unirestore.model import UniRestore
+from restoreloss.restorers.edtr import EDTR
+from restoreloss.restorers.unirestore import UniRestore
 from restoreloss import DiffLoss, LatentPrior, NoiseSchedule
 from restoreloss.diffusion.latents import LatentEncoder, denormalize_latents, normalize_latents
 from tests.helpers.networks import tiny_autoencoder, tiny_unet

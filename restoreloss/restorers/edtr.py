@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from examples.common.data.tiles import tiled, together
+from restoreloss.restorers.tiling import tiled, together
 from examples.common.networks.latent_diffusion import load_latent_diffusion
 from restoreloss import NoiseSchedule, WaveletColorFix, denoise, partial_diffusion, short_steps
 from restoreloss.diffusion.latents import denormalize_latents, normalize_latents
