@@ -53,7 +53,7 @@ def partial_diffusion(
     schedule: NoiseSchedule | None = None,
     *,
     sampler: Sampler = "posterior",
-    noise: Tensor | None = None,
+    noise: Tensor | Sequence[Tensor] | None = None,
     generator: Generators = None,
 ) -> Tensor:
     r"""Make images or latents noisy up to the first of ``steps``, then :func:`denoise` them through all of them.
@@ -72,7 +72,8 @@ def partial_diffusion(
         steps: those of :func:`short_steps`; or one, as an integer or a tensor of one for each sample (N,).
         schedule: of the denoiser; by default the one it carries.
         sampler: see :func:`denoise`.
-        noise: standard normal, shape of ``x``; drawn by default.
+        noise: standard normal, shape of ``x``; or as many as there are steps, the others for between them. What is not
+            given is drawn.
         generator: for the noise, here and between the steps; one, or one for each sample.
 
     Returns:
@@ -95,10 +96,12 @@ def partial_diffusion(
     """
     schedule = _schedule(denoiser, schedule)
     _check_images("x", x, generator)
-    if noise is None:
-        noise = standard_normal(x, generator)
-    x_t = schedule.add_noise(x, noise, _as_list(steps, schedule)[0])
-    return denoise(denoiser, x_t, steps, schedule, sampler=sampler, generator=generator)
+    others = None if noise is None or isinstance(noise, Tensor) else noise[1:]
+    start = noise if noise is None or isinstance(noise, Tensor) else next(iter(noise), None)
+    if start is None:
+        start = standard_normal(x, generator)
+    x_t = schedule.add_noise(x, start, _as_list(steps, schedule)[0])
+    return denoise(denoiser, x_t, steps, schedule, sampler=sampler, noise=others, generator=generator)
 
 
 def denoise(
@@ -108,6 +111,7 @@ def denoise(
     schedule: NoiseSchedule | None = None,
     *,
     sampler: Sampler = "posterior",
+    noise: Sequence[Tensor] | None = None,
     generator: Generators = None,
 ) -> Tensor:
     r"""From noisy images or latents to clean ones, in the given steps.
@@ -127,6 +131,7 @@ def denoise(
         steps: falling timesteps; or one, as an integer or a tensor (N,).
         schedule: of the denoiser; by default the one it carries.
         sampler: "posterior" | "deterministic".
+        noise: standard normal, shape of ``x_t``, one for between each two steps of "posterior"; drawn by default.
         generator: for the noise between the steps of "posterior"; one, or one for each sample.
 
     Returns:
@@ -147,19 +152,22 @@ def denoise(
     _check_images("x_t", x_t, generator)
     check_choice("sampler", sampler, Sampler)
     chain = _as_list(steps, schedule)
-    for step, following in zip(chain, [*chain[1:], None], strict=True):
+    if noise is not None and len(noise) != len(chain) - 1:
+        raise ValueError(f"`noise` should be one for between each two of {len(chain)} steps, found {len(noise)}.")
+    for number, (step, following) in enumerate(zip(chain, [*chain[1:], None], strict=True)):
         t = schedule.expand_timestep(step, x_t)
-        noise = denoiser(x_t, t)
-        if not isinstance(noise, Tensor) or noise.shape != x_t.shape:
-            raise ValueError(f"`denoiser` should return noise of shape {tuple(x_t.shape)}, found {describe(noise)}.")
-        x0 = schedule.predict_x0(x_t, noise, t)
+        found = denoiser(x_t, t)
+        if not isinstance(found, Tensor) or found.shape != x_t.shape:
+            raise ValueError(f"`denoiser` should return noise of shape {tuple(x_t.shape)}, found {describe(found)}.")
+        x0 = schedule.predict_x0(x_t, found, t)
         if following is None:
             break
         if sampler == "deterministic":
-            x_t = schedule.add_noise(x0, noise, following)
+            x_t = schedule.add_noise(x0, found, following)
         else:
             mean, deviation = schedule.posterior(x_t, x0, t, following)
-            x_t = (mean + deviation * standard_normal(x_t, generator)).to(x_t.dtype)
+            drawn = standard_normal(x_t, generator) if noise is None else noise[number]
+            x_t = (mean + deviation * drawn).to(x_t.dtype)
     return x0
 
 

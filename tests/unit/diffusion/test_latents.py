@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from restoreloss.restorers.edtr import EDTR
-from restoreloss.restorers.unirestore import UniRestore
 from restoreloss import DiffLoss, LatentPrior, NoiseSchedule
 from restoreloss.diffusion.latents import LatentEncoder, denormalize_latents, normalize_latents
+from restoreloss.restorers.edtr import EDTR
+from restoreloss.restorers.unirestore import UniRestore
 from tests.helpers.networks import tiny_autoencoder, tiny_unet
 
 MEAN, STD = [1.0, -2.0, 0.5, 3.0], [2.0, 4.0, 0.5, 8.0]

@@ -275,6 +275,17 @@ def test_deterministic_steps_are_those_of_ddim_in_diffusers(steps: list[int]) ->
     torch.testing.assert_close(found, output.pred_original_sample, rtol=1e-4, atol=1e-4)
 
 
+def test_all_noise_may_be_given() -> None:
+    x, steps, denoiser = normal(2, 3, 4, 4), short_steps(200, 3), lambda x_t, t: 0.1 * x_t
+    generator = torch.Generator().manual_seed(7)
+    noise = [torch.randn(x.shape, generator=generator) for _ in steps]
+    drawn = partial_diffusion(denoiser, x, steps, SCHEDULE, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(partial_diffusion(denoiser, x, steps, SCHEDULE, noise=noise), drawn)
+    for wrong in (noise[:2], [*noise, x]):
+        with pytest.raises(ValueError, match="`noise` should be one for between each two of 3 steps"):
+            partial_diffusion(denoiser, x, steps, SCHEDULE, noise=wrong)
+
+
 def test_deterministic_steps_draw_nothing() -> None:
     x, noise = normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1)
     generator = torch.Generator().manual_seed(3)
