@@ -27,9 +27,9 @@ from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
 
 from examples.common.networks.latent_diffusion import small_autoencoder, small_prompt, small_unet
-from restoreloss.restorers.edtr import EDTR, Hint, latent_controlnet
 from restoreloss import FeatureExtractor, FeatureMatchingLoss, HLFLoss, NoiseSchedule
 from restoreloss.normalization import IMAGENET
+from restoreloss.restorers.edtr import EDTR, Hint, latent_controlnet
 
 VARIANTS = ("plain", "ours")
 Iteration = Callable[[], tuple[list[Tensor], list[Tensor]]]

@@ -24,7 +24,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from examples.common.data.degrade import degradation
 from examples.common.data.task_data import TEST_SEED, datasets
 from examples.common.data.tasks import Task, TaskData, to_device
-from restoreloss.restorers.tiling import apart, together
 from examples.common.engine import command_line
 from examples.common.engine.batches import chance
 from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recogniser
@@ -35,9 +34,10 @@ from examples.common.engine.run_directory import file_in
 from examples.common.networks.restorers import restorer
 from examples.edtr.config import Config
 from examples.edtr.methods import METHODS, Method
-from restoreloss.restorers.edtr import EDTR, Hint
 from restoreloss import Alternation, FeatureExtractor, FeatureMatchingLoss, HLFLoss, Objective, Phase, TDPLoss
 from restoreloss.frozen import bare
+from restoreloss.restorers.edtr import EDTR, Hint
+from restoreloss.restorers.tiling import apart, together
 
 TASKS: tuple[Task, ...] = ("classification", "segmentation", "detection")
 ALPHA: dict[Task, float] = {"classification": 1.0, "segmentation": 0.5, "detection": 0.2}

@@ -17,11 +17,11 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
 from examples.common.data.folder import check_folder, restore_folder
-from restoreloss.restorers.tiling import tiled
 from examples.common.engine.batches import chance
 from examples.common.engine.command_line import device
-from restoreloss.restorers.unirestore import UniRestore
 from examples.unirestore.train import FILE
+from restoreloss.restorers.tiling import tiled
+from restoreloss.restorers.unirestore import UniRestore
 
 
 def load_run(run: Path, prior: Path | str | None = None) -> tuple[UniRestore, int]:

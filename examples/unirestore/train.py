@@ -36,10 +36,10 @@ from examples.common.engine.recognition import Recognition
 from examples.common.networks.restorers import restorer
 from examples.unirestore.config import TASKS, WEIGHTS, Config, StageName
 from examples.unirestore.data import data_of
-from restoreloss.restorers.unirestore import UniRestore, enlarged, reflected
 from restoreloss import Alternation, Phase
 from restoreloss.frozen import bare
 from restoreloss.generators import standard_normal
+from restoreloss.restorers.unirestore import UniRestore, enlarged, reflected
 
 logger = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from restoreloss.restorers.tiling import tiled, together
 from examples.common.networks.latent_diffusion import load_latent_diffusion
 from restoreloss import NoiseSchedule, WaveletColorFix, denoise, partial_diffusion, short_steps
 from restoreloss.diffusion.latents import denormalize_latents, normalize_latents
 from restoreloss.diffusion.sampling import PredictsNoise
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.generators import Generators, standard_normal
+from restoreloss.restorers.tiling import tiled, together
 
 logger = logging.getLogger(__name__)
 

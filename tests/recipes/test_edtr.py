@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from examples.common.data.folder import read_picture
-from restoreloss.restorers.tiling import apart, tiled, together
 from examples.common.networks.latent_diffusion import (
     empty_prompt,
     scheduler,
@@ -30,11 +29,12 @@ from examples.edtr import prepare as preparing
 from examples.edtr import restore as restoring
 from examples.edtr.config import Config, MethodName
 from examples.edtr.methods import METHODS
-from restoreloss.restorers.edtr import EDTR, latent_controlnet
 from examples.edtr.train import TASKS, Trainer
 from examples.experiments import edtr as experiment
 from examples.experiments.report import read_runs
 from restoreloss import Alternation, NoiseSchedule, WaveletColorFix
+from restoreloss.restorers.edtr import EDTR, latent_controlnet
+from restoreloss.restorers.tiling import apart, tiled, together
 from tests.helpers.processes import ROOT
 
 SMALL: dict[str, Any] = {"batch": 4, "train_count": 20, "test_count": 6, "mixture_extent": 0.2, "cpu": True}

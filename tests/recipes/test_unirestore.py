@@ -35,9 +35,9 @@ from examples.unirestore import train as training
 from examples.unirestore.adapters import AdapterName, PerTask, build_adapters
 from examples.unirestore.config import TASKS, Config
 from examples.unirestore.data import data_of, mixed
-from restoreloss.restorers.unirestore import UniRestore, enlarged, reflected
 from examples.unirestore.train import Batch, Part, Trainer
 from restoreloss import Alternation, NoiseSchedule
+from restoreloss.restorers.unirestore import UniRestore, enlarged, reflected
 from tests.helpers.processes import ROOT
 
 ADAPTERS: tuple[AdapterName, ...] = get_args(AdapterName)

@@ -13,13 +13,13 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from examples.common.data.task_data import datasets
 from examples.common.data.tasks import TaskData, collate, to_device
-from restoreloss.restorers.tiling import together
 from examples.common.engine.batches import chance
 from examples.common.engine.options import DataOptions, Degradation, RunOptions
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.networks.latent_diffusion import scheduler, small_autoencoder, small_prompt, small_unet
 from restoreloss import Alternation, NoiseSchedule, Phase
 from restoreloss.frozen import bare
+from restoreloss.restorers.tiling import together
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,9 @@ from skimage.filters import gaussian
 from torch import Tensor
 
 from restoreloss import CORRUPTIONS, Corruptions, corrupt
-from restoreloss.augmentations.corruptions import _copied_from, _edges, _ice, _relief, _standard
+from restoreloss.augmentations.filters import _edges, relief
+from restoreloss.augmentations.imagenet_c import _copied_from
+from restoreloss.augmentations.textures import _standard, ice
 
 FIXED = (
     *("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression", "gaussian_blur"),
@@ -698,7 +700,7 @@ def test_edges_and_relief_of_drops_are_those_of_opencv() -> None:
     drops = torch.tensor(levels).double()[None, None]
     edges = ["".join(".#"[each] for each in line) for line in _edges(drops)[0, 0].long().tolist()]
     assert edges == CANNY.split()
-    torch.testing.assert_close(255 * _relief(drops)[drops > 0], torch.tensor(RELIEF).double(), rtol=0, atol=1)
+    torch.testing.assert_close(255 * relief(drops)[drops > 0], torch.tensor(RELIEF).double(), rtol=0, atol=1)
 
 
 def test_a_step_within_a_drop_is_no_edge() -> None:
@@ -711,9 +713,9 @@ def test_a_step_within_a_drop_is_no_edge() -> None:
 def test_frost_is_the_picture_and_ice_in_the_published_weights() -> None:
     image, array = picture(64, 80)
     for severity, (keep, add) in enumerate(((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)), 1):
-        ice = pixels(_ice(image, seeded(severity)))
+        frozen = pixels(ice(image, seeded(severity)))
         found = pixels(corrupt(image, "frost", severity, generator=seeded(severity)))
-        np.testing.assert_allclose(found, (keep * array + add * ice).clip(0, 1), atol=1e-12)
+        np.testing.assert_allclose(found, (keep * array + add * frozen).clip(0, 1), atol=1e-12)
 
 
 def test_ice_has_the_colours_and_the_detail_of_photographs_of_ice() -> None:
@@ -722,14 +724,14 @@ def test_ice_has_the_colours_and_the_detail_of_photographs_of_ice() -> None:
     Mean of each channel, contrast (the deviation of grey), and how the amplitude falls with frequency: relative to that
     of 4 cycles a picture, at 16 and at 64 cycles it lies within 0.21 and 0.47, and 0.07 and 0.16.
     """
-    ice = _ice(torch.zeros(40, 3, 224, 224), seeded(0))
-    colours = ice.mean(dim=(2, 3))
+    frozen = ice(torch.zeros(40, 3, 224, 224), seeded(0))
+    colours = frozen.mean(dim=(2, 3))
     panes = torch.tensor([[78, 150, 166], [201, 205, 214], [138, 153, 165], [112, 123, 135]]) / 255
     distance, nearest = torch.cdist(colours, panes).min(dim=1)
     assert distance.max() < 0.02
     counts = nearest.bincount(minlength=4)
     assert scipy.stats.chisquare(counts, [8, 16, 8, 8]).pvalue > 0.01
-    grey = ice.mean(dim=1)
+    grey = frozen.mean(dim=1)
     contrast = torch.tensor([0.059, 0.075, 0.103, 0.136])[nearest]
     assert (grey.std(dim=(1, 2)) / contrast - 1).abs().mean() < 0.15
     window = torch.hann_window(224)
