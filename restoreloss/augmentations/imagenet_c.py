@@ -13,6 +13,9 @@ from restoreloss.augmentations.textures import ice, plasma
 from restoreloss.generators import standard_normal, uniform
 
 Generator: TypeAlias = torch.Generator | None
+JPEG_QUALITY = (25, 18, 15, 10, 7)
+PIXELATE_SHARE = (0.6, 0.5, 0.4, 0.3, 0.25)
+"""Cells in a side, as a share of its pixels."""
 
 
 def _gaussian_noise(x: Tensor, level: int, generator: Generator) -> Tensor:
@@ -137,7 +140,7 @@ def _elastic_transform(x: Tensor, level: int, generator: Generator) -> Tensor:
 
 
 def _pixelate(x: Tensor, level: int, _: Generator) -> Tensor:
-    share = (0.6, 0.5, 0.4, 0.3, 0.25)[level]
+    share = PIXELATE_SHARE[level]
     for dim in (2, 3):
         side = x.shape[dim]
         cells = int(side * share)
@@ -152,7 +155,7 @@ def _pixelate(x: Tensor, level: int, _: Generator) -> Tensor:
 
 
 def _jpeg_compression(x: Tensor, level: int, _: Generator) -> Tensor:
-    return jpeg(x, (25, 18, 15, 10, 7)[level])
+    return jpeg(x, JPEG_QUALITY[level])
 
 
 def _speckle_noise(x: Tensor, level: int, generator: Generator) -> Tensor:

@@ -1,0 +1,1 @@
+"""EDTR and UniRestore as modules, wired onto latent diffusion models."""
