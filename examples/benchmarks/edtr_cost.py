@@ -26,10 +26,10 @@ from torchvision.models import resnet18
 from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
 
-from examples.common.networks.latent_diffusion import small_autoencoder, small_prompt, small_unet
-from restoreloss import FeatureExtractor, FeatureMatchingLoss, HLFLoss, NoiseSchedule
+from restoreloss import FeatureExtractor, FeatureMatchingLoss, HLFLoss
 from restoreloss.normalization import IMAGENET
-from restoreloss.restorers.edtr import EDTR, Hint, latent_controlnet
+from restoreloss.restorers.edtr import EDTR, Hint
+from restoreloss.restorers.shapes import small_latent_prior
 
 VARIANTS = ("plain", "ours")
 Iteration = Callable[[], tuple[list[Tensor], list[Tensor]]]
@@ -39,9 +39,7 @@ Iteration = Callable[[], tuple[list[Tensor], list[Tensor]]]
 def networks() -> tuple[EDTR, nn.Module, nn.Module]:
     """A small restorer, a ResNet18 in training and another one that was trained before."""
     torch.manual_seed(0)
-    unet = small_unet(24)
-    schedule = NoiseSchedule.scaled_linear()
-    edtr = EDTR(nn.Identity(), small_autoencoder(12), unet, latent_controlnet(unet), small_prompt(), schedule)
+    edtr = EDTR(nn.Identity(), small_latent_prior(12))
     return edtr, resnet18(num_classes=200).train(), resnet18(num_classes=200).eval()
 
 

@@ -22,8 +22,10 @@ from examples.common.data.folder import check_folder, restore_folder
 from examples.common.engine.batches import chance
 from examples.common.engine.command_line import device
 from examples.common.engine.run_directory import file_in
+from examples.common.networks.latent_diffusion import load_latent_diffusion
 from examples.common.networks.restorers import restorer
 from examples.edtr.methods import METHODS
+from examples.edtr.no_prior import NoPrior
 from restoreloss.restorers.edtr import EDTR
 
 
@@ -38,15 +40,15 @@ def load_run(run: Path) -> tuple[EDTR, int]:
             raise ValueError(f"{run} should be a finished run of examples.edtr.train, found no {name} in it.")
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     method = METHODS[settings["method"]]
-    edtr = EDTR.from_pretrained(
-        settings["prior"],
+    build = EDTR if method.prior else NoPrior
+    edtr = build(
         restorer(settings["restorer"], 1, file_in(Path(settings["pre"]), "restorer.safetensors"))
         if method.pre
         else nn.Identity(),
+        load_latent_diffusion(settings["prior"]),
         t_p=settings["t_p"] if method.partial else None,
         n=settings["long_steps"] if method.long else settings["n"],
         color_fix=method.color_fix,
-        prior=method.prior,
     )
     try:
         load_model(edtr, run / "edtr.safetensors")

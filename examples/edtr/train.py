@@ -31,9 +31,11 @@ from examples.common.engine.options import DataOptions, plain_values
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition, features_of
 from examples.common.engine.run_directory import file_in
+from examples.common.networks.latent_diffusion import load_latent_diffusion
 from examples.common.networks.restorers import restorer
 from examples.edtr.config import Config
 from examples.edtr.methods import METHODS, Method
+from examples.edtr.no_prior import NoPrior
 from restoreloss import Alternation, FeatureExtractor, FeatureMatchingLoss, HLFLoss, Objective, Phase, TDPLoss
 from restoreloss.frozen import bare
 from restoreloss.restorers.edtr import EDTR, Hint
@@ -141,9 +143,10 @@ class Trainer(Recipe[Batch]):
         if config.prior is None or config.pre is None:
             raise ValueError("`prior` and `pre` should be given, or `prepared`, a folder that holds both, found None.")
         pre = restorer(config.restorer, 1, file_in(config.pre, "restorer.safetensors")) if method.pre else nn.Identity()
-        edtr = EDTR.from_pretrained(
-            config.prior, pre, t_p=config.t_p if method.partial else None, color_fix=method.color_fix,
-            n=config.long_steps if method.long else config.n, prior=method.prior,
+        build = EDTR if method.prior else NoPrior
+        edtr = build(
+            pre, load_latent_diffusion(config.prior), t_p=config.t_p if method.partial else None,
+            n=config.long_steps if method.long else config.n, color_fix=method.color_fix,
         )  # fmt: skip
         if config.checkpointing:
             edtr.enable_checkpointing()

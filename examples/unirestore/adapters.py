@@ -1,4 +1,4 @@
-"""What else could adapt one decoder to several tasks? The variants that the paper compares its TFA to (Table 5)."""
+"""The adapters that the paper compares its TFA to (Table 5)."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -15,7 +15,7 @@ AdapterName = Literal["prompts", "one_prompt", "several", "convolutions"]
 def build_adapters(
     name: AdapterName, skips: Sequence[int], channels: Sequence[int], tasks: Sequence[str], gate: Gate
 ) -> Any:
-    """Modules with the interface of :class:`~restoreloss.TFA`.
+    """Modules with the interface of :class:`~restoreloss.TFA`, to be the ``tfa`` of a model.
 
     Args:
         name: "prompts": one TFA, a prompt for each task. "one_prompt": one TFA and one prompt ("UniRestore-SP").

@@ -19,9 +19,10 @@ from torch import Tensor
 from examples.common.data.folder import check_folder, restore_folder
 from examples.common.engine.batches import chance
 from examples.common.engine.command_line import device
+from examples.common.networks.latent_diffusion import load_latent_diffusion
+from examples.unirestore.adapters import build_adapters
 from examples.unirestore.train import FILE
-from restoreloss.restorers.tiling import tiled
-from restoreloss.restorers.unirestore import UniRestore
+from restoreloss.restorers import UniRestore
 
 
 def load_run(run: Path, prior: Path | str | None = None) -> tuple[UniRestore, int]:
@@ -44,12 +45,14 @@ def load_run(run: Path, prior: Path | str | None = None) -> tuple[UniRestore, in
     if prior is None:
         prior = settings["prior"] or Path(settings["prepared"]) / "prior"
     first = settings["stage"] == "stage1"
-    model = UniRestore.from_pretrained(
-        prior, trained=run / f"{FILE}.safetensors", steps=settings["steps_of_diffusion"], cfrm=settings["cfrm"],
-        cfrm_blocks=settings["cfrm_blocks"], adapter=None if first else settings["adapter"], gate=settings["gate"],
-        control_channels=settings["control_channels"],
-        tasks=() if first or settings["adapter"] == "prompts" else settings["tasks"],
+    model = UniRestore(
+        load_latent_diffusion(prior), steps=settings["steps_of_diffusion"], cfrm=settings["cfrm"], adapters=False,
+        cfrm_blocks=settings["cfrm_blocks"], gate=settings["gate"], control_channels=settings["control_channels"],
     )  # fmt: skip
+    if not first and settings["adapter"] is not None:
+        tasks = () if settings["adapter"] == "prompts" else settings["tasks"]
+        model.tfa = build_adapters(settings["adapter"], *model.adapter_channels, tasks, settings["gate"])
+    model.load_trained(run / f"{FILE}.safetensors")
     return model.eval().requires_grad_(False), int(settings["smallest"])
 
 
@@ -96,14 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def restore(picture: Tensor, number: int) -> Tensor:
         generator = torch.Generator().manual_seed(chance(options.seed, number))
 
-        def part(pixels: Tensor) -> Tensor:
-            restored: Tensor = model.restore(
-                pixels, options.task, steps=options.steps, smallest=smallest, generator=generator
-            )
-            return restored
-
-        picture = picture.to(options.device)
-        return tiled(part, picture, tile=options.tile, overlap=options.overlap) if options.tile else part(picture)
+        restored: Tensor = model.restore(
+            picture.to(options.device), options.task, steps=options.steps, smallest=smallest, generator=generator,
+            tile=options.tile or None, overlap=options.overlap,
+        )  # fmt: skip
+        return restored
 
     try:
         restore_folder(options.pictures, options.out, restore)

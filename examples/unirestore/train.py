@@ -33,13 +33,16 @@ from examples.common.engine.evaluation import Judges, evaluate, first_usable, lo
 from examples.common.engine.options import check_numbers
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition
+from examples.common.networks.latent_diffusion import load_latent_diffusion
 from examples.common.networks.restorers import restorer
+from examples.unirestore.adapters import build_adapters
 from examples.unirestore.config import TASKS, WEIGHTS, Config, StageName
 from examples.unirestore.data import data_of
 from restoreloss import Alternation, Phase
 from restoreloss.frozen import bare
 from restoreloss.generators import standard_normal
-from restoreloss.restorers.unirestore import UniRestore, enlarged, reflected
+from restoreloss.restorers import UniRestore
+from restoreloss.restorers.tiling import enlarged, reduced, reflected
 
 logger = logging.getLogger(__name__)
 
@@ -154,11 +157,13 @@ class Trainer(Recipe[Batch]):
         if prior is None:
             raise ValueError("`prior` should be given, or `prepared`, a folder that holds one, found None.")
         second = config.stage != "stage1"
-        model = UniRestore.from_pretrained(
-            prior, tasks=config.tasks if config.stage == "stage2" else (), steps=config.steps_of_diffusion,
-            cfrm=config.cfrm, cfrm_blocks=config.cfrm_blocks, adapter=config.adapter if second else None,
-            gate=config.gate, control_channels=config.control_channels,
+        model = UniRestore(
+            load_latent_diffusion(prior), steps=config.steps_of_diffusion, cfrm=config.cfrm, gate=config.gate,
+            cfrm_blocks=config.cfrm_blocks, control_channels=config.control_channels, adapters=False,
         )  # fmt: skip
+        if second and config.adapter is not None:
+            tasks = config.tasks if config.stage == "stage2" else ()
+            model.tfa = build_adapters(config.adapter, *model.adapter_channels, tasks, config.gate)
         if second:
             assert config.after is not None
             model.load_trained(config.after / f"{FILE}.safetensors", with_adapters=config.stage == "add-task")
@@ -349,7 +354,7 @@ class _FirstStage(nn.Module):
             z_0, wanted = model.encode(clean, restored=False)
             z_t = model.schedule.add_noise(z_0, standard_normal(z_0, generators), t)
         condition, features = model.encode(degraded)
-        terms = {"control": F.mse_loss(model.predict(z_t, condition, t)[0], z_0)}
+        terms = {"control": F.mse_loss(model.predict(z_t, condition, t), z_0)}
         if self.weights:
             levels = zip(self.weights, features, wanted, strict=True)
             terms["cfrm"] = torch.stack([weight * F.mse_loss(found, f) for weight, found, f in levels]).sum()
@@ -368,9 +373,7 @@ class _Plain(nn.Module):
     def forward(self, pictures: Tensor, tasks: Any, *, generator: Any = None, smallest: int = 0) -> Tensor:
         size = pictures.shape[2:]
         restored: Tensor = self.network(enlarged(pictures, smallest))
-        if restored.shape[2:] == size:
-            return restored
-        return F.interpolate(restored, size=size, mode="bicubic", align_corners=False, antialias=True)
+        return reduced(restored, size)
 
 
 def _check(config: Config) -> None:

@@ -128,7 +128,7 @@ class Denoiser(nn.Module):
         if weight is not None and weight.device != schedule.signal.device:
             self.schedule = copy.deepcopy(schedule).to(weight.device)  # once, rather than at every call
         # fixed: no graph may lead out of it
-        self._conditioning = _map_tensors(
+        self.conditioning = _map_tensors(
             lambda v: v.detach() if weight is None else v.detach().to(weight.device), conditioning
         )
         self._tap = None if bottleneck is None else _Tap.on(bottleneck, part)
@@ -210,7 +210,7 @@ class Denoiser(nn.Module):
         return h.transpose(1, 2).reshape(len(h), -1, rows, columns)
 
     def _run(self, cast: Tensor, t: Tensor) -> Any:
-        conditioning = _rows(self._conditioning, like=cast, dtype=cast.dtype)
+        conditioning = _rows(self.conditioning, like=cast, dtype=cast.dtype)
         given: list[Any] = [cast]
         named: dict[str, Any] = {}
         for name, value in ((self._time_name, self.schedule.model_time(t)), (self._conditioning_name, conditioning)):
@@ -286,7 +286,7 @@ class Denoiser(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Denoiser":
         super()._apply(fn, recurse)
-        self._conditioning = _map_tensors(fn, self._conditioning)
+        self.conditioning = _map_tensors(fn, self.conditioning)
         return self
 
 

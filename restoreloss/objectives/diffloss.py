@@ -411,7 +411,7 @@ def _check_that_it_answers(denoiser: Denoiser) -> None:
         ValueError: If it returns nothing that could be a prediction.
     """
     model = denoiser.model
-    known = denoiser.in_channels is not None or denoiser._conditioning is not None
+    known = denoiser.in_channels is not None or denoiser.conditioning is not None
     if known or not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
         return
     convolution = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)

@@ -1,1 +1,13 @@
-"""EDTR and UniRestore as modules, wired onto latent diffusion models."""
+"""Whole restorers of papers, made of :mod:`restoreloss.blocks` and a latent diffusion model of diffusers.
+
+>>> from restoreloss.restorers import EDTR, small_latent_prior
+>>> edtr = EDTR(nn.Identity(), small_latent_prior(4))
+>>> edtr.restore(torch.rand(1, 3, 30, 21)).shape
+torch.Size([1, 3, 30, 21])
+"""
+
+from restoreloss.restorers.edtr import EDTR
+from restoreloss.restorers.shapes import small_latent_prior, stable_diffusion_prior
+from restoreloss.restorers.unirestore import UniRestore
+
+__all__ = ["EDTR", "UniRestore", "small_latent_prior", "stable_diffusion_prior"]

@@ -1,54 +1,82 @@
-"""How does a latent diffusion model restore a picture for another network to read, in one step or a few?"""
+"""EDTR: a latent diffusion model restores an image for another network to read, in one step or a few.
 
-import logging
+prior = load_prior("stabilityai/stable-diffusion-2-1-base")
+edtr = EDTR(pre_restoration, prior)
+restored = edtr.restore(degraded, generator=torch.Generator().manual_seed(0))
+"""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from examples.common.networks.latent_diffusion import load_latent_diffusion
-from restoreloss import NoiseSchedule, WaveletColorFix, denoise, partial_diffusion, short_steps
-from restoreloss.diffusion.latents import denormalize_latents, normalize_latents
-from restoreloss.diffusion.sampling import PredictsNoise
+from restoreloss._optional import require
+from restoreloss.blocks.wavelet import WaveletColorFix
+from restoreloss.checks import check_map, check_whole, describe
+from restoreloss.diffusion.latents import LatentPrior, denormalize_latents
+from restoreloss.diffusion.sampling import PredictsNoise, denoise, partial_diffusion, short_steps
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.generators import Generators, standard_normal
+from restoreloss.restorers.shapes import Parts
 from restoreloss.restorers.tiling import tiled, together
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel, UNet2DConditionModel
 
 
 @dataclass(frozen=True)
 class Hint:
-    """A degraded picture, restored for the pixels: what the diffusion begins from and is told."""
+    """A degraded image, restored for the pixels: what the diffusion begins from and is told.
 
-    picture: Tensor
-    """(N, 3, H, W) in [0, 1]."""
+    Attributes:
+        image: (N, 3, H, W) in [0, 1].
+        latents: (N, c, h, w).
+    """
+
+    image: Tensor
     latents: Tensor
-    """(N, c, h, w)."""
 
 
 class EDTR(nn.Module):
-    """A pre-restoration network, an autoencoder, a diffusion model in its latents and a ControlNet that is told what
-    the pre-restoration found.
+    r"""A pre-restoration network, a latent diffusion model, and a ControlNet that is told what the former found.
 
-    The ControlNet and the decoder train. All else is frozen and in no ``parameters()`` or ``state_dict()``.
+    .. math::
+        z_{pre} &= E(R_{pix}(I_{LQ})) && \text{(Eq. 3)} \\
+        z_t &= \sqrt{\bar\alpha_t}\, z_{pre} + \sqrt{1 - \bar\alpha_t}\, \epsilon, \quad t \le t_p && \text{(Eq. 4)} \\
+        \hat z_0 &= \bigl(z_t - \sqrt{1 - \bar\alpha_t}\, \epsilon_\theta(z_t, t, z_{pre})\bigr) / \sqrt{\bar\alpha_t}
+            && \text{(Eq. 5)} \\
+        I &= \text{High}(D(\hat z_0)) + \text{Low}(R_{pix}(I_{LQ})) && \text{(Eq. 6)}
+
+    The ControlNet and the decoder D train. All else is frozen and in no ``parameters()`` or ``state_dict()``. The
+    losses are :class:`HLFLoss` for this module, and a task loss and :class:`FeatureMatchingLoss` for the task network.
 
     Args:
-        pre: any network (N, 3, H, W) -> (N, 3, H, W) in [0, 1], trained on pixels; ``nn.Identity()`` to do without.
-        vae: its mode is what pictures in [-1, 1] are encoded to.
-        unet: the diffusion model. None removes it (Table 2, 7): the latents are then the hint plus a projection of what
-            the ControlNet returns.
-        controlnet: :func:`latent_controlnet` of ``unet``; its hint is latents, of the size of the noisy ones.
-        prompt: the embedded empty prompt (1, L, D).
-        schedule: of the diffusion model.
-        t_p: timestep up to which the pre-restored latents are made noisy; None begins from pure noise instead.
-        n: denoising steps of :meth:`restore`.
-        color_fix: take the low frequencies from the pre-restored picture (Eq. 6).
+        pre: :math:`R_{pix}`, any network (N, 3, H, W) -> (N, 3, H, W) in [0, 1] that was trained on pixels, or
+            ``nn.Identity()``.
+        prior: an ``AutoencoderKL`` and a ``UNet2DConditionModel`` with the empty prompt, as :func:`load_prior` reads
+            them. They are taken over, not copied.
+        controlnet: that of diffusers, with latents as its hint. The default is :func:`latent_controlnet` of the U-Net.
+        t_p: the timestep up to which the pre-restored latents are made noisy; None begins from pure noise instead.
+        n: the denoising steps of :meth:`restore`.
+        color_fix: take the low frequencies from the pre-restored image (Eq. 6).
+
+    Raises:
+        ValueError: For another kind of prior or network, and steps that the schedule does not have.
+
+    Example:
+        >>> from restoreloss.restorers import EDTR, small_latent_prior
+        >>> edtr = EDTR(nn.Conv2d(3, 3, 3, padding=1), small_latent_prior(4), n=4)
+        >>> hint = edtr.hint(torch.rand(2, 3, 32, 32))
+        >>> t = torch.tensor(edtr.timesteps())[torch.randint(4, (2,))]  # in training one step, from any of the four
+        >>> restored = edtr(hint, t, noise=edtr.noise(hint))
+        >>> nn.functional.l1_loss(restored, torch.rand(2, 3, 32, 32)).backward()
+        >>> edtr.restore(torch.rand(1, 3, 50, 70)).shape
+        torch.Size([1, 3, 50, 70])
+
+    Source: Kim et al., "Exploiting Diffusion Prior for Task-driven Image Restoration", Section 3 and Algorithm S1. The
+    paper's code joins the hint to the noisy latents before the first convolution; see :func:`latent_controlnet`.
     """
 
     prompt: Tensor
@@ -56,34 +84,31 @@ class EDTR(nn.Module):
     def __init__(
         self,
         pre: nn.Module,
-        vae: AutoencoderKL,
-        unet: UNet2DConditionModel | None,
-        controlnet: ControlNetModel,
-        prompt: Tensor,
-        schedule: NoiseSchedule,
+        prior: LatentPrior,
         *,
+        controlnet: "ControlNetModel | None" = None,
         t_p: int | None = 200,
         n: int = 1,
         color_fix: bool = True,
     ) -> None:
         super().__init__()
-        self.controlnet = controlnet
+        if not isinstance(pre, nn.Module):
+            raise ValueError(f"`pre` should be a network, or nn.Identity(), found {describe(pre)}.")
+        vae, unet, schedule, prompt = Parts.of(prior)
+        self.controlnet = latent_controlnet(unet) if controlnet is None else controlnet
         self.decoder = nn.ModuleList(part for part in (vae.post_quant_conv, vae.decoder) if part is not None)
         encoder = nn.ModuleList(part for part in (vae.encoder, vae.quant_conv) if part is not None)
-        self._pre, self._encoder = FrozenNetwork(pre), FrozenNetwork(encoder)
-        self._unet = None if unet is None else FrozenNetwork(unet)
-        self._vae = (vae,)  # its parts are registered above
-        self.projection = nn.ModuleList(_projections(controlnet, vae.config.latent_channels) if unet is None else ())
+        self._pre, self._encoder, self._unet = FrozenNetwork(pre), FrozenNetwork(encoder), FrozenNetwork(unet)
+        self._latents = (prior.encoder,)  # in a tuple: its parts are registered above
         self.register_buffer("prompt", prompt, persistent=False)
         self.schedule = schedule
         self.from_noise = t_p is None
-        self.t_p = schedule.num_timesteps - 1 if t_p is None else t_p
-        self.schedule.check_timestep(self.t_p)
+        self.t_p = schedule.last_timestep if t_p is None else check_whole("t_p", t_p)
+        schedule.check_timestep(self.t_p, "t_p")
         self.n = n
         self.color_fix = WaveletColorFix() if color_fix else None
-        levels = len(controlnet.config.block_out_channels) - 1
-        self.latent_factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.multiple: int = self.latent_factor * 2**levels
+        self.latent_factor: int = prior.encoder.multiple
+        self.multiple: int = self.latent_factor * 2 ** (len(unet.config.block_out_channels) - 1)
         self.timesteps(n)
 
     def timesteps(self, n: int | None = None) -> list[int]:
@@ -92,72 +117,36 @@ class EDTR(nn.Module):
 
     @torch.no_grad()
     def hint(self, degraded: Tensor) -> Hint:
-        """Pre-restoration and encoding (Eq. 3), without graph.
+        """Pre-restoration and encoding (Eq. 3), without a graph.
 
         Raises:
             ValueError: For sides that the networks cannot halve often enough; :meth:`restore` pads.
         """
+        check_map("degraded", degraded, 3)
         if degraded.shape[2] % self.multiple or degraded.shape[3] % self.multiple:
             raise ValueError(
-                f"Pictures should have sides that are multiples of {self.multiple}, found {tuple(degraded.shape)}; "
+                f"`degraded` should have sides that are multiples of {self.multiple}, found {tuple(degraded.shape)}; "
                 "`restore` pads them."
             )
-        picture = self._pre.network(degraded).float()
-        return Hint(picture, self.encode(picture))
+        image = self._pre.network(degraded).float()
+        return Hint(image, self.encode(image))
 
     @torch.no_grad()
-    def encode(self, picture: Tensor) -> Tensor:
-        """Latents of pictures in [0, 1], the mode of the posterior."""
-        _ = self._encoder.network
-        vae = self._vae[0]
-        latents: Tensor = vae.encode(2 * picture - 1).latent_dist.mode()
-        return normalize_latents(latents.float(), vae.config)
+    def encode(self, image: Tensor) -> Tensor:
+        """The latents of images in [0, 1], the mode of the posterior."""
+        _ = self._encoder.network  # puts it to rest
+        latents: Tensor = self._latents[0](2 * image - 1)
+        return latents.float()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures in [0, 1], more or less."""
-        vae = self._vae[0]
-        picture: Tensor = vae.decode(denormalize_latents(latents, vae.config)).sample
-        return (picture.float() + 1) / 2  # bfloat16 has not the 256 levels that a picture needs
+        """Images in [0, 1], up to overshoot."""
+        vae: Any = self._latents[0].encoder
+        image: Tensor = vae.decode(denormalize_latents(latents, vae.config)).sample
+        return (image.float() + 1) / 2  # bfloat16 does not have the 256 levels that an image needs
 
-    def forward(
-        self,
-        hint: Hint,
-        steps: int | Tensor | Sequence[int],
-        *,
-        noise: Tensor,
-        latents: Tensor | None = None,
-        generator: Generators = None,
-        noise_only: bool = False,
-    ) -> Tensor:
-        """The picture that ``steps`` lead to, (N, 3, H, W), in [0, 1] more or less.
-
-        Args:
-            hint: from :meth:`hint`.
-            steps: :meth:`timesteps`, or one for each sample (N,), as in training.
-            noise: standard normal, shape of the latents.
-            latents: what is made noisy first; by default the hint's (partial diffusion, Eq. 4), or nothing if this
-                restorer begins from pure noise.
-            generator: for the noise between the steps.
-            noise_only: return the predicted noise of one step instead (Eq. 2).
-        """
-        if self._unet is None:
-            return self._finish(hint.latents + self._projected(hint), hint)
-        predicts = self._denoiser(hint)
-        if latents is None and not self.from_noise:
-            latents = hint.latents
-        if noise_only:
-            assert latents is not None
-            assert isinstance(steps, Tensor)
-            return predicts(self.schedule.add_noise(latents, noise, steps), steps)
-        if latents is None:
-            return self._finish(denoise(predicts, noise, steps, self.schedule, generator=generator), hint)
-        found = partial_diffusion(predicts, latents, steps, self.schedule, noise=noise, generator=generator)
-        return self._finish(found, hint)
-
-    def _denoiser(self, hint: Hint) -> PredictsNoise:
-        """``(z_t, t) -> noise``, told the hint."""
-        assert self._unet is not None
-        unet = self._unet.network
+    def denoiser(self, hint: Hint) -> PredictsNoise:
+        """``(z_t, t) -> noise``: the diffusion model, told the hint."""
+        unet: Any = self._unet.network
 
         def predict(z_t: Tensor, t: Tensor) -> Tensor:
             prompt = self.prompt.expand(len(z_t), -1, -1)
@@ -169,16 +158,50 @@ class EDTR(nn.Module):
 
         return predict
 
-    def noise(self, hint: Hint, generator: Generators = None) -> Tensor:
-        """Standard normal, shape of the hint's latents."""
-        return standard_normal(hint.latents, generator)
+    def forward(
+        self,
+        hint: Hint,
+        steps: int | Tensor | Sequence[int],
+        *,
+        noise: Tensor | Sequence[Tensor],
+        latents: Tensor | None = None,
+        generator: Generators = None,
+        noise_only: bool = False,
+    ) -> Tensor:
+        """The image that ``steps`` lead to, (N, 3, H, W), in [0, 1] up to overshoot.
 
-    def enable_checkpointing(self) -> None:
-        """Compute activations again in the backward pass, to save memory."""
-        self.controlnet.enable_gradient_checkpointing()
-        self._vae[0].enable_gradient_checkpointing()
-        if self._unet is not None:
-            self._unet.network.enable_gradient_checkpointing()
+        Args:
+            hint: from :meth:`hint`.
+            steps: :meth:`timesteps`, or one for each sample (N,), as in training.
+            noise: standard normal, shape of the latents; or as many as there are steps.
+            latents: what is made noisy first. The default is the hint's (partial diffusion, Eq. 4), or none where this
+                restorer begins from pure noise.
+            generator: for noise between the steps that is not given; one, or one for each sample.
+            noise_only: return the noise that is found in the noisy latents of one step instead (Eq. 2). This is what
+                the baseline of conventional training compares with ``noise``.
+        """
+        predicts, schedule = self.denoiser(hint), self.schedule
+        if latents is None and not self.from_noise:
+            latents = hint.latents
+        if noise_only:
+            if latents is None or not isinstance(noise, Tensor) or not isinstance(steps, int | Tensor):
+                raise ValueError("`noise_only` needs `latents`, and one timestep and one noise for each sample.")
+            t = schedule.expand_timestep(steps, latents)
+            return predicts(schedule.add_noise(latents, noise, t), t)
+        if latents is None:
+            first, others = (noise, None) if isinstance(noise, Tensor) else (noise[0], noise[1:])
+            return self.finish(denoise(predicts, first, steps, schedule, noise=others, generator=generator), hint)
+        found = partial_diffusion(predicts, latents, steps, schedule, noise=noise, generator=generator)
+        return self.finish(found, hint)
+
+    def finish(self, latents: Tensor, hint: Hint) -> Tensor:
+        """Restored latents as images, with the colors of the pre-restored ones (Eq. 6)."""
+        image = self.decode(latents)
+        return image if self.color_fix is None else self.color_fix(image, hint.image)
+
+    def noise(self, hint: Hint, generator: Generators = None) -> Tensor:
+        """Standard normal noise in the shape of the hint's latents."""
+        return standard_normal(hint.latents, generator)
 
     @torch.no_grad()
     def restore(
@@ -189,100 +212,60 @@ class EDTR(nn.Module):
         generator: Generators = None,
         smallest: int = 0,
         tile: int | None = None,
+        overlap: int | None = None,
     ) -> Tensor:
-        """Restored pictures in [0, 1] of any size.
+        """Restored images in [0, 1], of any size.
 
         Args:
             degraded: (N, 3, H, W) in [0, 1].
-            n: denoising steps.
-            generator: for the noise, on any device.
+            n: denoising steps. The default is this restorer's.
+            generator: for the noise, on any device; one, or one for each image.
             smallest: pad smaller sides to this, and cut the result back. The paper pads to 512.
-            tile: restore larger pictures in overlapping tiles of this size.
+            tile: restore larger images in overlapping tiles of this size, brought to a multiple; the noise is drawn
+                once for the whole image.
+            overlap: pixels that tiles share, at most half of ``tile``; a quarter by default.
         """
-        if tile is not None and max(degraded.shape[2:]) > tile:
+        check_map("degraded", degraded, 3)
+        image, steps = together(degraded, self.multiple, smallest), self.timesteps(n)
+        height, width = (side // self.latent_factor for side in image.shape[2:])
+        channels = self._latents[0].encoder.config.latent_channels
+        like = torch.empty(len(image), channels, height, width, device=image.device)
+        noise = [standard_normal(like, generator) for _ in steps]
 
-            def whole(part: Tensor) -> Tensor:
-                return self.restore(part, n=n, generator=generator, smallest=smallest)
+        def restored(part: Tensor, *noise: Tensor) -> Tensor:
+            image: Tensor = self(self.hint(part), steps, noise=noise)
+            return image
 
-            return tiled(whole, degraded, tile=tile, overlap=tile // 4)
-        hint = self.hint(together(degraded, self.multiple, smallest))
-        restored: Tensor = self(hint, self.timesteps(n), noise=self.noise(hint, generator), generator=generator)
-        return restored[..., : degraded.shape[2], : degraded.shape[3]].clamp(0, 1)
+        if tile is None:
+            found = restored(image, *noise)
+        else:
+            side = -(-check_whole("tile", tile) // self.multiple) * self.multiple
+            found = tiled(
+                restored,
+                image,
+                tile=side,
+                overlap=side // 4 if overlap is None else overlap,
+                fields=noise,
+                step=self.latent_factor,
+            )
+        return found[..., : degraded.shape[2], : degraded.shape[3]].clamp(0, 1)
 
-    def _projected(self, hint: Hint) -> Tensor:
-        prompt = self.prompt.expand(len(hint.latents), -1, -1)
-        residuals, middle = self.controlnet(
-            hint.latents, self.t_p, prompt, controlnet_cond=hint.latents, return_dict=False
-        )
-        size = hint.latents.shape[2:]
-        parts = [
-            F.interpolate(project(part), size=size, mode="nearest")
-            for project, part in zip(self.projection, (*residuals, middle), strict=True)
-        ]
-        return torch.stack(parts).sum(0)
-
-    def _finish(self, latents: Tensor, hint: Hint) -> Tensor:
-        picture = self.decode(latents)
-        if self.color_fix is not None:
-            picture = self.color_fix(picture, hint.picture)
-        return picture
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: Path | str,
-        pre: nn.Module,
-        *,
-        trained: Path | None = None,
-        t_p: int | None = 200,
-        n: int = 1,
-        color_fix: bool = True,
-        prior: bool = True,
-    ) -> "EDTR":
-        """Of a folder in the layout of Stable Diffusion: vae/, unet/, scheduler/, and text_encoder/ with tokenizer/ or
-        prompt.safetensors.
-
-        Args:
-            path: the folder, or a name on the hub that diffusers downloads.
-            pre: the pre-restoration network.
-            trained: what :meth:`save_trained` wrote; else the ControlNet is a copy of the diffusion model.
-            t_p: as above.
-            n: as above.
-            color_fix: as above.
-            prior: False leaves the diffusion model out.
-
-        Raises:
-            ValueError: If a part of it is missing.
-        """
-        parts = load_latent_diffusion(path)
-        model = cls(
-            pre, parts.vae, parts.unet if prior else None, latent_controlnet(parts.unet), parts.prompt, parts.schedule,
-            t_p=t_p, n=n, color_fix=color_fix,
-        )  # fmt: skip
-        if trained is not None:
-            if not trained.is_file():
-                raise ValueError(f"`trained` should be the weights of an EDTR, found no file {trained}.")
-            model.load_state_dict(load_file(trained))
-        return model
-
-    def save_trained(self, file: Path) -> None:
-        """The ControlNet and the decoder, as safetensors."""
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, file)
+    def enable_checkpointing(self) -> None:
+        """Compute activations again in the backward pass, to save memory."""
+        for network in (self.controlnet, self._latents[0].encoder, self._unet.network):
+            network.enable_gradient_checkpointing()
 
 
-def latent_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
-    """A copy of the diffusion model's encoder that reads latents as its hint, silent at first.
+def latent_controlnet(unet: "UNet2DConditionModel") -> "ControlNetModel":
+    """A copy of the diffusion model's encoder that reads latents as its hint, and is silent at first.
 
     The paper's code joins the hint to the noisy latents before the first convolution, by weights that begin at zero;
     here diffusers embeds it with two convolutions and adds it after the first one.
     """
-    channels = unet.config.in_channels
-    return ControlNetModel.from_unet(
-        unet, conditioning_channels=channels, conditioning_embedding_out_channels=(unet.config.block_out_channels[0],)
+    diffusers = require("diffusers", purpose="EDTR", install="diffusers")
+    controlnet: ControlNetModel = diffusers.ControlNetModel.from_unet(
+        unet,
+        conditioning_channels=unet.config.in_channels,
+        conditioning_embedding_out_channels=(unet.config.block_out_channels[0],),
     )
-
-
-def _projections(controlnet: ControlNetModel, channels: int) -> list[nn.Module]:
-    """To latents, from each residual that the ControlNet returns."""
-    inputs = [block.out_channels for block in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block)]
-    return [nn.Conv2d(width, channels, 1) for width in inputs]
+    return controlnet

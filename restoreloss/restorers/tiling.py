@@ -1,4 +1,4 @@
-"""How does a network restore pictures of any size: too large for it at once, too small, or of many sizes together?"""
+"""Images of any size: too large at once, in overlapping tiles; of many sizes, in one batch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,43 +7,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from restoreloss.checks import check_whole
+from restoreloss.images import mirrored
 
-def tiled(function: Callable[[Tensor], Tensor], picture: Tensor, *, tile: int, overlap: int) -> Tensor:
-    """A function of pictures, applied to overlapping tiles and faded from each into the next.
+
+def tiled(
+    function: Callable[..., Tensor],
+    image: Tensor,
+    *,
+    tile: int,
+    overlap: int,
+    fields: Sequence[Tensor] = (),
+    step: int = 1,
+) -> Tensor:
+    """A function of images, applied to overlapping tiles and faded from each into the next.
 
     Args:
-        function: (N, C, h, w) -> (N, C', h, w).
-        picture: (N, C, H, W); sides below ``tile`` are one tile.
+        function: (N, C, h, w), and the part of each of ``fields`` -> (N, C', h, w).
+        image: (N, C, H, W); sides below ``tile`` are one tile.
         tile: side of the tiles in pixels.
-        overlap: pixels that neighbours share at least, from 0 to half a tile.
+        overlap: pixels that neighbors share at least, from 0 to half a tile.
+        fields: maps of the whole image at a ``step`` times lower resolution, (N, c, H / step, W / step). Noise that is
+            drawn once for the whole image lets neighbors agree where they overlap.
+        step: tiles begin at multiples of it; ``tile`` and the sides should be multiples too.
 
     Raises:
-        ValueError: For an overlap out of these bounds.
+        ValueError: For an overlap out of these bounds, and sizes that are no multiples of ``step``.
     """
+    check_whole("tile", tile)
+    check_whole("step", step)
     if not 0 <= overlap <= tile // 2:
         raise ValueError(f"`overlap` should be from 0 to half a tile ({tile // 2}), found {overlap}.")
-    height, width = picture.shape[2:]
+    height, width = image.shape[2:]
+    if height % step or width % step or tile % step:
+        raise ValueError(f"`tile` and the sides should be multiples of {step}, found {tile} and {height}x{width}.")
+    if max(height, width) <= tile:
+        return function(image, *fields)
     total: Tensor | None = None
-    weights = picture.new_zeros(1, 1, height, width)
-    for top in _starts(height, tile, overlap):
-        for left in _starts(width, tile, overlap):
-            place = (..., slice(top, min(top + tile, height)), slice(left, min(left + tile, width)))
-            part = function(picture[place])
+    weights = image.new_zeros(1, 1, height, width)
+    for top in _starts(height, tile, overlap, step):
+        for left in _starts(width, tile, overlap, step):
+            rows, columns = slice(top, min(top + tile, height)), slice(left, min(left + tile, width))
+            coarse = [slice(side.start // step, side.stop // step) for side in (rows, columns)]
+            part = function(image[..., rows, columns], *(field[..., coarse[0], coarse[1]] for field in fields))
             if total is None:
                 total = part.new_zeros(*part.shape[:2], height, width)
             fade = _fade(part.shape[2], overlap, part)[:, None] * _fade(part.shape[3], overlap, part)
-            total[place] += fade * part
-            weights[place] += fade
+            total[..., rows, columns] += fade * part
+            weights[..., rows, columns] += fade
     assert total is not None
     return total / weights
 
 
-def _starts(size: int, tile: int, overlap: int) -> list[int]:
-    """The first pixels of tiles that cover ``size``, evenly apart."""
+def _starts(size: int, tile: int, overlap: int, step: int) -> list[int]:
+    """The first pixels of tiles that cover ``size``, evenly apart, at multiples of ``step``."""
     if size <= tile:
         return [0]
-    count = -(-(size - overlap) // (tile - overlap))
-    return [round(k * (size - tile) / (count - 1)) for k in range(count)]
+    shared = min(overlap + step - 1, tile - step)  # a start moves by less than a step when it is rounded
+    count = -(-(size - shared) // (tile - shared))
+    return [step * round(k * (size - tile) / (count - 1) / step) for k in range(count)]
 
 
 def _fade(size: int, overlap: int, like: Tensor) -> Tensor:
@@ -53,27 +75,54 @@ def _fade(size: int, overlap: int, like: Tensor) -> Tensor:
     return (edge / (overlap + 1)).clamp(max=1)
 
 
-def together(pictures: Tensor | Sequence[Tensor], multiple: int, smallest: int = 0) -> Tensor:
-    """Pictures as one batch: continued by their last pixels, to the right and below, to one size.
+def together(images: Tensor | Sequence[Tensor], multiple: int, smallest: int = 0) -> Tensor:
+    """Images as one batch: continued by their last pixels, to the right and below, to one size.
 
     Args:
-        pictures: (N, 3, H, W), or (3, H, W) of any sizes.
-        multiple: of the sides.
-        smallest: side.
+        images: (N, 3, H, W), or (3, H, W) of any sizes.
+        multiple: what the sides should be multiples of.
+        smallest: the least that the sides should be.
     """
     height, width = (
-        -(-max(smallest, *(picture.shape[dim] for picture in pictures)) // multiple) * multiple for dim in (1, 2)
+        -(-max(smallest, *(image.shape[dim] for image in images)) // multiple) * multiple for dim in (1, 2)
     )
     return torch.cat(
         [
-            F.pad(picture[None], (0, width - picture.shape[2], 0, height - picture.shape[1]), mode="replicate")
-            for picture in pictures
+            F.pad(image[None], (0, width - image.shape[2], 0, height - image.shape[1]), mode="replicate")
+            for image in images
         ]
     )
 
 
-def apart(pictures: Tensor, like: Any) -> Any:
+def apart(images: Tensor, like: Any) -> Any:
     """One batch cut to the sizes, and in the form, of what :func:`together` was given."""
     if isinstance(like, Tensor):
-        return pictures[..., : like.shape[2], : like.shape[3]]
-    return [picture[:, : one.shape[1], : one.shape[2]] for picture, one in zip(pictures, like, strict=True)]
+        return images[..., : like.shape[2], : like.shape[3]]
+    return [image[:, : one.shape[1], : one.shape[2]] for image, one in zip(images, like, strict=True)]
+
+
+def enlarged(images: Tensor, smallest: int) -> Tensor:
+    """Images enlarged (bicubic) until the shorter side is at least ``smallest``."""
+    height, width = images.shape[2:]
+    factor = smallest / min(height, width)
+    if factor <= 1:
+        return images
+    size = (round(height * factor), round(width * factor))
+    return F.interpolate(images, size=size, mode="bicubic", align_corners=False)
+
+
+def reduced(images: Tensor, size: Sequence[int]) -> Tensor:
+    """Images of this size, (height, width), by bicubic interpolation with antialiasing where they have another."""
+    if tuple(images.shape[2:]) == tuple(size):
+        return images
+    return F.interpolate(images, size=tuple(size), mode="bicubic", align_corners=False, antialias=True)
+
+
+def reflected(images: Tensor, multiple: int) -> Tensor:
+    """Images continued to the right and below by reflection, as often as that takes, to multiples of ``multiple``."""
+    for dim in (3, 2):
+        side = images.shape[dim]
+        after = -side % multiple
+        if after:
+            images = images.index_select(dim, mirrored(side, 0, after).to(images.device))
+    return images

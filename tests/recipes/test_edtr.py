@@ -12,30 +12,25 @@ from typing import Any, get_args
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from skimage import data as photos
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from examples.common.data.folder import read_picture
-from examples.common.networks.latent_diffusion import (
-    empty_prompt,
-    scheduler,
-    small_autoencoder,
-    small_prompt,
-    small_unet,
-)
+from examples.common.networks.latent_diffusion import load_latent_diffusion, scheduler
 from examples.edtr import prepare as preparing
 from examples.edtr import restore as restoring
 from examples.edtr.config import Config, MethodName
 from examples.edtr.methods import METHODS
+from examples.edtr.no_prior import NoPrior
 from examples.edtr.train import TASKS, Trainer
 from examples.experiments import edtr as experiment
 from examples.experiments.report import read_runs
-from restoreloss import Alternation, NoiseSchedule, WaveletColorFix
-from restoreloss.restorers.edtr import EDTR, latent_controlnet
-from restoreloss.restorers.tiling import apart, tiled, together
+from restoreloss import Alternation, LatentPrior, NoiseSchedule, WaveletColorFix
+from restoreloss.restorers import EDTR, small_latent_prior
 from tests.helpers.processes import ROOT
+from tests.helpers.restorers import small_edtr
 
 SMALL: dict[str, Any] = {"batch": 4, "train_count": 20, "test_count": 6, "mixture_extent": 0.2, "cpu": True}
 TINY = Config(out=Path(), steps=3, save_every=2, long_steps=3, **SMALL)
@@ -50,17 +45,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trainer(out: Path, prepared: Path, **changes: Any) -> Trainer:
     return Trainer(replace(TINY, out=out, prepared=prepared, **changes))
-
-
-def small_edtr(**options: Any) -> EDTR:
-    torch.manual_seed(0)
-    vae, unet = small_autoencoder(8), small_unet(8)
-    pre = nn.Conv2d(3, 3, 1)
-    prior = unet if options.pop("prior", True) else None
-    edtr = EDTR(pre, vae, prior, latent_controlnet(unet), small_prompt(), NoiseSchedule.scaled_linear(), **options)
-    for block in (*edtr.controlnet.controlnet_down_blocks, edtr.controlnet.controlnet_mid_block):
-        nn.init.normal_(block.weight, std=0.1)  # they begin at zero, and would hide what is told
-    return edtr
 
 
 def state(network: nn.Module) -> dict[str, Tensor]:
@@ -188,13 +172,13 @@ def test_a_step_is_the_algorithm_written_out(tmp_path: Path, prepared: Path) -> 
     noise = torch.cat([torch.randn(1, *z.shape[1:], generator=g) for g in copies])
     a, s = (root.float()[:, None, None, None] for root in (abar[t].sqrt(), (1 - abar[t]).sqrt()))
     z_t = a * z + s * noise
-    unet, vae = edtr._unet.network, edtr._vae[0]  # type: ignore[union-attr]
+    unet, vae = edtr._unet.network, edtr._latents[0].encoder
     prompt = torch.zeros(len(z), 1, 8)
     down, middle = edtr.controlnet(z_t, t, prompt, controlnet_cond=z, return_dict=False)
     eps = unet(z_t, t, prompt, down_block_additional_residuals=down, mid_block_additional_residual=middle).sample
     image = vae.decode((z_t - s * eps) / a / vae.config.scaling_factor).sample / 2 + 0.5
     low = WaveletColorFix().low
-    image = image - low(image) + low(batch.hint.picture)
+    image = image - low(image) + low(batch.hint.image)
     reader.network.eval()
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     wanted = {}
@@ -252,58 +236,8 @@ def test_the_pre_restoration_runs_once_a_step(tmp_path: Path, prepared: Path) ->
 # the restorer
 
 
-def test_only_controlnet_and_decoder_are_its_own() -> None:
-    edtr = small_edtr()
-    assert {name.partition(".")[0] for name in edtr.state_dict()} == {"controlnet", "decoder"}
-    frozen = [edtr._pre, edtr._encoder, edtr._unet]
-    edtr.train().requires_grad_(True)
-    hint = edtr.hint(torch.rand(2, 3, 16, 16))
-    assert not hint.latents.requires_grad
-    edtr(hint, torch.tensor([200, 50]), noise=torch.randn_like(hint.latents)).mean().backward()
-    for held in frozen:
-        assert held is not None and not held.network.training
-        assert all(p.grad is None and not p.requires_grad for p in held.network.parameters())
-    assert all(p.grad is not None for p in edtr.decoder.parameters())
-
-
-def test_restore_takes_any_size_and_stays_in_range() -> None:
-    edtr = small_edtr(n=2).eval()
-    for height, width in ((1, 1), (17, 30), (16, 16)):
-        restored = edtr.restore(torch.rand(1, 3, height, width))
-        assert restored.shape == (1, 3, height, width) and restored.min() >= 0 and restored.max() <= 1
-    picture = torch.rand(1, 3, 16, 16)
-    first, again = (edtr.restore(picture, generator=torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(first, again) and not torch.equal(first, edtr.restore(picture))
-    alone = edtr.restore(picture, generator=[torch.Generator().manual_seed(5)])
-    both = edtr.restore(picture.repeat(2, 1, 1, 1), generator=[torch.Generator().manual_seed(s) for s in (5, 6)])
-    torch.testing.assert_close(both[:1], alone)
-    with pytest.raises(ValueError, match="multiples of 4"):
-        edtr.hint(torch.rand(1, 3, 18, 16))
-
-
-def test_small_pictures_are_padded_and_cut_back() -> None:
-    edtr = small_edtr().eval()
-    seen: list[tuple[int, ...]] = []
-    edtr._pre.network.register_forward_hook(lambda m, i, o: seen.append(tuple(o.shape[2:])))
-    assert edtr.restore(torch.rand(1, 3, 20, 31), smallest=32).shape == (1, 3, 20, 31)
-    assert seen == [(32, 32)]
-
-
-def test_from_noise_does_not_know_the_latents_but_as_a_hint() -> None:
-    noise = torch.randn(1, 4, 8, 8)
-    picture = torch.rand(1, 3, 16, 16)
-    for t_p, same in ((None, True), (200, False)):
-        edtr = small_edtr(t_p=t_p).eval()
-        for block in (*edtr.controlnet.controlnet_down_blocks, edtr.controlnet.controlnet_mid_block):
-            nn.init.zeros_(block.weight)  # tells nothing
-        edtr.color_fix = None
-        results = [edtr(edtr.hint(x), edtr.timesteps(), noise=noise) for x in (picture, 1 - picture)]
-        assert torch.equal(*results) == same
-    assert small_edtr(t_p=None).timesteps(2) == [999, 499]
-
-
 def test_without_prior_the_controlnet_restores_alone() -> None:
-    edtr = small_edtr(prior=False)
+    edtr = small_edtr(NoPrior)
     hint = edtr.hint(torch.rand(1, 3, 16, 16))
     edtr(hint, [200], noise=torch.zeros_like(hint.latents)).mean().backward()
     assert all(
@@ -311,89 +245,29 @@ def test_without_prior_the_controlnet_restores_alone() -> None:
     )
 
 
-def test_checkpointing_changes_no_number() -> None:
-    gradients = []
-    for again in (False, True):
-        edtr = small_edtr()
-        if again:
-            edtr.enable_checkpointing()
-        hint = edtr.hint(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
-        edtr(hint, torch.tensor([200]), noise=torch.ones_like(hint.latents)).square().mean().backward()
-        gradients.append([p.grad for p in edtr.parameters() if p.grad is not None])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
-
-
 def test_folders_of_stable_diffusion_are_read(tmp_path: Path) -> None:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    (tmp_path / "words").mkdir()
-    (tmp_path / "words" / "vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}))
-    (tmp_path / "words" / "merges.txt").write_text("#version: 0.2\n")
-    words = CLIPTokenizer(str(tmp_path / "words/vocab.json"), str(tmp_path / "words/merges.txt"), model_max_length=7)
-    torch.manual_seed(0)
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=3, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=7, bos_token_id=0, eos_token_id=1,
-        )
-    ).eval()  # fmt: skip
-    parts = {
-        "vae": small_autoencoder(8), "unet": small_unet(8), "scheduler": scheduler(), "text_encoder": text,
-        "tokenizer": words,
-    }  # fmt: skip
+    prior, prompt = small_latent_prior(8), torch.randn(1, 3, 8)
+    parts = {"vae": prior.encoder.encoder, "unet": prior.denoiser.model, "scheduler": scheduler()}
     for name, part in parts.items():
         part.save_pretrained(tmp_path / "sd" / name)
-    prompt = empty_prompt(tmp_path / "sd")
-    tokens = torch.tensor([[0, 1, 1, 1, 1, 1, 1]])
-    torch.testing.assert_close(prompt, text(tokens).last_hidden_state)
-    edtr = EDTR.from_pretrained(tmp_path / "sd", nn.Identity())
-    assert edtr.restore(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)
-    edtr.save_trained(tmp_path / "trained.safetensors")
-    again = EDTR.from_pretrained(tmp_path / "sd", nn.Identity(), trained=tmp_path / "trained.safetensors")
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in edtr.state_dict().items())
-    for name in ("vae", "unet", "text_encoder"):
+    save_file({"prompt": prompt}, tmp_path / "sd" / "prompt.safetensors")
+    torch.manual_seed(0)
+    edtr = EDTR(nn.Identity(), load_latent_diffusion(tmp_path / "sd"))
+    torch.manual_seed(0)
+    wanted = EDTR(nn.Identity(), LatentPrior(*list(parts.values())[:2], prompt, schedule=NoiseSchedule.scaled_linear()))
+    image = torch.rand(1, 3, 16, 16)
+    found, wanted_image = (model.restore(image, generator=torch.Generator().manual_seed(1)) for model in (edtr, wanted))
+    torch.testing.assert_close(found, wanted_image)
+    for name in ("vae", "unet"):
         parts[name].half().save_pretrained(tmp_path / "sd" / name)
-    half = EDTR.from_pretrained(tmp_path / "sd", nn.Identity())
+    half = EDTR(nn.Identity(), load_latent_diffusion(tmp_path / "sd"))
     assert half.restore(torch.rand(1, 3, 16, 16)).dtype == torch.float32
-    (tmp_path / "words" / "vae").mkdir()
+    (tmp_path / "words" / "vae").mkdir(parents=True)
     with pytest.raises(ValueError, match="unet/"):
-        EDTR.from_pretrained(tmp_path / "words", nn.Identity())
-    with pytest.raises(ValueError, match="no file"):
-        EDTR.from_pretrained(tmp_path / "sd", nn.Identity(), trained=tmp_path / "none")
+        load_latent_diffusion(tmp_path / "words")
 
 
 # pictures
-
-
-def test_tiles_of_a_pointwise_function_are_its_whole() -> None:
-    picture = torch.rand(2, 3, 37, 50, dtype=torch.float64)
-    for tile, overlap in ((16, 0), (16, 4), (16, 8), (40, 10), (64, 16)):
-        torch.testing.assert_close(tiled(torch.square, picture, tile=tile, overlap=overlap), picture.square())
-
-
-def test_tiles_fade_into_each_other() -> None:
-    count = [0.0]
-
-    def constant(part: Tensor) -> Tensor:
-        count[0] += 1
-        return torch.full_like(part, count[0])
-
-    row = tiled(constant, torch.zeros(1, 1, 8, 24, dtype=torch.float64), tile=16, overlap=8)[0, 0, 0]
-    assert torch.equal(row[:8], torch.ones(8).double()) and torch.equal(row[16:], torch.full((8,), 2.0).double())
-    steps = row.diff()[7:16]
-    assert (steps > 0).all() and steps.max() < 0.2
-    with pytest.raises(ValueError, match="half a tile"):
-        tiled(constant, torch.zeros(1, 1, 8, 24), tile=16, overlap=9)
-
-
-def test_together_and_apart() -> None:
-    pictures = [torch.rand(3, 5, 9), torch.rand(3, 8, 4)]
-    batch = together(pictures, 4)
-    assert batch.shape == (2, 3, 8, 12)
-    assert torch.equal(batch[0, :, 7, 11], pictures[0][:, 4, 8])
-    assert all(torch.equal(one, other) for one, other in zip(apart(batch, pictures), pictures, strict=True))
-    assert together(torch.rand(2, 3, 8, 8), 4, 16).shape == (2, 3, 16, 16)
 
 
 def test_a_folder_is_restored(tmp_path: Path, prepared: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -425,15 +299,6 @@ def test_restoring_pads_as_the_run_did(tmp_path: Path, prepared: Path, monkeypat
     monkeypatch.setattr(EDTR, "hint", lambda self, degraded: seen.append(degraded.shape[2:]) or hint(self, degraded))
     restoring.main(["--run", str(tmp_path / "run"), "--device", "cpu", str(tmp_path / "pictures"), str(tmp_path / "o")])
     assert seen == [(64, 64)]
-
-
-def test_half_precision_decodes_to_more_than_its_own_levels() -> None:
-    edtr = small_edtr(color_fix=True)
-    ramp = torch.linspace(0.5, 1, 64 * 64).reshape(1, 1, 64, 64).expand(1, 3, -1, -1)
-    with torch.autocast("cpu", torch.bfloat16):
-        hint = edtr.hint(ramp)
-        picture = edtr(hint, 200, noise=edtr.noise(hint))
-    assert hint.picture.dtype == hint.latents.dtype == picture.dtype == torch.float32
 
 
 def test_the_pre_restoration_learns_from_patches(tmp_path: Path) -> None:

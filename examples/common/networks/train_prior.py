@@ -16,9 +16,10 @@ from examples.common.data.tasks import TaskData, collate, to_device
 from examples.common.engine.batches import chance
 from examples.common.engine.options import DataOptions, Degradation, RunOptions
 from examples.common.engine.recipe import Recipe, Stage
-from examples.common.networks.latent_diffusion import scheduler, small_autoencoder, small_prompt, small_unet
+from examples.common.networks.latent_diffusion import scheduler
 from restoreloss import Alternation, NoiseSchedule, Phase
 from restoreloss.frozen import bare
+from restoreloss.restorers.shapes import small_autoencoder, small_prompt, small_unet
 from restoreloss.restorers.tiling import together
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from restoreloss import DiffLoss, LatentPrior, NoiseSchedule
 from restoreloss.diffusion.latents import LatentEncoder, denormalize_latents, normalize_latents
-from restoreloss.restorers.edtr import EDTR
-from restoreloss.restorers.unirestore import UniRestore
+from restoreloss.restorers import EDTR, UniRestore
+from restoreloss.restorers.shapes import small_prompt, small_unet
 from tests.helpers.networks import tiny_autoencoder, tiny_unet
 
 MEAN, STD = [1.0, -2.0, 0.5, 3.0], [2.0, 4.0, 0.5, 8.0]
@@ -85,18 +85,20 @@ def test_statistics_that_do_not_say_all_are_refused(config: dict[str, Any]) -> N
 
 
 @torch.no_grad()
-def test_the_recipes_use_the_same_formula() -> None:
+def test_the_restorers_use_the_same_formula() -> None:
     vae = tiny_autoencoder(scaling_factor=0.5, latents_mean=MEAN, latents_std=STD, norm_num_groups=4).eval()
     expected = by_channel(vae.encode(IMAGE).latent_dist.mode(), 0.5)
-    picture = vae.decode(vae.encode(IMAGE).latent_dist.mode()).sample / 2 + 0.5
-    model: Any = SimpleNamespace(_vae=[vae], _encoder=SimpleNamespace(network=None))
-    latents = EDTR.encode(model, (IMAGE + 1) / 2)
+    image = vae.decode(vae.encode(IMAGE).latent_dist.mode()).sample / 2 + 0.5
+    prior = LatentPrior(vae, small_unet(8), small_prompt(), schedule=NoiseSchedule.linear())
+    edtr = EDTR(nn.Identity(), prior)
+    latents = edtr.encode((IMAGE + 1) / 2)
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(EDTR.decode(model, latents), picture, rtol=1e-4, atol=1e-4)
-    model = SimpleNamespace(multiple=1, _vae=SimpleNamespace(network=vae), cfrm=None, tfa=None)
-    latents, skips = UniRestore.encode(model, (IMAGE + 1) / 2, restored=False)
+    torch.testing.assert_close(edtr.decode(latents), image, rtol=1e-4, atol=1e-4)
+    blocks = [0] * (len(vae.config.block_out_channels) - 1)
+    model = UniRestore(prior, adapters=False, cfrm_blocks=blocks, control_channels=8)
+    latents, skips = model.encode((IMAGE + 1) / 2, restored=False)
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(UniRestore.decode(model, latents, skips, "see"), picture, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.decode(latents, skips, "see"), image, rtol=1e-4, atol=1e-4)
 
 
 def autoencoders() -> dict[str, nn.Module]:

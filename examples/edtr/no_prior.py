@@ -1,0 +1,58 @@
+"""EDTR without its diffusion model: the ablation of Table 2, row 7."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import ControlNetModel
+from torch import Tensor, nn
+
+from restoreloss import LatentPrior
+from restoreloss.generators import Generators
+from restoreloss.restorers.edtr import EDTR, Hint
+
+
+class NoPrior(EDTR):
+    """The restored latents are the hint plus a projection of what the ControlNet returns.
+
+    Args:
+        pre: see :class:`EDTR`, as the others.
+        prior: its U-Net is what the ControlNet is a copy of, and is not asked.
+        t_p: the timestep that the ControlNet is told.
+        n: denoising steps, of which there are none.
+        color_fix: as there.
+    """
+
+    def __init__(
+        self, pre: nn.Module, prior: LatentPrior, *, t_p: int | None = 200, n: int = 1, color_fix: bool = True
+    ) -> None:
+        super().__init__(pre, prior, t_p=t_p, n=n, color_fix=color_fix)
+        self.projection = nn.ModuleList(_projections(self.controlnet))
+
+    def forward(
+        self,
+        hint: Hint,
+        steps: int | Tensor | Sequence[int],
+        *,
+        noise: Tensor | Sequence[Tensor],
+        latents: Tensor | None = None,
+        generator: Generators = None,
+        noise_only: bool = False,
+    ) -> Tensor:
+        """The image, (N, 3, H, W); arguments as in :class:`EDTR`, of which ``hint`` alone is used."""
+        prompt = self.prompt.expand(len(hint.latents), -1, -1)
+        residuals, middle = self.controlnet(
+            hint.latents, self.t_p, prompt, controlnet_cond=hint.latents, return_dict=False
+        )
+        size = hint.latents.shape[2:]
+        parts = [
+            F.interpolate(project(part), size=size, mode="nearest")
+            for project, part in zip(self.projection, (*residuals, middle), strict=True)
+        ]
+        return self.finish(hint.latents + torch.stack(parts).sum(0), hint)
+
+
+def _projections(controlnet: ControlNetModel) -> list[nn.Module]:
+    """Convolutions to latents, from each residual that the ControlNet returns."""
+    widths = [block.out_channels for block in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block)]
+    return [nn.Conv2d(width, controlnet.config.in_channels, 1) for width in widths]
