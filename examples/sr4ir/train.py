@@ -32,6 +32,7 @@ from examples.sr4ir.config import Config
 from examples.sr4ir.methods import METHODS, Method
 from restoreloss import Alternation, CQMix, Phase, TDPLoss
 from restoreloss.frozen import bare
+from restoreloss.objectives.base import total
 
 logger = logging.getLogger(__name__)
 
@@ -186,10 +187,8 @@ class Trainer(Recipe[Batch]):
         terms = {"pixel": _pixel(restored, batch.hr)}
         if self._active("tdp", batch) and self.tdp is not None:
             # unlike TDPLoss, with gradient into H from both sides: the mistake that this ablation is about
-            seen, wanted = self.tdp.features(restored), self.tdp.features(batch.hr)
-            weights = self.tdp.layer_weights
-            distances = [weights.get(name, 1 / len(seen)) * F.l1_loss(seen[name], wanted[name]) for name in seen]
-            terms["tdp"] = self.method.restorer_terms["tdp"] * self.config.tdp_weight * torch.stack(distances).sum()
+            distances = self.tdp.compare(self.tdp.features(restored), self.tdp.features(batch.hr))
+            terms["tdp"] = self.method.restorer_terms["tdp"] * self.config.tdp_weight * total(distances)
         terms["task"] = self._task_loss({"hr": batch.hr, "sr": restored}, batch)
         return terms
 

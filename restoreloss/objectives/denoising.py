@@ -41,7 +41,8 @@ class DenoisingLoss(nn.Module):
         distance: "l1" | "mse" | "rms" | "l2"; the default is "l1" with NoiseLevels and "mse" else.
         timesteps: (low, high), low included. The default is all levels that hold noise.
         weights: :math:`\gamma_t`, one for each timestep of the schedule; 1 by default.
-        input_range: of the images; the library maps it to what the schedule's models read.
+        input_range: of the images; the library maps it to what the schedule's models read. None leaves what is given
+            as it is and unchecked: latents have no range.
         reduction: over samples: "mean" | "sum" | "none".
 
     Raises:
@@ -72,7 +73,7 @@ class DenoisingLoss(nn.Module):
         distance: Distance | None = None,
         timesteps: tuple[int, int] | None = None,
         weights: Tensor | Sequence[float] | None = None,
-        input_range: tuple[float, float] = (0.0, 1.0),
+        input_range: tuple[float, float] | None = (0.0, 1.0),
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
@@ -94,8 +95,8 @@ class DenoisingLoss(nn.Module):
         self.schedule = schedule
         self.distance: Distance = distance
         self.reduction: Reduction = reduction
-        self.input_range = check_range(input_range)
-        self._range = RangeWatch(self.input_range)
+        self.input_range = None if input_range is None else check_range(input_range)
+        self._range = None if self.input_range is None else RangeWatch(self.input_range)
         chosen = (schedule.first_timestep, schedule.num_timesteps) if timesteps is None else timesteps
         if not isinstance(chosen, Sequence) or isinstance(chosen, str) or len(chosen) != 2:
             raise ValueError(f"`timesteps` should be two integers (low, high), found {describe(timesteps)}.")
@@ -124,7 +125,8 @@ class DenoisingLoss(nn.Module):
         """The one term, "denoising". Arguments as in :meth:`forward`."""
         check_images("clean", clean)
         check_generators(generator, len(clean))
-        self._range.look({"clean": clean})
+        if self._range is not None:
+            self._range.look({"clean": clean})
         if timestep is None:
             timestep = stratified(*self.timesteps, len(clean), generator, clean.device)
         if noise is None:
@@ -133,7 +135,7 @@ class DenoisingLoss(nn.Module):
             raise ValueError(f"`noise` should be float {tuple(clean.shape)} like `clean`, found {describe(noise)}.")
         noise = noise.to(clean.device)
         t = self.schedule.expand_timestep(timestep, clean)
-        x = into_range(clean, self.input_range, self.schedule.model_range)
+        x = clean if self.input_range is None else into_range(clean, self.input_range, self.schedule.model_range)
         answer = prediction_in(self._denoiser[0](self.schedule.add_noise(x, noise, t), t))
         if answer.ndim != 4 or answer.shape[1] < x.shape[1]:
             raise ValueError(f"`denoiser` should return images like {tuple(x.shape)}, found {tuple(answer.shape)}.")

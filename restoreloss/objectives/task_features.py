@@ -89,10 +89,25 @@ class TDPLoss(Objective):
         """The weighted distance at each layer, by its name. Arguments as in :meth:`forward`."""
         pairs = _pairs(restored, target)
         self._range.look({"restored": pairs[0][0], "target": pairs[0][1]})
-        seen_in_restored, seen_in_target = self._look(restored, target)
-        return _distances(
-            seen_in_restored, seen_in_target, self.layer_weights, self.distance, self.reduction, len(target)
-        )
+        return self.compare(*self._look(restored, target), count=len(target))
+
+    def compare(
+        self, seen: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, count: int | None = None
+    ) -> dict[str, Tensor]:
+        """The weighted distance of features that were taken elsewhere, at each layer, with their own gradient.
+
+        Args:
+            seen: by the name of the layer, as ``features(images)`` of this loss or ``recording()`` of its extractor
+                gives them.
+            wanted: likewise.
+            count: how many images they are of. Default: the first dimension of the features.
+
+        Returns:
+            The terms of :meth:`terms`.
+        """
+        _check_shapes(seen, wanted, "seen", "wanted")
+        count = len(next(iter(wanted.values()))) if count is None else count
+        return _distances(seen, wanted, self.layer_weights, self.distance, self.reduction, count)
 
     def forward(self, restored: Images, target: Images) -> Tensor:
         """The loss.

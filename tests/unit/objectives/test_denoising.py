@@ -1,4 +1,4 @@
-"""Does the denoising loss ask the network for the right answer, and train nothing but the network?"""
+"""The denoising loss asks the network for the right answer, and trains nothing but the network."""
 
 import math
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from restoreloss import DenoisingLoss, NoiseLevels, NoiseSchedule, as_denoiser
 from tests.helpers.networks import tiny_unet
@@ -307,3 +308,28 @@ def test_a_denoiser_that_gives_noise_is_refused_where_the_network_gives_somethin
     levels = NoiseLevels.ir_sde()
     with pytest.raises(ValueError, match="the network itself"):
         DenoisingLoss(as_denoiser(lambda x, t: x, levels), levels)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("count", [1, 3])
+def test_latents_are_denoised_as_they_are(count: int) -> None:
+    """EDTR's noise term (Eq. 2) and UniRestore's Eq. 3, to the bit for each sample."""
+    clean, noise = (3 * normal(count, 4, 6, 10, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    unet, t = Network(torch.float32), torch.tensor([900, 5, 300][:count])
+    schedule = NoiseSchedule.scaled_linear()
+    z_t = schedule.add_noise(clean, noise, t)
+    with torch.no_grad():
+        eps = unet(z_t, t)
+        answers = {"epsilon": (unet, noise, eps)}
+        answers["sample"] = (
+            lambda z, t: schedule.predict_x0(z, unet(z, t), t),
+            clean,
+            schedule.predict_x0(z_t, eps, t),
+        )
+        for kind, (denoiser, target, answer) in answers.items():
+            own = NoiseSchedule.scaled_linear(prediction_type=kind)  # type: ignore[arg-type]
+            loss = DenoisingLoss(denoiser, own, input_range=None, reduction="none")
+            found = loss(clean, timestep=t, noise=noise)
+            assert torch.equal(found, torch.stack([F.mse_loss(a, b) for a, b in zip(answer, target, strict=True)]))
+            # the mean of the samples' means is rounded once more than the mean of all numbers
+            torch.testing.assert_close(found.mean(), F.mse_loss(answer, target), rtol=1e-6, atol=0)

@@ -815,3 +815,21 @@ def test_checkpointed_networks_are_seen_as_others_while_they_rest_in_the_backwar
     expected = value_and_gradient(loss, z, x)
     if found is not None:
         torch.testing.assert_close(found, expected)
+
+
+def test_features_taken_elsewhere_are_compared_with_their_gradient():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    loss = TDPLoss(network, ["0", "2"], normalize=None, layer_weights={"0": 0.25, "2": 2.0})
+    one, other = torch.rand(2, 3, 8, 8, requires_grad=True), torch.rand(2, 3, 8, 8)
+    found = loss.compare(loss.features(one), loss.features(other))
+    expected = loss.terms(one, other)
+    assert list(found) == ["0", "2"] and all(torch.equal(found[name], expected[name]) for name in found)
+    sum(found.values()).backward()
+    by_hand = (
+        0.25 * (network[0](one) - network[0](other)).abs().mean() + 2 * (network(one) - network(other)).abs().mean()
+    )
+    weights = list(network.parameters())
+    gradients = [weight.grad.clone() for weight in weights]
+    torch.testing.assert_close(gradients, list(torch.autograd.grad(by_hand, weights)))
+    with pytest.raises(ValueError, match="Layer '0' should return one shape for both images, found .* for `seen`"):
+        loss.compare(loss.features(one), loss.features(other[:1]))
