@@ -72,9 +72,9 @@ def importance(size: int, samples: int, rounds: int) -> float:
     def measure(loop: bool) -> Callable[[], object]:
         def run() -> None:
             estimate = ParameterImportance(network, chunk_size=samples)
-            estimate._loop = loop
+            estimate._one_by_one = loop
             estimate.accumulate(loss_fn, data)
-            if estimate._loop != loop:
+            if estimate._one_by_one != loop:
                 raise SystemExit("torch.func should take the gradients of this network.")
             found[loop] = estimate.importance()
 

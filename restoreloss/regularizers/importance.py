@@ -1,13 +1,12 @@
-"""How is a network kept from forgetting what it was pre-trained for? Its important parameters are held in place.
+"""ParameterImportance: a penalty that holds in place the parameters that an earlier training needs.
 
-:class:`ParameterImportance` measures, on the data of the first training, how much each parameter matters to it, and in
+It measures, on the data of the first training, how much each parameter matters to it, and in
 the second training charges for moving away. The charge is a loss to add, or a gradient to add to the others'.
 """
 
-import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -19,10 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from restoreloss.checks import check_callable, check_choice, check_number, check_whole, describe
 from restoreloss.frozen import RunMode, bare, in_mode
 from restoreloss.regularizers.layer_decay import layer_of
-from restoreloss.regularizers.per_sample import Estimator, PerSample, batch_size, rows
+from restoreloss.regularizers.per_sample import Estimator, PerSample
 from restoreloss.sharding import cut_like, is_sharded, whole
-
-logger = logging.getLogger(__name__)
 
 Normalize = Literal["sum", "mean"]
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
@@ -114,7 +111,7 @@ class ParameterImportance(nn.Module):
         self.chunk_size = check_whole("chunk_size", chunk_size)
         self._model = (model,)  # in a tuple: not registered
         self.layer_weights = {} if layer_weights is None else layer_weights
-        self._loop = self._warned = False
+        self._one_by_one = self._warned = False
         self._attached: list[RemovableHandle] = []
         self._open()
 
@@ -193,51 +190,14 @@ class ParameterImportance(nn.Module):
             )
         self._check_anchor()
         sums = {name: torch.zeros_like(p, dtype=_exact(p)) for name, p in parameters.items()}
-        function = PerSample(model, loss_fn, self.estimator)
+        gradients = PerSample(model, loss_fn, self.estimator, one_by_one=self._one_by_one)
         count = 0
         with in_mode(model, self.mode):
             for batch in batches:
-                count += self._add(function, parameters, sums, batch, generator)
+                count += gradients.add_moments(sums, parameters, batch, chunk=self.chunk_size, generator=generator)
+        self._one_by_one = gradients.one_by_one
         self._keep(parameters, sums, count)
         return int(self._buffer("samples"))
-
-    def _add(
-        self,
-        function: "PerSample",
-        parameters: Mapping[str, nn.Parameter],
-        sums: dict[str, Tensor],
-        batch: Any,
-        generator: torch.Generator | None,
-    ) -> int:
-        size = batch_size(batch)
-        power = 2 if self.estimator in ("fisher", "gn") else 1
-        for start in range(0, size, self.chunk_size):
-            chunk = rows(batch, start, start + self.chunk_size)
-            signs = function.signs(chunk, generator)
-            for gradients in self._gradients(function, parameters, chunk, signs):
-                moments = {name: g.to(sums[name].dtype).abs().pow(power).sum(0) for name, g in gradients.items()}
-                wrong = [name for name, moment in moments.items() if not bool(moment.isfinite().all())]
-                if wrong:
-                    raise ValueError(f"Gradients of single samples should be finite, found NaN or infinity in {wrong}.")
-                for name, moment in moments.items():
-                    sums[name] += moment
-        return size
-
-    def _gradients(
-        self, function: "PerSample", parameters: Mapping[str, nn.Parameter], chunk: Any, signs: Tensor | None
-    ) -> Iterator[dict[str, Tensor]]:
-        """(n, ...) for each parameter, for all samples or one by one where that does not work."""
-        if not self._loop:
-            try:
-                yield function.at_once(parameters, chunk, signs)
-                return
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-                logger.info("Gradients are taken one by one: %s", str(error).partition("\n")[0])
-        for found in function.one_by_one(parameters, chunk, signs):
-            self._loop = True  # known to work only now: what fails both ways is the caller's mistake, and is raised
-            yield found
 
     def begin_task(self) -> None:
         """Hold what was learned until now as well: importances to come have the parameters of this moment as anchor.
@@ -356,7 +316,7 @@ class ParameterImportance(nn.Module):
                 weight = self.strength * self._layer_weight(name) / count
                 _check_shape(name, parameter, omega)
                 device = parameter.device  # the network may have moved since
-                omega, anchor = (cut_like(each.to(device), parameter) for each in (omega, anchor))
+                omega, anchor = (cut_like(one.to(device), parameter) for one in (omega, anchor))
                 yield parameter, omega, anchor, weight
 
     def _nothing_charged(self) -> Tensor:

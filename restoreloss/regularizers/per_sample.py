@@ -1,5 +1,6 @@
 """Gradients of single samples: all at once by torch.func, or one by one where a network does not allow that."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -12,16 +13,85 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from restoreloss.checks import describe
 
+logger = logging.getLogger(__name__)
+
 Estimator = Literal["taylor2", "fisher", "mas", "gn", "l2sp"]
 
 
 class PerSample:
-    """Gradients of single samples of what an estimator asks for."""
+    """Gradients of single samples of what an estimator asks for.
 
-    def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], estimator: Estimator) -> None:
+    Args:
+        model: the network.
+        loss_fn: ``loss_fn(model, batch)``.
+        estimator: see :class:`ParameterImportance`.
+        one_by_one: whether it is known that the network does not allow all at once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        estimator: Estimator,
+        *,
+        one_by_one: bool = False,
+    ) -> None:
         self.model, self.loss_fn, self.estimator = model, loss_fn, estimator
+        self.one_by_one = one_by_one
         self.mutates = False
         self.runner = _Runner(model, self._value)
+
+    def add_moments(
+        self,
+        sums: dict[str, Tensor],
+        parameters: Mapping[str, nn.Parameter],
+        batch: Any,
+        *,
+        chunk: int,
+        generator: torch.Generator | None,
+    ) -> int:
+        """Add the absolute gradients of all samples, or their squares, to ``sums``, and return how many samples.
+
+        Args:
+            sums: by the name of the parameter.
+            parameters: by name.
+            batch: of N samples.
+            chunk: samples whose gradients are held at once.
+            generator: of the signs of "gn".
+
+        Raises:
+            ValueError: For a batch without samples in common, and a gradient that is not finite.
+        """
+        size = batch_size(batch)
+        power = 2 if self.estimator in ("fisher", "gn") else 1
+        for start in range(0, size, chunk):
+            samples = rows(batch, start, start + chunk)
+            for gradients in self._gradients(parameters, samples, self.signs(samples, generator)):
+                moments = {name: g.to(sums[name].dtype).abs().pow(power).sum(0) for name, g in gradients.items()}
+                wrong = [name for name, moment in moments.items() if not bool(moment.isfinite().all())]
+                if wrong:
+                    raise ValueError(f"Gradients of single samples should be finite, found NaN or infinity in {wrong}.")
+                for name, moment in moments.items():
+                    sums[name] += moment
+        return size
+
+    def _gradients(
+        self, parameters: Mapping[str, nn.Parameter], chunk: Any, signs: Tensor | None
+    ) -> Iterator[dict[str, Tensor]]:
+        """(n, ...) for each parameter, of all samples or of one after the other where that does not work."""
+        if not self.one_by_one:
+            try:
+                yield self._at_once(parameters, chunk, signs)
+                return
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+                logger.info("Gradients are taken one by one: %s", str(error).partition("\n")[0])
+        for found in self._in_turn(parameters, chunk, signs):
+            self.one_by_one = (
+                True  # known to work only now: what fails both ways is the caller's mistake, and is raised
+            )
+            yield found
 
     def signs(self, chunk: Any, generator: torch.Generator | None) -> Tensor | None:
         """Random +-1 for each number of the output."""
@@ -33,7 +103,7 @@ class PerSample:
         bits = torch.randint(0, 2, output.shape, generator=generator, device=device)
         return (2 * bits - 1).to(output)
 
-    def at_once(self, parameters: Mapping[str, nn.Parameter], chunk: Any, signs: Tensor | None) -> dict[str, Tensor]:
+    def _at_once(self, parameters: Mapping[str, nn.Parameter], chunk: Any, signs: Tensor | None) -> dict[str, Tensor]:
         """(n, ...) for each parameter, of a chunk of n samples."""
         tensors = [leaf for leaf in tree_leaves((chunk, signs)) if isinstance(leaf, Tensor)]
 
@@ -49,7 +119,7 @@ class PerSample:
         found: dict[str, Tensor] = vmap(grad(value), in_dims=(None, 0), randomness="different")(weights, tensors)
         return found
 
-    def one_by_one(
+    def _in_turn(
         self, parameters: Mapping[str, nn.Parameter], chunk: Any, signs: Tensor | None
     ) -> Iterator[dict[str, Tensor]]:
         """(1, ...) for each parameter, of one sample after the other."""

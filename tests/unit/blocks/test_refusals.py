@@ -197,7 +197,7 @@ def test_timesteps_need_not_be_read_where_gradients_of_samples_are_taken_at_once
     importance = ParameterImportance(model)
     batch = features(3, 3, 4, 4), torch.tensor([3, 20, 45])
     importance.accumulate(lambda model, batch: model(*batch).square().mean(), [batch])
-    assert not importance._loop
+    assert not importance._one_by_one
 
 
 @pytest.mark.parametrize(

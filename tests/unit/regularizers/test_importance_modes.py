@@ -118,7 +118,7 @@ def test_statistics_do_not_move_and_normalize_each_sample_by_itself(mode: Any, t
     before = copy.deepcopy(model.state_dict())
     importance = ParameterImportance(model, mode=mode)
     importance.accumulate(squared, [images])
-    assert importance._loop != traceable
+    assert importance._one_by_one != traceable
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     by_hand = copy.deepcopy(model)
