@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor, nn
 
 from restoreloss._optional import require
@@ -75,7 +76,7 @@ class CFRM(nn.Module):
         # both attentions scale whole channels: GAP(u w) = w GAP(u), so that u is read once and scaled once
         pooled = u.mean(dim=(2, 3), keepdim=True)
         weight = self.intra(pooled)
-        inter = self.inter(pooled * weight).repeat_interleave(weight.shape[1] // self.groups, dim=1)
+        inter = repeat(self.inter(pooled * weight), "n g 1 1 -> n (g c) 1 1", c=weight.shape[1] // self.groups)
         restored: Tensor = h + self.merge(u * (weight * inter))
         return restored
 

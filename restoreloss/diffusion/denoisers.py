@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from restoreloss.checks import check_whole, describe, signature_of
@@ -207,7 +208,7 @@ class Denoiser(nn.Module):
         if self._patch is None or h.ndim != 3:
             return h
         rows, columns = (side // self._patch for side in noisy.shape[-2:])
-        return h.transpose(1, 2).reshape(len(h), -1, rows, columns)
+        return rearrange(h, "n (h w) c -> n c h w", h=rows, w=columns)
 
     def _run(self, cast: Tensor, t: Tensor) -> Any:
         conditioning = _rows(self.conditioning, like=cast, dtype=cast.dtype)
