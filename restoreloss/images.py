@@ -79,6 +79,10 @@ def into_range(image: Tensor, source: tuple[float, float], target: tuple[float, 
     return to_unit_range(image, source) * ((high - low) / 2) + (low + high) / 2
 
 
+_TELLING = 192
+"""Numbers in an image that tell something by what they are not: 8 x 8 pixels of three channels."""
+
+
 class RangeWatch:
     """Warns once where images can hardly span the range that the caller promised.
 
@@ -131,7 +135,7 @@ def warn_if_out_of_range(
         if made and low == 0:
             outside |= -1.005 * high <= darkest <= -0.9 * high and 0.75 * high <= brightest <= 1.005 * high
         # photographs without one pixel in the lower half of a signed range, or in the upper 99 % of a wide one
-        narrow = darkest < brightest and (not made or settled)
+        narrow = image.numel() >= _TELLING and darkest < brightest and (not made or settled)
         inside = narrow and (low < 0 <= darkest or (span > 2 and brightest - low <= span / 100))
         if outside or inside:
             found.append(f"`{name}` spans [{darkest:.4g}, {brightest:.4g}]")

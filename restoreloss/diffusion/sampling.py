@@ -96,6 +96,8 @@ def partial_diffusion(
     """
     schedule = _schedule(denoiser, schedule)
     _check_images("x", x, generator)
+    if not (noise is None or isinstance(noise, Tensor | Sequence)):
+        raise ValueError(f"`noise` should be a tensor, or one for each step, found {describe(noise)}.")
     others = None if noise is None or isinstance(noise, Tensor) else noise[1:]
     start = noise if noise is None or isinstance(noise, Tensor) else next(iter(noise), None)
     if start is None:

@@ -130,7 +130,7 @@ def test_half_and_single_precision_may_meet(restored, target):
 def test_clearly_wrong_range_warns_with_both_ranges(spans, input_range):
     expected = rf"`target` spans \[{spans[0]}, {spans[1]}\] .* \({input_range[0]:g}, {input_range[1]:g}\)"
     with pytest.warns(UserWarning, match=expected):
-        warn_if_out_of_range({"target": spanning(*spans)}, input_range)
+        warn_if_out_of_range({"target": spanning(*spans, (1, 3, 8, 8))}, input_range)
 
 
 @pytest.mark.parametrize("name", ["restored", "student_images"])
