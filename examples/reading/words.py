@@ -1,7 +1,8 @@
 """Rendered lines of text, clean and degraded: English words or codes in fonts of packages, a pure function of the seed.
 
-Words and fonts of training and test are disjoint. The words are those of the definitions of ImageNet's classes, which
-timm ships; the fonts are those of matplotlib and of the ``font-*`` packages of the extra ``restoreloss[reading]``.
+Words and fonts of training, validation and test are disjoint. The words are those of the definitions of ImageNet's
+classes, which timm ships; the fonts are those of matplotlib and of the ``font-*`` packages of the extra
+``restoreloss[reading]``.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
 Kind = Literal["words", "codes"]
 
 HEIGHT, WIDTH = 64, 160
@@ -29,13 +30,15 @@ CODE_CHARACTERS = "ABCDEFGHJKLMNPRSTUVWXYZ23456789"
 
 FONTS: dict[Split, dict[str, str]] = {
     "train": {
-        "matplotlib": "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Bold "
-        "STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta",
+        "matplotlib": "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Bold",
         "font_roboto": "Roboto-Light Roboto-Regular Roboto-Medium Roboto-Bold Roboto-Italic",
         "font_source_sans_pro": "SourceSansPro-Light SourceSansPro-Regular SourceSansPro-Semibold SourceSansPro-Bold "
         "SourceSansPro-It",
         "font_source_serif_pro": "SourceSerifPro-Light SourceSerifPro-Regular SourceSerifPro-Semibold "
         "SourceSerifPro-Bold SourceSerifPro-It",
+    },
+    "validation": {
+        "matplotlib": "STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta",
         "font_hanken_grotesk": "HankenGrotesk-Light HankenGrotesk-Regular HankenGrotesk-Bold HankenGrotesk-Italic",
     },
     "test": {
@@ -45,7 +48,7 @@ FONTS: dict[Split, dict[str, str]] = {
         "font_manrope": "Manrope-Light Manrope-Regular Manrope-SemiBold Manrope-Bold",
     },
 }
-"""Files by package. No family is in both splits."""
+"""Files by package. No family is in two splits."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,11 @@ class Degradation:
 
 @cache
 def vocabulary(split: Split) -> tuple[str, ...]:
-    """English words of 4 to 7 letters; a hash of the word says to which split it belongs, one in five being a test."""
+    """English words of 4 to 7 letters; a hash of the word says to which split it belongs: 3/5, 1/5 and 1/5."""
     text = (resources.files("timm.data") / "_info" / "imagenet_synset_to_definition.txt").read_text(encoding="utf-8")
     words = sorted(set(re.findall(r"(?<![\w'-])[a-z]{4,7}(?![\w'-])", text)))
-    return tuple(word for word in words if (hashlib.md5(word.encode()).digest()[0] % 5 == 0) == (split == "test"))
+    splits: dict[int, Split] = {0: "test", 1: "validation"}
+    return tuple(word for word in words if splits.get(hashlib.md5(word.encode()).digest()[0] % 5, "train") == split)
 
 
 @cache

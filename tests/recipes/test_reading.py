@@ -3,6 +3,7 @@ import itertools
 import json
 import random
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,25 +12,30 @@ from examples import quickstart
 from examples.reading import readers, words, words_run
 from examples.reading.figure import right_letters
 
-PACKAGES = ("easyocr_en_models", "rapidocr_onnxruntime", "onnxruntime", *words.FONTS["train"], *words.FONTS["test"])
+PACKAGES = (
+    "easyocr_en_models",
+    "rapidocr_onnxruntime",
+    "onnxruntime",
+    *(name for fonts in words.FONTS.values() for name in fonts),
+)
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 needs_reading = pytest.mark.skipif(bool(MISSING), reason=f"restoreloss[reading] lacks {', '.join(MISSING)}")
 
 
-def test_words_of_training_and_test_are_disjoint_english_words() -> None:
-    train, test = words.vocabulary("train"), words.vocabulary("test")
-    assert not set(train) & set(test)
-    assert len(train) > 4000
-    assert len(test) > 1000
-    assert all(word.isascii() and word.islower() and word.isalpha() and 4 <= len(word) <= 7 for word in (*train, *test))
+def test_words_of_the_splits_are_disjoint_english_words() -> None:
+    splits = [words.vocabulary(split) for split in get_args(words.Split)]
+    everything = [word for split in splits for word in split]
+    assert len(everything) == len(set(everything))
+    assert [len(split) > least for split, least in zip(splits, (4000, 1000, 1000), strict=True)] == [True] * 3
+    assert all(word.isascii() and word.islower() and word.isalpha() and 4 <= len(word) <= 7 for word in everything)
 
 
 @needs_reading
-def test_fonts_of_training_and_test_are_disjoint() -> None:
-    train, test = words.fonts("train"), words.fonts("test")
-    assert all(path.is_file() for path in (*train, *test))
-    families = [{path.stem.split("-")[0] for path in paths} for paths in (train, test)]
-    assert not families[0] & families[1]
+def test_fonts_of_the_splits_are_disjoint() -> None:
+    splits = [words.fonts(split) for split in get_args(words.Split)]
+    assert all(path.is_file() for paths in splits for path in paths)
+    families = [{path.stem.split("-")[0] for path in paths} for paths in splits]
+    assert not any(one & other for one, other in itertools.combinations(families, 2))
 
 
 @needs_reading
