@@ -5,20 +5,43 @@ python -m examples.quickstart --loss diff    # photographs, with and without Dif
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
 from typing import Any
+
+import torch
+
+from examples.common.engine import command_line
+
+RUNS = {"tdp": "examples.reading.words_run", "diff": "examples.diffloss.photos_run"}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser("quickstart", add_help=False)
-    parser.add_argument("--loss", choices=("tdp", "diff"), default="tdp")
-    args, others = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
-    if args.loss == "diff":
-        from examples.diffloss.photos_run import main as run
-    else:
-        from examples.reading.words_run import main as run
-    return run(others)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    loss = argparse.ArgumentParser("quickstart", add_help=False, allow_abbrev=False)
+    loss.add_argument("--loss", choices=RUNS, default="tdp", help="(default: %(default)s)")
+    run = import_module(RUNS[loss.parse_known_args(arguments)[0].loss])
+    parser = argparse.ArgumentParser(
+        "quickstart", parents=[loss], description=run.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="(default: %(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=command_line.device, default=device, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    run.add_arguments(parser)
+    args, others = parser.parse_known_args(arguments)
+    if others:
+        parser.error(f"unrecognized arguments with --loss {args.loss}: {' '.join(others)}")
+    logging.basicConfig(format="%(message)s")
+    try:
+        return dict(run.compare(args))
+    except ValueError as error:
+        parser.error(str(error))
+    except FloatingPointError as error:
+        parser.exit(1, f"quickstart: {error}\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ The last lines say where the pictures and numbers are.
 
 import argparse
 import copy
-import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,6 @@ from tqdm import tqdm
 
 from examples.common.data.folder import check_folder
 from examples.common.data.photos import grid_crops, photographs, random_crops
-from examples.common.engine import command_line
 from examples.common.engine.run_directory import to_json
 from restoreloss import DiffLoss, WeightedSum, audit, calibrate, small_prior
 
@@ -209,14 +207,9 @@ def save_curves(path: Path, runs: Mapping[str, Run]) -> None:
     figure.savefig(path, dpi=130)
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        "quickstart --loss diff", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="your own pictures instead of the built-in photographs"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="(default: %(default)s)")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this run alone."""
+    parser.add_argument("--images", type=Path, metavar="DIR", help="your own images instead of the photographs")
     parser.add_argument("--blur", type=float, default=1.5, help="sigma in pixels, 0 for none (default: %(default)s)")
     parser.add_argument("--noise", type=float, default=25.0, help="sigma in 1/255 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="training steps of each network (default: %(default)s)")
@@ -228,34 +221,20 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument(
         "--timesteps", type=int, nargs=2, default=(100, 600), metavar=("LOW", "HIGH"), help="(default: 100 600)"
     )
-    parser.add_argument(
-        "--device",
-        type=command_line.device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="(default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
+
+
+def _check(args: argparse.Namespace) -> None:
     if not (0 <= args.blur <= 15 and 0 <= args.noise <= 255):
-        parser.error(f"--blur should be in [0, 15] and --noise in [0, 255], found {args.blur:g} and {args.noise:g}")
+        raise ValueError(
+            f"--blur should be in [0, 15] and --noise in [0, 255], found {args.blur:g} and {args.noise:g}."
+        )
     if args.steps < 20:
-        parser.error(f"--steps should be at least 20, found {args.steps}")
+        raise ValueError(f"--steps should be at least 20, found {args.steps}.")
     if args.weight is not None and not 0 < args.weight < float("inf"):
-        parser.error(f"--weight should be above 0 and finite, found {args.weight}")
+        raise ValueError(f"--weight should be above 0 and finite, found {args.weight}.")
     if not 0 < args.share < 1:
-        parser.error(f"--share should be between 0 and 1, found {args.share}")
-    return parser, args
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    parser, args = parse(arguments)
-    logging.basicConfig(format="%(message)s")
-    try:
-        return compare(args)
-    except ValueError as error:
-        parser.error(str(error))
-    except FloatingPointError as error:
-        parser.exit(1, f"quickstart: {error}\n")
+        raise ValueError(f"--share should be between 0 and 1, found {args.share}.")
+    check_folder(args.out, "--out")
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -265,8 +244,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: For options that cannot be; nothing has been written then.
         FloatingPointError: If a training becomes NaN or infinite, or what it restores.
     """
+    _check(args)
     torch.manual_seed(args.seed)
-    check_folder(args.out, "--out")
     device: torch.device = args.device
     train, held_out = photographs(args.images, smallest=TEST_CROP)
     diff = DiffLoss(small_prior(), h_space_weight=args.h_space_weight, timesteps=tuple(args.timesteps)).to(device)

@@ -43,7 +43,7 @@ def save_comparison(
     lost = [i for i in range(len(texts)) if right["l1"][i] and not right["tdp"][i]]
     differing = sorted([*won, *lost])
     chosen = (differing + [i for i in range(len(texts)) if i not in differing])[:rows]
-    figure = Figure(figsize=(13, 0.9 + 1.75 * len(chosen)), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(13, 1.2 + 1.75 * len(chosen)), layout="constrained", facecolor="white")
     figure.suptitle(
         f"{len(texts)} unseen words. After L1 + TDP the fixed reader reads {len(won)} that it misreads after L1, "
         f"and misreads {len(lost)} that it read. The first of these:",
@@ -58,10 +58,9 @@ def save_comparison(
             panel.set_xticks([])
             panel.set_yticks([])
             if row == 0:
-                totals = ", ".join(
-                    f"{reader} reads {_percent(said, texts):.0f} %" for reader, said in read[name].items()
-                )
-                panel.set_title(f"{title}\n{totals}", fontsize=13, fontweight="bold" if name == "tdp" else "normal")
+                totals = [f"{reader} reader: {_percent(said, texts):.0f} %" for reader, said in read[name].items()]
+                weight = "bold" if name == "tdp" else "normal"
+                panel.set_title("\n".join([title, *totals]), fontsize=13, fontweight=weight)
             for line, (reader, said) in enumerate(read[name].items()):
                 _write(panel, reader, said[index], texts[index], -0.17 - 0.21 * line)
     figure.savefig(path, dpi=90)
@@ -74,13 +73,13 @@ def _percent(said: Sequence[str], texts: Sequence[str]) -> float:
 def _write(panel: Any, reader: str, said: str, text: str, height: float) -> None:
     """What a reader reads, letter for letter in its color, below a panel."""
     panel.text(0.0, height, reader, transform=panel.transAxes, fontsize=11, color="0.35", va="center")
-    style = {"family": "DejaVu Sans Mono", "fontsize": 16, "fontweight": "bold", "va": "center"}
     letters = said or "(nothing)"
     good = right_letters(said, text) if said else [False] * len(letters)
-    for place, (letter, is_right) in enumerate(zip(letters[:14], good, strict=False)):
-        panel.text(
-            0.2 + 0.057 * place, height, letter, transform=panel.transAxes, color=RIGHT if is_right else WRONG, **style
-        )
+    size = min(1.0, 12 / len(letters))  # of a line that is too long for its panel
+    style = {"family": "DejaVu Sans Mono", "fontsize": 16 * size, "fontweight": "bold", "va": "center"}
+    for place, (letter, is_right) in enumerate(zip(letters, good, strict=True)):
+        left, color = 0.2 + 0.057 * size * place, RIGHT if is_right else WRONG
+        panel.text(left, height, letter, transform=panel.transAxes, color=color, **style)
     complete = as_compared(said) == as_compared(text)
     panel.text(
         1.0, height, "\N{HEAVY CHECK MARK}" if complete else "\N{BALLOT X}", transform=panel.transAxes,

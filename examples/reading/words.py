@@ -132,7 +132,8 @@ def render(texts: Sequence[str], split: Split, seed: int) -> Tensor:
         ValueError: For a text that is empty, or has a character that the font drawn for it does not have.
     """
     generator = random.Random(f"render {split} {seed}")
-    return torch.stack([_line(text, generator.choice(fonts(split)), generator) for text in texts])
+    gray = torch.stack([_line(text, generator.choice(fonts(split)), generator) for text in texts])
+    return gray[:, None].expand(-1, 3, -1, -1)
 
 
 def lines(count: int, split: Split, seed: int, kind: Kind = "words") -> tuple[Tensor, list[str]]:
@@ -163,8 +164,7 @@ def _line(text: str, path: Path, generator: random.Random) -> Tensor:
     cover = torch.from_numpy(np.array(canvas, dtype=np.float32)) / 255
     dark, light = generator.uniform(0, 0.35), generator.uniform(0.6, 1)
     ground, ink = (light, dark) if generator.random() < 0.5 else (dark, light)
-    image = ((ground + (ink - ground) * cover) * 255).round() / 255
-    return image.expand(3, -1, -1)
+    return ((ground + (ink - ground) * cover) * 255).round() / 255
 
 
 @cache

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from examples import quickstart
 from examples.common.data.folder import load_folder, read_picture
 from examples.common.data.photos import HELD_OUT, TRAIN, grid_crops, load_photo, pyramid, random_crops
 from examples.diffloss import photos_run
@@ -99,7 +100,7 @@ def test_a_folder_without_pictures_is_refused(make: bool, tmp_path: Path, capsys
     with pytest.raises(ValueError, match="The folder should hold an image|There should be a folder of images"):
         load_folder(folder, smallest=96)
     with pytest.raises(SystemExit, match="2"):
-        photos_run.main(["--images", str(folder), "--out", str(tmp_path / "out")])
+        quickstart.main(["--loss=diff", "--images", str(folder), "--out", str(tmp_path / "out")])
     last = capsys.readouterr().err.splitlines()[-1]
     assert "The folder should hold an image" in last or "There should be a folder of images" in last
     assert not (tmp_path / "out").exists()
@@ -124,7 +125,7 @@ def test_wrong_use_of_quickstart_is_one_line_and_leaves_no_folder(
     name: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        photos_run.main([*arguments, f"--out={tmp_path / 'out'}"])
+        quickstart.main(["--loss=diff", *arguments, f"--out={tmp_path / 'out'}"])
     assert name in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
@@ -132,7 +133,7 @@ def test_wrong_use_of_quickstart_is_one_line_and_leaves_no_folder(
 def test_quickstart_says_what_is_in_the_place_of_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="2"):
-        photos_run.main([f"--out={tmp_path / 'file' / 'out'}"])
+        quickstart.main(["--loss=diff", f"--out={tmp_path / 'file' / 'out'}"])
     assert "`--out` should be a folder, found the file" in capsys.readouterr().err
 
 
@@ -148,7 +149,7 @@ def test_quickstart_stops_where_the_loss_is_nan(
 
     monkeypatch.setattr(photos_run.Experiment, "batch", broken)
     with pytest.raises(SystemExit, match="1"):
-        photos_run.main(["--steps=20", f"--out={tmp_path / 'out'}"])
+        quickstart.main(["--loss=diff", "--steps=20", f"--out={tmp_path / 'out'}"])
     assert "quickstart: warm-up, step 2: the pixel loss is nan" in capsys.readouterr().err
     assert not (tmp_path / "out" / "results.json").exists()
 
@@ -160,7 +161,7 @@ def test_quickstart_on_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixtur
         pixels = (load_photo(name) * 255).byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(pictures / f"{name}.png")
     (pictures / "broken.png").write_bytes(b"\x89PNG")
-    result = photos_run.main(["--images", str(pictures), "--out", str(out), "--steps", "20"])
+    result = quickstart.main(["--loss=diff", "--images", str(pictures), "--out", str(out), "--steps", "20"])
     printed = capsys.readouterr().out
     for name in ("comparison.png", "curves.png", "audit.png", "audit.txt", "results.json"):
         assert str(out / name) in printed

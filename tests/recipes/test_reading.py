@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from examples import quickstart
-from examples.reading import readers, words, words_run
+from examples.reading import readers, scores, words
 from examples.reading.figure import right_letters
 
 PACKAGES = (
@@ -162,7 +162,7 @@ def test_interval_covers_the_mean_as_often_as_it_says() -> None:
     generator = torch.Generator().manual_seed(0)
     inside = 0
     for _ in range(200):
-        low, high = words_run.interval(torch.randn(100, generator=generator))
+        low, high = scores.interval(torch.randn(100, generator=generator))
         inside += low <= 0 <= high
     assert 180 <= inside <= 199
 
@@ -182,7 +182,8 @@ def test_quickstart_writes_its_files_and_keys(tmp_path: Path, capsys: pytest.Cap
         for reader in found[metric].values():
             assert sorted(reader) == ["l1", "tdp"]
             assert all(0 <= value <= 500 for value in reader.values())
-    assert sorted(found["psnr"]) == ["l1", "tdp"]
+    assert sorted(found["psnr"]) == sorted(found["ssim"]) == ["l1", "tdp"]
+    assert all(-1 <= value <= 1 for value in found["ssim"].values())
     assert all(5 < value < 60 for value in found["psnr"].values())
     assert found["references"]["words_read"]["fixed"]["clean"] >= 80
     assert found["audit"]["terms"]["tdp/FeatureExtraction"]["share"] > 0
@@ -197,7 +198,8 @@ WRONG = {
     "`noise` should": ["--noise=-1"],
     "--l1-steps should": ["--l1-steps=0"],
     "no such device": ["--device=abacus"],
-    "--loss diff": ["--images=nowhere"],
+    "unrecognized arguments with --loss tdp": ["--images=nowhere"],
+    "a folder of lines, found none in nowhere": ["--words=nowhere"],
     "invalid choice": ["--loss=l2"],
 }
 

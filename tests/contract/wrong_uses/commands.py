@@ -55,7 +55,7 @@ OWN = {
     "examples.unirestore.prepare": {"--pictures=nowhere": "`pictures`"},
 }  # fmt: skip
 SCRIPTS = {
-    "examples.diffloss.photos_run": {
+    "examples.quickstart --loss=diff": {
         "--steps=1": "steps", "--steps=x": "steps", "--blur=99": "blur", "--blur=-1": "blur", "--noise=-1": "noise", "--noise=nan": "noise", "--share=0": "share", "--share=2": "share",
         "--weight=-1": "weight", "--weight=nan": "weight", "--device=cuda": "device", "--device=abacus": "device", "--timesteps 5": "timesteps", "--timesteps 600 100": "timesteps",
         "--timesteps a b": "timesteps", "--imags=x": "imags", "--images=nowhere": "images", "--seed=x": "seed", "--h-space-weight=-1": "h_space_weight",
@@ -127,7 +127,11 @@ WRONG = [
         for module, lines in OWN.items()
         for line, told in lines.items()
     ),
-    *(_entry(module, line, told) for module, lines in SCRIPTS.items() for line, told in lines.items()),
+    *(
+        _entry(module, line, told, *given)
+        for (module, *given), lines in ((script.split(), lines) for script, lines in SCRIPTS.items())
+        for line, told in lines.items()
+    ),
 ]
 
 # wrong uses that are not told yet

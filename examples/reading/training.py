@@ -1,0 +1,84 @@
+"""How the restorers of words are trained: batches of lines degraded anew, one loop, and equal time for every loss."""
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from examples.reading.words import Degradation
+from restoreloss import WeightedSum, calibrate
+
+BATCH, TDP_BATCH = 16, 4
+"""Words of a step, with L1 alone and where a network looks at the images."""
+LR, FURTHER_LR = 2e-3, 1e-3
+"""From the start, and for both branches."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Clean lines in memory, degraded anew for each batch."""
+
+    pool: Tensor
+    degrade: Degradation
+    device: torch.device
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Clean and degraded lines."""
+        chosen = torch.randint(len(self.pool), (size,), generator=generator)
+        seed = int(torch.randint(2**31, (), generator=generator))
+        clean = self.pool[chosen]
+        return clean.to(self.device), self.degrade(clean, seed).to(self.device)
+
+    def run(
+        self, net: nn.Module, objective: nn.Module, *, steps: int, size: int, lr: float, seed: int, title: str
+    ) -> float:
+        """Train with a learning rate that falls to 0, and return the seconds of a step, their median.
+
+        The loop is the usual one: ``TDPLoss`` is a term of ``objective``, and nothing else knows of it.
+
+        Raises:
+            FloatingPointError: If the loss becomes NaN or infinite.
+        """
+        optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
+        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)  # for losses that draw something
+        seconds = []
+        for step in tqdm(range(steps), desc=title, unit="step"):
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (1 - step / steps)
+            clean, degraded = self.batch(size, generator)
+            loss = objective(net(degraded), clean)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"{title}, step {step + 1}: the loss is {loss.item()}")
+            seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds)
+
+    def seconds(self, net: nn.Module, objective: nn.Module, *, size: int, steps: int = 10) -> float:
+        """The seconds of a step, measured on a copy."""
+        return self.run(copy.deepcopy(net), objective, steps=steps, size=size, lr=FURTHER_LR, seed=0, title="timing")
+
+    def with_share(
+        self, net: nn.Module, objective: nn.Module, *, share: float, seed: int, name: str = "tdp"
+    ) -> WeightedSum:
+        """L1 and another objective, of a weight that gives it a share of the gradient in the images."""
+        objectives: Mapping[str, nn.Module] = {"pixel": nn.L1Loss(), name: objective}
+        clean, degraded = self.batch(BATCH, torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            restored = net(degraded)
+        return WeightedSum(objectives, calibrate(objectives, restored, clean, shares={name: share}))
+
+
+@torch.no_grad()
+def restore(net: nn.Module, degraded: Tensor, device: torch.device) -> Tensor:
+    """Restored images, clipped to [0, 1], on the CPU."""
+    return torch.cat([net(part.to(device)).clamp(0, 1).cpu() for part in degraded.split(BATCH)])
