@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.reading.readers import TDP_LAYERS, EnglishG2, to_english_g2
 from examples.reading.words import Degradation
-from restoreloss import WeightedSum, calibrate
+from restoreloss import TDPLoss, WeightedSum, calibrate
 
 BATCH, TDP_BATCH = 16, 4
 """Words of a step, with L1 alone and where a network looks at the images."""
@@ -82,3 +83,8 @@ class Training:
 def restore(net: nn.Module, degraded: Tensor, device: torch.device) -> Tensor:
     """Restored images, clipped to [0, 1], on the CPU."""
     return torch.cat([net(part.to(device)).clamp(0, 1).cpu() for part in degraded.split(BATCH)])
+
+
+def tdp_loss(reader: EnglishG2) -> nn.Module:
+    """The loss that looks through the reader."""
+    return TDPLoss(reader, TDP_LAYERS, normalize=to_english_g2)

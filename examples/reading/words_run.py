@@ -25,17 +25,15 @@ from examples.reading.figure import save_comparison
 from examples.reading.own_lines import own_lines
 from examples.reading.readers import (
     ENGLISH_G2_CHARACTERS,
-    TDP_LAYERS,
     english_g2,
     pp_ocr,
     reads_with,
-    to_english_g2,
     words_read,
 )
 from examples.reading.scores import METHODS, measure, results, table
-from examples.reading.training import BATCH, FURTHER_LR, LR, TDP_BATCH, Training, restore
+from examples.reading.training import BATCH, FURTHER_LR, LR, TDP_BATCH, Training, restore, tdp_loss
 from examples.reading.words import Degradation, lines
-from restoreloss import TDPLoss, audit
+from restoreloss import audit
 
 TEST_SEED = 1000
 
@@ -97,8 +95,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     training.run(net, pixel, steps=args.steps, size=BATCH, lr=LR, seed=args.seed, title="L1, shared")
     start = words_read(readers["fixed"](restore(net, degraded, args.device)), texts)
 
-    tdp = TDPLoss(network, TDP_LAYERS, normalize=to_english_g2)
-    objective = training.with_share(net, tdp, share=args.share, seed=args.seed + 1)
+    objective = training.with_share(net, tdp_loss(network), share=args.share, seed=args.seed + 1)
     given = training.batch(BATCH, torch.Generator().manual_seed(args.seed + 1))
     with torch.no_grad():
         restored = net(given[1])

@@ -1,0 +1,252 @@
+"""What do two readers gain from TDPLoss, and why? The seeds and controls of docs/results/reading.md.
+
+    python -m examples.experiments.reading --out runs/reading --seeds 0 1 2 3 4
+    python -m examples.experiments.reading --out runs/reading --seeds 0 1 2 --methods gradients untrained
+
+Every method goes on from the same start, for the time that the steps of L1 + TDP take. Finished runs are not done
+again: the same command goes on after a stop. It ends with the table of all that is there.
+"""
+
+import argparse
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from examples.common.engine.run_directory import own, read_json, to_json
+from examples.common.networks.restorers import restorer
+from examples.reading.readers import EnglishG2, Read, english_g2, pp_ocr, reads_with
+from examples.reading.scores import FIDELITY, READING, measure
+from examples.reading.training import BATCH, FURTHER_LR, LR, TDP_BATCH, Training, restore, tdp_loss
+from examples.reading.words import Degradation, Split, lines
+from restoreloss import DiffLoss, small_prior
+
+logger = logging.getLogger(__name__)
+
+RATES = {"l1": 1.0, "l1_half": 0.5, "l1_double": 2.0}
+"""Learning rates of L1 alone, by the one that L1 + TDP has."""
+TITLES = {
+    "degraded": "degraded (bicubic)",
+    "start": "L1, where all begin",
+    "l1": "L1",
+    "l1_half": "L1, half the learning rate",
+    "l1_double": "L1, twice the learning rate",
+    "tdp": "L1 + TDP",
+    "untrained": "L1 + TDP, untrained reader",
+    "gradients": "L1 + squared error of image gradients",
+    "diffloss": "L1 + DiffLoss",
+    "clean": "clean",
+}
+METHODS = tuple(name for name in TITLES if name not in ("degraded", "start", "clean"))
+
+
+class ImageGradients(nn.Module):
+    """Squared error of the differences between neighboring pixels: a loss on detail that knows no network."""
+
+    def forward(self, restored: Tensor, target: Tensor) -> Tensor:
+        error = restored - target
+        return error.diff(dim=2).square().mean() + error.diff(dim=3).square().mean()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs below one folder, ``seed0/l1.json`` and so on."""
+
+    out: Path
+    split: Split
+    test_words: int
+    noise: float
+    steps: int
+    tdp_steps: int
+    share: float
+    pool: int
+
+    @cached_property
+    def network(self) -> EnglishG2:
+        return english_g2()
+
+    @cached_property
+    def readers(self) -> dict[str, Read]:
+        return {"fixed": reads_with(self.network), "judge": pp_ocr()}
+
+    @cached_property
+    def test(self) -> tuple[Tensor, list[str], Tensor]:
+        clean, texts = lines(self.test_words, self.split, 1000)
+        return clean, texts, Degradation(noise=self.noise)(clean, 1000)
+
+    def check_settings(self) -> None:
+        """Write the settings beside the runs, or raise ``ValueError`` where those that are there have others."""
+        settings = {name: value for name, value in vars(self).items() if name in self.__annotations__ and name != "out"}
+        file = self.out / "settings.json"
+        if not file.exists():
+            file.write_text(to_json(settings, indent=1))
+        elif (found := read_json(file.read_text())) != settings:
+            raise ValueError(f"`out` should be a folder of runs with these settings, found {found} in {self.out}.")
+
+    def run(self, seed: int, methods: Sequence[str]) -> None:
+        """What is missing of a seed."""
+        folder = self.out / f"seed{seed}"
+        methods = [name for name in ("degraded", "clean", "start", *methods) if not (folder / f"{name}.json").exists()]
+        if not methods:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        clean, _, degraded = self.test
+        training = Training(lines(self.pool, "train", seed)[0], Degradation(noise=self.noise), torch.device("cpu"))
+        net = self._start(folder / "start.pt", training, seed)
+        restored = {"degraded": F.interpolate(degraded, scale_factor=4.0, mode="bicubic").clamp(0, 1), "clean": clean}
+        for name in methods:
+            if name in restored:
+                self._write(folder, name, restored[name])
+            elif name == "start":
+                self._write(folder, name, restore(net, degraded, training.device), steps=self.steps)
+            else:
+                branch = copy.deepcopy(net)
+                steps = self._go_on(branch, name, training, seed)
+                self._write(folder, name, restore(branch, degraded, training.device), steps=steps)
+
+    def _start(self, file: Path, training: Training, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        net = restorer("edsr-small", training.degrade.scale)
+        if file.exists():
+            net.load_state_dict(torch.load(file, weights_only=True))
+        else:
+            training.run(net, nn.L1Loss(), steps=self.steps, size=BATCH, lr=LR, seed=seed, title=f"{seed}: start")
+            torch.save(net.state_dict(), file)
+        return net
+
+    def _go_on(self, net: nn.Module, name: str, training: Training, seed: int) -> int:
+        """Train on with a method for its number of steps, which is returned."""
+        rate, size = FURTHER_LR * RATES.get(name, 1.0), BATCH if name in RATES else TDP_BATCH
+        objective: nn.Module = nn.L1Loss()
+        if name not in RATES:
+            objective = training.with_share(net, self._loss(name, seed), share=self.share, seed=seed + 1)
+        steps = self._steps(name if name not in RATES else "l1", training, net, objective, size)
+        training.run(net, objective, steps=steps, size=size, lr=rate, seed=seed + 2, title=f"{seed}: {TITLES[name]}")
+        return steps
+
+    def _loss(self, name: str, seed: int) -> nn.Module:
+        if name == "diffloss":
+            return DiffLoss(small_prior(), timesteps=(100, 600))
+        if name == "gradients":
+            return ImageGradients()
+        torch.manual_seed(seed)
+        return tdp_loss(self.network if name == "tdp" else EnglishG2().eval().requires_grad_(False))
+
+    def _steps(self, name: str, training: Training, net: nn.Module, objective: nn.Module, size: int) -> int:
+        """As many as take the time of L1 + TDP; measured once, so that all seeds have as many."""
+        if name in ("tdp", "untrained"):  # the same network
+            return self.tdp_steps
+        file = self.out / "seconds_per_step.json"
+        known: dict[str, float] = read_json(file.read_text()) if file.exists() else {}
+        tdp = training.with_share(net, self._loss("tdp", 0), share=self.share, seed=0)
+        for key, loss, words in (("tdp", tdp, TDP_BATCH), (name, objective, size)):
+            if key not in known:
+                known[key] = training.seconds(net, loss, size=words)
+                file.write_text(to_json(known, indent=1))
+        return max(1, round(self.tdp_steps * known["tdp"] / known[name]))
+
+    def _write(self, folder: Path, name: str, images: Tensor, **more: Any) -> None:
+        clean, texts, _ = self.test
+        scores = measure(images, clean, texts, self.readers)
+        found = {key: _lists(value) for key, value in asdict(scores).items()} | more
+        partial = folder / f"{name}.json.partial"
+        partial.write_text(to_json(found))
+        partial.rename(folder / f"{name}.json")
+        logger.info("seed %s, %s: %s", folder.name, TITLES[name], scores.means())
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _lists(item) for name, item in value.items()}
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def load(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """What was found, by seed and method."""
+    return {
+        folder.name: {path.stem: read_json(path.read_text()) for path in folder.glob("*.json")}
+        for folder in sorted(out.glob("seed*"))
+    }
+
+
+def values(found: Mapping[str, Any], metric: str) -> Tensor:
+    """A metric of every test image, "psnr" or "words_read/judge"."""
+    name, _, reader = metric.partition("/")
+    return torch.tensor(found[name][reader] if reader else found[name])
+
+
+def interval(differences: Tensor) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean of (seeds, images): seeds are drawn anew, and images."""
+    generator = torch.Generator().manual_seed(0)
+    seeds, images = differences.shape
+    means = []
+    for _ in range(2000):
+        chosen = differences[torch.randint(seeds, (seeds,), generator=generator)]
+        means.append(chosen[:, torch.randint(images, (images,), generator=generator)].mean())
+    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975]))
+    return float(low), float(high)
+
+
+def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Means over images and seeds; below each, the paired difference to L1 with its interval."""
+    metrics = [f"{metric}/{reader}" for reader in ("fixed", "judge") for metric in READING] + list(FIDELITY)
+    heads = [f"{reader}: {READING[metric]}" for reader in ("fixed", "judge") for metric in READING]
+    rows = [["", "seeds", "steps", *heads, *FIDELITY.values()]]
+    for name, title in TITLES.items():
+        seeds = {seed: runs for seed, runs in found.items() if name in runs}
+        if not seeds:
+            continue
+        steps = sorted({str(runs[name].get("steps", "")) for runs in seeds.values()})
+        row = [title, str(len(seeds)), ", ".join(steps)]
+        below = ["", "", ""]
+        for metric in metrics:
+            digits = 3 if metric == "ssim" else 2 if metric == "psnr" else 1
+            mean = torch.stack([values(runs[name], metric) for runs in seeds.values()]).mean()
+            row.append(f"{float(mean):.{digits}f}")
+            pairs = [values(runs[name], metric) - values(runs["l1"], metric) for runs in seeds.values() if "l1" in runs]
+            if name in METHODS and name != "l1" and pairs:
+                difference = torch.stack(pairs)
+                low, high = interval(difference)
+                below.append(f"{float(difference.mean()):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
+        rows += [row, below] if len(below) > 3 else [row]
+    rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser("reading", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=["l1", "tdp"], metavar="NAME", help=", ".join(METHODS)
+    )
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="(default: %(default)s)")
+    parser.add_argument("--test-words", type=int, default=500, help="(default: %(default)s)")
+    parser.add_argument("--noise", type=float, default=30.0, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1200, help="with L1, shared by all (default: %(default)s)")
+    parser.add_argument("--tdp-steps", type=int, default=500, help="(default: %(default)s)")
+    parser.add_argument("--share", type=float, default=0.97, help="(default: %(default)s)")
+    parser.add_argument("--pool", type=int, default=3000, help="training words (default: %(default)s)")
+    args = vars(parser.parse_args(arguments))
+    seeds, methods = args.pop("seeds"), args.pop("methods")
+    try:
+        _ = own(args["out"])
+        experiment = Experiment(**args)
+        experiment.check_settings()
+        for seed in seeds:
+            experiment.run(seed, methods)
+    except ValueError as error:
+        parser.error(str(error))
+    print(table(load(args["out"])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.experiments import reading
+from examples.reading.training import Training
+from tests.recipes.test_reading import needs_reading
+
+SMALL = ["--steps=1", "--tdp-steps=1", "--test-words=4", "--pool=16"]
+
+
+def test_image_gradients_are_those_of_a_loop() -> None:
+    restored, target = torch.rand(2, 2, 3, 4, 5, dtype=torch.float64)
+    across, down = [], []
+    for n, c, y, x in torch.cartesian_prod(*map(torch.arange, restored.shape)).tolist():
+        here = restored[n, c, y, x] - target[n, c, y, x]
+        if x + 1 < 5:
+            across.append((restored[n, c, y, x + 1] - target[n, c, y, x + 1] - here) ** 2)
+        if y + 1 < 4:
+            down.append((restored[n, c, y + 1, x] - target[n, c, y + 1, x] - here) ** 2)
+    expected = sum(across) / len(across) + sum(down) / len(down)
+    torch.testing.assert_close(reading.ImageGradients()(restored, target), expected)
+
+
+def test_the_interval_is_over_seeds_and_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    seeds = torch.randn(5, 1, generator=generator).expand(5, 1000)
+    low, high = reading.interval(seeds)
+    expected = 2 * 1.96 * float(seeds[:, 0].std(correction=0)) / 5**0.5
+    assert high - low == pytest.approx(expected, rel=0.1)
+    images = torch.randn(1, 400, generator=generator).expand(5, 400)
+    low, high = reading.interval(images)
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    assert low < float(images.mean()) < high
+
+
+@needs_reading
+def test_finished_runs_are_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = [f"--out={out}", "--seeds", "0", *SMALL, "--methods"]
+    reading.main([*arguments, "l1", "tdp", "gradients"])
+    first = capsys.readouterr().out
+    found = json.loads((out / "seed0" / "tdp.json").read_text())
+    assert found["steps"] == 1
+    assert len(found["words_read"]["judge"]) == len(found["psnr"]) == len(found["read"]["fixed"]) == 4
+    monkeypatch.setattr(Training, "run", None)
+    reading.main([*arguments, "tdp", "l1"])
+    assert capsys.readouterr().out == first
+    rows = [line.split(" | ") for line in first.splitlines()]
+    assert len({len(row) for row in rows}) == 1
+    assert sum("L1 + TDP" in row[0] for row in rows) == 2
+    assert sum("[" in row[3] for row in rows) == 2
+    with pytest.raises(SystemExit, match="2"):
+        reading.main([*arguments, "tdp", "--noise=20"])
+    assert "`out` should be a folder of runs with these settings" in capsys.readouterr().err
