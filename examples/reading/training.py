@@ -4,7 +4,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ class Training:
     pool: Tensor
     degrade: Degradation
     device: torch.device
+    clock: Callable[[], float] = time.perf_counter
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Clean and degraded lines."""
@@ -51,7 +52,7 @@ class Training:
         torch.manual_seed(seed)  # for losses that draw something
         seconds = []
         for step in tqdm(range(steps), desc=title, unit="step"):
-            started = time.perf_counter()
+            started = self.clock()
             for group in optimizer.param_groups:
                 group["lr"] = lr * (1 - step / steps)
             clean, degraded = self.batch(size, generator)
@@ -61,7 +62,7 @@ class Training:
             optimizer.step()
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"{title}, step {step + 1}: the loss is {loss.item()}")
-            seconds.append(time.perf_counter() - started)
+            seconds.append(self.clock() - started)
         return statistics.median(seconds)
 
     def seconds(self, net: nn.Module, objective: nn.Module, *, size: int, steps: int = 10) -> float:

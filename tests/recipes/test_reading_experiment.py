@@ -40,6 +40,7 @@ def test_the_interval_is_over_seeds_and_images() -> None:
 def test_finished_runs_are_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     out = tmp_path / "out"
     arguments = [f"--out={out}", "--seeds", "0", *SMALL, "--methods"]
     reading.main([*arguments, "l1", "tdp", "gradients"])
