@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.common.engine.run_directory import own, read_json, to_json
 from examples.common.networks.restorers import restorer
+from examples.reading.figure import save_comparison
 from examples.reading.readers import EnglishG2, Read, english_g2, pp_ocr, reads_with
 from examples.reading.scores import FIDELITY, READING, measure
-from examples.reading.training import BATCH, FURTHER_LR, LR, TDP_BATCH, Training, restore, tdp_loss
+from examples.reading.training import BATCH, FURTHER_LR, LR, TDP_BATCH, Training, enlarged, restore, tdp_loss
 from examples.reading.words import Degradation, Split, lines
 from restoreloss import DiffLoss, small_prior
 
@@ -103,14 +103,28 @@ class Experiment:
         pool = lines(self.pool, "train", seed)[0]
         training = Training(pool, Degradation(noise=self.noise), torch.device("cpu"), time.process_time)
         net = self._start(folder / "start.pt", training, seed)
-        restored = {"degraded": F.interpolate(degraded, scale_factor=4.0, mode="bicubic").clamp(0, 1), "clean": clean}
+        references = {"degraded": enlarged(degraded), "clean": clean}
         for name in methods:
-            if name in restored:
-                self._write(folder, name, restored[name])
+            if name in references:
+                self._write(folder, name, references[name])
             else:
                 branch = copy.deepcopy(net)
                 steps = self._go_on(branch, name, training, seed)
+                torch.save(branch.state_dict(), folder / f"{name}.pt")
                 self._write(folder, name, restore(branch, degraded, training.device), steps=steps)
+
+    def draw(self, seed: int, file: Path) -> None:
+        """The picture of the quickstart, from the runs of a seed."""
+        clean, texts, degraded = self.test
+        found = load(self.out)
+        images = {"degraded": enlarged(degraded), "clean": clean}
+        read = {name: next(runs[name]["read"] for runs in found.values() if name in runs) for name in images}
+        for name in ("l1", "tdp"):
+            net = restorer("edsr-small", 4)
+            net.load_state_dict(torch.load(self.out / f"seed{seed}" / f"{name}.pt", weights_only=True))
+            images[name] = restore(net, degraded, torch.device("cpu"))
+            read[name] = found[f"seed{seed}"][name]["read"]
+        save_comparison(file, images, read, texts)
 
     def _start(self, file: Path, training: Training, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -232,19 +246,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="(default: %(default)s)")
     parser.add_argument("--test-words", type=int, default=300, help="(default: %(default)s)")
     parser.add_argument("--noise", type=float, default=30.0, help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1200, help="with L1, shared by all (default: %(default)s)")
-    parser.add_argument("--tdp-steps", type=int, default=500, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="with L1, shared by all (default: %(default)s)")
+    parser.add_argument("--tdp-steps", type=int, default=400, help="(default: %(default)s)")
     parser.add_argument("--share", type=float, default=0.97, help="(default: %(default)s)")
     parser.add_argument("--pool", type=int, default=3000, help="training words (default: %(default)s)")
+    parser.add_argument(
+        "--picture", type=Path, metavar="PNG", help="of the first seed: words, and what is read in them"
+    )
     torch.set_num_threads(1)
     args = vars(parser.parse_args(arguments))
-    seeds, methods = args.pop("seeds"), args.pop("methods")
+    seeds, methods, picture = args.pop("seeds"), args.pop("methods"), args.pop("picture")
     try:
         _ = own(args["out"])
         experiment = Experiment(**args)
         experiment.check_settings()
         for seed in seeds:
             experiment.run(seed, methods)
+        if picture is not None:
+            experiment.draw(seeds[0], picture)
     except ValueError as error:
         parser.error(str(error))
     print(table(load(args["out"])))

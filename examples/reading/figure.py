@@ -58,7 +58,7 @@ def save_comparison(
             panel.set_xticks([])
             panel.set_yticks([])
             if row == 0:
-                totals = [f"{reader} reader: {_percent(said, texts):.0f} %" for reader, said in read[name].items()]
+                totals = [f"{reader} reads {_percent(said, texts):.0f} %" for reader, said in read[name].items()]
                 weight = "bold" if name == "tdp" else "normal"
                 panel.set_title("\n".join([title, *totals]), fontsize=13, fontweight=weight)
             for line, (reader, said) in enumerate(read[name].items()):

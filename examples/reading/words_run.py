@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from examples.common.data.folder import check_folder
@@ -31,7 +30,7 @@ from examples.reading.readers import (
     words_read,
 )
 from examples.reading.scores import METHODS, measure, results, table
-from examples.reading.training import BATCH, FURTHER_LR, LR, TDP_BATCH, Training, restore, tdp_loss
+from examples.reading.training import BATCH, FURTHER_LR, LR, TDP_BATCH, Training, enlarged, restore, tdp_loss
 from examples.reading.words import Degradation, lines
 from restoreloss import audit
 
@@ -45,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="your own lines: a folder of images with labels.csv (filename,words) or labels.txt (by tabs)",
     )  # fmt: skip
     parser.add_argument("--noise", type=float, default=30.0, help="sigma in 1/255 (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1200, help="with L1, shared by both (default: %(default)s)")
-    parser.add_argument("--tdp-steps", type=int, default=500, help="with L1 + TDP (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="with L1, shared by both (default: %(default)s)")
+    parser.add_argument("--tdp-steps", type=int, default=400, help="with L1 + TDP (default: %(default)s)")
     parser.add_argument(
         "--l1-steps", type=int, help="further steps with L1 (default: as many as take the time of --tdp-steps)"
     )
@@ -75,7 +74,6 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         FloatingPointError: If a training becomes NaN or infinite.
     """
     _check(args)
-    torch.manual_seed(args.seed)
     degrade = Degradation(noise=args.noise)
     network = english_g2().to(args.device)
     readers = {"fixed": reads_with(network), "judge": pp_ocr()}
@@ -87,6 +85,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         clean, texts = clean[: args.test_words], texts[: args.test_words]
     training = Training(pool, degrade, args.device)
     degraded = degrade(clean, TEST_SEED)
+    torch.manual_seed(args.seed)
     net = restorer("edsr-small", degrade.scale).to(args.device)
     print(f"EDSR, {sum(p.numel() for p in net.parameters()):,} parameters; {len(pool)} lines to learn from, ", end="")
     print(f"{len(texts)} others for the test\ndegradation: {degrade}")
@@ -109,7 +108,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     l1_steps = args.l1_steps or max(1, round(seconds["tdp"] * args.tdp_steps / step))
     seconds["l1"] = go_on(nets["l1"], pixel, steps=l1_steps, size=BATCH, title="L1, same time")
 
-    images = {"degraded": F.interpolate(degraded, scale_factor=float(degrade.scale), mode="bicubic").clamp(0, 1)}
+    images = {"degraded": enlarged(degraded, degrade.scale)}
     images |= {name: restore(nets[name], degraded, args.device) for name in METHODS} | {"clean": clean}
     scores = {name: measure(image, clean, texts, readers) for name, image in images.items()}
     written = results(scores) | {

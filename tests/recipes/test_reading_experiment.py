@@ -49,11 +49,12 @@ def test_finished_runs_are_not_done_again(
     assert found["steps"] == 1
     assert len(found["words_read"]["judge"]) == len(found["psnr"]) == len(found["read"]["fixed"]) == 4
     monkeypatch.setattr(Training, "run", None)
-    reading.main([*arguments, "tdp", "l1"])
+    reading.main([*arguments, "tdp", "l1", f"--picture={tmp_path / 'picture.png'}"])
+    assert (tmp_path / "picture.png").stat().st_size > 1000
     assert capsys.readouterr().out == first
     rows = [line.split(" | ") for line in first.splitlines()]
     assert len({len(row) for row in rows}) == 1
-    assert sum("L1 + TDP" in row[0] for row in rows) == 2
+    assert sum("L1 + TDP" in row[0] for row in rows) == 1
     assert sum("[" in row[3] for row in rows) == 2
     with pytest.raises(SystemExit, match="2"):
         reading.main([*arguments, "tdp", "--noise=20"])
