@@ -45,6 +45,8 @@ TITLES = {
     "diffloss": "L1 + DiffLoss",
     "clean": "clean",
 }
+THROUGH_A_NETWORK = ("tdp", "untrained", "diffloss")
+"""Methods with batches of few words, since a network has to look at them."""
 METHODS = tuple(name for name in TITLES if name not in ("degraded", "clean"))
 
 
@@ -138,7 +140,7 @@ class Experiment:
 
     def _go_on(self, net: nn.Module, name: str, training: Training, seed: int) -> int:
         """Train on with a method for its number of steps, which is returned."""
-        rate, size = FURTHER_LR * RATES.get(name, 1.0), BATCH if name in RATES else TDP_BATCH
+        rate, size = FURTHER_LR * RATES.get(name, 1.0), TDP_BATCH if name in THROUGH_A_NETWORK else BATCH
         objective: nn.Module = nn.L1Loss()
         if name not in RATES:
             objective = training.with_share(net, self._loss(name, seed), share=self.share, seed=seed + 1)
