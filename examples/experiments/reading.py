@@ -12,9 +12,9 @@ import argparse
 import copy
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from examples.common.engine.run_directory import own, read_json, to_json
 from examples.common.networks.restorers import restorer
 from examples.reading.figure import save_comparison
-from examples.reading.readers import EnglishG2, Read, english_g2, pp_ocr, reads_with
+from examples.reading.readers import EnglishG2, Read, english_g2, pp_ocr, reads_with, words_read
+from examples.reading.retraining import retrained
 from examples.reading.scores import FIDELITY, READING, measure
-from examples.reading.training import BATCH, FURTHER_LR, LR, TDP_BATCH, Training, enlarged, restore, tdp_loss
+from examples.reading.training import BATCH, FURTHER_LR, LR, TDP_BATCH, Training, by_turns, enlarged, restore, tdp_loss
 from examples.reading.words import Degradation, Split, lines
-from restoreloss import DiffLoss, small_prior
+from restoreloss import DiffLoss, WeightedSum, small_prior
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ TITLES = {
     "untrained": "L1 + TDP, untrained reader",
     "gradients": "L1 + squared error of image gradients",
     "diffloss": "L1 + DiffLoss",
+    "retrained": "degraded, the fixed reader retrained on such words",
     "clean": "clean",
 }
 THROUGH_A_NETWORK = ("tdp", "untrained", "diffloss")
@@ -102,13 +104,15 @@ class Experiment:
             return
         folder.mkdir(parents=True, exist_ok=True)
         clean, _, degraded = self.test
-        pool = lines(self.pool, "train", seed)[0]
+        pool, texts = lines(self.pool, "train", seed)
         training = Training(pool, Degradation(noise=self.noise), torch.device("cpu"), time.process_time)
         net = self._start(folder / "start.pt", training, seed)
         references = {"degraded": enlarged(degraded), "clean": clean}
         for name in methods:
             if name in references:
                 self._write(folder, name, references[name])
+            elif name == "retrained":
+                self._retrain(folder, training, texts, seed)
             else:
                 branch = copy.deepcopy(net)
                 steps = self._go_on(branch, name, training, seed)
@@ -122,7 +126,7 @@ class Experiment:
         images = {"degraded": enlarged(degraded), "clean": clean}
         read = {name: next(runs[name]["read"] for runs in found.values() if name in runs) for name in images}
         for name in ("l1", "tdp"):
-            net = restorer("edsr-small", 4)
+            net = self._net()
             net.load_state_dict(torch.load(self.out / f"seed{seed}" / f"{name}.pt", weights_only=True))
             images[name] = restore(net, degraded, torch.device("cpu"))
             read[name] = found[f"seed{seed}"][name]["read"]
@@ -130,7 +134,7 @@ class Experiment:
 
     def _start(self, file: Path, training: Training, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        net = restorer("edsr-small", training.degrade.scale)
+        net = self._net()
         if file.exists():
             net.load_state_dict(torch.load(file, weights_only=True))
         else:
@@ -144,7 +148,7 @@ class Experiment:
         objective: nn.Module = nn.L1Loss()
         if name not in RATES:
             objective = training.with_share(net, self._loss(name, seed), share=self.share, seed=seed + 1)
-        steps = self._steps(name if name not in RATES else "l1", training, net, objective, size)
+        steps = self._steps(name if name not in RATES else "l1", training, objective, size)
         training.run(net, objective, steps=steps, size=size, lr=rate, seed=seed + 2, title=f"{seed}: {TITLES[name]}")
         return steps
 
@@ -156,22 +160,46 @@ class Experiment:
         torch.manual_seed(seed)
         return tdp_loss(self.network if name == "tdp" else EnglishG2().eval().requires_grad_(False))
 
-    def _steps(self, name: str, training: Training, net: nn.Module, objective: nn.Module, size: int) -> int:
-        """As many as take the time of L1 + TDP; measured once, so that all seeds have as many."""
+    def _retrain(self, folder: Path, training: Training, texts: list[str], seed: int) -> None:
+        """The reader itself learns, for the time that the restorer has had in all."""
+        learn = partial(
+            retrained, self.network, (training.pool, texts), training.degrade, seed=seed, clock=training.clock
+        )
+        l1 = self._cost("l1", training, partial(training.seconds, self._net(), nn.L1Loss(), size=BATCH))
+        cost = self._cost("retrained", training, lambda: learn(steps=3)[1])
+        steps = max(1, round((self.steps * l1 + self.tdp_steps) / cost))
+        reader = reads_with(learn(steps=steps)[0])
+        clean, expected, degraded = self.test
+        still = float(words_read(reader(clean), expected).mean())
+        readers = self.readers | {"fixed": reader}
+        self._write(folder, "retrained", enlarged(degraded), readers=readers, steps=steps, clean_words_read=still)
+
+    def _steps(self, name: str, training: Training, objective: nn.Module, size: int) -> int:
+        """As many as take the time of L1 + TDP."""
         if name in ("tdp", "untrained"):  # the same network
             return self.tdp_steps
-        file = self.out / "seconds_per_step.json"
-        known: dict[str, float] = read_json(file.read_text()) if file.exists() else {}
-        tdp = training.with_share(net, self._loss("tdp", 0), share=self.share, seed=0)
-        for key, loss, words in (("tdp", tdp, TDP_BATCH), (name, objective, size)):
-            if key not in known:
-                known[key] = training.seconds(net, loss, size=words)
-                file.write_text(to_json(known, indent=1))
-        return max(1, round(self.tdp_steps * known["tdp"] / known[name]))
+        cost = self._cost(name, training, partial(training.seconds, self._net(), objective, size=size))
+        return max(1, round(self.tdp_steps / cost))
 
-    def _write(self, folder: Path, name: str, images: Tensor, **more: Any) -> None:
+    def _cost(self, name: str, training: Training, measure: Callable[[], float]) -> float:
+        """Of a step, in steps of L1 + TDP; measured once, so that all seeds have as many."""
+        file = self.out / "cost_of_a_step.json"
+        known: dict[str, float] = read_json(file.read_text()) if file.exists() else {}
+        if name not in known:
+            tdp = WeightedSum({"pixel": nn.L1Loss(), "tdp": self._loss("tdp", 0)})
+            found = by_turns({"tdp": partial(training.seconds, self._net(), tdp, size=TDP_BATCH), name: measure})
+            known[name] = found[name] / found["tdp"]
+            file.write_text(to_json(known, indent=1))
+        return known[name]
+
+    def _net(self) -> nn.Module:
+        return restorer("edsr-small", 4)
+
+    def _write(
+        self, folder: Path, name: str, images: Tensor, *, readers: Mapping[str, Read] | None = None, **more: float
+    ) -> None:
         clean, texts, _ = self.test
-        scores = measure(images, clean, texts, self.readers)
+        scores = measure(images, clean, texts, readers or self.readers)
         found = {key: _lists(value) for key, value in asdict(scores).items()} | more
         partial = folder / f"{name}.json.partial"
         partial.write_text(to_json(found))
@@ -268,6 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             experiment.draw(seeds[0], picture)
     except ValueError as error:
         parser.error(str(error))
+    except FloatingPointError as error:
+        parser.exit(1, f"reading: {error}\n")
     print(table(load(args["out"])))
 
 

@@ -39,7 +39,7 @@ class Training:
         return clean.to(self.device), self.degrade(clean, seed).to(self.device)
 
     def run(
-        self, net: nn.Module, objective: nn.Module, *, steps: int, size: int, lr: float, seed: int, title: str
+        self, net: nn.Module, objective: nn.Module, *, steps: int, size: int, lr: float, seed: int, title: str = ""
     ) -> float:
         """Train with a learning rate that falls to 0, and return the seconds of a step, their median.
 
@@ -52,7 +52,7 @@ class Training:
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)  # for losses that draw something
         seconds = []
-        for step in tqdm(range(steps), desc=title, unit="step"):
+        for step in tqdm(range(steps), desc=title, unit="step", disable=not title):
             started = self.clock()
             for group in optimizer.param_groups:
                 group["lr"] = lr * (1 - step / steps)
@@ -66,9 +66,9 @@ class Training:
             seconds.append(self.clock() - started)
         return statistics.median(seconds)
 
-    def seconds(self, net: nn.Module, objective: nn.Module, *, size: int, steps: int = 10) -> float:
-        """The seconds of a step, measured on a copy."""
-        return self.run(copy.deepcopy(net), objective, steps=steps, size=size, lr=FURTHER_LR, seed=0, title="timing")
+    def seconds(self, net: nn.Module, objective: nn.Module, *, size: int) -> float:
+        """The seconds of a step, from three of them on a copy."""
+        return self.run(copy.deepcopy(net), objective, steps=3, size=size, lr=FURTHER_LR, seed=0)
 
     def with_share(
         self, net: nn.Module, objective: nn.Module, *, share: float, seed: int, name: str = "tdp"
@@ -79,6 +79,12 @@ class Training:
         with torch.no_grad():
             restored = net(degraded)
         return WeightedSum(objectives, calibrate(objectives, restored, clean, shares={name: share}))
+
+
+def by_turns(measures: Mapping[str, Callable[[], float]], *, rounds: int = 6) -> dict[str, float]:
+    """The median of what each measures, by turns, so that a machine that is busy for a while is so for all."""
+    found = [{name: measure() for name, measure in measures.items()} for _ in range(rounds)]
+    return {name: statistics.median(one[name] for one in found) for name in measures}
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from examples.reading.readers import (
     words_read,
 )
 from examples.reading.scores import METHODS, measure, results, table
-from examples.reading.training import BATCH, FURTHER_LR, LR, TDP_BATCH, Training, enlarged, restore, tdp_loss
+from examples.reading.training import BATCH, FURTHER_LR, LR, TDP_BATCH, Training, by_turns, enlarged, restore, tdp_loss
 from examples.reading.words import Degradation, lines
 from restoreloss import audit
 
@@ -101,12 +101,17 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     report = audit(objective, restored, given[0], dominates=0.99)
     print(f"\nweight of the TDP loss: {objective.weights['tdp']:.3g}\n{report}\n")
 
+    seconds = by_turns(
+        {
+            "tdp": partial(training.seconds, net, objective, size=TDP_BATCH),
+            "l1": partial(training.seconds, net, pixel, size=BATCH),
+        }
+    )
+    l1_steps = args.l1_steps or max(1, round(args.tdp_steps * seconds["tdp"] / seconds["l1"]))
     nets = {"l1": net, "tdp": copy.deepcopy(net)}
     go_on = partial(training.run, lr=FURTHER_LR, seed=args.seed + 2)
-    seconds = {"tdp": go_on(nets["tdp"], objective, steps=args.tdp_steps, size=TDP_BATCH, title="L1 + TDP")}
-    step = training.seconds(net, pixel, size=BATCH)
-    l1_steps = args.l1_steps or max(1, round(seconds["tdp"] * args.tdp_steps / step))
-    seconds["l1"] = go_on(nets["l1"], pixel, steps=l1_steps, size=BATCH, title="L1, same time")
+    go_on(nets["tdp"], objective, steps=args.tdp_steps, size=TDP_BATCH, title="L1 + TDP")
+    go_on(nets["l1"], pixel, steps=l1_steps, size=BATCH, title="L1, same time")
 
     images = {"degraded": enlarged(degraded, degrade.scale)}
     images |= {name: restore(nets[name], degraded, args.device) for name in METHODS} | {"clean": clean}

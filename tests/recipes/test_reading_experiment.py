@@ -1,10 +1,14 @@
+import copy
+import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from examples.experiments import reading
+from examples.reading import readers, retraining, words
 from examples.reading.training import Training
 from tests.recipes.test_reading import needs_reading
 
@@ -59,3 +63,30 @@ def test_finished_runs_are_not_done_again(
     with pytest.raises(SystemExit, match="2"):
         reading.main([*arguments, "tdp", "--noise=20"])
     assert "`out` should be a folder of runs with these settings" in capsys.readouterr().err
+
+
+def test_ctc_is_the_sum_over_all_alignments() -> None:
+    scores = torch.randn(2, 4, 97, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for row, text in zip(scores.softmax(dim=2), ("ab", "B"), strict=True):
+        letters = [1 + readers.ENGLISH_G2_CHARACTERS.index(letter) for letter in text]
+        right = [
+            math.prod(float(row[step, place]) for step, place in enumerate(path))
+            for path in itertools.product([0, *letters], repeat=4)
+            if readers.decode(torch.tensor([path]), readers.ENGLISH_G2_CHARACTERS) == [text]
+        ]
+        losses.append(-math.log(sum(right)) / len(text))
+    assert float(retraining.ctc(scores, ["ab", "B"])) == pytest.approx(sum(losses) / 2)
+
+
+def test_the_reader_that_learns_is_a_copy() -> None:
+    reader = readers.EnglishG2().eval().requires_grad_(False)
+    before = copy.deepcopy(reader.state_dict())
+    lines = torch.rand(4, 1, 64, 160).expand(-1, 3, -1, -1), ["abc", "def", "ghi", "jkl"]
+    learned, seconds = retraining.retrained(reader, lines, words.Degradation(), steps=2, seed=0)
+    assert seconds > 0
+    after = learned.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in reader.state_dict().items())
+    assert not torch.equal(after["Prediction.weight"], before["Prediction.weight"])
+    assert all(torch.equal(after[name], before[name]) for name in before if "running" in name)
+    assert not any(parameter.requires_grad for parameter in learned.parameters())
