@@ -28,7 +28,7 @@ from examples.reading.readers import EnglishG2, Read, english_g2, pp_ocr, reads_
 from examples.reading.retraining import retrained
 from examples.reading.scores import FIDELITY, READING, measure
 from examples.reading.training import BATCH, FURTHER_LR, LR, TDP_BATCH, Training, by_turns, enlarged, restore, tdp_loss
-from examples.reading.words import Degradation, Split, lines
+from examples.reading.words import TEST_SEED, Degradation, Split, lines
 from restoreloss import DiffLoss, WeightedSum, small_prior
 
 logger = logging.getLogger(__name__)
@@ -83,8 +83,8 @@ class Experiment:
 
     @cached_property
     def test(self) -> tuple[Tensor, list[str], Tensor]:
-        clean, texts = lines(self.test_words, self.split, 1000)
-        return clean, texts, Degradation(noise=self.noise)(clean, 1000)
+        clean, texts = lines(self.test_words, self.split, TEST_SEED)
+        return clean, texts, Degradation(noise=self.noise)(clean, TEST_SEED)
 
     def check_settings(self) -> None:
         """Write the settings beside the runs, or raise ``ValueError`` where those that are there have others."""
@@ -275,8 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="(default: %(default)s)")
     parser.add_argument("--test-words", type=int, default=300, help="(default: %(default)s)")
-    parser.add_argument("--noise", type=float, default=30.0, help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=800, help="with L1, shared by all (default: %(default)s)")
+    parser.add_argument("--noise", type=float, default=40.0, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="with L1, shared by all (default: %(default)s)")
     parser.add_argument("--tdp-steps", type=int, default=400, help="(default: %(default)s)")
     parser.add_argument("--share", type=float, default=0.97, help="(default: %(default)s)")
     parser.add_argument("--pool", type=int, default=3000, help="training words (default: %(default)s)")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples.common.data.folder import UNREADABLE, read_picture
+from examples.reading.readers import as_compared
 from examples.reading.words import HEIGHT, Split
 
 logger = logging.getLogger(__name__)
@@ -54,9 +55,7 @@ def own_lines(
     width += -width % multiple
     same = [F.pad(image, (0, width - image.shape[2], 0, 0), mode="replicate") for image in images]
     for split, least in LEAST.items():
-        chosen = [
-            i for i, text in enumerate(texts) if (hashlib.md5(text.encode()).digest()[0] % 5 == 0) == (split == "test")
-        ]
+        chosen = [i for i, text in enumerate(texts) if _split(text) == split]
         if len(chosen) < least:
             raise ValueError(
                 f"{folder} should have at least {least} lines for the {split} (a text belongs to one of both, one in "
@@ -64,6 +63,10 @@ def own_lines(
             )
         found[split] = torch.stack([same[i] for i in chosen]).expand(-1, 3, -1, -1), [texts[i] for i in chosen]
     return found
+
+
+def _split(text: str) -> Split:
+    return "test" if hashlib.md5(as_compared(text).encode()).digest()[0] % 5 == 0 else "train"
 
 
 def read_labels(folder: Path, characters: Collection[str]) -> dict[str, str]:

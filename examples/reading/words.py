@@ -25,6 +25,8 @@ Split = Literal["train", "validation", "test"]
 Kind = Literal["words", "codes"]
 
 HEIGHT, WIDTH = 64, 160
+TEST_SEED = 2000
+"""Of the words that results are about, and of their noise."""
 CODE_CHARACTERS = "ABCDEFGHJKLMNPRSTUVWXYZ23456789"
 """Without those that look like another: 0 and O, 1 and I, Q."""
 

@@ -31,10 +31,8 @@ from examples.reading.readers import (
 )
 from examples.reading.scores import METHODS, measure, results, table
 from examples.reading.training import BATCH, FURTHER_LR, LR, TDP_BATCH, Training, by_turns, enlarged, restore, tdp_loss
-from examples.reading.words import Degradation, lines
+from examples.reading.words import TEST_SEED, Degradation, lines
 from restoreloss import audit
-
-TEST_SEED = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--words", type=Path, metavar="DIR",
         help="your own lines: a folder of images with labels.csv (filename,words) or labels.txt (by tabs)",
     )  # fmt: skip
-    parser.add_argument("--noise", type=float, default=30.0, help="sigma in 1/255 (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=800, help="with L1, shared by both (default: %(default)s)")
+    parser.add_argument("--noise", type=float, default=40.0, help="sigma in 1/255 (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="with L1, shared by both (default: %(default)s)")
     parser.add_argument("--tdp-steps", type=int, default=400, help="with L1 + TDP (default: %(default)s)")
     parser.add_argument(
         "--l1-steps", type=int, help="further steps with L1 (default: as many as take the time of --tdp-steps)"
