@@ -27,7 +27,18 @@ from examples.reading.figure import save_comparison
 from examples.reading.readers import EnglishG2, Read, english_g2, pp_ocr, reads_with, words_read
 from examples.reading.retraining import retrained
 from examples.reading.scores import FIDELITY, READING, measure
-from examples.reading.training import BATCH, FURTHER_LR, LR, TDP_BATCH, Training, by_turns, enlarged, restore, tdp_loss
+from examples.reading.training import (
+    BATCH,
+    FURTHER_LR,
+    LR,
+    TDP_BATCH,
+    Training,
+    by_turns,
+    check_options,
+    enlarged,
+    restore,
+    tdp_loss,
+)
 from examples.reading.words import TEST_SEED, Degradation, Split, lines
 from restoreloss import DiffLoss, WeightedSum, small_prior
 
@@ -269,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser("reading", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=["l1", "tdp"], metavar="NAME", help=", ".join(METHODS)
     )
@@ -287,6 +298,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = vars(parser.parse_args(arguments))
     seeds, methods, picture = args.pop("seeds"), args.pop("methods"), args.pop("picture")
     try:
+        for seed in seeds:
+            check_options({"seed": seed, **args})
+        Degradation(noise=args["noise"])
         _ = own(args["out"])
         experiment = Experiment(**args)
         experiment.check_settings()

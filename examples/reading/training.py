@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,19 @@ BATCH, TDP_BATCH = 16, 4
 """Words of a step, with L1 alone and where a network looks at the images."""
 LR, FURTHER_LR = 2e-3, 1e-3
 """From the start, and for both branches."""
+
+
+LEAST = {"steps": 1, "tdp_steps": 1, "l1_steps": 1, "pool": 1, "test_words": 8, "seed": 0}
+"""The smallest values of options."""
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for those of ``LEAST`` that are smaller, and for a share outside of (0, 1)."""
+    for name, value in options.items():
+        if value is not None and name in LEAST and value < LEAST[name]:
+            raise ValueError(f"--{name.replace('_', '-')} should be at least {LEAST[name]}, found {value}.")
+    if not 0 < options["share"] < 1:
+        raise ValueError(f"--share should be between 0 and 1, found {options['share']}.")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,18 @@ from examples.reading.readers import (
     words_read,
 )
 from examples.reading.scores import METHODS, measure, results, table
-from examples.reading.training import BATCH, FURTHER_LR, LR, TDP_BATCH, Training, by_turns, enlarged, restore, tdp_loss
+from examples.reading.training import (
+    BATCH,
+    FURTHER_LR,
+    LR,
+    TDP_BATCH,
+    Training,
+    by_turns,
+    check_options,
+    enlarged,
+    restore,
+    tdp_loss,
+)
 from examples.reading.words import TEST_SEED, Degradation, lines
 from restoreloss import audit
 
@@ -54,16 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-words", type=int, default=300, help="at most, of your own (default: %(default)s)")
 
 
-def _check(args: argparse.Namespace) -> None:
-    for name, least in (("steps", 1), ("tdp_steps", 1), ("l1_steps", 1), ("pool", 1), ("test_words", 8), ("seed", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} should be at least {least}, found {value}.")
-    if not 0 < args.share < 1:
-        raise ValueError(f"--share should be between 0 and 1, found {args.share}.")
-    check_folder(args.out, "--out")
-
-
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Train without and with the TDP loss, and write what came out.
 
@@ -71,7 +72,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: For options that cannot be, and where weights or fonts are missing; nothing has been written then.
         FloatingPointError: If a training becomes NaN or infinite.
     """
-    _check(args)
+    check_options(vars(args))
+    check_folder(args.out, "--out")
     degrade = Degradation(noise=args.noise)
     network = english_g2().to(args.device)
     readers = {"fixed": reads_with(network), "judge": pp_ocr()}

@@ -12,7 +12,7 @@ from examples.reading import readers, retraining, words
 from examples.reading.training import Training
 from tests.recipes.test_reading import needs_reading
 
-SMALL = ["--steps=1", "--tdp-steps=1", "--test-words=4", "--pool=16"]
+SMALL = ["--steps=1", "--tdp-steps=1", "--test-words=8", "--pool=16"]
 
 
 def test_image_gradients_are_those_of_a_loop() -> None:
@@ -51,7 +51,7 @@ def test_finished_runs_are_not_done_again(
     first = capsys.readouterr().out
     found = json.loads((out / "seed0" / "tdp.json").read_text())
     assert found["steps"] == 1
-    assert len(found["words_read"]["judge"]) == len(found["psnr"]) == len(found["read"]["fixed"]) == 4
+    assert len(found["words_read"]["judge"]) == len(found["psnr"]) == len(found["read"]["fixed"]) == 8
     monkeypatch.setattr(Training, "run", None)
     reading.main([*arguments, "tdp", "l1", f"--picture={tmp_path / 'picture.png'}"])
     assert (tmp_path / "picture.png").stat().st_size > 1000

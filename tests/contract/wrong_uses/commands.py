@@ -60,6 +60,14 @@ SCRIPTS = {
         "--weight=-1": "weight", "--weight=nan": "weight", "--device=cuda": "device", "--device=abacus": "device", "--timesteps 5": "timesteps", "--timesteps 600 100": "timesteps",
         "--timesteps a b": "timesteps", "--imags=x": "imags", "--images=nowhere": "images", "--seed=x": "seed", "--h-space-weight=-1": "h_space_weight",
     },
+    "examples.quickstart --loss=tdp": {
+        "--steps=0": "--steps", "--tdp-steps=0": "--tdp-steps", "--l1-steps=0": "--l1-steps", "--pool=0": "--pool", "--test-words=7": "--test-words", "--seed=-1": "--seed",
+        "--share=1": "--share", "--share=nan": "--share", "--noise=-1": "`noise`", "--noise=nan": "`noise`", "--device=abacus": "device", "--words=nowhere": "nowhere", "--images=x": "images",
+    },
+    "examples.experiments.reading": {
+        "": "out", "--out=run --seeds": "seeds", "--out=run --seeds -1": "--seed", "--out=run --methods nothing": "methods", "--out=run --split=train": "split", "--out=run --noise=-1": "`noise`",
+        "--out=run --steps=0": "--steps", "--out=run --tdp-steps=0": "--tdp-steps", "--out=run --pool=0": "--pool", "--out=run --test-words=0": "--test-words", "--out=run --share=0": "--share",
+    },
     "examples.diffloss.train_prior": {"--steps=x": "steps", "--steps=0": "steps", "--images=nowhere": "images", "--save-every=0": "save-every", "--sed=1": "sed", "--seed=x": "seed"},
     "examples.experiments.prior_report": {"--prior=nowhere": "prior", "--images=nowhere": "images", "--prio=x --out": "out"},
     "examples.experiments.diffloss": {"": "study", "nothing --out=x": "study", "gamma": "out", "gamma --out=x --steps=x": "steps", "gamma --out=x --seeds": "seeds"},
