@@ -15,8 +15,9 @@ from torch import Tensor
 from restoreloss import Denoiser, DiffLoss, LatentPrior, NoiseSchedule, load_prior, null_text, partial_diffusion
 from restoreloss.diffusion import layouts
 from tests.helpers.adm import ADM
+from tests.helpers.checkpoints import NOISY, T, adm
 from tests.helpers.networks import tiny_unet
-from tests.unit.diffusion.test_checkpoints import NOISY, V2, XL, T, adm, latent_model, latent_weights
+from tests.unit.diffusion.test_checkpoints import V2, XL, latent_model, latent_weights
 
 # widths of heads
 
