@@ -14,5 +14,5 @@ def require(module: str, *, purpose: str, install: str) -> Any:
         return import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
-            raise  # the package is here; something that it needs itself is not
+            raise  # The package is installed; something that it needs itself is not.
         raise ImportError(f"{purpose} needs `{error.name}`, which is not installed: pip install {install}") from error

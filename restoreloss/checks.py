@@ -50,7 +50,7 @@ def check_number(
     raise ValueError(f"`{name}` should be a finite number{least}{most}, found {describe(value)}{hint}.")
 
 
-def check_whole(name: str, value: Any, *, low: int = 1, high: float = math.inf) -> int:
+def check_integer(name: str, value: Any, *, low: int = 1, high: float = math.inf) -> int:
     """The value as an int, or ``ValueError`` unless it is a whole number within [low, high]."""
     try:
         number = index(value)

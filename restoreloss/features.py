@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from restoreloss.checks import describe
 from restoreloss.default_layers import default_layers
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 from restoreloss.images import check_range
 from restoreloss.normalization import Images, Normalize, Statistics, normalization
 from restoreloss.precision import enter, leave, reference_weight
@@ -68,7 +68,7 @@ class FeatureExtractor:
         if layers is not None and not (isinstance(layers, Sequence) and all(isinstance(one, str) for one in layers)):
             raise ValueError(f"`layers` should be a name or a list of names, found {layers!r}.")
         self.network = network
-        self.layers = tuple(default_layers(bare(network)) if layers is None else layers)
+        self.layers = tuple(default_layers(unwrap(network)) if layers is None else layers)
         if not self.layers:
             raise ValueError("`layers` should name at least one layer, found none.")
         wholes = {layer for layer in self.layers if "/" not in layer}
@@ -76,8 +76,8 @@ class FeatureExtractor:
         if twice:
             raise ValueError(f"`layers` should name every tensor once, found {twice} twice.")
         self.input_range = check_range(input_range)
-        self._normalization = normalization(bare(network), normalize)
-        self._paths = _group_by_module(bare(network), self.layers)
+        self._normalization = normalization(unwrap(network), normalize)
+        self._paths = _group_by_module(unwrap(network), self.layers)
         self._overwritten: set[str] = set()
         self._looking = False
         self._memo: dict[tuple[object, ...], tuple[tuple[Tensor, ...], dict[str, Tensor]]] | None = None
@@ -105,7 +105,7 @@ class FeatureExtractor:
         """Within this block the network's own next forward pass, in full and in its own mode, leaves its features here.
 
         So that one pass serves a task loss and a loss on features. After the block the mapping holds them, as calling
-        the extractor would return them; your images are then yours to normalise.
+        the extractor would return them; normalizing your images is then left to you.
 
         Raises:
             ValueError: At the end of the block, if a layer did not run or returned no tensor.
@@ -125,7 +125,7 @@ class FeatureExtractor:
                 # a copy where a later layer may write into it
                 outputs[path] = {name: value.clone() for name, value in _tensors(path, call[-1]).items()}
 
-        network = bare(self.network)
+        network = unwrap(self.network)
         with ExitStack() as stack:
             for path in self._paths:
                 handle = network.get_submodule(path).register_forward_hook(partial(record, path))
@@ -151,7 +151,7 @@ class FeatureExtractor:
 
     def _key(self, images: tuple[Tensor, ...]) -> tuple[object, ...]:
         """What the features depend on. A pass without gradient must not stand in for one that needs it."""
-        network = bare(self.network)
+        network = unwrap(self.network)
         return (
             *((id(image), image._version) for image in images),
             torch.is_grad_enabled(),
@@ -161,7 +161,7 @@ class FeatureExtractor:
         )
 
     def _run(self, images: Images) -> dict[str, Tensor]:
-        network = bare(self.network)
+        network = unwrap(self.network)
         arguments, door = self._prepare(images, network)
         outputs: dict[str, Any] = {}
         versions: dict[str, list[int]] = {}
@@ -267,11 +267,11 @@ class FeatureExtractor:
         # (N, C, H, W) or (C, H, W)
         mean, std = (image.new_tensor(values).view(-1, 1, 1) for values in statistics)
         if image.shape[-3] != len(mean):
-            grey = "; of grey ones `images.expand(-1, 3, -1, -1)` makes three" if image.shape[-3] == 1 else ""
+            gray = "; of gray ones `images.expand(-1, 3, -1, -1)` makes three" if image.shape[-3] == 1 else ""
             last = "; are the channels last?" if image.shape[-1] == len(mean) else ""
             raise ValueError(
                 f"The images should have {len(mean)} channels, as many as the normalization, found "
-                f"{image.shape[-3]}{grey}{last}; give `normalize` if the network reads others."
+                f"{image.shape[-3]}{gray}{last}; give `normalize` if the network reads others."
             )
         return (image - mean) / std
 

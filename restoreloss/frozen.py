@@ -52,7 +52,7 @@ class _Condition:
 
 
 def _rest(network: nn.Module) -> None:
-    """Put a network to rest where it is not."""
+    """Put a network at rest: eval mode, and no gradient into its parameters."""
     modules = list(network.modules())
     rnns = [module for module in modules if isinstance(module, nn.RNNBase)]
     if any(module.training for module in modules if not isinstance(module, nn.RNNBase)):
@@ -70,7 +70,7 @@ class FrozenNetwork(nn.Module, Generic[Network]):
     - Its parameters need no gradient and it is in eval mode, also after a parent's ``.train()`` or
       ``.requires_grad_()``, and also where the caller keeps the network registered elsewhere.
     - It follows ``.to()``, ``.cuda()`` and ``.half()`` of a parent.
-    - ``parameters()``, ``modules()`` and ``state_dict()`` of a parent do not see it, so it reaches no optimiser, no
+    - ``parameters()``, ``modules()`` and ``state_dict()`` of a parent do not see it, so it reaches no optimizer, no
       checkpoint and no DDP bucket.
 
     Args:
@@ -85,7 +85,7 @@ class FrozenNetwork(nn.Module, Generic[Network]):
 
     def __init__(self, network: Network) -> None:
         super().__init__()
-        # nn.Module registers the modules it is given as attributes, but does not look into a tuple
+        # nn.Module registers the modules that are its attributes, but does not look into a tuple.
         self._held = (network,)
         self._before: _Condition | None = _Condition.of(network)
         _rest(network)
@@ -110,7 +110,7 @@ class FrozenNetwork(nn.Module, Generic[Network]):
 def serving(*held: FrozenNetwork[Any]) -> AbstractContextManager[None]:
     """A block in which frozen networks serve their owner; if their first use raises, they are given back as found.
 
-    What was handed over may be another network than was meant, and should not stay frozen for that.
+    A network that was handed over by mistake should not stay frozen.
     """
     if torch.compiler.is_compiling() or all(one._before is None for one in held):
         return nullcontext()
@@ -130,7 +130,7 @@ def _first_use(held: Sequence[FrozenNetwork[Any]]) -> Iterator[None]:
         one._before = None
 
 
-def bare(network: nn.Module) -> nn.Module:
+def unwrap(network: nn.Module) -> nn.Module:
     """The network inside the wrappers of DDP, DataParallel and ``torch.compile``."""
     while True:
         if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -186,9 +186,9 @@ def warn_if_trained(network: nn.Module, name: str) -> None:
     if any(parameter.grad is not None for parameter in network.parameters()):
         reason = "its parameters hold gradients"
     else:
-        # by the exact type, as isinstance would wake up lazy objects
+        # The exact type is compared, because isinstance would load lazy objects.
         optimizers = [thing for thing in gc.get_objects() if issubclass(type(thing), Optimizer)]
-        # one whose construction failed has no groups
+        # An optimizer whose construction failed has no groups.
         groups = [(one, group) for one in optimizers for group in getattr(one, "param_groups", ())]
         holders = [one for one, group in groups if any(id(parameter) in trained for parameter in group["params"])]
         if holders:
@@ -222,7 +222,7 @@ def statistics_at_rest(network: nn.Module) -> Iterator[None]:
     try:
         for module in counting:
             module.track_running_stats = False
-            module.running_mean = module.running_var = None  # instance normalization does not ask whether to track
+            module.running_mean = module.running_var = None  # Instance normalization does not ask whether to track.
         yield
     finally:
         for module, (mean, var) in zip(counting, held, strict=True):

@@ -46,7 +46,7 @@ from restoreloss import (
     load_prior,
     small_prior,
 )
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Trainer(Recipe[Batch]):
         if config.ema > 0:
             average = get_ema_multi_avg_fn(config.ema)
             # buffers are copied: averages of indices and of counts are rounded
-            self.average = AveragedModel(bare(self.net), multi_avg_fn=average, use_buffers=False)
+            self.average = AveragedModel(unwrap(self.net), multi_avg_fn=average, use_buffers=False)
             self.networks["average"] = self.average
         self.judge: nn.Module | None = None
         if config.adversarial.weight > 0:
@@ -164,7 +164,7 @@ class Trainer(Recipe[Batch]):
     @property
     def tested(self) -> nn.Module:
         """The network, or the average of its weights."""
-        network: nn.Module = bare(self.net) if self.average is None else self.average.module
+        network: nn.Module = unwrap(self.net) if self.average is None else self.average.module
         return network
 
     @torch.no_grad()
@@ -277,7 +277,7 @@ class _Steps:
     def step(self, batch: Batch) -> dict[str, Tensor]:
         logs = self.alternation.step(*batch.split(self.trainer.config.accumulate))
         if self.trainer.average is not None:
-            self.trainer.average.update_parameters(bare(self.trainer.net))
+            self.trainer.average.update_parameters(unwrap(self.trainer.net))
         return logs
 
     def state_dict(self) -> dict[str, Any]:

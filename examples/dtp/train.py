@@ -44,7 +44,7 @@ from restoreloss import (
     order_by_timestep,
 )  # fmt: skip
 from restoreloss.blocks.time_moe import TimeMoE
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 from restoreloss.integrations.torchjd import aggregate
 from restoreloss.regularizers.layer_decay import add_gradients, execution_order, layer_of, layer_weights, shallow
 from restoreloss.training.matching import plot_matches
@@ -129,7 +129,7 @@ class Trainer(Recipe[Batch]):
 
     def restore(self, degraded: Tensor, name: str) -> Tensor:
         """Restored pictures in [0, 1]."""
-        restored: Tensor = bare(self.net)(degraded, self.t_star[name])
+        restored: Tensor = unwrap(self.net)(degraded, self.t_star[name])
         return restored.clamp(0, 1)
 
     def sources(self) -> list[Any]:
@@ -228,7 +228,7 @@ class Trainer(Recipe[Batch]):
             if not found:
                 raise ValueError(f"Of the first pictures of {name!r} none could be read.")
             degraded, clean = torch.stack(found).to(self.device).unbind(dim=1)
-            self.matches[name] = match_timestep(bare(self.net), self.levels, degraded, clean)
+            self.matches[name] = match_timestep(unwrap(self.net), self.levels, degraded, clean)
         return {
             name: max(1, round(PAPER[name] * last)) if match.degenerate else match.best
             for name, match in self.matches.items()
@@ -243,7 +243,7 @@ class Trainer(Recipe[Batch]):
 
     def try_evaluation(self) -> None:
         """Of one test image of each size."""
-        config, network, sizes = self.config, bare(self.net).eval(), set()
+        config, network, sizes = self.config, unwrap(self.net).eval(), set()
         read: set[tuple[str, bool]] = set()
         for name, shifted, degraded, clean in self._tests():
             read.add((name, shifted))
@@ -265,7 +265,7 @@ class Trainer(Recipe[Batch]):
     @torch.no_grad()
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """PSNR and SSIM of each degradation, as in training and shifted; the generative loss on held-out pictures."""
-        config, network = self.config, bare(self.net).eval()
+        config, network = self.config, unwrap(self.net).eval()
         figures: dict[str, list[float]] = {}
         rows: dict[str, list[Tensor]] = {"lr": [], "restored": [], "hr": []}
         for name, shifted, degraded, clean in self._tests():
@@ -353,7 +353,7 @@ class FineTuning(_Steps):
         self.importance: ParameterImportance | None = None
         self.begun = False
         self.count, self.steps = 0, steps
-        config, method, network = trainer.config, trainer.method, bare(trainer.net)
+        config, method, network = trainer.config, trainer.method, unwrap(trainer.net)
         image = torch.zeros(1, 3, config.patch, config.patch, device=trainer.device)
         order = execution_order(network, image, 1)
         t = sum(trainer.t_star[name] for name in names) / len(names) * 50 / config.num_timesteps  # a is for T = 50
@@ -377,7 +377,7 @@ class FineTuning(_Steps):
         terms: dict[str, Tensor] = {}
         if method.conflict in ("project", "full") and batch.replay is not None:
             # gradients are averaged by the projection, and the network is the one inside DDP
-            network = bare(trainer.net)
+            network = unwrap(trainer.net)
             with accelerator.autocast():
                 terms["restoration"] = self._restoration(network, batch) + self._balance()
                 weight = trainer.replay_weight(batch.replay)
@@ -402,7 +402,7 @@ class FineTuning(_Steps):
             if batch.replay is not None:
                 with accelerator.autocast():
                     weight = trainer.replay_weight(batch.replay)
-                    terms["generative"] = weight * trainer.generative_loss(bare(trainer.net), batch.replay)
+                    terms["generative"] = weight * trainer.generative_loss(unwrap(trainer.net), batch.replay)
                 self._add_shallow(terms["generative"])
         if self.importance is not None:
             with torch.no_grad():
@@ -419,7 +419,7 @@ class FineTuning(_Steps):
         return F.l1_loss(network(batch.degraded, batch.t), batch.clean)
 
     def _balance(self) -> Tensor | float:
-        network: Any = bare(self.trainer.net)
+        network: Any = unwrap(self.trainer.net)
         sparse = any(isinstance(module, TimeMoE) and module.top_k is not None for module in network.modules())
         return 0.01 * network.balance_loss() if sparse else 0.0
 
@@ -429,7 +429,7 @@ class FineTuning(_Steps):
 
     def _penalty(self, batch: Batch, noisy: Noisy) -> Tensor:
         """L_orth of two micro-batches of each objective."""
-        network, half = bare(self.trainer.net), max(1, len(noisy.clean) // 2)
+        network, half = unwrap(self.trainer.net), max(1, len(noisy.clean) // 2)
         parts = [slice(0, half), slice(half, 2 * half)]
         pictures = [Noisy(noisy.clean[p], noisy.noise[p], noisy.t[p]) for p in parts]
         generation = [self.trainer.generative_loss(network, part) for part in pictures]
@@ -439,7 +439,7 @@ class FineTuning(_Steps):
 
     def _add_shallow(self, loss: Tensor) -> None:
         """The generative gradient, weighted by depth, averaged over the processes."""
-        network = bare(self.trainer.net)
+        network = unwrap(self.trainer.net)
         before = {p: None if p.grad is None else p.grad.clone() for p in self.shallow}
         add_gradients(loss, network, self.shallow_weights)
         if self.trainer.accelerator.num_processes > 1:
@@ -453,7 +453,7 @@ class FineTuning(_Steps):
         """Measure the importance where the stage begins, on pre-training data (Algorithm 6)."""
         self.begun = True
         trainer = self.trainer
-        penalty, network = trainer.method.penalty, bare(trainer.net)
+        penalty, network = trainer.method.penalty, unwrap(trainer.net)
         if penalty is None:
             return
         # adapters that have learned nothing yet have nothing to hold on to
@@ -490,7 +490,7 @@ class FineTuning(_Steps):
         config, penalty = self.trainer.config, self.trainer.method.penalty
         assert penalty is not None
         return ParameterImportance(
-            bare(self.trainer.net), estimator=penalty, strength=config.penalty_weight, normalize=config.normalize,
+            unwrap(self.trainer.net), estimator=penalty, strength=config.penalty_weight, normalize=config.normalize,
             layer_weights=self.weights,
         )  # fmt: skip
 

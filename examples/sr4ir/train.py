@@ -31,7 +31,7 @@ from examples.common.networks.restorers import load_weights, recogniser, restore
 from examples.sr4ir.config import Config
 from examples.sr4ir.methods import METHODS, Method
 from restoreloss import Alternation, CQMix, Phase, TDPLoss
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 from restoreloss.objectives.base import total
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ class Trainer(Recipe[Batch]):
             seen = each(Tensor.detach, restored) if self.method.features == "detached" else restored
             terms["tdp"] = self.method.restorer_terms["tdp"] * self.config.tdp_weight * self.tdp(seen, batch.hr)
         if self._active("task", batch):
-            loss = self.recognition.loss(bare(self.h), restored, batch.targets)
+            loss = self.recognition.loss(unwrap(self.h), restored, batch.targets)
             terms["task"] = self.method.restorer_terms["task"] * loss
         return terms
 
@@ -178,7 +178,7 @@ class Trainer(Recipe[Batch]):
             made["bilinear"] = bilinear(batch.lr, self.config.scale)
         if "sr" in inputs or "mix" in inputs:
             with torch.no_grad():
-                made["sr"] = each(_unit, restore(bare(self.s), batch.lr))
+                made["sr"] = each(_unit, restore(unwrap(self.s), batch.lr))
         return {"task": self._task_loss(made, batch)}
 
     def _joint_terms(self, batch: Batch) -> dict[str, Tensor]:
@@ -233,7 +233,7 @@ class Trainer(Recipe[Batch]):
             return hr
         if self.method.reads == "bilinear":
             return bilinear(lr, self.config.scale)
-        return each(_unit, restore(bare(self.s), lr))
+        return each(_unit, restore(unwrap(self.s), lr))
 
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """All figures on the test pictures, and some of these."""
@@ -246,7 +246,7 @@ class Trainer(Recipe[Batch]):
         self._evaluate(first_usable(self.test_data, self.config.task, labels=read))
 
     def _evaluate(self, data: TaskData) -> tuple[dict[str, float], dict[str, Any]]:
-        config, networks = self.config, [bare(self.s), bare(self.h)]
+        config, networks = self.config, [unwrap(self.s), unwrap(self.h)]
         figures, samples = evaluate(
             data, self.recognition, degrade=degradation(config, config.seed, TEST_SEED), read=self._read,
             trained=networks, recogniser=networks[1] if self.method.recogniser_inputs else None, judges=self.judges,

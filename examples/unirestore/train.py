@@ -39,7 +39,7 @@ from examples.unirestore.adapters import build_adapters
 from examples.unirestore.config import TASKS, WEIGHTS, Config, StageName
 from examples.unirestore.data import data_of
 from restoreloss import Alternation, Phase
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 from restoreloss.generators import standard_normal
 from restoreloss.restorers import UniRestore
 from restoreloss.restorers.tiling import enlarged, reduced, reflected
@@ -300,7 +300,7 @@ class Trainer(Recipe[Batch]):
         kind: Any = name
         options, reader = replace(self.config, degradation=kind), self.readers[task]
         return evaluate(
-            data, reader.recognition, read=read, trained=[bare(self.net)],
+            data, reader.recognition, read=read, trained=[unwrap(self.net)],
             degrade=degradation(options, self.config.seed, TEST_SEED, TASKS.index(task)),
             recogniser=reader.network, judges=Judges(None, reader.judge), workers=self.config.workers,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoreloss.augmentations.imagenet_c import APPLY
-from restoreloss.checks import check_number, check_whole
+from restoreloss.checks import check_integer, check_number
 from restoreloss.generators import Generators, check_generators, uniform
 from restoreloss.images import RangeWatch, check_images, check_range, into_range, warn_if_out_of_range
 
@@ -202,7 +202,7 @@ class Corruptions(nn.Module):
 
     def draw(self, count: int, *, generator: Generators = None, side: int | None = None) -> list[Corruption]:
         """What to do to ``count`` images, whose shorter side has ``side`` pixels; without it none is reduced."""
-        check_whole("count", count, low=0)
+        check_integer("count", count, low=0)
         drawn = []
         for one in _one_for_each("generator", generator, count):
             numbers = uniform(torch.empty(2 if self.side is None else 3, dtype=torch.float64), one).tolist()
@@ -254,7 +254,7 @@ def _choice(values: Sequence[T], ends: Sequence[float], number: float) -> T:
 def _check_side(side: Any) -> tuple[int, int]:
     if isinstance(side, str) or not isinstance(side, Sequence) or len(side) != 2:
         raise ValueError(f"`side` should be pixels (lowest, highest), found {side!r}.")
-    low, high = (check_whole("side", pixels, low=_SMALLEST) for pixels in side)
+    low, high = (check_integer("side", pixels, low=_SMALLEST) for pixels in side)
     if low > high:
         raise ValueError(f"`side` should rise from lowest to highest, found {side!r}.")
     return low, high

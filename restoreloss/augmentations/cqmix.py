@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from restoreloss.checks import check_number, check_whole, describe
+from restoreloss.checks import check_integer, check_number, describe
 from restoreloss.generators import Generators, check_generators, draw_per_sample, uniform
 
 
@@ -47,7 +47,7 @@ class CQMix(nn.Module):
         super().__init__()
         if not isinstance(grid, Sequence) or isinstance(grid, str) or len(grid) != 2:
             raise ValueError(f"`grid` should be (rows, columns), both at least 1, found {describe(grid)}.")
-        self.grid = (check_whole("grid[0]", grid[0]), check_whole("grid[1]", grid[1]))
+        self.grid = (check_integer("grid[0]", grid[0]), check_integer("grid[1]", grid[1]))
         self.p = check_number("p", p, low=0, high=1)
 
     @overload

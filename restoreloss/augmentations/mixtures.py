@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoreloss._optional import require
-from restoreloss.checks import check_number, check_whole, describe
+from restoreloss.checks import check_integer, check_number, describe
 from restoreloss.generators import check_generators, standard_normal, uniform
 from restoreloss.images import RangeWatch, check_images, check_range, mirrored
 
@@ -40,7 +40,7 @@ class MixtureA(nn.Module):
     def __init__(self, scale: float = 8, quality: int = 75, *, input_range: Span = (0.0, 1.0)) -> None:
         super().__init__()
         self.scale = check_number("scale", scale, low=1)
-        self.quality = check_whole("quality", quality, high=100)
+        self.quality = check_integer("quality", quality, high=100)
         self.input_range = check_range(input_range)
         self._range = RangeWatch(self.input_range)
 
@@ -124,7 +124,7 @@ class MixtureB(nn.Module):
         low, high = _span("quality", quality, 1, 100)
         self.quality = (int(low), int(high))
         self.anisotropic = check_number("anisotropic", anisotropic, low=0, high=1)
-        self.kernel_size = check_whole("kernel_size", kernel_size)
+        self.kernel_size = check_integer("kernel_size", kernel_size)
         if self.kernel_size % 2 == 0:
             raise ValueError(f"`kernel_size` should be odd, found {kernel_size}.")
         self.input_range = check_range(input_range)
@@ -151,7 +151,7 @@ class MixtureB(nn.Module):
 
     def draw(self, count: int, *, generator: torch.Generator | None = None) -> list[Degradation]:
         """What to do to ``count`` pictures."""
-        check_whole("count", count, low=0)
+        check_integer("count", count, low=0)
         drawn_numbers = uniform(torch.empty(count, 7, dtype=torch.float64), generator).tolist()
 
         def between(span: Span, u: float) -> float:

@@ -1,4 +1,4 @@
-"""How are the features of an encoder that sees a degraded picture made those of the clean one?"""
+"""CFRM: the features of an encoder that sees a degraded image, made those of the clean image."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ from einops import repeat
 from torch import Tensor, nn
 
 from restoreloss._optional import require
-from restoreloss.checks import check_map, check_whole, describe
+from restoreloss.checks import check_integer, check_map, describe
 
 
 class CFRM(nn.Module):
-    r"""Complementary feature restoration module: groups of channels for kinds of degradation, weighed by what is there.
+    r"""Complementary feature restoration module: groups of channels, weighed by the degradation that is there.
 
     .. math::
         h &= \mathrm{NAFBlocks}(x) \\
@@ -19,9 +19,9 @@ class CFRM(nn.Module):
         v &= u \cdot W^{g}_{intra}\,\mathrm{GAP}(u) \\
         y &= h + W_{out}\bigl(v \cdot W_{inter}\,\mathrm{GAP}(v)\bigr)
 
-    :math:`W_{in}` expands C to ``expansion`` C channels in g groups. What has :math:`{}^{g}` sees its own group alone;
-    :math:`W_{inter}` gives one weight for each group. :math:`W_{out}` is zero at the start, and NAFBlocks are the
-    identity: behind a trained encoder the module changes nothing until it has learned to.
+    :math:`W_{in}` expands C to ``expansion`` C channels in g groups. A layer with :math:`{}^{g}` reads its own group
+    alone; :math:`W_{inter}` gives one weight for each group. :math:`W_{out}` is zero at the start and NAFBlocks are the
+    identity, so that the module changes nothing behind a trained encoder until it has learned to.
 
     Args:
         channels: C.
@@ -47,8 +47,8 @@ class CFRM(nn.Module):
 
     def __init__(self, channels: int, *, blocks: int | nn.Module = 1, groups: int = 16, expansion: int = 4) -> None:
         super().__init__()
-        width = check_whole("expansion", expansion) * check_whole("channels", channels)
-        if width % check_whole("groups", groups):
+        width = check_integer("expansion", expansion) * check_integer("channels", channels)
+        if width % check_integer("groups", groups):
             raise ValueError(
                 f"`expansion` x `channels` should be a multiple of `groups` ({groups}), found {expansion} x {channels}."
             )
@@ -73,7 +73,7 @@ class CFRM(nn.Module):
                 f"{describe(h)}."
             )
         u = F.gelu(self.mix(self.norm(self.expand(h))))
-        # both attentions scale whole channels: GAP(u w) = w GAP(u), so that u is read once and scaled once
+        # Both attentions scale whole channels, and GAP(u w) = w GAP(u): u is read once and scaled once.
         pooled = u.mean(dim=(2, 3), keepdim=True)
         weight = self.intra(pooled)
         inter = repeat(self.inter(pooled * weight), "n g 1 1 -> n (g c) 1 1", c=weight.shape[1] // self.groups)
@@ -88,7 +88,7 @@ def naf_blocks(channels: int, count: int) -> nn.Sequential:
         ValueError: For a negative count.
         ImportError: Without spandrel.
     """
-    if check_whole("blocks", count, low=0) == 0:
+    if check_integer("blocks", count, low=0) == 0:
         return nn.Sequential()
     spandrel: Any = require("spandrel.architectures.NAFNet", purpose="A NAFBlock", install="'restoreloss[blocks]'")
     network = spandrel.NAFNet(width=channels, middle_blk_num=count, enc_blk_nums=[], dec_blk_nums=[])

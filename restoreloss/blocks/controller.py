@@ -1,4 +1,4 @@
-"""How is a frozen diffusion model steered by a degraded picture, without a copy of its encoder?"""
+"""Controller and SCTuner: steer a frozen diffusion model by a degraded image, without a copy of its encoder."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoreloss._optional import require
-from restoreloss.checks import check_map, check_time, check_whole, describe
+from restoreloss.checks import check_integer, check_map, check_time, describe
 
 
 class Controller(nn.Module):
@@ -26,7 +26,7 @@ class Controller(nn.Module):
         layers: residual blocks of a level.
         heads: of the attention.
         attention: which levels have it; the default is all but the coarsest, which has it in its middle.
-        groups: of the normalisations.
+        groups: of the normalizations.
 
     Raises:
         ValueError: For an ``attention`` that does not fit the levels, and channels that the groups or heads do not
@@ -58,11 +58,11 @@ class Controller(nn.Module):
             ("in_channels", in_channels), ("channels", channels), ("control_channels", control_channels),
             ("layers", layers), ("heads", heads), ("groups", groups),
         ):  # fmt: skip
-            check_whole(name, value)
+            check_integer(name, value)
         if not isinstance(multipliers, Sequence) or isinstance(multipliers, str) or not multipliers:
             raise ValueError(f"`multipliers` should be at least one whole number, found {describe(multipliers)}.")
         for multiplier in multipliers:
-            check_whole("multipliers", multiplier)
+            check_integer("multipliers", multiplier)
         if attention is not None and not (
             isinstance(attention, Sequence) and all(isinstance(level, bool) for level in attention)
         ):
@@ -132,17 +132,17 @@ class Controller(nn.Module):
         for level, block in enumerate(self.levels):
             h, states = block(h, time)
             last = level == len(self.levels) - 1
-            seen = self.middle(h, time) if last else states[self.layers - 1]  # before the downsampling
+            seen = self.middle(h, time) if last else states[self.layers - 1]  # The state before the downsampling.
             maps.append(self.to_control[level](seen, time))
         return maps
 
 
 class SCTuner(nn.Module):
-    r"""A skip connection of a frozen U-Net, edited under control.
+    r"""An edit of a skip connection of a frozen U-Net by a control.
 
     .. math:: s \leftarrow s' + W_2\,\mathrm{GELU}(W_1 s'), \qquad s' = s + W_c\, c
 
-    :math:`W_c` and :math:`W_2` are zero at the start: the U-Net computes what it did.
+    :math:`W_c` and :math:`W_2` are zero at the start, so that the U-Net computes what it did before.
 
     Args:
         channels: of s.
@@ -163,8 +163,8 @@ class SCTuner(nn.Module):
 
     def __init__(self, channels: int, control_channels: int, *, hidden: int | None = None) -> None:
         super().__init__()
-        hidden = check_whole("channels", channels) if hidden is None else check_whole("hidden", hidden)
-        self.channels, self.control_channels = channels, check_whole("control_channels", control_channels)
+        hidden = check_integer("channels", channels) if hidden is None else check_integer("hidden", hidden)
+        self.channels, self.control_channels = channels, check_integer("control_channels", control_channels)
         self.project = nn.Conv2d(control_channels, channels, 1)
         self.first, self.second = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
         for silent in (self.project, self.second):

@@ -1,4 +1,4 @@
-"""How does one decoder write pictures for people and for several task networks, told by a vector which?"""
+"""TFA: one decoder writes images for people and for several task networks, and a vector says for whom."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from restoreloss.checks import check_choice, check_map, check_whole, describe, named
+from restoreloss.checks import check_choice, check_integer, check_map, describe, named
 
 Gate = Literal["softmax", "sigmoid"]
 
@@ -24,8 +24,8 @@ class TFA(nn.Module):
         F_{enc} &\leftarrow F_{enc} + W_2\bigl(o \cdot W_1 F_{enc}\bigr), \quad o = \tanh(W_o C) \\
         F_{dec} &\leftarrow F_{dec} + W_l\,[F_{dec}; F_{enc}]
 
-    :math:`\vartheta` is instance normalisation, a 3x3 convolution, GELU, a 3x3 convolution and the average over the
-    picture. On the way to the next level the prompt passes a linear layer and GELU. :math:`W_l` is zero at the start:
+    :math:`\vartheta` is instance normalization, a 3x3 convolution, GELU, a 3x3 convolution and the average over the
+    image. On the way to the next level the prompt passes a linear layer and GELU. :math:`W_l` is zero at the start:
     beside a trained decoder the adapters change nothing until they have learned to.
 
     The loop over ``levels`` is yours, in your decoder's forward pass: DDP wraps the whole network. A ``state_dict``
@@ -45,7 +45,7 @@ class TFA(nn.Module):
     Example:
         >>> tfa = TFA([32, 16], [32, 32], tasks=["look", "classify"])
         >>> encoded, decoded = [torch.rand(2, 32, 4, 4), torch.rand(2, 16, 8, 8)], torch.rand(2, 32, 4, 4)
-        >>> prompt = tfa.prompt(["look", "classify"])  # one for each picture of the batch
+        >>> prompt = tfa.prompt(["look", "classify"])  # one for each image of the batch
         >>> for adapter, skip in zip(tfa.levels, encoded):
         ...     decoded, prompt = adapter(decoded, skip, prompt)
         ...     decoded = nn.functional.interpolate(decoded, scale_factor=2.0)  # the decoder's own block
@@ -69,7 +69,7 @@ class TFA(nn.Module):
             if not isinstance(given, Sequence) or isinstance(given, str):
                 raise ValueError(f"`{name}` should be whole numbers, one for each level, found {describe(given)}.")
             for width in given:
-                check_whole(name, width)
+                check_integer(name, width)
         widths = [channels] * len(skips) if isinstance(channels, int) else list(channels)
         if not skips or len(widths) != len(skips):
             raise ValueError(f"`channels` should be one number for each of `skips` {tuple(skips)}, found {channels}.")
@@ -127,14 +127,14 @@ class TFA(nn.Module):
         """What enters the first level, (N, C).
 
         Args:
-            tasks: one for each picture, or one for all ``count``.
+            tasks: one for each image, or one for all ``count``.
             count: N, where ``tasks`` is one name.
 
         Raises:
             ValueError: For an unknown task.
         """
         if count is not None:
-            check_whole("count", count)
+            check_integer("count", count)
         if isinstance(tasks, str):
             return self._of(tasks, "tasks").expand(1 if count is None else count, -1)
         if not isinstance(tasks, Sequence):
@@ -186,10 +186,10 @@ class TFALevel(nn.Module):
         super().__init__()
         check_choice("gate", gate, Gate)
         self.gate = gate
-        self.skip, self.channels = check_whole("skip", skip), check_whole("channels", channels)
+        self.skip, self.channels = check_integer("skip", skip), check_integer("channels", channels)
         if following is not None:
-            check_whole("following", following)
-        # theta of f, i and c side by side
+            check_integer("following", following)
+        # These are theta of f, i and c, side by side.
         self.norm = nn.InstanceNorm2d(skip)
         self.see = nn.Conv2d(skip, 3 * skip, 3, padding=1)
         self.tell = nn.Conv2d(3 * skip, 3 * skip, 3, padding=1, groups=3)
@@ -234,10 +234,10 @@ class TFALevel(nn.Module):
 
 
 def _pooled_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """The average over the picture of a 3x3 convolution with padding, (N, C).
+    """The average over the image of a 3x3 convolution with padding, (N, C).
 
-    Both are linear, so that the convolution is never computed: of what each tap sees the average is enough. A tap above
-    the centre sees all rows but the last, one below all but the first; so with the columns.
+    Both are linear, so that the convolution itself is never computed: the average of what each tap sees is enough. A
+    tap above the center sees all rows but the last, and one below it all but the first; columns likewise.
     """
     height, width = x.shape[2:]
     columns = x.sum(dim=3, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -1,8 +1,8 @@
-"""How does any restoration network learn what time it is, and answer differently for each degradation?
+"""TimeConditioned, FiLM and TimeMoE: any restoration network as a function of the image and a timestep.
 
-:class:`TimeConditioned` wraps a network and lets small blocks, told the timestep, act on the outputs of its layers:
+:class:`TimeConditioned` wraps a network and lets small blocks, given the timestep, act on the outputs of its layers:
 :class:`FiLM`, which is all that generative pre-training needs, or :class:`TimeMoE`, a mixture of experts for several
-degradations. Both begin as the identity: a wrapped network computes what it did.
+degradations. Both begin as the identity, so that a wrapped network computes what it did before.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from restoreloss.checks import check_map, check_time, check_whole, describe
+from restoreloss.checks import check_integer, check_map, check_time, describe
 from restoreloss.features import FeatureExtractor
 from restoreloss.frozen import frozen
 
@@ -43,7 +43,7 @@ class FiLM(nn.Module):
 
     def __init__(self, channels: int, time_dim: int = 64) -> None:
         super().__init__()
-        self.channels, self.time_dim = check_whole("channels", channels), check_whole("time_dim", time_dim)
+        self.channels, self.time_dim = check_integer("channels", channels), check_integer("time_dim", time_dim)
         self.to_scale_shift = nn.Linear(time_dim, 2 * channels)
         nn.init.zeros_(self.to_scale_shift.weight)
         nn.init.zeros_(self.to_scale_shift.bias)
@@ -95,9 +95,9 @@ class TimeMoE(nn.Module):
 
     def __init__(self, channels: int, time_dim: int = 64, *, experts: int = 10, top_k: int | None = None) -> None:
         super().__init__()
-        self.channels, self.time_dim = check_whole("channels", channels), check_whole("time_dim", time_dim)
-        check_whole("experts", experts)
-        self.top_k = None if top_k is None else check_whole("top_k", top_k, high=experts)
+        self.channels, self.time_dim = check_integer("channels", channels), check_integer("time_dim", time_dim)
+        check_integer("experts", experts)
+        self.top_k = None if top_k is None else check_integer("top_k", top_k, high=experts)
         hidden = max(channels // 4, 16)
         self.gate = nn.Sequential(nn.Linear(channels + time_dim, hidden), nn.GELU(), nn.Linear(hidden, experts))
         self.experts = nn.ModuleList(
@@ -118,7 +118,7 @@ class TimeMoE(nn.Module):
         weights = logits.softmax(dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
         if self.top_k is None:
             self.balance = _balance(weights, weights)
-            mixed = self._dense(h, weights.to(h.dtype)) if self._plain() else self._each(h, weights.to(h.dtype))
+            mixed = self._dense(h, weights.to(h.dtype)) if self._plain() else self._one_by_one(h, weights.to(h.dtype))
         else:
             chosen = weights.topk(self.top_k, dim=1).indices
             used = torch.zeros_like(weights).scatter(1, chosen, 1.0)
@@ -128,7 +128,7 @@ class TimeMoE(nn.Module):
         return h + self.alpha.to(h.dtype) * mixed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "balance": None}  # of a call: a copy has had none
+        return {**self.__dict__, "balance": None}  # It belongs to a call, and a copy was not called yet.
 
     def _dense(self, h: Tensor, weights: Tensor) -> Tensor:
         """All experts at once: the first layers are one convolution, the second ones a grouped one, and the last layers
@@ -145,14 +145,14 @@ class TimeMoE(nn.Module):
         return mixed + bias[:, :, None, None]
 
     def _plain(self) -> bool:
-        """Whether nobody has put something else in the place of a convolution, or a hook on one."""
+        """Whether all layers are plain convolutions, neither replaced nor with a hook."""
         return all(
             type(layer) is nn.Conv2d and not (layer._forward_hooks or layer._forward_pre_hooks)
             for expert in self.experts
             for layer in (expert[0], expert[2], expert[4])  # type: ignore[index]
         )
 
-    def _each(self, h: Tensor, weights: Tensor) -> Tensor:
+    def _one_by_one(self, h: Tensor, weights: Tensor) -> Tensor:
         answers = [weights[:, k, None, None, None] * expert(h) for k, expert in enumerate(self.experts)]
         return torch.stack(answers).sum(dim=0)
 
@@ -167,9 +167,9 @@ class TimeMoE(nn.Module):
 
 
 class TimeConditioned(nn.Module):
-    """A network that is told the timestep: ``(image, t) -> what the network returns``.
+    """A network with the timestep as a second argument: ``(image, t) -> what the network returns``.
 
-    Blocks act on the outputs of named layers, by hook: the network is not edited, and :meth:`detach` gives it back.
+    Blocks act on the outputs of named layers by hooks. The network is not edited, and :meth:`detach` removes them.
 
     Args:
         network: any, called with the image alone.
@@ -211,8 +211,8 @@ class TimeConditioned(nn.Module):
         if not isinstance(passes_time, bool):
             raise ValueError(f"`passes_time` should be True or False, found {describe(passes_time)}.")
         self.network, self.passes_time = network, passes_time
-        self.num_timesteps = check_whole("num_timesteps", num_timesteps)
-        self.time_dim = check_whole("time_dim", time_dim, low=2)
+        self.num_timesteps = check_integer("num_timesteps", num_timesteps)
+        self.time_dim = check_integer("time_dim", time_dim, low=2)
         self.embed = nn.Sequential(nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         self.blocks = nn.ModuleDict()
         self._handles: dict[str, RemovableHandle] = {}
@@ -242,15 +242,15 @@ class TimeConditioned(nn.Module):
                     f"{block.time_dim}."
                 )
             if layer not in modules or layer == "":
-                near = ", ".join(list(modules)[1:31])
-                raise ValueError(f"`blocks` should name layers of the network, found {layer!r}; there are {near}, ...")
+                some = ", ".join(list(modules)[1:31])
+                raise ValueError(f"`blocks` should name layers of the network, found {layer!r}; there are {some}, ...")
         for layer, block in blocks.items():
             key = _key(layer)
             self.blocks[key] = block if key not in self.blocks else _Chain(self.blocks[key], block)
         self._hook()
 
     def detach(self, *layers: str) -> None:
-        """Take blocks off layers, all if none is named.
+        """Remove the blocks of layers, or of all layers if none is named.
 
         Raises:
             ValueError: For a layer without one.
@@ -318,7 +318,7 @@ class TimeConditioned(nn.Module):
 
 
 class _Act:
-    """The hook of a layer: an object, so that a copy of the wrapper has hooks that act for the copy."""
+    """The hook of a layer. It is an object, so that a copy of the wrapper has hooks that act for the copy."""
 
     def __init__(self, owner: TimeConditioned, layer: str) -> None:
         self.owner, self.layer = owner, layer

@@ -1,4 +1,4 @@
-"""How does a restored picture keep its own detail and take its colours from another one?"""
+"""WaveletColorFix: the detail of one image in the colors of another."""
 
 import functools
 import warnings
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoreloss._optional import require
-from restoreloss.checks import check_whole, describe
+from restoreloss.checks import check_integer, describe
 
 
 class WaveletColorFix(nn.Module):
@@ -44,7 +44,7 @@ class WaveletColorFix(nn.Module):
 
     def __init__(self, levels: int = 5, wavelet: str | None = None) -> None:
         super().__init__()
-        check_whole("levels", levels)
+        check_integer("levels", levels)
         if wavelet is not None:
             pywt = require("pywt", purpose="`wavelet`", install="PyWavelets")
             if wavelet not in pywt.wavelist(kind="discrete"):
@@ -56,7 +56,7 @@ class WaveletColorFix(nn.Module):
         self.wavelet = wavelet
 
     def forward(self, detail: Tensor, color: Tensor) -> Tensor:
-        """The detail of one image in the colours of the other.
+        """The detail of one image in the colors of the other.
 
         Args:
             detail: float (N, C, H, W) of any size, channels and range.
@@ -113,13 +113,13 @@ def _blur(image: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
 def _approximation(size: int, wavelet: str, levels: int) -> Any:
     """The matrix (size, size) of a transform along one axis, all details dropped, and back.
 
-    An array: a tensor that was made in inference mode would be of no use to a gradient later.
+    It is an array, because a tensor that was made in inference mode cannot be part of a graph later.
     """
     np = require("numpy", purpose="`wavelet`", install="numpy")
     pywt = require("pywt", purpose="`wavelet`", install="PyWavelets")
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a small image has a level that is all border, which is as it should be
+        warnings.simplefilter("ignore")  # A small image has a level that is all border, as it should be.
         approximation, *details = pywt.wavedec(np.eye(size), wavelet, level=levels, axis=0)
         matrix = pywt.waverec([approximation, *(np.zeros_like(d) for d in details)], wavelet, axis=0)
     return matrix[:size].copy()

@@ -1,1 +1,1 @@
-"""The ground floor: noise schedules, denoisers and the prior that ships."""
+"""Diffusion models: noise schedules, denoisers, samplers, and the prior that ships with the package."""

@@ -85,7 +85,7 @@ def wrap(
         if given or (schedule is not None and schedule is not model.schedule):
             raise ValueError(
                 f"`{name}` is a Denoiser, which has its schedule, conditioning and bottleneck already: give them to "
-                "`as_denoiser` with the bare model instead."
+                "`as_denoiser` with the model itself instead."
             )
         return model
     if hasattr(model, "unet") and hasattr(model, "scheduler"):
@@ -102,10 +102,10 @@ def wrap(
     if bottleneck is not None and not isinstance(bottleneck, str):
         raise ValueError(f"`bottleneck` should be the name of a layer, found {describe(bottleneck)}.")
 
-    inner: Any = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    inner: Any = getattr(model, "_orig_mod", model)  # This is what torch.compile wraps.
     is_network = isinstance(inner, nn.Module)
     if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise ValueError(f"`{name}` should be a bare network, found a {type(inner).__name__}: pass its `.module`.")
+        raise ValueError(f"`{name}` should be the network itself, found a {type(inner).__name__}: pass its `.module`.")
     if is_network and isinstance(conditioning, Mapping):
         _check_keywords(inner, conditioning)
     layer = None if bottleneck is None else _layer_of(inner, bottleneck)
@@ -192,7 +192,7 @@ def _transformer(
     elif kind == "PixArtTransformer2DModel":
         _check_states(conditioning, kind, config.caption_channels or config.cross_attention_dim)
     else:
-        # one more than there are classes: none
+        # One more label than there are classes stands for none.
         _check_labels(conditioning, kind, None if (count := config.num_embeds_ada_norm) is None else count + 1)
     blocks = inner.transformer_blocks
     return Denoiser(
@@ -206,7 +206,7 @@ def _transformer(
         patch=config.patch_size,
         has_bottleneck=True,
         multiple=config.patch_size,
-        square=kind == "DiTTransformer2DModel",  # its tokens become an image of as many rows as columns
+        square=kind == "DiTTransformer2DModel",  # Its tokens become an image of as many rows as columns.
         in_channels=config.in_channels,
     )
 
@@ -314,7 +314,7 @@ def _check_states(conditioning: Conditioning | None, name: str, width: Any) -> N
 
 
 def _downsamples(block: nn.Module) -> bool:
-    # by name: guided-diffusion is copied from repository to repository, not installed
+    # It is known by its name, because guided-diffusion is copied from repository to repository, not installed.
     return any(type(module).__name__ == "Downsample" for module in block.modules())
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss._optional import require
-from restoreloss.checks import check_choice, check_whole, describe
+from restoreloss.checks import check_choice, check_integer, describe
 from restoreloss.diffusion import layouts
 from restoreloss.diffusion.adapt import as_denoiser, as_schedule
 from restoreloss.diffusion.denoisers import Conditioning, Denoiser, check_conditioning
@@ -96,11 +96,11 @@ def load_prior(
     if prediction_type is not None:
         check_choice("prediction_type", prediction_type, PredictionType)
     if head_channels is not None:
-        check_whole("head_channels", head_channels)
+        check_integer("head_channels", head_channels)
     if grouped_heads is not None and not isinstance(grouped_heads, bool):
         raise ValueError(f"`grouped_heads` should be True, False or None, found {describe(grouped_heads)}.")
     if not _is_table(schedule):
-        as_schedule(schedule)  # refused before anything is read
+        as_schedule(schedule)  # A wrong one is refused before anything is read.
     check_conditioning(conditioning)
     path = Path(source).expanduser()
     if path.suffix in FILES and not path.is_dir():
@@ -129,7 +129,7 @@ def null_text(
 
     Returns:
         Hidden states (1, L, D), or the keywords that the model wants beside them: what :func:`as_denoiser` takes as
-        ``conditioning``. Of Stable Diffusion XL the picture is said to be of 1024x1024 pixels, uncropped.
+        ``conditioning``. Stable Diffusion XL is told an image of 1024x1024 pixels, uncropped.
 
     Raises:
         ValueError: If the pipeline is none of these.
@@ -167,9 +167,9 @@ class _Repository:
         try:
             found: dict[str, Any] = reader.load_config(source, subfolder=subfolder or None, **self.options)
         except OSError as error:
-            self.error = error  # a file that is not there and a hub that is not there look alike in a cache
+            self.error = error  # In a cache a missing file and a missing hub look alike.
             if isinstance(error.__context__, self.unreachable):
-                self.options["local_files_only"] = True  # once is enough: its library asks for half a minute
+                self.options["local_files_only"] = True  # One try is enough: its library tries for half a minute.
             return None
         return found
 
@@ -182,7 +182,7 @@ class _Repository:
             try:
                 model, info = read(self.source, **options)
             except OSError:
-                model, info = read(self.source, variant="fp16", **options)  # where that is all there is
+                model, info = read(self.source, variant="fp16", **options)  # The repository may hold nothing else.
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{place} should hold the weights of a {kind}, found: {error}") from error
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -196,7 +196,7 @@ class _Repository:
 
     def scheduler(self) -> Any:
         """The scheduler, or None, which means the default."""
-        above = str(Path(self.source).parent)  # of a model's own folder in that of a pipeline
+        above = str(Path(self.source).parent)  # The model may lie in its own folder in that of a pipeline.
         for source, place in ((self.source, "scheduler"), (self.source, ""), (above, "scheduler")):
             if source == above and not Path(self.source).is_dir():
                 break
@@ -210,8 +210,8 @@ def _from_diffusers(
     repository: _Repository, conditioning: Conditioning | None, schedule: Any
 ) -> Denoiser | LatentPrior:
     source, index = repository.source, repository.index
-    places = ("unet", "transformer", "") if index else ("", "unet", "transformer")
-    found = next(((place, config) for place in places if (config := repository.config("UNet2DModel", place))), None)
+    folders = ("unet", "transformer", "") if index else ("", "unet", "transformer")
+    found = next(((name, config) for name in folders if (config := repository.config("UNet2DModel", name))), None)
     if found is None:
         if Path(source).is_dir():
             raise ValueError(f"`source` should be {_KNOWN}, found no config.json in {source} or its unet/.")
@@ -243,12 +243,12 @@ def _empty_prompt(repository: _Repository) -> Tensor | dict[str, Any]:
     name: str = repository.index["_class_name"]
     if not name.startswith("StableDiffusion"):
         raise ValueError(f"`conditioning` should be given for a {name}, whose empty prompt is not known.")
-    # None: what is not loaded, and what the pipeline was saved without
+    # None stands for parts that are not loaded, and for those that the pipeline was saved without.
     others = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "image_encoder")
     index = repository.index
     parts: dict[str, Any] = {part: None for part in index if part in others or index[part] == [None, None]}
     more: dict[str, str] = {}
-    if name.startswith("StableDiffusion3"):  # asks its transformer how wide the text is; one without weights knows
+    if name.startswith("StableDiffusion3"):  # It asks its transformer how wide the text is; one without weights does.
         more = {"prompt_2": "", "prompt_3": ""}
         with torch.device("meta"):
             parts["transformer"] = repository.diffusers.SD3Transformer2DModel.from_config(
@@ -260,8 +260,8 @@ def _empty_prompt(repository: _Repository) -> Tensor | dict[str, Any]:
             "", **more, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
         )
     if name.startswith("StableDiffusionXL"):
-        _, states, _, pooled = found  # of the negative prompt: zeros where the pipeline was trained with them
-        # a refiner is told how beautiful the picture is, and not its size after cropping
+        _, states, _, pooled = found  # Those of the negative prompt are zeros where the pipeline was trained so.
+        # A refiner reads an aesthetic score in the place of the size after cropping.
         last = [6.0] if index.get("requires_aesthetics_score") else [1024.0, 1024.0]
         times = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, *last]])
         return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": times}}
@@ -288,7 +288,7 @@ def _from_file(
         if layouts.is_guided_diffusion(weights):
             model, own = layouts.guided_diffusion(weights, head_channels=head_channels, grouped_heads=grouped_heads)
             return as_denoiser(model, own if schedule is None else schedule, conditioning=conditioning)
-    except (KeyError, AttributeError, IndexError) as error:  # of a weight that the layout is read from
+    except (KeyError, AttributeError, IndexError) as error:  # The layout is read from this weight.
         raise ValueError(f"{path.name} should be {_KNOWN}, found one without {error}.") from error
     first = ", ".join(list(weights)[:3])
     raise ValueError(f"{path.name} should be {_KNOWN}, found {len(weights)} weights: {first}, ...")
@@ -327,7 +327,7 @@ def _latent_schedule(
                 )
         if given is not None:
             schedule = NoiseSchedule(given, prediction_type=prediction_type)
-        elif table is None or table.dtype in (torch.float16, torch.bfloat16):  # rounded
+        elif table is None or table.dtype in (torch.float16, torch.bfloat16):  # The table is rounded.
             schedule = NoiseSchedule.scaled_linear(prediction_type=prediction_type)
         else:
             schedule = NoiseSchedule(table, prediction_type=prediction_type)

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from restoreloss.checks import check_whole, describe, signature_of
+from restoreloss.checks import check_integer, describe, signature_of
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.features import Reached
 from restoreloss.precision import enter, leave, reference_weight
@@ -23,15 +23,15 @@ Conditioning: TypeAlias = Tensor | Mapping[str, Any]
 
 
 class _Tap:
-    """A forward hook that hands the bottleneck to the call that asked for it, in the thread that asked.
+    """A forward hook that hands the bottleneck to the call that wants it, in the thread of that call.
 
     It is set once, when the denoiser is made, because a hook that is set after a network's first compiled call never
-    fires. While nobody asks it does nothing.
+    fires. It does nothing in other calls.
     """
 
     def __init__(self, part: int) -> None:
-        self.part = part  # of an output that is a tuple
-        self.wanted: dict[int, bool] = {}  # thread -> stop there?
+        self.part = part  # This part is taken of an output that is a tuple.
+        self.wanted: dict[int, bool] = {}  # For each thread that wants it: whether to stop there.
         self.taken: dict[int, Tensor] = {}
 
     @classmethod
@@ -52,14 +52,14 @@ class _Tap:
                 raise Reached
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"part": self.part, "wanted": {}, "taken": {}}  # a copy is made between calls, and belongs to none
+        return {"part": self.part, "wanted": {}, "taken": {}}  # A copy is made between calls, and belongs to none.
 
 
 _COMPILED = 0
 
 
 def _thread() -> int:
-    # dynamo cannot trace get_ident
+    # Dynamo cannot trace get_ident.
     return _COMPILED if torch.compiler.is_compiling() else threading.get_ident()
 
 
@@ -115,7 +115,7 @@ class Denoiser(nn.Module):
             raise ValueError(
                 f"`schedule` should be a NoiseSchedule, found {describe(schedule)}; `as_denoiser` takes schedulers too."
             )
-        check_whole("multiple", multiple)
+        check_integer("multiple", multiple)
         self.model = model
         self.schedule = schedule
         self.multiple = multiple
@@ -127,8 +127,8 @@ class Denoiser(nn.Module):
         self._patch = patch
         weight = reference_weight(self)
         if weight is not None and weight.device != schedule.signal.device:
-            self.schedule = copy.deepcopy(schedule).to(weight.device)  # once, rather than at every call
-        # fixed: no graph may lead out of it
+            self.schedule = copy.deepcopy(schedule).to(weight.device)  # Moved once, rather than at every call.
+        # It is fixed, so that no graph may lead out of it.
         self.conditioning = _map_tensors(
             lambda v: v.detach() if weight is None else v.detach().to(weight.device), conditioning
         )
@@ -149,7 +149,7 @@ class Denoiser(nn.Module):
             ValueError: If the shape, the device or a timestep does not fit the model.
         """
         t = self._check(noisy, t)
-        (prediction,) = self._seen(noisy, t, noise=True, h=False)
+        (prediction,) = self._look(noisy, t, noise=True, h=False)
         return self._noise(prediction, noisy, t, native)
 
     def with_bottleneck(self, noisy: Tensor, t: Tensor | int, *, native: bool = False) -> tuple[Tensor, Tensor]:
@@ -159,7 +159,7 @@ class Denoiser(nn.Module):
             ValueError: If the model has no bottleneck that can be found.
         """
         t = self._check(noisy, t)
-        prediction, h = self._seen(noisy, t, noise=True, h=True)
+        prediction, h = self._look(noisy, t, noise=True, h=True)
         return self._noise(prediction, noisy, t, native), h
 
     def bottleneck(self, noisy: Tensor, t: Tensor | int) -> Tensor:
@@ -168,10 +168,10 @@ class Denoiser(nn.Module):
         Raises:
             ValueError: If the model has no bottleneck that can be found.
         """
-        (h,) = self._seen(noisy, self._check(noisy, t), noise=False, h=True)
+        (h,) = self._look(noisy, self._check(noisy, t), noise=False, h=True)
         return h
 
-    def _seen(self, noisy: Tensor, t: Tensor, *, noise: bool, h: bool) -> tuple[Tensor, ...]:
+    def _look(self, noisy: Tensor, t: Tensor, *, noise: bool, h: bool) -> tuple[Tensor, ...]:
         """What the model predicts, what its bottleneck holds, or both, of one pass."""
         weight = reference_weight(self)
         dtype = noisy.dtype if weight is None else weight.dtype
@@ -185,7 +185,7 @@ class Denoiser(nn.Module):
     def _tapped(self, cast: Tensor, t: Tensor, stop: bool) -> tuple[Any, Tensor]:
         tap, output, h = self._tap, None, None
         assert tap is not None
-        keys = (_COMPILED, _thread())  # a compiled part of the model cannot tell the thread it is called from
+        keys = (_COMPILED, _thread())  # A compiled part of the model cannot tell its thread.
         for key in keys:
             tap.wanted[key] = stop
         try:
@@ -228,7 +228,7 @@ class Denoiser(nn.Module):
         prediction = prediction_in(output)
         channels = noisy.shape[1]
         if prediction.ndim == noisy.ndim and prediction.shape[1] == 2 * channels:
-            prediction = prediction[:, :channels]  # learned variance: the second half is not the noise
+            prediction = prediction[:, :channels]  # The second half is a learned variance.
         if prediction.shape != noisy.shape:
             raise ValueError(
                 f"The denoiser should return the shape of its input {tuple(noisy.shape)} (or twice its channels, with "
@@ -250,7 +250,7 @@ class Denoiser(nn.Module):
         )
 
     def answer(self, noisy: Tensor, t: Tensor | int) -> Any:
-        """What the model returns for an image, unread (arguments as in :meth:`forward`)."""
+        """What the model itself returns for an image (arguments as in :meth:`forward`)."""
         return self._run(noisy, self._check(noisy, t))
 
     def check_answer(self, output: Any, noisy: Tensor) -> None:
@@ -283,7 +283,7 @@ class Denoiser(nn.Module):
             )
         if self.square and height != width:
             raise ValueError(f"`noisy` should be square for {type(self.model).__name__}, found {height}x{width}.")
-        return self.schedule.expand_timestep(t, noisy).clone()  # a model may change its own
+        return self.schedule.expand_timestep(t, noisy).clone()  # A model may change the timesteps that it is given.
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Denoiser":
         super()._apply(fn, recurse)
@@ -312,7 +312,7 @@ def check_takes_noise(
         conditioning_name: the keyword of a conditioning tensor.
         time_name: the keyword of the timesteps.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model = getattr(model, "_orig_mod", model)  # This is what torch.compile wraps.
     if isinstance(model, type) or not callable(model):
         raise ValueError(f"`{name}` should be a network or a callable f(x_t, t), found {describe(model)}.")
     said = f"`{name}` should be called as f(x_t, t) with the noisy image and timesteps (N,)"

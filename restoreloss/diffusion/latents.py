@@ -98,7 +98,7 @@ class LatentEncoder(nn.Module):
                     f"{said}, found {describe(encoder)}, whose config does not say how often it halves the image "
                     "(`block_out_channels`): wrap it in a function."
                 )
-            # an odd size is cut silently by the strided convolutions of an AutoencoderKL
+            # The strided convolutions of an AutoencoderKL would cut an odd size silently.
             self.multiple = 2 ** (len(widths) - 1)
         elif hasattr(encoder, "encode") and config is not None:
             raise ValueError(

@@ -1,7 +1,7 @@
 """The weights of OpenAI and of latent diffusion as models of diffusers.
 
-The names and shapes in a file say all but two things: how wide an attention head is, and in which order queries, keys
-and values lie. Published models are recognized by the rest; for others both are asked for.
+The names and shapes in a file tell all but two things: how wide an attention head is, and in which order queries, keys
+and values lie. Published models are recognized by the rest; for others the caller has to say both.
 """
 
 import logging
@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from restoreloss._optional import require
-from restoreloss.checks import check_whole
+from restoreloss.checks import check_integer
 from restoreloss.diffusion.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Published:
 
 
 def _rescaled_cosine() -> NoiseSchedule:
-    # of 4000 levels, whose number the model is told divided by four: it is a whole one at every fourth
+    # There are 4000 levels, and the model is told their number divided by four, an integer at every fourth.
     return NoiseSchedule(NoiseSchedule.cosine(4000).alphas_cumprod[::4])
 
 
@@ -83,7 +83,7 @@ PUBLISHED: tuple[Published, ...] = (
         scale_shift=False, head_channels=512,
     ),
 )  # fmt: skip
-"""From the options in the READMEs of these repositories."""
+"""The published models, from the options in the READMEs of their repositories."""
 
 _RESNET = {
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
@@ -139,10 +139,10 @@ def guided_diffusion(
     scale_shift = embedded == 2 * channels[0]
     published = recognized(plan, attends, by_resnet=by_resnet, scale_shift=scale_shift)
     if head_channels is not None and published is not None and head_channels != published.head_channels:
-        published = None  # whoever says so knows that it is another
+        published = None  # The caller knows that it is another model.
     if head_channels is None:
         head_channels = _head_channels(published, channels)
-    check_whole("head_channels", head_channels)
+    check_integer("head_channels", head_channels)
     for attended, wide in [*zip(attends, channels, strict=True), (True, channels[-1])]:
         if attended and wide % head_channels:
             raise ValueError(
@@ -278,13 +278,13 @@ def _guided_key(key: str, value: Tensor, per_level: int, head_channels: int | No
     module, _, kind = key.rpartition(".")
     if module in _OUTSIDE:
         return {f"{_OUTSIDE[module]}.{kind}": value}
-    side, *places = module.split(".")
-    if side not in ("input_blocks", "middle_block", "output_blocks") or len(places) < 2:
+    side, *path = module.split(".")
+    if side not in ("input_blocks", "middle_block", "output_blocks") or len(path) < 2:
         return {key: value}
-    number, part, rest = int(places[0]), places[1], ".".join(places[2:])
+    number, part, rest = int(path[0]), path[1], ".".join(path[2:])
     if side == "middle_block":
         name = "mid_block." + ("attentions.0" if number == 1 else f"resnets.{number // 2}")
-        rest = ".".join(places[1:])
+        rest = ".".join(path[1:])
     else:
         down = side == "input_blocks"
         level, place = divmod(number - 1 if down else number, per_level)
@@ -305,7 +305,7 @@ def _guided_key(key: str, value: Tensor, per_level: int, head_channels: int | No
         return {f"{name}.to_out.0.{kind}": value.reshape(*value.shape[:2])}
     if rest == "qkv":
         value = value.reshape(*value.shape[:2])
-        if head_channels is not None:  # of each head its queries, keys and values
+        if head_channels is not None:  # The queries, keys and values of each head lie together.
             value = rearrange(value, "(heads three width) ... -> (three heads width) ...", three=3, width=head_channels)
         return {f"{name}.{to}.{kind}": one for to, one in zip(("to_q", "to_k", "to_v"), value.chunk(3), strict=True)}
     return {f"{name}.conv.{kind}": value} if rest in ("op", "conv") else {key: value}

@@ -1,7 +1,7 @@
-"""Which noise is not mixed as DDPM does?
+"""NoiseLevels and FlowLevels: noise that is not mixed with the image as in DDPM.
 
-That of generative pre-training, which is added to the picture and weak (:class:`NoiseLevels`), and that of flow
-matching, which lies on a straight line to the picture (:class:`FlowLevels`).
+The noise of generative pre-training is weak and added to the image (:class:`NoiseLevels`). That of flow matching lies
+at the other end of a straight line from the image (:class:`FlowLevels`).
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from restoreloss.checks import check_number, check_whole, describe
+from restoreloss.checks import check_integer, check_number, describe
 from restoreloss.diffusion.schedule import NoiseSchedule, PredictionType, table
 
 
@@ -44,7 +44,7 @@ class NoiseLevels(NoiseSchedule):
     model_range = (0.0, 1.0)
 
     def __init__(self, sigmas: Tensor | Sequence[float], *, prediction_type: PredictionType = "residual") -> None:
-        given = table("sigmas", sigmas, whole=True)
+        given = table("sigmas", sigmas, integers=True)
         exact = given.to("cpu", torch.float64)
         if len(exact) < 2:
             raise ValueError(f"`sigmas` should be a table of shape (T + 1,), found shape {tuple(exact.shape)}.")
@@ -78,7 +78,7 @@ class NoiseLevels(NoiseSchedule):
 
         Source: Luo et al. 2023, "Image Restoration with Mean-Reverting Stochastic Differential Equations"; DTP's code.
         """
-        num_timesteps = check_whole("num_timesteps", num_timesteps)
+        num_timesteps = check_integer("num_timesteps", num_timesteps)
         sigma_max = check_number("sigma_max", sigma_max, low=0, above=True)
         scale = 1000 / (num_timesteps + 1)
         theta = torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps + 1, dtype=torch.float64)
@@ -131,7 +131,7 @@ class FlowLevels(NoiseSchedule):
         prediction_type: PredictionType = "flow_prediction",
         time_scale: float = 1000.0,
     ) -> None:
-        given = table("levels", levels, whole=True)
+        given = table("levels", levels, integers=True)
         exact = given.to("cpu", torch.float64)
         if not (exact[0] > 0 and exact[-1] <= 1 and bool((exact.diff() > 0).all())):
             raise ValueError(f"`levels` should rise within (0, 1], found values from {exact[0]:g} to {exact[-1]:g}.")
@@ -156,7 +156,7 @@ class FlowLevels(NoiseSchedule):
             shift: 1 for none, 3 in Stable Diffusion 3.
             prediction_type: what the model predicts.
         """
-        num_timesteps = check_whole("num_timesteps", num_timesteps)
+        num_timesteps = check_integer("num_timesteps", num_timesteps)
         shift = check_number("shift", shift, low=0, above=True)
         k = torch.arange(1, num_timesteps + 1, dtype=torch.float64)
         return cls(shift * k / (num_timesteps + (shift - 1) * k), prediction_type=prediction_type)
@@ -174,7 +174,7 @@ class FlowLevels(NoiseSchedule):
                 "`scheduler` should be a flow-matching scheduler of diffusers without `invert_sigmas`, found "
                 f"{describe(scheduler)}."
             )
-        # a shift that depends on the size of the picture is one of sampling
+        # A shift that depends on the size of the image is one of sampling, not of training.
         dynamic = getattr(config, "use_dynamic_shifting", False)
         return cls.uniform(config.num_train_timesteps, shift=1.0 if dynamic else getattr(config, "shift", 1.0))
 
@@ -189,5 +189,5 @@ class FlowLevels(NoiseSchedule):
 
 
 def is_flow_matching(scheduler: Any) -> bool:
-    """Whether this is a flow-matching scheduler of diffusers; by name, so that diffusers need not be there."""
+    """Whether this is a flow-matching scheduler of diffusers; by name, so that diffusers need not be installed."""
     return any(kind.__name__.startswith("FlowMatch") for kind in type(scheduler).__mro__)

@@ -1,7 +1,7 @@
-"""Which prior can be used at once, without a download?
+"""The prior that ships with the package and needs no download: a small U-Net of photographic texture.
 
-:func:`small_prior`, a U-Net of 2.8 M parameters trained on crops of fourteen photographs. Its model card, training log
-and held-out errors lie beside its weights in ``restoreloss/data/small_prior``.
+It has 2.8 M parameters and was trained on crops of fourteen photographs. Its model card, training log and held-out
+errors are beside its weights in ``restoreloss/data/small_prior``.
 """
 
 import json
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def small_prior() -> "UNet2DModel":
     """The prior that ships: a small unconditional DDPM of photographic texture.
 
-    It was trained on 48x48 crops, holds no attention and so takes any size; height and width should be multiples of 8,
+    It was trained on 48x48 crops, has no attention and so takes any size. Height and width should be multiples of 8,
     which :class:`DiffLoss` sees to. Its schedule is :meth:`NoiseSchedule.linear`, which is the default everywhere.
 
     Returns:
@@ -39,5 +39,5 @@ def small_prior() -> "UNet2DModel":
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights = safetensors.load_file(folder / "diffusion_pytorch_model.fp16.safetensors")
     model: UNet2DModel = diffusers.UNet2DModel.from_config(config)
-    model.load_state_dict(weights)  # half precision on disk, copied into float32 parameters
+    model.load_state_dict(weights)  # The file is in half precision, the parameters are float32.
     return model.eval()

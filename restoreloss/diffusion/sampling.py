@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from restoreloss.checks import check_choice, check_whole, describe
+from restoreloss.checks import check_choice, check_integer, describe
 from restoreloss.diffusion.denoisers import check_takes_noise
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.generators import Generators, check_generators, standard_normal
@@ -40,7 +40,7 @@ def short_steps(t_p: int = 200, n: int = 1) -> list[int]:
 
     Source: Kim et al., "Exploiting Diffusion Prior for Task-driven Image Restoration", Section 3.2 and Algorithm S1.
     """
-    t_p, n = check_whole("t_p", t_p), check_whole("n", n)
+    t_p, n = check_integer("t_p", t_p), check_integer("n", n)
     if n > t_p:
         raise ValueError(f"`n` should be at most `t_p` ({t_p}), found {n}.")
     return [t_p * k // n for k in range(n, 0, -1)]

@@ -1,7 +1,7 @@
-"""How much noise is in ``x_t``, and how to get from one description of it to another.
+"""NoiseSchedule: how much noise is in ``x_t``, and conversions between the ways to describe it.
 
 A :class:`NoiseSchedule` is the table ``alphas_cumprod`` of a discrete diffusion model together with what the model
-predicts. Everything in this library that mixes, removes or converts noise asks this one place.
+predicts. All code of this library that mixes, removes or converts noise uses it.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from restoreloss.checks import check_choice, check_number, check_whole, describe
+from restoreloss.checks import check_choice, check_integer, check_number, describe
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "residual", "flow_prediction"]
 
@@ -47,7 +47,7 @@ class NoiseSchedule(nn.Module):
     """
 
     model_range = (-1.0, 1.0)
-    """Of the images that a model of this schedule reads."""
+    """The range of the images that a model of this schedule reads."""
 
     alphas_cumprod: Tensor
     signal: Tensor
@@ -71,7 +71,7 @@ class NoiseSchedule(nn.Module):
         """Register the tables, computed in float64 on the CPU."""
         for name, exact in (("alphas_cumprod", alphas_cumprod), ("signal", signal), ("sigma", sigma)):
             self.register_buffer(name, exact.to(device, torch.float32), persistent=False)
-        # counted once: reading a table on an accelerator would wait for it
+        # They are counted once, because reading a table on an accelerator waits for it.
         self._silent_from = int((signal.float() > 0).sum())
         self._noisy_from = int(sigma.float()[0] == 0)
 
@@ -89,7 +89,7 @@ class NoiseSchedule(nn.Module):
             check_number("beta_start", beta_start, low=0, high=1),
             check_number("beta_end", beta_end, low=0, high=1),
         )
-        betas = torch.linspace(first, last, check_whole("num_timesteps", num_timesteps), dtype=torch.float64)
+        betas = torch.linspace(first, last, check_integer("num_timesteps", num_timesteps), dtype=torch.float64)
         return cls(torch.cumprod(1 - betas, dim=0), prediction_type=prediction_type)
 
     @classmethod
@@ -106,7 +106,7 @@ class NoiseSchedule(nn.Module):
             check_number("beta_start", beta_start, low=0, high=1),
             check_number("beta_end", beta_end, low=0, high=1),
         )
-        count = check_whole("num_timesteps", num_timesteps)
+        count = check_integer("num_timesteps", num_timesteps)
         betas = torch.linspace(first**0.5, last**0.5, count, dtype=torch.float64) ** 2
         return cls(torch.cumprod(1 - betas, dim=0), prediction_type=prediction_type)
 
@@ -121,7 +121,7 @@ class NoiseSchedule(nn.Module):
     ) -> "NoiseSchedule":
         r""":math:`\bar\alpha` a squared cosine (Nichol & Dhariwal 2021, Eq. 17), betas clipped at ``max_beta``."""
         offset, max_beta = check_number("offset", offset, low=0), check_number("max_beta", max_beta, low=0, high=1)
-        time = torch.linspace(0, 1, check_whole("num_timesteps", num_timesteps) + 1, dtype=torch.float64)
+        time = torch.linspace(0, 1, check_integer("num_timesteps", num_timesteps) + 1, dtype=torch.float64)
         abar = torch.cos((time + offset) / (1 + offset) * math.pi / 2) ** 2
         betas = (1 - abar[1:] / abar[:-1]).clamp(max=max_beta)
         return cls(torch.cumprod(1 - betas, dim=0), prediction_type=prediction_type)
@@ -148,7 +148,7 @@ class NoiseSchedule(nn.Module):
                 "FlowLevels; EDM and consistency schedulers are not variance preserving: wrap such a model in a "
                 "callable f(x_t, t) that returns the noise."
             )
-        # absent from config means epsilon in every diffusers scheduler
+        # In every scheduler of diffusers a missing entry means epsilon.
         prediction_type: Any = getattr(config, "prediction_type", None) or "epsilon"
         return cls(alphas_cumprod, prediction_type=prediction_type)
 
@@ -374,7 +374,7 @@ class NoiseSchedule(nn.Module):
     def _levels(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t) in float32, shaped to multiply ``like`` (half precision is promoted)."""
         steps = self.expand_timestep(t, like)
-        # index_select refuses what is out of range where check_timestep could not look; indexing would wrap -1 around
+        # index_select refuses what is out of range where check_timestep could not read; indexing would wrap around.
         levels = (table.to(like.device).index_select(0, steps) for table in (self.signal, self.sigma))
         signal, sigma = (level.reshape(-1, *(1,) * (like.ndim - 1)) for level in levels)
         return signal, sigma
@@ -383,12 +383,12 @@ class NoiseSchedule(nn.Module):
     def _fallen(level: tuple[Tensor, Tensor], previous: tuple[Tensor, Tensor]) -> Tensor:
         """(signal_s sigma)^2 - (signal sigma_s)^2 of two (signal, sigma); here abar_s - abar_t."""
         (signal, sigma), (signal_s, sigma_s) = level, previous
-        # twice: each form loses its digits where the other keeps them
+        # Each of the two forms loses its digits where the other keeps them.
         of_noise, of_signal = (sigma - sigma_s) * (sigma + sigma_s), (signal_s - signal) * (signal_s + signal)
         return torch.where(signal > sigma, of_noise, of_signal)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "NoiseSchedule":
-        # follow the device of a parent's .to()/.cuda(), never its dtype
+        # The tables follow the device of a parent's .to() or .cuda(), never its dtype.
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
@@ -402,13 +402,13 @@ class NoiseSchedule(nn.Module):
         return f"num_timesteps={self.num_timesteps}, prediction_type={self.prediction_type!r}"
 
 
-def table(name: str, values: Any, *, whole: bool = False) -> Tensor:
-    """A table of numbers, detached, of shape (T,); ``ValueError`` for anything else, and for integers but on demand."""
+def table(name: str, values: Any, *, integers: bool = False) -> Tensor:
+    """A table of numbers, detached, of shape (T,); ``ValueError`` for anything else, and for integers by default."""
     try:
         found = torch.as_tensor(values).detach()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"`{name}` should be a table of numbers, found {describe(values)}.") from None
-    fits = found.is_floating_point() or (whole and found.dtype == torch.int64)
+    fits = found.is_floating_point() or (integers and found.dtype == torch.int64)
     if found.ndim != 1 or len(found) == 0 or not fits:
         raise ValueError(f"`{name}` should be a floating-point tensor of shape (T,), found {describe(found)}.")
     return found
@@ -421,7 +421,7 @@ def _check_cumulated(abar: Tensor) -> None:
     its betas fall after the first one, which those of no schedule do.
     """
     near_one = abar[-1] > 0.9 or (abar[len(abar) // 2] > 0.9 and abar[-1] < 0.5)
-    if len(abar) < 50 or abar[0] == abar[-1] or not near_one:  # short, or one level of noise
+    if len(abar) < 50 or abar[0] == abar[-1] or not near_one:  # A short table, or one level of noise, may stay near 1.
         return
     said = "`alphas_cumprod` should be the cumulative product of 1 - betas (torch.cumprod)"
     found = f"found a table that is {abar[len(abar) // 2]:.4g} in its middle and {abar[-1]:.4g} at its end"

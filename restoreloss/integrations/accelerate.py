@@ -15,7 +15,7 @@ from restoreloss.checks import check_callable, describe
 from restoreloss.integrations.calls import CallCounts
 from restoreloss.regularizers.orthogonality import GradientOrthogonality
 from restoreloss.sharding import is_sharded
-from restoreloss.training.phases import Alternation, listed
+from restoreloss.training.phases import Alternation, as_list
 
 
 def prepare(accelerator: Any, *objects: Any) -> Any:
@@ -154,7 +154,7 @@ class _Schedules:
     """What accelerate does not save of an Alternation: the schedulers of its phases."""
 
     def __init__(self, alternation: Alternation[Any]) -> None:
-        self.phases = {phase.name: listed(phase.schedulers) for phase in alternation.phases}
+        self.phases = {phase.name: as_list(phase.schedulers) for phase in alternation.phases}
 
     def state_dict(self) -> dict[str, Any]:
         return {name: [schedule.state_dict() for schedule in each] for name, each in self.phases.items()}
@@ -199,7 +199,7 @@ class _Named:
 def _check_prepared(name: str, alternation: Alternation[Any]) -> None:
     prepared = require("accelerate.optimizer", purpose="register", install='"restoreloss[integrations]"')
     for phase in alternation.phases:
-        for optimizer in listed(phase.optimizers):
+        for optimizer in as_list(phase.optimizers):
             if not isinstance(optimizer, prepared.AcceleratedOptimizer):
                 raise ValueError(
                     f"The optimizers of {name!r} should be prepared, which saves them, found "

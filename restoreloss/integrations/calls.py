@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from restoreloss.checks import check_whole, describe
+from restoreloss.checks import check_integer, describe
 from restoreloss.objectives.subsampled import Subsampled
 
 _log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class CallCounts:
         if set(losses) != set(state):
             _log.info("Calls were counted of %s; there is %s now.", sorted(state), sorted(losses))
         for name, loss in losses.items():
-            loss.calls = check_whole(f"state[{name!r}]", state.get(name, 0), low=0)
+            loss.calls = check_integer(f"state[{name!r}]", state.get(name, 0), low=0)
 
     def _losses(self) -> dict[str, Subsampled]:
         found = self.module.named_modules()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import restoreloss
-from restoreloss.checks import check_whole, named
+from restoreloss.checks import check_integer, named
 from restoreloss.diffusion.checkpoints import load_prior
 from restoreloss.diffusion.prior import small_prior
 from restoreloss.distances import Distance
@@ -101,7 +101,7 @@ class DiffLoss(Criterion):
         """The loss."""
         prior: Any
         if self.head_channels is not None:
-            check_whole("head_channels", self.head_channels)
+            check_integer("head_channels", self.head_channels)
         if self.prior == "small":
             prior = small_prior()
         else:
@@ -158,7 +158,7 @@ class TDPLoss(Criterion):
         """The loss."""
         for name, size in (("num_classes", self.num_classes), ("image_size", self.image_size)):
             if size is not None:
-                check_whole(name, size)
+                check_integer(name, size)
         with named("name", "task"):
             network = task_network(
                 self.task, weights=self.weights, num_classes=self.num_classes, image_size=self.image_size

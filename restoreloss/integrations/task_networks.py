@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from restoreloss._optional import require
-from restoreloss.checks import check_whole, describe
+from restoreloss.checks import check_integer, describe
 from restoreloss.normalization import IMAGENET
 from restoreloss.weights import load_state, read_weights
 
@@ -46,7 +46,7 @@ def task_network(
         raise ValueError(f"`weights` should be 'pretrained', 'random' or a file, found {describe(weights)}.")
     for option, value in (("num_classes", num_classes), ("image_size", image_size)):
         if value is not None:
-            check_whole(option, value)
+            check_integer(option, value)
     if str(weights) not in ("pretrained", "random") and not Path(weights).expanduser().is_file():
         raise FileNotFoundError(f"`weights` should be 'pretrained', 'random' or a file, found none at {weights}.")
     pretrained = str(weights) == "pretrained"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
-from restoreloss.checks import check_callable, check_choice, check_whole, describe
+from restoreloss.checks import check_callable, check_choice, check_integer, describe
 from restoreloss.diffusion.denoisers import Denoiser, prediction_in
 from restoreloss.diffusion.levels import NoiseLevels
 from restoreloss.diffusion.schedule import NoiseSchedule
@@ -100,7 +100,7 @@ class DenoisingLoss(nn.Module):
         chosen = (schedule.first_timestep, schedule.num_timesteps) if timesteps is None else timesteps
         if not isinstance(chosen, Sequence) or isinstance(chosen, str) or len(chosen) != 2:
             raise ValueError(f"`timesteps` should be two integers (low, high), found {describe(timesteps)}.")
-        low, high = (check_whole("timesteps", step, low=0) for step in chosen)
+        low, high = (check_integer("timesteps", step, low=0) for step in chosen)
         if not 0 <= low < high <= schedule.num_timesteps:
             raise ValueError(
                 f"`timesteps` should satisfy 0 <= low < high <= {schedule.num_timesteps}, found {timesteps!r}."

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from restoreloss.checks import check_callable, check_choice, check_whole
+from restoreloss.checks import check_callable, check_choice, check_integer
 from restoreloss.distances import Reduction
 from restoreloss.generators import Generators, check_generators, permutation
 from restoreloss.images import check_pair
@@ -54,7 +54,7 @@ class Subsampled(Objective):
     ) -> None:
         super().__init__()
         check_callable("objective", objective, "restored", "target")
-        self.every = check_whole("every", every)
+        self.every = check_integer("every", every)
         self.subset = None if subset is None else check_share("subset", subset)
         self.calls = 0
         self._function = None if isinstance(objective, nn.Module) else objective

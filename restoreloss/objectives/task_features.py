@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from restoreloss.checks import check_choice, check_number, describe
 from restoreloss.distances import Distance, Reduction, distance_per_sample, reduce_samples
 from restoreloss.features import FeatureExtractor
-from restoreloss.frozen import FrozenNetwork, bare, frozen, serving, statistics_at_rest, warn_if_trained
+from restoreloss.frozen import FrozenNetwork, frozen, serving, statistics_at_rest, unwrap, warn_if_trained
 from restoreloss.images import RangeWatch, check_pair
 from restoreloss.normalization import Images, Normalize, normalizes_itself
 from restoreloss.objectives.base import Objective, total
@@ -125,7 +125,7 @@ class TDPLoss(Objective):
     # flags and modes of a live network are no business of a graph
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _look(self, restored: Images, target: Images) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        with frozen(bare(self.features.network)):
+        with frozen(unwrap(self.features.network)):
             with torch.no_grad():
                 seen_in_target = self.features(target)
             seen_in_restored = self.features(restored)
@@ -348,7 +348,7 @@ class FeatureMatchingLoss(Objective):
             )
         seen = {name: seen[name] for name in wanted}
         _check_shapes(seen, wanted, "student_images", "teacher_images")
-        trains = any(weight.requires_grad for weight in bare(self.student.network).parameters())
+        trains = any(weight.requires_grad for weight in unwrap(self.student.network).parameters())
         if trains and torch.is_grad_enabled() and not any(value.requires_grad for value in seen.values()):
             raise ValueError(
                 f"The student's features {list(seen)} have no graph, so that this loss would train nothing: was the "
@@ -358,7 +358,7 @@ class FeatureMatchingLoss(Objective):
 
     def _see(self, student_images: Images, teacher_images: Images) -> dict[str, Tensor]:
         pairs = _pairs(student_images, teacher_images, ("student_images", "teacher_images"))
-        network = bare(self.student.network)
+        network = unwrap(self.student.network)
         if network.training and normalizes_itself(network):
             raise ValueError(
                 f"{type(network).__name__} in train mode asks for boxes: `student_images` should be what it has "
@@ -378,7 +378,7 @@ def _check_two(one: Any, other: Any, name: str, other_name: str) -> None:
     """Raise unless these are two networks that share no weights."""
     _check_network(one, name)
     _check_network(other, other_name)
-    networks = [bare(x.network if isinstance(x, FeatureExtractor) else x) for x in (one, other)]
+    networks = [unwrap(x.network if isinstance(x, FeatureExtractor) else x) for x in (one, other)]
     if set(networks[0].parameters()) & set(networks[1].parameters()) or networks[0] is networks[1]:
         raise ValueError(
             f"`{other_name}` should be another network than `{name}`, found one that shares its weights: it is frozen, "
@@ -453,7 +453,7 @@ def _check_shapes(seen: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name
 
 def _seen_by(features: FeatureExtractor, layer_weights: Mapping[str, float]) -> str:
     weights = ", ".join(f"{weight:g} * {layer}" for layer, weight in layer_weights.items())
-    return f"{type(bare(features.network)).__name__}: {weights}"
+    return f"{type(unwrap(features.network)).__name__}: {weights}"
 
 
 def _layer_weights(layers: Sequence[str], given: Mapping[str, float] | None) -> dict[str, float]:

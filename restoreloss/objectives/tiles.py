@@ -1,4 +1,4 @@
-"""Tiles: one random tile of each image, so chosen and so weighted that its average over the choices is the whole."""
+"""Tiles: one random tile of each image, chosen and weighted so that its average over the choices is the whole."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -18,8 +18,8 @@ class Tiles:
 
     Attributes:
         size: height and width of a tile.
-        starts: where tiles begin, by row and by column; neighbours may overlap.
-        valid: height and width of the image; what lies beyond was padded and counts nothing.
+        starts: where tiles begin, by row and by column; neighbors may overlap.
+        valid: height and width of the image; what lies beyond was padded and has no weight.
         chosen: for rows and for columns, the number of the tile of each sample, (N,) each.
     """
 
@@ -56,7 +56,7 @@ class Tiles:
         sides = [min(sides)] * 2 if square else sides
         starts = [_starts(padded, side, multiple) for padded, side in zip(image.shape[-2:], sides, strict=True)]
         rows, columns = (
-            integers(0, len(places), len(image), generator, image.device).to(image.device) for places in starts
+            integers(0, len(firsts), len(image), generator, image.device).to(image.device) for firsts in starts
         )
         return cls((sides[0], sides[1]), (starts[0], starts[1]), valid, (rows, columns))
 
@@ -66,12 +66,12 @@ class Tiles:
             if len(starts) == 1:
                 continue
             first = torch.tensor(starts, device=image.device)[chosen]
-            places = first[:, None] + torch.arange(size, device=image.device)
+            pixels = first[:, None] + torch.arange(size, device=image.device)
             shape = [len(image), 1, 1, 1]
             shape[dim] = size
             target = list(image.shape)
             target[dim] = size
-            image = image.gather(dim, places.view(shape).expand(target))
+            image = image.gather(dim, pixels.view(shape).expand(target))
         return image
 
     def check_steps(self, latents: Tensor) -> None:
@@ -84,7 +84,7 @@ class Tiles:
                 )
 
     def weights(self, features: Tensor) -> Tensor | None:
-        """What each cell of a map of the tiles counts, (N, 1, h, w); None where all count alike, or for what is no map.
+        """The weight of each cell of a map of the tiles, (N, 1, h, w); None where all are alike, or for what is no map.
 
         The mean over all choices of the weighted mean of a tile is the mean over the map of the image.
         """
@@ -105,11 +105,11 @@ class Tiles:
 
 
 @cache
-def _table(firsts: tuple[int, ...], cells: int, whole: int) -> Tensor:
-    """What each cell of each tile along a side counts, (tiles, cells); cells beyond ``whole`` count nothing."""
-    places = torch.tensor(firsts)[:, None] + torch.arange(cells)
-    coverage = torch.bincount(places.flatten())
-    return torch.where(places < whole, len(firsts) * cells / (whole * coverage[places].double()), 0.0).float()
+def _table(firsts: tuple[int, ...], cells: int, length: int) -> Tensor:
+    """The weight of each cell of each tile along a side, (tiles, cells); cells beyond ``length`` have 0."""
+    position = torch.tensor(firsts)[:, None] + torch.arange(cells)
+    coverage = torch.bincount(position.flatten())
+    return torch.where(position < length, len(firsts) * cells / (length * coverage[position].double()), 0.0).float()
 
 
 def _starts(length: int, size: int, multiple: int) -> list[int]:

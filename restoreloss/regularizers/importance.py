@@ -15,11 +15,11 @@ from torch.nn.modules.loss import _Loss
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from restoreloss.checks import check_callable, check_choice, check_number, check_whole, describe
-from restoreloss.frozen import RunMode, bare, in_mode
+from restoreloss.checks import check_callable, check_choice, check_integer, check_number, describe
+from restoreloss.frozen import RunMode, in_mode, unwrap
 from restoreloss.regularizers.layer_decay import layer_of
 from restoreloss.regularizers.per_sample import Estimator, PerSample
-from restoreloss.sharding import cut_like, is_sharded, whole
+from restoreloss.sharding import gather, is_sharded, shard_like
 
 Normalize = Literal["sum", "mean"]
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
@@ -108,8 +108,8 @@ class ParameterImportance(nn.Module):
         check_choice("mode", mode, RunMode)
         self.estimator, self.normalize, self.mode = estimator, normalize, mode
         self.strength = check_number("strength", strength, low=0)
-        self.chunk_size = check_whole("chunk_size", chunk_size)
-        self._model = (model,)  # in a tuple: not registered
+        self.chunk_size = check_integer("chunk_size", chunk_size)
+        self._model = (model,)  # The tuple keeps it from being registered.
         self.layer_weights = {} if layer_weights is None else layer_weights
         self._one_by_one = self._warned = False
         self._attached: list[RemovableHandle] = []
@@ -128,7 +128,7 @@ class ParameterImportance(nn.Module):
             name: check_number(f"layer_weights[{name!r}]", weight, low=0) for name, weight in weights.items()
         }
         self._factors: dict[str, float] = {}
-        names = [*bare(self._model[0]).named_modules(), *bare(self._model[0]).named_parameters()]
+        names = [*unwrap(self._model[0]).named_modules(), *unwrap(self._model[0]).named_parameters()]
         known = {_plain(name) for name, _ in names}
         if unknown := [name for name in self._layer_weights if name not in known]:
             warnings.warn(
@@ -179,7 +179,7 @@ class ParameterImportance(nn.Module):
             )
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ValueError(f"`generator` should be a torch.Generator, found {describe(generator)}.")
-        model = bare(self._model[0])
+        model = unwrap(self._model[0])
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not parameters:
             raise ValueError("`model` should have parameters that require a gradient, found none.")
@@ -222,9 +222,9 @@ class ParameterImportance(nn.Module):
                 term = (omega * moved).abs().sum() + 0.5 * (omega * moved).square().sum()
             else:
                 term = (omega * moved.square()).sum() * (1.0 if self.estimator == "mas" else 0.5)
-            terms.append(weight * whole(term))
+            terms.append(weight * gather(term))
         if not terms:
-            return self._nothing_charged()
+            return self._zero_with_graph()
         return torch.stack([term.to(terms[0]) for term in terms]).sum()
 
     @torch.no_grad()
@@ -251,7 +251,7 @@ class ParameterImportance(nn.Module):
             else:
                 parameter.grad += (weight * omega * slope).to(parameter.grad.dtype)
         if not charged:
-            self._nothing_charged()
+            self._zero_with_graph()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Call :meth:`apply_` before each step of an optimizer, after any clipping of gradients.
@@ -275,7 +275,7 @@ class ParameterImportance(nn.Module):
             raise ValueError(f"`optimizer` should be an optimizer of torch, found {describe(optimizer)}.")
 
         def add(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if next(iter(args[1:]), kwargs.get("closure")) is not None:  # the first is the optimizer
+            if next(iter(args[1:]), kwargs.get("closure")) is not None:  # The first is the optimizer.
                 raise ValueError("A closure computes the gradients anew: add `importance()` to its loss instead.")
             if getattr(optimizer, "grad_scale", None) is not None:
                 raise ValueError(
@@ -284,7 +284,7 @@ class ParameterImportance(nn.Module):
                 )
             self.apply_()
 
-        own = {id(parameter) for parameter in bare(self._model[0]).parameters()}
+        own = {id(parameter) for parameter in unwrap(self._model[0]).parameters()}
         if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
             raise ValueError("`optimizer` should hold parameters of `model`, found those of another network.")
         hooks = optimizer._optimizer_step_pre_hooks
@@ -296,12 +296,12 @@ class ParameterImportance(nn.Module):
 
     def importance(self, task: int = 0) -> dict[str, Tensor]:
         """The importances of one task by the parameters' names."""
-        check_whole("task", task, low=0, high=self.tasks - 1)
+        check_integer("task", task, low=0, high=self.tasks - 1)
         return self._named(task, "importance")
 
     def _charged(self) -> Iterable[tuple[nn.Parameter, Tensor, Tensor, float]]:
         """(parameter, importance, anchor, weight) for each parameter and task."""
-        parameters = {_plain(name): p for name, p in bare(self._model[0]).named_parameters()}
+        parameters = {_plain(name): p for name, p in unwrap(self._model[0]).named_parameters()}
         count = 1
         if self.normalize == "mean":
             count = max(1, sum(p.numel() for name, p in parameters.items() if name in self._named(0, "importance")))
@@ -311,22 +311,22 @@ class ParameterImportance(nn.Module):
                 if name not in parameters:
                     continue
                 parameter, anchor = parameters[name], anchors[name]
-                if self._layer_weight(name) == 0:  # left out, of whatever shape it is now
+                if self._layer_weight(name) == 0:  # It is left out, of whatever shape it is now.
                     continue
                 weight = self.strength * self._layer_weight(name) / count
                 _check_shape(name, parameter, omega)
-                device = parameter.device  # the network may have moved since
-                omega, anchor = (cut_like(one.to(device), parameter) for one in (omega, anchor))
+                device = parameter.device  # The network may have moved since.
+                omega, anchor = (shard_like(one.to(device), parameter) for one in (omega, anchor))
                 yield parameter, omega, anchor, weight
 
-    def _nothing_charged(self) -> Tensor:
-        """0 with a gradient of zeros, where all that was measured weighs 0."""
-        parameters = {_plain(name): p for name, p in bare(self._model[0]).named_parameters()}
+    def _zero_with_graph(self) -> Tensor:
+        """A zero whose gradient is zeros, for where all that was measured has the weight 0."""
+        parameters = {_plain(name): p for name, p in unwrap(self._model[0]).named_parameters()}
         names = {name for task in range(self.tasks) for name in self._named(task, "importance")}
         known = [parameter for name, parameter in parameters.items() if name in names]
         if not known:
             raise ValueError("`model` should have parameters that were measured, found none: was it another network?")
-        return 0.0 * whole(known[0].to(_exact(known[0])).sum())
+        return 0.0 * gather(known[0].to(_exact(known[0])).sum())
 
     def _layer_weight(self, name: str) -> float:
         if name not in self._factors:
@@ -335,17 +335,17 @@ class ParameterImportance(nn.Module):
         return self._factors[name]
 
     def _open(self, task: int = 0) -> None:
-        """A task with the parameters of this moment for anchor, nothing measured."""
+        """Begin a task: the parameters of this moment are its anchor, and nothing is measured."""
         anchor = torch.empty(0)
-        for name, parameter in bare(self._model[0]).named_parameters():
-            anchor = whole(parameter.detach()).to(_exact(parameter), copy=True)
+        for name, parameter in unwrap(self._model[0]).named_parameters():
+            anchor = gather(parameter.detach()).to(_exact(parameter), copy=True)
             self.register_buffer(_key(task, "anchor", name), anchor)
         self.register_buffer(f"{task}/samples", torch.zeros((), dtype=torch.int64, device=anchor.device))
         self._measured = self.estimator == "l2sp"
         if self._measured:
-            for name, parameter in bare(self._model[0]).named_parameters():
+            for name, parameter in unwrap(self._model[0]).named_parameters():
                 if parameter.requires_grad:
-                    alike = torch.ones_like(whole(parameter.detach()), dtype=_exact(parameter))
+                    alike = torch.ones_like(gather(parameter.detach()), dtype=_exact(parameter))
                     self.register_buffer(_key(task, "importance", name), alike)
 
     def _keep(self, parameters: Mapping[str, nn.Parameter], sums: dict[str, Tensor], count: int) -> None:
@@ -395,13 +395,13 @@ class ParameterImportance(nn.Module):
 
     def _check_anchor(self) -> None:
         anchors = self._named(self.tasks - 1, "anchor")
-        for name, parameter in bare(self._model[0]).named_parameters():
+        for name, parameter in unwrap(self._model[0]).named_parameters():
             anchor = anchors.get(_plain(name))
             if anchor is not None and int(self._buffer("samples")):
                 _check_shape(name, parameter, anchor)
             if anchor is not None and not torch.equal(parameter.detach().to(anchor), anchor):
                 if not int(self._buffer("samples")):
-                    self._open(self.tasks - 1)  # nothing measured yet: the anchor is where it is measured
+                    self._open(self.tasks - 1)  # The anchor is where the first measurement is.
                     return
                 raise ValueError(
                     f"`{name}` should be where its importance was first measured, found that it has moved: call "
@@ -409,7 +409,7 @@ class ParameterImportance(nn.Module):
                 )
 
     def _check_measured(self) -> None:
-        if not self._measured:  # not the buffer: reading it would wait for the device at every step
+        if not self._measured:  # Reading the buffer instead would wait for the device at every step.
             raise ValueError(
                 "The importance should be measured first, found that it is not measured: call `accumulate(loss_fn, "
                 "batches)`."
@@ -429,10 +429,10 @@ class ParameterImportance(nn.Module):
         }
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
-        # what was measured elsewhere replaces what is here: other tasks, and parameters that this network lacks
+        # What was measured elsewhere replaces what is here, with other tasks and parameters that this network lacks.
         loaded = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
         if any(name.endswith("/samples") for name in loaded):
-            devices = {_plain(name): p.device for name, p in bare(self._model[0]).named_parameters()}
+            devices = {_plain(name): p.device for name, p in unwrap(self._model[0]).named_parameters()}
             usual = next(iter(devices.values()), None)
             self._buffers.clear()
             for name in loaded:
@@ -445,7 +445,7 @@ class ParameterImportance(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "ParameterImportance":
         exact = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, buffer in exact.items():  # follow the device, never the dtype: squares do not fit half precision
+        for name, buffer in exact.items():  # Follow the device, never the dtype: squares leave half precision.
             moved = self._buffers[name]
             if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)

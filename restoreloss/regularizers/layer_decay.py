@@ -1,7 +1,7 @@
-"""Which layers are shallow, and how much should generation have to say in each?
+"""The depth of layers, and weights for the gradient of generation that decay with it.
 
 Depth is the order in which layers run, found by running the network once. The order of ``named_parameters()`` is that
-in which somebody wrote them down.
+in which they were written, which need not be the same.
 """
 
 import inspect
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss.checks import check_choice, check_number, describe
-from restoreloss.frozen import RunMode, bare, in_mode
+from restoreloss.frozen import RunMode, in_mode, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def execution_order(
     if blocks is not None and (isinstance(blocks, str) or not isinstance(blocks, Iterable)):
         raise ValueError(f"`blocks` should be a list of names, found {describe(blocks)}.")
     check_choice("mode", mode, RunMode)
-    network = bare(model)
+    network = unwrap(model)
     fits = not any(isinstance(one, type) or type(one).__name__ == "ndarray" for one in inputs)
     try:
         inspect.signature(network.forward).bind(*inputs)
@@ -83,7 +83,7 @@ def execution_order(
             handle.remove()
     if not order:
         raise ValueError(f"`blocks` should name some that run in mode {mode!r}, found {chosen[:20]}, which do not.")
-    # what is in a block that ran belongs to it, though it may not be called by itself
+    # A module within a block that ran belongs to it, though it may not be called by itself.
     idle = [name for name in chosen if layer_of(name, order) is None]
     if idle:
         logger.warning("These blocks did not run, and have no depth: %s (mode %r)", ", ".join(idle), mode)
@@ -109,14 +109,14 @@ def layer_weights(
         The weights by name, for :class:`restoreloss.ParameterImportance` and :func:`add_gradients`.
 
     Raises:
-        ValueError: For an empty order, a negative timestep or rate, or a share that is none.
+        ValueError: For an empty order, a negative timestep or rate, or a share that is out of range.
 
     Example:
         >>> layer_weights(["stem", "body", "head"], 20)
         {'stem': 1.0, 'body': 0.6065306597126334, 'head': 0.36787944117144233}
 
     Source: DTP, Eqs. (10), (21); the exponent over depth is that of the authors' code, which defines it and never calls
-    it. That the regularisation weight decays likewise is the paper's Section 2.2.
+    it. That the regularization weight decays likewise is the paper's Section 2.2.
     """
     _check_order(order)
     timestep, rate = check_number("timestep", timestep, low=0), check_number("rate", rate, low=0)
@@ -150,7 +150,7 @@ def shallow(model: nn.Module, order: Sequence[str], share: float | int = 0.5) ->
     _check_order(order)
     chosen = set(order[: _count(share, order)])
     parameters = [
-        p for name, p in bare(model).named_parameters() if p.requires_grad and layer_of(name, order) in chosen
+        p for name, p in unwrap(model).named_parameters() if p.requires_grad and layer_of(name, order) in chosen
     ]
     if not parameters:
         raise ValueError(f"The layers {sorted(chosen)} should have parameters that require a gradient, found none.")
@@ -190,13 +190,13 @@ def add_gradients(loss: Tensor, model: nn.Module, weights: Mapping[str, float], 
     if not isinstance(weights, Mapping):
         raise ValueError(f"`weights` should be a mapping of layers to numbers, found {describe(weights)}.")
     weights = {name: check_number(f"weights[{name!r}]", weight) for name, weight in weights.items()}
-    found = {name: layer_of(name, weights) for name, p in bare(model).named_parameters() if p.requires_grad}
+    found = {name: layer_of(name, weights) for name, p in unwrap(model).named_parameters() if p.requires_grad}
     factors = {name: weights[owner] for name, owner in found.items() if owner is not None and weights[owner] != 0}
     if not factors:
         raise ValueError(
             f"`weights` should name layers with parameters that require a gradient, found {list(weights)}."
         )
-    parameters = dict(bare(model).named_parameters())
+    parameters = dict(unwrap(model).named_parameters())
     chosen = [parameters[name] for name in factors]
     gradients = torch.autograd.grad(loss, chosen, retain_graph=retain_graph, allow_unused=True)
     if all(gradient is None for gradient in gradients):

@@ -1,8 +1,8 @@
-"""How do generation and reconstruction share parameters without pulling against each other?
+"""GradientOrthogonality: generation and reconstruction share parameters without working against each other.
 
 Both train the same shallow layers; where their gradients conflict, one undoes the other. :class:`GradientOrthogonality`
-is a loss that turns the gradients apart, and, for a fraction of its price, a projection that removes the conflict from
-the gradients of a step.
+is a loss that makes the gradients orthogonal, and, for a fraction of its cost, a projection that removes the conflict
+from the gradients of a step.
 """
 
 from collections.abc import Iterable, Sequence
@@ -75,7 +75,7 @@ class GradientOrthogonality(nn.Module):
                 "gradient of these. Train under DDP."
             )
         check_choice("mode", mode, Mode)
-        self._parameters_shared = tuple(unique.values())  # in a tuple: not registered
+        self._parameters_shared = tuple(unique.values())  # The tuple keeps them from being registered.
         self.gamma, self.mode = check_number("gamma", gamma, low=0), mode
         self._twice = False
 
@@ -165,7 +165,7 @@ class GradientOrthogonality(nn.Module):
         .. math:: g = g_{rec} + g - \frac{g \cdot g_{rec}}{\lVert g_{rec} \rVert^2} g_{rec}, \qquad g = w\, g_{gen}
 
         The dot product runs over all shared parameters together. Parameters in ``others`` get that of reconstruction,
-        and of generation exactly nothing.
+        and nothing of that of generation.
 
         Over several processes both gradients are averaged first and projected then, as one process would on the whole
         batch. DDP must not average as well: run the forward passes on the network inside it, or under ``no_sync()``.
@@ -190,10 +190,10 @@ class GradientOrthogonality(nn.Module):
         known = {id(p) for p in shared}
         rest = [p for p in as_parameters(others, "others") if p.requires_grad and id(p) not in known]
         weights = [weight] * len(shared) if not isinstance(weight, Sequence) or isinstance(weight, str) else weight
-        weights = [check_number("weight", each, low=0) for each in weights]
+        weights = [check_number("weight", one, low=0) for one in weights]
         if len(weights) != len(shared):
             raise ValueError(f"`weight` should be one, or {len(shared)}, found {len(weights)}.")
-        # the two graphs may share a part
+        # The graph is retained, because the two may share a part.
         of_generation = gradients_of("generation", generation, shared, retain_graph=True)
         of_generation = [w * gradient for w, gradient in zip(weights, of_generation, strict=True)]
         of_both = gradients_of("reconstruction", reconstruction, [*shared, *rest])
@@ -211,7 +211,7 @@ class GradientOrthogonality(nn.Module):
                 if number < len(shared):
                     freed = of_generation[number].to(exact) - factor * gradient.to(exact)
                     gradient = (gradient.to(exact) + freed).to(parameter.dtype)
-                # a copy: autograd may give one tensor to two parameters
+                # It is copied, because autograd may give one tensor to two parameters.
                 parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
         return cosine
 
@@ -221,7 +221,7 @@ class GradientOrthogonality(nn.Module):
 
 
 def as_parameters(given: Any, name: str) -> list[nn.Parameter]:
-    """The parameters in an iterable, or an error that says how they are had from what was given."""
+    """The parameters in an iterable, or an error that says how to get them from what was given."""
     if isinstance(given, nn.Module):
         raise ValueError(f"`{name}` should be parameters, found {describe(given)}: give its `.parameters()`.")
     if isinstance(given, Tensor | str) or not isinstance(given, Iterable):
@@ -274,7 +274,7 @@ def _cosines(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
         raise ValueError("The gradients should hold numbers, found empty ones only.")
     parts = [torch.stack([tensor.flatten() for tensor in column]) for column in columns]
     parts = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
-    # gradients of long runs are tiny: their squares would leave float32
+    # The gradients of long runs are tiny, and their squares would leave float32.
     scale = torch.stack([part.detach().abs().amax(dim=1) for part in parts]).amax(dim=0)
     there = scale > 0
     scale = torch.where(there, scale, 1)
@@ -307,7 +307,7 @@ def _check_twice(penalty: Tensor, parameters: Sequence[Tensor]) -> None:
     try:
         torch.autograd.grad(penalty, parameters, retain_graph=True, allow_unused=True)
         nodes, seen = [penalty.grad_fn], set()
-        while nodes:  # a node that fails where its gradient is wanted, and is not on the way to the parameters
+        while nodes:  # Such a node fails where its gradient is wanted, which need not be on the way here.
             node = nodes.pop()
             if node is None or node in seen:
                 continue

@@ -130,7 +130,7 @@ class PerSample:
             except RuntimeError as error:
                 if "modified by an inplace operation" not in str(error):
                     raise
-                self.mutates = True  # as PLKSR does in eval mode, which writes over the input of a convolution
+                self.mutates = True  # PLKSR in eval mode writes over the input of a convolution.
                 row = self._row(list(parameters.values()), one, sign)
             yield {name: gradient[None] for name, gradient in zip(parameters, row, strict=True)}
 

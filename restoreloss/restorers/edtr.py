@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from restoreloss._optional import require
 from restoreloss.blocks.wavelet import WaveletColorFix
-from restoreloss.checks import check_map, check_whole, describe
+from restoreloss.checks import check_integer, check_map, describe
 from restoreloss.diffusion.latents import LatentPrior, denormalize_latents
 from restoreloss.diffusion.sampling import PredictsNoise, denoise, partial_diffusion, short_steps
 from restoreloss.frozen import FrozenNetwork
@@ -103,7 +103,7 @@ class EDTR(nn.Module):
         self.register_buffer("prompt", prompt, persistent=False)
         self.schedule = schedule
         self.from_noise = t_p is None
-        self.t_p = schedule.last_timestep if t_p is None else check_whole("t_p", t_p)
+        self.t_p = schedule.last_timestep if t_p is None else check_integer("t_p", t_p)
         schedule.check_timestep(self.t_p, "t_p")
         self.n = n
         self.color_fix = WaveletColorFix() if color_fix else None
@@ -239,7 +239,7 @@ class EDTR(nn.Module):
         if tile is None:
             found = restored(image, *noise)
         else:
-            side = -(-check_whole("tile", tile) // self.multiple) * self.multiple
+            side = -(-check_integer("tile", tile) // self.multiple) * self.multiple
             found = tiled(
                 restored,
                 image,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from restoreloss._optional import require
-from restoreloss.checks import check_whole, describe
+from restoreloss.checks import check_integer, describe
 from restoreloss.diffusion.latents import LatentPrior
 from restoreloss.diffusion.schedule import NoiseSchedule, PredictionType
 
@@ -37,7 +37,7 @@ def small_latent_prior(width: int = 16, levels: int = 2, *, prediction_type: Pre
 def small_autoencoder(width: int = 16, levels: int = 2) -> "AutoencoderKL":
     """Images to latents of 4 channels, at half the resolution for each level but the first."""
     diffusers = require("diffusers", purpose="small_autoencoder()", install="diffusers")
-    check_whole("levels", levels)
+    check_integer("levels", levels)
     autoencoder: AutoencoderKL = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,

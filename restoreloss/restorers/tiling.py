@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from restoreloss.checks import check_whole
+from restoreloss.checks import check_integer
 from restoreloss.images import mirrored
 
 
@@ -34,8 +34,8 @@ def tiled(
     Raises:
         ValueError: For an overlap out of these bounds, and sizes that are no multiples of ``step``.
     """
-    check_whole("tile", tile)
-    check_whole("step", step)
+    check_integer("tile", tile)
+    check_integer("step", step)
     if not 0 <= overlap <= tile // 2:
         raise ValueError(f"`overlap` should be from 0 to half a tile ({tile // 2}), found {overlap}.")
     height, width = image.shape[2:]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from restoreloss.blocks.cfrm import CFRM
 from restoreloss.blocks.controller import Controller, SCTuner
 from restoreloss.blocks.tfa import TFA, Gate
-from restoreloss.checks import check_map, check_whole, describe
+from restoreloss.checks import check_integer, check_map, describe
 from restoreloss.diffusion.latents import LatentPrior, denormalize_latents, normalize_latents
 from restoreloss.diffusion.sampling import PredictsNoise, denoise, partial_diffusion
 from restoreloss.frozen import FrozenNetwork
@@ -145,7 +145,7 @@ class UniRestore(nn.Module):
     def timesteps(self, steps: int | None = None) -> list[int]:
         """The timesteps of a restoration, from the noisiest down: 999, or 999, 749, 499 and 249."""
         last = self.schedule.num_timesteps
-        steps = check_whole("steps", self.steps if steps is None else steps, high=last)
+        steps = check_integer("steps", self.steps if steps is None else steps, high=last)
         return [last * k // steps - 1 for k in range(steps, 0, -1)]
 
     def encode(self, images: Tensor, *, restored: bool = True) -> tuple[Tensor, list[Tensor]]:
@@ -294,7 +294,7 @@ class UniRestore(nn.Module):
         def restored(part: Tensor, noise: Tensor) -> Tensor:
             return self._restored(part, tasks, noise, steps)
 
-        side = -(-check_whole("tile", tile) // self.multiple) * self.multiple
+        side = -(-check_integer("tile", tile) // self.multiple) * self.multiple
         found = tiled(
             restored,
             padded,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss._optional import require
-from restoreloss.checks import check_callable, check_choice, check_number, check_whole, describe
+from restoreloss.checks import check_callable, check_choice, check_integer, check_number, describe
 from restoreloss.images import check_pair
 from restoreloss.objectives.base import named_terms
 from restoreloss.objectives.diffloss import DiffLoss
@@ -190,7 +190,7 @@ def audit(
     """
     _weighed(objectives)  # before the images, which may stand in their place
     check_pair(restored, target)
-    draws, seed = check_whole("draws", draws), check_whole("seed", seed, low=-(2**63))
+    draws, seed = check_integer("draws", draws), check_integer("seed", seed, low=-(2**63))
     dominates, opposes = check_number("dominates", dominates), check_number("opposes", opposes)
     measured = _measure(objectives, restored, target, draws, seed)
     first = next(iter(measured.values())).gradients

@@ -10,12 +10,12 @@ from torch import Tensor
 def needed_argument(part: Any) -> str | None:
     """The name of the first argument that ``part.step`` cannot do without."""
     try:
-        # of the class: a scheduler puts a function into the optimizer that says it takes `self`
+        # The class is asked: a scheduler puts a function into the optimizer whose signature has `self`.
         _, *parameters = inspect.signature(type(part).step).parameters.values()
-    except (AttributeError, TypeError, ValueError):  # it does not tell
+    except (AttributeError, TypeError, ValueError):  # It does not tell.
         return None
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = (each.name for each in parameters if each.kind in kinds and each.default is inspect.Parameter.empty)
+    needed = (one.name for one in parameters if one.kind in kinds and one.default is inspect.Parameter.empty)
     return next(needed, None)
 
 
@@ -31,8 +31,8 @@ def check_micro_batches(micro_batches: Sequence[Any]) -> None:
         )
     if any(type(batch).__name__ == "ndarray" or (isinstance(batch, Tensor) and batch.ndim) for batch in micro_batches):
         raise ValueError(
-            f"`micro_batches` should be one batch or several, found {len(kinds)} bare tensors: one batch of several "
-            "parts is one argument, as `step((degraded, clean))`; for micro-batches that are bare tensors say "
+            f"`micro_batches` should be one batch or several, found {len(kinds)} single tensors: one batch of several "
+            "parts is one argument, as `step((degraded, clean))`; for micro-batches that are single tensors say "
             "`step(first, second, accumulate=True)`."
         )
 

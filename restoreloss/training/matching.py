@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from restoreloss._optional import require
-from restoreloss.checks import check_choice, check_number, check_whole, describe
+from restoreloss.checks import check_choice, check_integer, check_number, describe
 from restoreloss.diffusion.adapt import wrap
 from restoreloss.diffusion.sampling import denoise
 from restoreloss.diffusion.schedule import NoiseSchedule
@@ -152,7 +152,7 @@ def match_timestep(
     check_pair(degraded, clean, names=("degraded", "clean"))
     check_choice("mode", mode, Mode)
     check_choice("distance", distance, Distance)
-    check_whole("ddim_steps", ddim_steps)
+    check_integer("ddim_steps", ddim_steps)
     check_generators(generator, len(degraded))
     wrapped = wrap("denoiser", denoiser, schedule)
     schedule = wrapped.schedule

@@ -1,6 +1,6 @@
-"""Who trains, who is frozen, on which objective, in which order?
+"""Phase and Alternation: which networks train, which are frozen, on which objective and in which order.
 
-A :class:`Phase` answers for one group of networks, an :class:`Alternation` runs its phases one after the other on the
+A :class:`Phase` says so for one group of networks, an :class:`Alternation` runs its phases one after the other on the
 same batch. It does one step of YOUR loop:
 
     for batch in loader:
@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from restoreloss.checks import check_callable, check_choice, check_number, describe
-from restoreloss.frozen import bare, frozen
-from restoreloss.sharding import whole
+from restoreloss.frozen import frozen, unwrap
+from restoreloss.sharding import gather
 from restoreloss.training.checks import check_micro_batches, needed_argument
 
 Batch = TypeVar("Batch")
@@ -73,12 +73,12 @@ class Phase(Generic[Batch]):
             raise ValueError(f"`name` should be text, found {describe(self.name)}.")
         for name, kinds in (("trains", nn.Module | nn.Parameter), ("frozen", nn.Module)):
             given: Any = getattr(self, name)
-            # an nn.Sequential could be iterated, and is one network
+            # An nn.Sequential could be iterated, but is one network.
             if not isinstance(given, Sequence) or not all(isinstance(item, kinds) for item in given):
                 found = [type(item).__name__ for item in given] if isinstance(given, Sequence) else type(given).__name__
                 raise ValueError(f"`{name}` of phase {self.name!r} should be a list of networks, found {found}.")
         where = f"of phase {self.name!r}"
-        for kind, parts in (("optimizer", listed(self.optimizers)), ("scheduler", listed(self.schedulers))):
+        for kind, parts in (("optimizer", as_list(self.optimizers)), ("scheduler", as_list(self.schedulers))):
             for part in parts:
                 fits = hasattr(part, "step") and hasattr(part, "param_groups") == (kind == "optimizer")
                 if isinstance(part, type) or not fits:
@@ -96,7 +96,7 @@ class Phase(Generic[Batch]):
                     )
         if not isinstance(self.modes, Mapping) or not all(isinstance(module, nn.Module) for module in self.modes):
             raise ValueError(f"`modes` {where} should be a mapping of networks to modes, found {describe(self.modes)}.")
-        if self.max_norm is not None and self.max_norm != math.inf:  # which measures the norm and clips nothing
+        if self.max_norm is not None and self.max_norm != math.inf:  # Infinity measures the norm and clips nothing.
             check_number("max_norm", self.max_norm, low=0, above=True)
         check_callable("objective", self.objective, "batch", where=f" {where}")
 
@@ -130,13 +130,13 @@ class Alternation(Generic[Batch]):
         >>> def restore(batch):
         ...     restored = restorer(batch["degraded"])
         ...     return {"pixel": pixel(restored, batch["clean"]), "tdp": tdp(restored, batch["clean"])}
-        >>> def recognise(batch):
+        >>> def recognize(batch):
         ...     restored = restorer(batch["degraded"])
         ...     images = torch.cat([restored, batch["clean"], mix(restored, batch["clean"])])
         ...     return task(classifier(images), batch["label"].repeat(3))
         >>> training = Alternation([
         ...     Phase("restorer", [restorer], restore, torch.optim.AdamW(restorer.parameters(), lr=1e-4)),
-        ...     Phase("classifier", [classifier], recognise, torch.optim.SGD(classifier.parameters(), lr=3e-2)),
+        ...     Phase("classifier", [classifier], recognize, torch.optim.SGD(classifier.parameters(), lr=3e-2)),
         ... ])
         >>> degraded, clean = torch.rand(2, 2, 3, 32, 32)
         >>> batch = {"degraded": degraded, "clean": clean, "label": torch.tensor([0, 1])}
@@ -175,10 +175,10 @@ class Alternation(Generic[Batch]):
         check_choice("on_non_finite", on_non_finite, NonFinite)
         self.phases = tuple(phases)
         self._precision = precision
-        # accelerate's own optimizers step its scaler once each, and it should once a phase
+        # The optimizers of accelerate step its scaler once each, and it should be stepped once a phase.
         self._scaler = scaler if accelerator is None else getattr(accelerator, "scaler", None)
         self._accelerator = accelerator
-        # whose scale decides which steps are skipped: not always ours to step
+        # The scale of this one decides which steps are skipped; it need not be stepped here.
         self._scale: torch.amp.GradScaler | None = self._scaler
         self._on_non_finite = on_non_finite
         if getattr(accelerator, "gradient_accumulation_steps", 1) != 1:
@@ -198,16 +198,16 @@ class Alternation(Generic[Batch]):
         Args:
             micro_batches: one batch, or several of equal size whose gradients are averaged (accumulation). Every phase
                 sees all of them before the next begins, so that the result is that of one large batch.
-            accumulate: True where each of several micro-batches is a bare tensor. Otherwise ``step(degraded, clean)``
+            accumulate: True where each of several micro-batches is a single tensor. Otherwise ``step(degraded, clean)``
                 is refused, for it is most often meant to be the one batch ``step((degraded, clean))``.
 
         Returns:
             Detached scalars "phase/term" ("phase/loss" for an objective without terms), mean over the micro-batches,
-            and "phase/grad_norm" before clipping, where the phase clips. Reading them is the only synchronisation.
+            and "phase/grad_norm" before clipping, where the phase clips. Reading them is the only synchronization.
 
         Raises:
-            ValueError: For no batch, micro-batches of different kinds, several bare tensors without ``accumulate``, and
-                an objective that gives no scalar or no gradient.
+            ValueError: For no batch, micro-batches of different kinds, several single tensors without ``accumulate``,
+                and an objective that gives no scalar or no gradient.
             FloatingPointError: With ``on_non_finite="raise"``, for a term or a gradient of a phase that is NaN or
                 infinite, by name. No optimizer of the phase has stepped, and its gradients are gone. Of a loss that is
                 scaled only the terms are looked at: a gradient that overflows is the scaler's business.
@@ -225,13 +225,13 @@ class Alternation(Generic[Batch]):
     @contextmanager
     def roles(self, phase: Phase[Batch]) -> Iterator[None]:
         """The flags and modes of one phase, for the length of a ``with`` block."""
-        trained = [bare(item) if isinstance(item, nn.Module) else item for item in phase.trains]
+        trained = [unwrap(item) if isinstance(item, nn.Module) else item for item in phase.trains]
         flags = {p: p.requires_grad for p in (*_parameters(phase.trains), *self._loose)}
         with ExitStack() as stack:
             for network in self._networks:
                 if isinstance(network, DistributedDataParallel) and network not in phase.trains:
                     stack.enter_context(_resting(network))
-            stack.enter_context(frozen(*map(bare, self._networks)))
+            stack.enter_context(frozen(*map(unwrap, self._networks)))
             try:
                 for parameter in self._loose:
                     parameter.requires_grad_(False)
@@ -242,7 +242,7 @@ class Alternation(Generic[Batch]):
                         item.train()
                 learning = {m for item in trained if isinstance(item, nn.Module) for m in item.modules()}
                 for module, mode in phase.modes.items():
-                    for part in bare(module).modules():
+                    for part in unwrap(module).modules():
                         at_rest = part not in learning and isinstance(part, _NormBase | _DropoutNd)
                         part.training = mode == "train" and not at_rest
                 yield
@@ -254,8 +254,8 @@ class Alternation(Generic[Batch]):
         """The state of all optimizers, schedulers and the scaler; the networks are yours to save."""
         state: dict[str, Any] = {
             phase.name: {
-                "optimizers": [optimizer.state_dict() for optimizer in listed(phase.optimizers)],
-                "schedulers": [scheduler.state_dict() for scheduler in listed(phase.schedulers)],
+                "optimizers": [optimizer.state_dict() for optimizer in as_list(phase.optimizers)],
+                "schedulers": [scheduler.state_dict() for scheduler in as_list(phase.schedulers)],
             }
             for phase in self.phases
         }
@@ -276,20 +276,20 @@ class Alternation(Generic[Batch]):
             )
         for phase in self.phases:
             saved = state["phases"][phase.name]
-            for key, parts in (("optimizers", listed(phase.optimizers)), ("schedulers", listed(phase.schedulers))):
+            for key, parts in (("optimizers", as_list(phase.optimizers)), ("schedulers", as_list(phase.schedulers))):
                 for part, values in zip(parts, saved[key], strict=True):
                     part.load_state_dict(values)
         if self._scaler is not None and state["scaler"] is not None:
             self._scaler.load_state_dict(state["scaler"])
 
     def _run(self, phase: Phase[Batch], micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
-        optimizers = listed(phase.optimizers)
+        optimizers = as_list(phase.optimizers)
         for optimizer in optimizers:
             optimizer.zero_grad()
         logs: dict[str, Tensor] = {}
         for number, batch in enumerate(micro_batches, start=1):
             with ExitStack() as stack:
-                if number < len(micro_batches):  # DDP need not average before the last
+                if number < len(micro_batches):  # DDP need not average before the last one.
                     for item in phase.trains:
                         if isinstance(item, DistributedDataParallel):
                             stack.enter_context(item.no_sync())
@@ -307,12 +307,12 @@ class Alternation(Generic[Batch]):
         scaled = self._scale is not None and self._scale.is_enabled()
         clips = phase.max_norm is not None and self._accelerator is None and not scaled
         norm = _norm(phase.trains) if clips or (self._on_non_finite == "raise" and not scaled) else None
-        # before a scaler takes out its scale, which it does once, and before clipping by NaN makes NaN of all gradients
+        # This comes before a scaler divides by its scale, which it does once, and before NaN spreads by clipping.
         if self._on_non_finite == "raise":
             self._check_finite(phase, logs, norm)
         if phase.max_norm is not None:
             logs["grad_norm"] = self._clip(phase, phase.max_norm, norm)
-        schedulers = listed(phase.schedulers)
+        schedulers = as_list(phase.schedulers)
         before = self._scale.get_scale() if self._scale is not None and schedulers else 0.0
         for optimizer in optimizers:
             if self._scaler is None:
@@ -321,19 +321,19 @@ class Alternation(Generic[Batch]):
                 self._scaler.step(_unwrapped(optimizer))
         if self._scaler is not None:
             self._scaler.update()
-        # a scale falls where a step was skipped
+        # The scale falls where a step was skipped.
         if self._scale is None or not schedulers or self._scale.get_scale() >= before:
             for scheduler in schedulers:
                 scheduler.step()
         for optimizer in optimizers:
-            optimizer.zero_grad()  # the next phase needs the memory, not these gradients
+            optimizer.zero_grad()  # The next phase needs the memory, not these gradients.
         return logs
 
     def _check_finite(self, phase: Phase[Batch], terms: Mapping[str, Tensor], norm: Tensor | None) -> None:
         """Raise where a term or the norm of the gradient is not finite: one look at the device."""
         named = {f"term {name!r}": value for name, value in terms.items()}
         if norm is not None:
-            named["gradient"] = whole(norm)
+            named["gradient"] = gather(norm)
         first, *_ = named.values()
         values = torch.stack([value.detach().to(first.device) for value in named.values()]).tolist()
         wrong = {name: value for name, value in zip(named, values, strict=True) if not math.isfinite(value)}
@@ -344,10 +344,10 @@ class Alternation(Generic[Batch]):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             found = f"NaN or infinity in the gradient of {', '.join(names[:3])}{more}"
         elif not found and phase.max_norm is None:
-            return  # the squares of huge gradients are infinite, which matters to nobody
+            return  # The squares of huge gradients are infinite, which does no harm.
         elif not found:
             found = f"a gradient whose norm is {values[-1]}, by which clipping divides"
-        for optimizer in listed(phase.optimizers):
+        for optimizer in as_list(phase.optimizers):
             optimizer.zero_grad()
         raise FloatingPointError(
             f"Phase {phase.name!r} should have finite terms and gradients, found {found}: no optimizer of the phase "
@@ -374,18 +374,18 @@ class Alternation(Generic[Batch]):
         parameters = [p for p in _parameters(phase.trains) if p.requires_grad]
         if norm is not None and self._accelerator is None:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-            return whole(norm)
+            return gather(norm)
         if self._scaler is not None:
-            for optimizer in listed(phase.optimizers):
+            for optimizer in as_list(phase.optimizers):
                 self._scaler.unscale_(_unwrapped(optimizer))
         elif self._accelerator is not None:
-            return whole(self._accelerator.clip_grad_norm_(parameters, max_norm))
-        return whole(nn.utils.clip_grad_norm_(parameters, max_norm))
+            return gather(self._accelerator.clip_grad_norm_(parameters, max_norm))
+        return gather(nn.utils.clip_grad_norm_(parameters, max_norm))
 
 
 @contextmanager
 def _resting(network: DistributedDataParallel) -> Iterator[None]:
-    """A DDP network that runs without a backward pass to its weights: else it would wait for one."""
+    """Let a DDP network run without waiting for a backward pass to its weights."""
     broadcasts = network.require_forward_param_sync
     with network.no_sync():
         yield
@@ -396,15 +396,17 @@ def _check(phase: Phase[Any]) -> None:
     if not phase.trains:
         raise ValueError(f"`trains` of phase {phase.name!r} should name at least one network, found none.")
     learning = {part for item in phase.trains if isinstance(item, nn.Module) for part in item.modules()}
-    if any(bare(module) in learning for module in phase.frozen):
+    if any(unwrap(module) in learning for module in phase.frozen):
         raise ValueError(f"`frozen` of phase {phase.name!r} should name nothing that it trains, found a part of it.")
     if any(mode not in ("train", "eval") for mode in phase.modes.values()):
         raise ValueError(
             f"`modes` of phase {phase.name!r} should be 'train' or 'eval', found {[*phase.modes.values()]}."
         )
-    if not listed(phase.optimizers):
+    if not as_list(phase.optimizers):
         raise ValueError(f"`optimizers` of phase {phase.name!r} should be at least one, found none.")
-    stepped = {p for optimizer in listed(phase.optimizers) for group in optimizer.param_groups for p in group["params"]}
+    stepped = {
+        p for optimizer in as_list(phase.optimizers) for group in optimizer.param_groups for p in group["params"]
+    }
     trained = set(_parameters(phase.trains))
     if stepped - trained:
         raise ValueError(
@@ -422,20 +424,20 @@ def _check(phase: Phase[Any]) -> None:
 def _norm(trains: Sequence[Trainable]) -> Tensor:
     """The norm of the gradient."""
     gradients = [p.grad for p in _parameters(trains) if p.requires_grad and p.grad is not None]
-    return nn.utils.get_total_norm([each.coalesce().values() if each.is_sparse else each for each in gradients])
+    return nn.utils.get_total_norm([one.coalesce().values() if one.is_sparse else one for one in gradients])
 
 
 def _broken(trains: Sequence[Trainable]) -> list[str]:
     """The parameters whose gradient is not finite."""
     named: list[tuple[str, nn.Parameter]] = []
     for number, item in enumerate(trains):
-        place = f"trains[{number}]"
+        where = f"trains[{number}]"
         if isinstance(item, nn.Parameter):
-            named.append((place, item))
+            named.append((where, item))
         else:
-            prefix = "" if len(trains) == 1 else f"{place}."
-            named += [(f"{prefix}{name}", p) for name, p in bare(item).named_parameters()]
-    gradients = [(name, whole(p.grad)) for name, p in named if p.grad is not None]
+            prefix = "" if len(trains) == 1 else f"{where}."
+            named += [(f"{prefix}{name}", p) for name, p in unwrap(item).named_parameters()]
+    gradients = [(name, gather(p.grad)) for name, p in named if p.grad is not None]
     return [
         f"`{name}`"
         for name, grad in gradients
@@ -469,8 +471,8 @@ def _unwrapped(optimizer: Any) -> Optimizer:
     return inner
 
 
-def listed(value: Any) -> list[Any]:
-    """One or several, as a list."""
-    if value is None:  # Lightning's `lr_schedulers()`, where there is none
+def as_list(value: Any) -> list[Any]:
+    """One object or several, as a list."""
+    if value is None:  # Lightning's `lr_schedulers()` returns None where there is none.
         return []
     return list(value) if isinstance(value, Sequence) else [value]

@@ -25,7 +25,7 @@ from examples.sr4ir.config import Config as SR4IRConfig
 from examples.sr4ir.train import Trainer as SR4IRTrainer
 from examples.unirestore.config import Config as UniRestoreConfig
 from examples.unirestore.train import Trainer as UniRestoreTrainer
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 
 # 5 test pictures: two processes do not share them evenly
 TASK: dict[str, Any] = {"batch": 4, "train_count": 20, "test_count": 5, "cpu": True}
@@ -101,7 +101,7 @@ def run(name: str, prepared: Path, out: Path, *, processes: int) -> None:
     start = {
         f"{network}/{key}": value.clone()
         for network, module in recipe.networks.items()
-        for key, value in bare(module).state_dict().items()
+        for key, value in unwrap(module).state_dict().items()
     }
     gradients: dict[str, torch.Tensor] = {}
     seen: list[Any] = []

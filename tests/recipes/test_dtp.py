@@ -25,7 +25,7 @@ from examples.dtp.methods import METHODS
 from examples.dtp.networks import NETWORKS, add_experts, timed_network
 from examples.dtp.train import Batch, FineTuning, Trainer, turns
 from examples.experiments import dtp as experiment
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 from tests.helpers.processes import ROOT
 
 SMALL: dict[str, Any] = {
@@ -73,7 +73,7 @@ def test_method_names_are_those_of_the_config() -> None:
 def test_pretraining_is_the_loss_written_out_and_lowers_it(tmp_path: Path) -> None:
     run = Trainer(replace(TINY, method="pretrain", out=tmp_path / "run", steps=30))
     batch = first_batch(run)
-    noisy, network = batch.replay, bare(run.net)
+    noisy, network = batch.replay, unwrap(run.net)
     sigma = run.levels.sigma[noisy.t].view(-1, 1, 1, 1)
     x_t = noisy.clean + sigma * noisy.noise
     expected = (x_t - (x_t - network(x_t, noisy.t)) - noisy.clean).abs().mean().item()
@@ -84,7 +84,7 @@ def test_pretraining_is_the_loss_written_out_and_lowers_it(tmp_path: Path) -> No
 
 def test_a_plain_step_is_adam_on_the_restoration_loss(tmp_path: Path, pretrained: Path) -> None:
     run = trainer(tmp_path / "run", pretrained)
-    batch, network = first_batch(run), bare(run.net)
+    batch, network = first_batch(run), unwrap(run.net)
     twin = timed_network("restormer-small", num_timesteps=50)
     twin.load_state_dict(network.state_dict())
     optimizer = torch.optim.Adam(twin.parameters(), lr=run.config.lr)
@@ -107,13 +107,13 @@ def test_generation_reaches_shallow_layers_alone(method: str, tmp_path: Path, pr
         kept: dict[str, Tensor] = {}
 
         def keep(steps: Any = steps, run: Trainer = run, kept: dict[str, Tensor] = kept) -> None:
-            kept.update({n: p.grad.clone() for n, p in bare(run.net).named_parameters() if p.grad is not None})
+            kept.update({n: p.grad.clone() for n, p in unwrap(run.net).named_parameters() if p.grad is not None})
 
         steps._update = keep
         steps.step(first_batch(run))
         gradients[name] = kept
         shallow = {id(p) for p in steps.shallow}
-        deep = {n for n, p in bare(run.net).named_parameters() if id(p) not in shallow}
+        deep = {n for n, p in unwrap(run.net).named_parameters() if id(p) not in shallow}
     for name, value in gradients["plain"].items():
         torch.testing.assert_close(gradients[method][name], value) if name in deep else None
     assert any(
@@ -141,7 +141,7 @@ def test_generation_has_less_to_say_in_deeper_layers(tmp_path: Path, pretrained:
         run = trainer(tmp_path / f"{decay}", pretrained, method="gef_project", decay=decay, penalty_weight=0.0)
         steps: Any = run.stages[0].alternation
         steps._update = lambda run=run, decay=decay: kept.__setitem__(
-            decay, {n: p.grad.clone() for n, p in bare(run.net).named_parameters()}
+            decay, {n: p.grad.clone() for n, p in unwrap(run.net).named_parameters()}
         )
         steps.step(first_batch(run))
         assert max(steps.factors) == 1.0 and (min(steps.factors) < 1e-3) == (decay > 0)
@@ -163,7 +163,7 @@ def test_adapters_that_are_new_are_not_held(tmp_path: Path, pretrained: Path) ->
     steps.step(first_batch(run))
     charged = set(steps.importance.importance())
     assert charged and not any("experts" in name or "alpha" in name for name in charged)
-    assert all(parameter.requires_grad for parameter in bare(run.net).parameters())
+    assert all(parameter.requires_grad for parameter in unwrap(run.net).parameters())
     assert any("decoders/0" in name for name in charged)  # what was there is held
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from restoreloss import small_prior
-from restoreloss.checks import check_choice, check_number, check_whole, describe
+from restoreloss.checks import check_choice, check_integer, check_number, describe
 
 Color = Literal["red", "green"]
 
@@ -53,8 +53,8 @@ def test_the_lower_bound_may_be_excluded() -> None:
 @pytest.mark.parametrize("value", [0, 4, 1.0, True, "2", None, math.nan])
 def test_what_is_no_whole_number_within_bounds_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="`n` should be a whole number of at least 1 and at most 3, found"):
-        check_whole("n", value, high=3)
-    assert check_whole("n", np.int64(3), high=3) == 3
+        check_integer("n", value, high=3)
+    assert check_integer("n", np.int64(3), high=3) == 3
 
 
 @pytest.mark.parametrize("value", ["Red", None, ["red"]])

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from restoreloss import FeatureExtractor, frozen
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 from tests.helpers.features import (
     REAL,
     Forbidden,
@@ -51,7 +51,7 @@ def test_wrappers_are_looked_through(wrapper, process_group):
     network, batch = live_recogniser().eval(), images(2, 3, 8, 8)
     expected = FeatureExtractor(network, ["stem.1", "stage"])(batch)
     wrapped = WRAPPERS[wrapper](network)
-    assert bare(wrapped) is network
+    assert unwrap(wrapped) is network
     found = FeatureExtractor(wrapped, ["stem.1", "stage"])(batch)
     assert list(found) == list(expected)
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
@@ -60,7 +60,7 @@ def test_wrappers_are_looked_through(wrapper, process_group):
 def test_bare_leaves_a_network_that_has_a_module_of_its_own():
     network = nn.Module()
     network.module = nn.Linear(1, 1)
-    assert bare(network) is network
+    assert unwrap(network) is network
 
 
 class CountingBackend:

@@ -24,7 +24,7 @@ from examples.common.data.tasks import TaskData
 from examples.common.engine.batches import Batches, chance, loader
 from examples.common.engine.options import RunOptions, check_numbers
 from examples.common.engine.run_directory import RunDirectory, own
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Recipe(ABC, Generic[Batch]):
                 owner = own(self.options.out)
                 self._try_evaluation()
         weights, buffers = (
-            {name: dict(getattr(bare(network), kind)()) for name, network in self.networks.items()}
+            {name: dict(getattr(unwrap(network), kind)()) for name, network in self.networks.items()}
             for kind in ("named_parameters", "named_buffers")
         )
         for name, value in _not_finite(weights):
@@ -173,7 +173,7 @@ class Recipe(ABC, Generic[Batch]):
             self._save(0, 0, 0, 0.0)  # what cannot be written is known before the first step
         else:
             for name, network in self.networks.items():
-                bare(network).load_state_dict(state["networks"][name])
+                unwrap(network).load_state_dict(state["networks"][name])
             first_stage, first_step, seconds = state["stage"], state["stage_step"], state["seconds"]
             self.stages[first_stage].alternation.load_state_dict(state["alternation"])
             logger.info("goes on after step %d", state["step"])
@@ -191,7 +191,7 @@ class Recipe(ABC, Generic[Batch]):
         if self.run_directory.results is None:
             raise ValueError(f"{self.options.out} should hold a finished run, found no results.json in it.")
         for name, network in self.networks.items():
-            load_model(bare(network), self.options.out / f"{name}.safetensors")
+            load_model(unwrap(network), self.options.out / f"{name}.safetensors")
 
     def _train(self, number: int, first_step: int, seconds: float) -> float:
         """One stage, from ``first_step``; returns the seconds spent in steps so far."""
@@ -269,7 +269,7 @@ class Recipe(ABC, Generic[Batch]):
             number, done = stage, stage_step
         state = {
             "step": step, "stage": number, "stage_step": done, "seconds": seconds,
-            "networks": {name: bare(network).state_dict() for name, network in self.networks.items()},
+            "networks": {name: unwrap(network).state_dict() for name, network in self.networks.items()},
             "alternation": self.stages[number].alternation.state_dict(),
         }  # fmt: skip
         for name, value in _not_finite({"networks": state["networks"], "alternation": state["alternation"]}):
@@ -283,7 +283,7 @@ class Recipe(ABC, Generic[Batch]):
         if not self.main:
             return {}
         for name, network in self.networks.items():
-            self.run_directory.save_weights(name, bare(network))
+            self.run_directory.save_weights(name, unwrap(network))
         figures, samples = self.evaluate()
         self.keep(sum(stage.steps for stage in self.stages), figures, samples)
         torch.save(samples, self.options.out / "samples.pt")

@@ -12,13 +12,13 @@ from torchvision.transforms.v2.functional import normalize
 
 from examples.common.data.tasks import IGNORED, Task
 from restoreloss.features import FeatureExtractor
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 from restoreloss.normalization import IMAGENET
 
 
 def statistics(network: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation that a network wants: its own (timm), or those of ImageNet."""
-    own = getattr(bare(network), "pretrained_cfg", None) or {}
+    own = getattr(unwrap(network), "pretrained_cfg", None) or {}
     return (own["mean"], own["std"]) if "mean" in own and "std" in own else IMAGENET
 
 

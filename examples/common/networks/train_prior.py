@@ -18,7 +18,7 @@ from examples.common.engine.options import DataOptions, Degradation, RunOptions
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.networks.latent_diffusion import scheduler
 from restoreloss import Alternation, NoiseSchedule, Phase
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 from restoreloss.restorers.shapes import small_autoencoder, small_prompt, small_unet
 from restoreloss.restorers.tiling import together
 
@@ -98,7 +98,7 @@ class PriorTrainer(Recipe[Batch]):
 
     def _noise(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
-            autoencoder: Any = bare(self.vae)
+            autoencoder: Any = unwrap(self.vae)
             latents = autoencoder.scaled(2 * batch.hq - 1)
         noise = torch.randn(latents.shape, generator=batch.chance).to(self.device)
         t = torch.randint(self.schedule.num_timesteps, (len(latents),), generator=batch.chance).to(self.device)
@@ -121,8 +121,8 @@ class PriorTrainer(Recipe[Batch]):
         if read is None:
             raise ValueError("The test data should hold an image that can be read, found none of the first 50.")
         hq = to_device(together(read[0], self.multiple), self.device)
-        autoencoder: Any = bare(self.vae).eval()
-        bare(self.unet).eval()
+        autoencoder: Any = unwrap(self.vae).eval()
+        unwrap(self.unet).eval()
         decoded = (autoencoder.vae(2 * hq - 1, sample_posterior=False).sample / 2 + 0.5).clamp(0, 1)
         terms = self._noise(Batch(hq, torch.Generator().manual_seed(0)))
         figures = {"psnr": float(peak_signal_noise_ratio(decoded, hq, data_range=1.0)), "noise": float(terms["noise"])}
@@ -132,10 +132,10 @@ class PriorTrainer(Recipe[Batch]):
         """vae/, unet/, scheduler/ and prompt.safetensors in the run directory."""
         out = self.options.out
         for name, network in self.networks.items():
-            load_model(bare(network), out / f"{name}.safetensors")
-        autoencoder: Any = bare(self.vae)
+            load_model(unwrap(network), out / f"{name}.safetensors")
+        autoencoder: Any = unwrap(self.vae)
         parts: list[tuple[str, Any]] = [
-            ("vae", autoencoder.finished()), ("unet", bare(self.unet)), ("scheduler", scheduler())
+            ("vae", autoencoder.finished()), ("unet", unwrap(self.unet)), ("scheduler", scheduler())
         ]  # fmt: skip
         for name, part in parts:
             part.save_pretrained(out / name)

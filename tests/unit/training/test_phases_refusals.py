@@ -134,10 +134,10 @@ class Sample:
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ((rows(), rows()), "found 2 bare tensors: one batch of several parts is one argument, .*accumulate=True"),
-        ((rows(), rows(2)), "found 2 bare tensors"),
-        ((rows(), rows(), torch.arange(4)), "found 3 bare tensors"),
-        ((rows().numpy(), rows().numpy()), "found 2 bare tensors"),
+        ((rows(), rows()), "found 2 single tensors: one batch of several parts is one argument, .*accumulate=True"),
+        ((rows(), rows(2)), "found 2 single tensors"),
+        ((rows(), rows(), torch.arange(4)), "found 3 single tensors"),
+        ((rows().numpy(), rows().numpy()), "found 2 single tensors"),
         ((rows(), [1, 2]), "`micro_batches` should be alike, found Tensor, list of int: one batch of several parts is"),
         ((rows(), {"label": 1}), "`micro_batches` should be alike, found Tensor, dict"),
         (([rows()], [{"boxes": rows()}]), "should be alike, found list of Tensor, list of dict"),
