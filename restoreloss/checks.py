@@ -129,7 +129,7 @@ def check_time(name: str, t: Any, last: float = math.inf) -> None:
         return
     try:
         low, high = float(t.detach().min()), float(t.detach().max())
-    except RuntimeError:  # a transform of torch.func has no values to read
+    except RuntimeError:  # A transform of torch.func has no values to read.
         return
     if not (low >= 0 and high <= last and high < math.inf):
         most = "" if last == math.inf else f" and at most {last}"

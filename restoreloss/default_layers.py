@@ -26,11 +26,11 @@ def default_layers(network: nn.Module) -> tuple[str, ...]:
         pyramid = getattr(getattr(backbone, "fpn", None), "inner_blocks", None)
         if isinstance(pyramid, nn.ModuleList):
             return tuple(f"backbone/{level}" for level in range(len(pyramid)))
-        names = getattr(backbone, "return_layers", None)  # torchvision's IntermediateLayerGetter
+        names = getattr(backbone, "return_layers", None)  # An IntermediateLayerGetter of torchvision has it.
         if names is not None:
             return (f"backbone/{'out' if 'out' in names.values() else list(names.values())[-1]}",)
         return ("backbone",)
-    stages = getattr(network, "feature_info", None)  # timm
+    stages = getattr(network, "feature_info", None)  # Networks of timm have it.
     if stages and hasattr(network, "pretrained_cfg"):
         return (stages[-1]["module"],)
     if hasattr(network, "base_model_prefix"):
@@ -44,10 +44,10 @@ def default_layers(network: nn.Module) -> tuple[str, ...]:
     )
 
 
-# torchvision's names of the last stage before pooling, the telling ones first
 _LAST_STAGES = (
     "layer4", "trunk_output", "Mixed_7c", "inception5b", "conv5", "features", "encoder", "blocks", "layers",
 )  # fmt: skip
+"""Names of the last stage before pooling in torchvision, the most specific ones first."""
 
 
 def _of_transformers(prefix: Any, children: Mapping[str, nn.Module]) -> str:
@@ -61,10 +61,10 @@ def _of_transformers(prefix: Any, children: Mapping[str, nn.Module]) -> str:
 
 def _last_of(name: str, child: nn.Module) -> str:
     """The part of a stage that gives its last output: stages may be lists, and an encoder gives a list of maps."""
-    if isinstance(child, nn.ModuleList):  # is looped over, and never called itself
+    if isinstance(child, nn.ModuleList):  # A list is looped over, and never called itself.
         return f"{name}.{len(child) - 1}"
     depths = getattr(child, "out_channels", None)
     if name == "encoder" and isinstance(depths, list | tuple):
-        # segmentation_models_pytorch: one output for each of these channels, of which the first is the input itself
+        # In segmentation_models_pytorch there is one output for each of these, the first being the input itself.
         return f"{name}/{len(depths) - 1}"
     return name

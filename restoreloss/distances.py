@@ -32,9 +32,7 @@ def distance_per_sample(
     difference = prediction - reference.to(prediction.dtype)
     sizes = difference.abs() if distance == "l1" else difference.square()
     squares = (sizes if weights is None else weights * sizes).reshape(len(prediction), -1)
-    if distance == "l1":
-        return squares.mean(dim=1)
-    if distance == "mse":
+    if distance in ("l1", "mse"):
         return squares.mean(dim=1)
     total = squares.sum(dim=1) if distance == "l2" else squares.mean(dim=1)
     tiny = torch.finfo(total.dtype).tiny

@@ -39,7 +39,7 @@ class FeatureExtractor:
         input_range: what the caller's images span.
 
     Raises:
-        ValueError: At construction for a layer that the network does not have, naming those that come near, and for a
+        ValueError: At construction for a layer that the network does not have, naming similar ones, and for a
             normalization that cannot be told. At a call for images that do not fit, a layer that did not run, one that
             returned no tensor, and one that returned the network's own input among others.
 
@@ -71,8 +71,8 @@ class FeatureExtractor:
         self.layers = tuple(default_layers(unwrap(network)) if layers is None else layers)
         if not self.layers:
             raise ValueError("`layers` should name at least one layer, found none.")
-        wholes = {layer for layer in self.layers if "/" not in layer}
-        twice = [n for n in self.layers if self.layers.count(n) > 1 or ("/" in n and n.partition("/")[0] in wholes)]
+        modules = {layer for layer in self.layers if "/" not in layer}
+        twice = [n for n in self.layers if self.layers.count(n) > 1 or ("/" in n and n.partition("/")[0] in modules)]
         if twice:
             raise ValueError(f"`layers` should name every tensor once, found {twice} twice.")
         self.input_range = check_range(input_range)
@@ -93,18 +93,18 @@ class FeatureExtractor:
         if self._memo is None:
             return self._run(images)
         parts = (images,) if isinstance(images, Tensor) else tuple(images)
-        if any(part.is_inference() for part in parts):  # it would not show if they were changed
+        if any(part.is_inference() for part in parts):  # Nothing would tell that they were changed.
             return self._run(images)
         key = self._key(parts)
         if key not in self._memo:
-            self._memo[key] = (parts, self._run(images))  # keep a reference so that id() stays unique
+            self._memo[key] = (parts, self._run(images))  # The reference keeps id() unique.
         return self._memo[key][1]
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, Tensor]]:
         """Within this block the network's own next forward pass, in full and in its own mode, leaves its features here.
 
-        So that one pass serves a task loss and a loss on features. After the block the mapping holds them, as calling
+        One pass then serves a task loss and a loss on features. After the block the mapping holds them, as calling
         the extractor would return them; normalizing your images is then left to you.
 
         Raises:
@@ -122,7 +122,7 @@ class FeatureExtractor:
 
         def record(path: str, *call: Any) -> None:
             if path not in outputs and not self._looking:
-                # a copy where a later layer may write into it
+                # A later layer may write into the tensor itself.
                 outputs[path] = {name: value.clone() for name, value in _tensors(path, call[-1]).items()}
 
         network = unwrap(self.network)
@@ -140,7 +140,7 @@ class FeatureExtractor:
 
         Two losses on one extractor share it; :class:`~restoreloss.WeightedSum` opens the block by itself.
         """
-        if self._memo is not None:  # already within one
+        if self._memo is not None:  # The block is open already.
             yield
             return
         self._memo = {}
@@ -171,7 +171,7 @@ class FeatureExtractor:
                 return
             found = _tensors(path, call[-1])
             last = len(outputs) + 1 == len(self._paths)
-            # a pass in train mode cannot be repeated, and inference tensors do not tell that they were overwritten
+            # A pass in train mode cannot be repeated, and inference tensors do not tell that they were overwritten.
             keeps = not last and (path in self._overwritten or network.training or torch.is_inference_mode_enabled())
             outputs[path] = found = {name: value.clone() if keeps else value for name, value in found.items()}
             versions[path] = [_version(value) for value in found.values()]
@@ -191,14 +191,14 @@ class FeatureExtractor:
         self._check_ran(outputs)
         self._check_not_the_input(outputs, arguments)
         changed = {path for path in outputs if versions[path] != [_version(v) for v in outputs[path].values()]}
-        if changed:  # by an in-place layer that follows, like VGG's ReLU: keep a copy, from now on
+        if changed:  # A later in-place layer, like the ReLU of VGG, wrote into it: keep a copy from now on.
             self._overwritten |= changed
             return self._run(images)
         chosen = self._chosen(outputs)
         return dict(zip(chosen, leave(door, *chosen.values()), strict=True))
 
     def _check_not_the_input(self, outputs: dict[str, dict[str, Tensor]], arguments: Sequence[Any]) -> None:
-        """A loss on a container that holds the input is, by a part, a pixel loss; one that is named alone is meant."""
+        """Refuse a container that holds the input: a loss on it would in part be a pixel loss."""
         inputs = {id(part) for part in arguments if isinstance(part, Tensor)}
         for layer in self.layers:
             own = [name for name, value in outputs.get(layer, {}).items() if name != layer and id(value) in inputs]
@@ -296,7 +296,7 @@ class Reached(Exception):
 
 @contextmanager
 def _one_arithmetic() -> Iterator[None]:
-    """Attention by the same kernels with and without gradient: torch's fast path for inference rounds otherwise."""
+    """Use the same kernels of attention with and without gradient: the fast path for inference rounds differently."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -334,8 +334,8 @@ def _group_by_module(network: nn.Module, layers: Sequence[str]) -> tuple[str, ..
     paths = dict.fromkeys(layer.partition("/")[0] for layer in layers)
     for path in paths:
         if path not in known:
-            near = difflib.get_close_matches(path, known, n=5, cutoff=0.4)
-            candidates = near or [name for name, _ in network.named_children()]
+            close = difflib.get_close_matches(path, known, n=5, cutoff=0.4)
+            candidates = close or [name for name, _ in network.named_children()]
             raise ValueError(
                 f"`layers` should name modules of {type(network).__name__}, found {path!r}; there is "
                 f"{', '.join(map(repr, candidates))} and more in `named_modules()`."

@@ -25,9 +25,9 @@ def check_generators(generator: object, count: int | None) -> None:
     found: Sequence[object] = generator if several else [generator]  # type: ignore[assignment]
     for one in found:
         if not isinstance(one, torch.Generator) and (several or one is not None):
-            each = ", or one for each sample" if count is not None else ""
+            more = ", or one for each sample" if count is not None else ""
             raise ValueError(
-                f"`generator` should be a torch.Generator{each}, found {describe(one)}: "
+                f"`generator` should be a torch.Generator{more}, found {describe(one)}: "
                 "torch.Generator().manual_seed(0) makes one."
             )
     if several and len(found) != count:
@@ -87,7 +87,7 @@ def stratified(low: int, high: int, count: int, generator: Generators, device: t
 
 def permutation(count: int, generator: Generators, device: torch.device) -> Tensor:
     """The numbers 0 to ``count - 1`` in random order, on the generator's device, or on ``device`` without one."""
-    if isinstance(generator, Sequence):  # each sample draws a number, and these are sorted
+    if isinstance(generator, Sequence):  # Each sample draws a number, and these are sorted.
         return torch.cat([torch.rand(1, generator=one, device=one.device) for one in generator]).argsort()
     if generator is None:
         return torch.randperm(count, device=device)

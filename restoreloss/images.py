@@ -134,7 +134,7 @@ def warn_if_out_of_range(
         outside = -math.inf < darkest < low - slack or math.inf > brightest > high + slack
         if made and low == 0:
             outside |= -1.005 * high <= darkest <= -0.9 * high and 0.75 * high <= brightest <= 1.005 * high
-        # photographs without one pixel in the lower half of a signed range, or in the upper 99 % of a wide one
+        # No photograph lacks a pixel in the lower half of a signed range, or in the upper 99 % of a wide one.
         narrow = image.numel() >= _TELLING and darkest < brightest and (not made or settled)
         inside = narrow and (low < 0 <= darkest or (span > 2 and brightest - low <= span / 100))
         if outside or inside:

@@ -52,7 +52,7 @@ def normalization(network: nn.Module, normalize: Normalize) -> Statistics | Call
             f"`normalize` should be None for {type(network).__name__}, whose `transform` normalizes, found "
             f"{normalize!r}."
         )
-    if hasattr(normalize, "transforms") and not isinstance(normalize, type):  # torchvision weights
+    if hasattr(normalize, "transforms") and not isinstance(normalize, type):  # These are weights of torchvision.
         preset = normalize.transforms()
         if not hasattr(preset, "mean"):
             raise ValueError(f"`normalize` should be weights that state their mean and std, found {normalize}.")

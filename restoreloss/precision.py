@@ -84,10 +84,10 @@ class _Leave(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         sizes = [gradient.abs() for gradient in gradients]
         peak = torch.stack([size.amax() for size in sizes]).amax()
-        # what adds up where a network sums over pixels, as global pooling does
+        # This adds up where a network sums over pixels, as global pooling does.
         mass = torch.stack([size.reshape(len(size), -1).sum(dim=1).amax() for size in sizes]).amax()
         size = torch.maximum(peak, mass / 2**_SUM_BITS)
-        # zeros, NaN and infinity pass as they are
+        # Zeros, NaN and infinity pass unchanged.
         scalable = (size > 0) & size.isfinite()
         exponent = _PEAK_EXPONENT - torch.where(scalable, size, 1.0).log2().floor()
         scale = torch.where(scalable, exponent.clamp(max=120).exp2(), 1.0)

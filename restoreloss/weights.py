@@ -66,12 +66,12 @@ def read_file(path: str | Path) -> Any:
     for start, what in _FOREIGN.items():
         if head.startswith(start):
             raise ValueError(f"{path} should be a file of weights, found {what}.")
-    # a header of JSON after its length; people rename files
+    # Such a file begins with a length and a header of JSON; its name may be another.
     if head[8:9] == b"{" or (path.suffix == ".safetensors" and not head.startswith(b"PK")):
         safetensors = require("safetensors.torch", purpose=f"reading {path.name}", install="safetensors")
         try:
             return safetensors.load_file(path)
-        except Exception as error:  # safetensors has its own kind, which is no public name in all versions
+        except Exception as error:  # The class of safetensors is not public in all versions.
             raise ValueError(f"{path} should be a whole safetensors file, found: {error}") from error
     if not head.startswith((b"PK", b"\x80")):
         raise ValueError(f"{path} should be a whole file of torch.save, found one that begins with {head[:8]!r}.")
@@ -85,7 +85,7 @@ def read_file(path: str | Path) -> Any:
             f"{path} should hold tensors only, found {what}, which is not loaded. If you trust it, save its state dict "
             "with safetensors where you do."
         ) from error
-    except Exception as error:  # of a damaged file torch raises nearly anything
+    except Exception as error:  # Of a damaged file torch raises nearly anything.
         cause = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} should be a whole file of torch.save, found: {cause}") from error
 
@@ -133,7 +133,7 @@ def load_state(network: nn.Module, weights: Mapping[str, Tensor], path: str | Pa
     wanted = _unwrapped({name: name for name, value in own.items() if isinstance(value, Tensor)}, path)
     shapes = {name: (own[wanted[name]].shape, weights[name].shape) for name in wanted if name in weights}
     wrong = {
-        # a count that old files do not have, and torch does not miss
+        # Old files do not have this count, and torch does not miss it.
         "lacks": [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")],
         "has besides": [name for name in weights if name not in wanted],
         "has in another shape": [
@@ -155,10 +155,10 @@ def _has_tensors(value: Any) -> bool:
 
 
 def _unwrapped(named: Mapping[str, Value], path: str | Path) -> dict[str, Value]:
-    """Without what data parallelism, averaging and torch.compile add to the names."""
+    """The entries without what data parallelism, averaging and torch.compile add to their names."""
     found = dict(named)
     if len(found) > 1 and all(name.startswith("module.") for name in found if name != "n_averaged"):
-        found.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
+        found.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel adds it.
     for wrapper in _WRAPPERS:
         found = {name.replace(wrapper, ""): value for name, value in found.items()}
     while found and all(name.startswith("module.") for name in found):
@@ -169,5 +169,5 @@ def _unwrapped(named: Mapping[str, Value], path: str | Path) -> dict[str, Value]
 
 
 def _some(names: Any) -> str:
-    listed = [str(name) for name in names]
-    return f"{', '.join(listed[:3])}{f' and {len(listed) - 3} more' if len(listed) > 3 else ''}" or "none"
+    words = [str(name) for name in names]
+    return f"{', '.join(words[:3])}{f' and {len(words) - 3} more' if len(words) > 3 else ''}" or "none"

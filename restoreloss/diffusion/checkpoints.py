@@ -319,7 +319,7 @@ def _latent_schedule(
     else:
         if prediction_type is None:
             prediction_type = "v_prediction" if says_v else "epsilon"
-            # text of the width of Stable Diffusion 2, of which one file says by its step that it predicts noise
+            # The text has the width of Stable Diffusion 2, and one file of it says by its step that it predicts noise.
             if config.cross_attention_dim == 1024 and not (says_v or config.addition_embed_type or step == 875000):
                 raise ValueError(
                     f"`prediction_type` should be given for {path.name}, a Stable Diffusion 2 whose file does not say "

@@ -58,9 +58,9 @@ def named_terms(
     """
     terms = getattr(objective, "terms", None)
     if not callable(terms) or hasattr(objective, "_orig_mod"):
-        terms = None  # torch.compile's wrapper would hand out the terms of the network it wraps, uncompiled
+        terms = None  # The wrapper of torch.compile would give the terms uncompiled.
     function: Callable[..., Any] = objective if terms is None else terms
-    # asked only when needed: reading a signature costs time, and breaks a compiled graph
+    # The signature is read only where it is needed: reading it costs time, and breaks a compiled graph.
     inner = getattr(function, "_orig_mod", function)
     if generator is not None and _takes_generator(getattr(inner, "forward", inner)):
         result = function(restored, target, generator=generator)
@@ -93,5 +93,5 @@ def _check_terms(terms: Any, name: str | None = None) -> None:
 def _takes_generator(function: Callable[..., Any]) -> bool:
     try:
         return "generator" in inspect.signature(function).parameters
-    except ValueError:  # a builtin does not tell
+    except ValueError:  # A builtin does not tell.
         return False

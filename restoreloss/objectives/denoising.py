@@ -91,7 +91,7 @@ class DenoisingLoss(nn.Module):
             distance = "l1" if isinstance(schedule, NoiseLevels) else "mse"
         check_choice("distance", distance, Distance)
         check_choice("reduction", reduction, Reduction)
-        self._denoiser = (denoiser,)  # in a tuple: not registered
+        self._denoiser = (denoiser,)  # The tuple keeps it from being registered.
         self.schedule = schedule
         self.distance: Distance = distance
         self.reduction: Reduction = reduction

@@ -91,7 +91,7 @@ class Subsampled(Objective):
         count = len(restored)
         if self.every > 1 and not self._due():
             shape = (count,) if self.reduction == "none" else ()
-            if self._names is None:  # the first call of a resumed training: the terms are called as before
+            if self._names is None:  # A resumed training begins here: one sample gives the names.
                 with torch.random.fork_rng(), torch.no_grad():
                     self._terms(restored[:1], target[:1], None)
             return {name: zeros_with_graph(restored, shape) for name in self._names or ()}
@@ -118,7 +118,7 @@ class Subsampled(Objective):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _due(self) -> bool:
-        """Whether this call is one to compute, of every k; not compiled, which would do it anew for every count."""
+        """Whether this call, of every k, is computed. It is not compiled, which would be done anew for every count."""
         self.calls += 1
         return (self.calls - 1) % self.every == 0
 
@@ -137,7 +137,7 @@ class Subsampled(Objective):
                 f"`objective` should return a scalar or one number for each of {len(rows)} samples, found shape "
                 f"{tuple(value.shape)}."
             )
-        if value.ndim:  # one for each sample: zero for the others
+        if value.ndim:  # There is one for each sample, and zero for the others.
             return value.new_zeros(count).index_copy(0, rows, share * value)
         return share * value if self.reduction == "sum" else value
 

@@ -122,7 +122,7 @@ class TDPLoss(Objective):
         """
         return total(self.terms(restored, target))
 
-    # flags and modes of a live network are no business of a graph
+    # The flags and modes of a live network change here, which cannot be part of a graph.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _look(self, restored: Images, target: Images) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         with frozen(unwrap(self.features.network)):
@@ -206,7 +206,7 @@ class HLFLoss(Objective):
             for network in (task, reference)
         )  # fmt: skip
         self.reduction: Reduction = reduction
-        self.reference._range.told = True  # the task's look at the same images has said it
+        self.reference._range.told = True  # The task warns of the same images.
         learning = [_learns(loss.features.network) for loss in (self.task, self.reference)]
         if learning == [False, True]:
             warnings.warn(
@@ -220,7 +220,7 @@ class HLFLoss(Objective):
 
     def terms(self, restored: Images, target: Images) -> dict[str, Tensor]:
         """Half the weighted distance at each layer, as "task/layer" and "reference/layer"."""
-        _ = self._reference.network  # at rest, whatever was done to it
+        _ = self._reference.network  # This puts it at rest.
         with serving(self._reference):
             return {
                 f"{name}/{layer}": value / 2
@@ -326,7 +326,7 @@ class FeatureMatchingLoss(Objective):
     def _look(
         self, student_images: Images | Mapping[str, Tensor], teacher_images: Images
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        _ = self._teacher.network  # at rest, whatever was done to it
+        _ = self._teacher.network  # This puts it at rest.
         seen = student_images if isinstance(student_images, Mapping) else self._see(student_images, teacher_images)
         with torch.no_grad():
             found = self.teacher(teacher_images)
@@ -334,7 +334,7 @@ class FeatureMatchingLoss(Objective):
         if not isinstance(student_images, Mapping):
             images["student_images"] = student_images
         self._range.look({name: image if isinstance(image, Tensor) else image[0] for name, image in images.items()})
-        # a shared extractor may watch more layers
+        # A shared extractor may watch more layers.
         wanted = {
             name: value
             for name, value in found.items()
@@ -426,7 +426,7 @@ def _distances(
     reduction: Reduction,
     count: int,
 ) -> dict[str, Tensor]:
-    """The weighted distance of each tensor; those of one layer share its weight."""
+    """The weighted distance of each tensor; the tensors of one layer share its weight."""
     terms = {}
     for layer, layer_weight in layer_weights.items():
         names = [name for name in wanted if name == layer or name.startswith(f"{layer}/")]

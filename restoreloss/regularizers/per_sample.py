@@ -88,9 +88,8 @@ class PerSample:
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
                 logger.info("Gradients are taken one by one: %s", str(error).partition("\n")[0])
         for found in self._in_turn(parameters, chunk, signs):
-            self.one_by_one = (
-                True  # known to work only now: what fails both ways is the caller's mistake, and is raised
-            )
+            # It is known to work only now: what fails both ways is the mistake of the caller, and is raised.
+            self.one_by_one = True
             yield found
 
     def signs(self, chunk: Any, generator: torch.Generator | None) -> Tensor | None:

@@ -99,7 +99,7 @@ class EDTR(nn.Module):
         self.decoder = nn.ModuleList(part for part in (vae.post_quant_conv, vae.decoder) if part is not None)
         encoder = nn.ModuleList(part for part in (vae.encoder, vae.quant_conv) if part is not None)
         self._pre, self._encoder, self._unet = FrozenNetwork(pre), FrozenNetwork(encoder), FrozenNetwork(unet)
-        self._latents = (prior.encoder,)  # in a tuple: its parts are registered above
+        self._latents = (prior.encoder,)  # A tuple, because its parts are registered above.
         self.register_buffer("prompt", prompt, persistent=False)
         self.schedule = schedule
         self.from_noise = t_p is None
@@ -134,7 +134,7 @@ class EDTR(nn.Module):
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """The latents of images in [0, 1], the mode of the posterior."""
-        _ = self._encoder.network  # puts it to rest
+        _ = self._encoder.network  # This puts it at rest.
         latents: Tensor = self._latents[0](2 * image - 1)
         return latents.float()
 
@@ -142,7 +142,7 @@ class EDTR(nn.Module):
         """Images in [0, 1], up to overshoot."""
         vae: Any = self._latents[0].encoder
         image: Tensor = vae.decode(denormalize_latents(latents, vae.config)).sample
-        return (image.float() + 1) / 2  # bfloat16 does not have the 256 levels that an image needs
+        return (image.float() + 1) / 2  # bfloat16 does not have the 256 levels of an image.
 
     def denoiser(self, hint: Hint) -> PredictsNoise:
         """``(z_t, t) -> noise``: the diffusion model, told the hint."""

@@ -63,7 +63,7 @@ def _starts(size: int, tile: int, overlap: int, step: int) -> list[int]:
     """The first pixels of tiles that cover ``size``, evenly apart, at multiples of ``step``."""
     if size <= tile:
         return [0]
-    shared = min(overlap + step - 1, tile - step)  # a start moves by less than a step when it is rounded
+    shared = min(overlap + step - 1, tile - step)  # Rounding moves a start by less than a step.
     count = -(-(size - shared) // (tile - shared))
     return [step * round(k * (size - tile) / (count - 1) / step) for k in range(count)]
 

@@ -310,9 +310,8 @@ class UniRestore(nn.Module):
         channels = self._vae.network.config.latent_channels
         return standard_normal(torch.empty(len(images), channels, height, width, device=images.device), generator)
 
-    def _restored(
-        self, images: Tensor, tasks: str | Sequence[str], noise: Tensor, steps: int | None
-    ) -> Tensor:  # of a size that fits
+    def _restored(self, images: Tensor, tasks: str | Sequence[str], noise: Tensor, steps: int | None) -> Tensor:
+        """Restored images of a size that the networks take."""
         with torch.no_grad():
             latents, skips = self.encode(images)
             found = self.denoise(latents, noise, steps)
@@ -346,7 +345,7 @@ class UniRestore(nn.Module):
 
         handles, last = [], len(self.skips)
         try:
-            for block in unet.up_blocks:  # each takes the last of the skips that are left
+            for block in unet.up_blocks:  # Each block takes the last of the skips that are left.
                 last -= len(block.resnets)
                 handles.append(block.register_forward_pre_hook(tune(last), with_kwargs=True))
             yield
@@ -431,7 +430,7 @@ class UniRestore(nn.Module):
         return tuple(prompts)
 
     def _prompts(self, who: str) -> TFA:
-        if type(self.tfa) is not TFA:  # nor one with one prompt for all
+        if type(self.tfa) is not TFA:  # A subclass may have one prompt for all tasks.
             raise ValueError(f"`{who}` needs a UniRestore with a TFA, found {describe(self.tfa)} in its place.")
         return self.tfa
 

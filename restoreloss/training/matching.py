@@ -66,7 +66,7 @@ class TimestepMatch:
     @property
     def degenerate(self) -> bool:
         """True if no timestep brings the degraded images closer: ``best`` then only tells what does the least harm."""
-        return not self.gain > 0  # also of a denoiser that gives NaN
+        return not self.gain > 0  # True of NaN as well.
 
     @classmethod
     def pool(cls, matches: Sequence["TimestepMatch"]) -> "TimestepMatch":

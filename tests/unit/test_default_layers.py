@@ -125,7 +125,7 @@ def test_a_callable_that_loses_the_gradient_is_told() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (images(1), r"found 1; of grey ones `images.expand\(-1, 3, -1, -1\)` makes three; give `normalize`"),
+        (images(1), r"found 1; of gray ones `images.expand\(-1, 3, -1, -1\)` makes three; give `normalize`"),
         (images().permute(0, 2, 3, 1), "found 16; are the channels last"),
         (images().numpy(), "found a numpy array"),
         ([images()[0].numpy()], "found a numpy array .* in a list"),

@@ -20,7 +20,7 @@ def in_fresh_interpreter(code):
 
 
 def test_import_loads_nothing_heavy():
-    heavy = ["torchvision", "diffusers", "timm", "pywt", "einops", "safetensors", "matplotlib", "skimage"]
+    heavy = ["torchvision", "diffusers", "timm", "pywt", "safetensors", "matplotlib", "skimage"]
     code = f"import sys, restoreloss; print('torch' in sys.modules, [m for m in {heavy} if m in sys.modules])"
     assert in_fresh_interpreter(code) == "True []"
 
