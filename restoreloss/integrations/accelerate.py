@@ -1,6 +1,6 @@
-"""How do losses, regularisers and phases run under Hugging Face accelerate?
+"""Losses, regularizers and phases under Hugging Face accelerate.
 
-Your loop stays yours. What trains goes through ``prepare``, what only looks on is moved to the device, and what must
+Your loop stays as it is. Modules that train go through ``prepare``, others are moved to the device, and what must
 survive a restart is registered by name. ``Alternation(phases, accelerator=accelerator)`` needs nothing else.
 """
 
@@ -143,7 +143,7 @@ def project(
     with accelerator.no_sync(network), accelerator.autocast():
         losses = [generation(), reconstruction()]
     for name, loss in zip(("generation", "reconstruction"), losses, strict=True):
-        if not isinstance(loss, Tensor):  # before the scaler, which takes lists
+        if not isinstance(loss, Tensor):  # The scaler would take a list.
             raise ValueError(f"`{name}` should return a scalar loss, found {describe(loss)}.")
     if accelerator.scaler is not None:
         losses = [accelerator.scaler.scale(loss) for loss in losses]
@@ -181,7 +181,7 @@ class _Named:
             | ({"calls": CallCounts(part).state_dict()} if isinstance(part, nn.Module) else {})
             for name, part in self._saved.items()
         }
-        # accelerate writes what the first process has, and all would read it
+        # accelerate writes the state of the first process, which all would read.
         cut = [name for name, each in state.items() if any(map(is_sharded, tree_leaves(each)))]
         if cut:
             raise ValueError(f"`parts` should be whole, found {cut} with tensors that `fully_shard` has cut.")

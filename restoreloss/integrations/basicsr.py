@@ -1,4 +1,4 @@
-"""How does BasicSR take our losses, and what does its SRModel lack? Names in its registries, and a model.
+"""Losses and a model for BasicSR, under their names in its registries.
 
     python -m restoreloss.integrations.basicsr -opt train.yml [--auto_resume]
 
@@ -31,7 +31,7 @@ from restoreloss._optional import require
 from restoreloss.distances import Distance
 from restoreloss.integrations import forks, options
 from restoreloss.integrations.calls import CallCounts
-from restoreloss.integrations.checks import call, check_numbers, near
+from restoreloss.integrations.checks import build_from, check_numbers, did_you_mean
 from restoreloss.integrations.drop_in import register_all
 from restoreloss.integrations.task_networks import normalization, task_network
 from restoreloss.regularizers.per_sample import Estimator
@@ -75,7 +75,7 @@ def import_basicsr() -> ModuleType:
 
 
 def register() -> None:
-    """Add our losses and ``RestorelossModel`` to the registries of BasicSR. Twice is once.
+    """Add our losses and ``RestorelossModel`` to the registries of BasicSR (idempotent).
 
     ``DiffLoss``, ``TDPLoss`` and ``WeightedSum`` are for ``pixel_opt``, which takes one loss; the same with
     "Perceptual" before their names are for ``perceptual_opt``, which takes two.
@@ -94,7 +94,7 @@ def main() -> None:
     """``train.py`` of BasicSR: its options, experiments below the working directory; resumes on a CPU as well."""
     register()
     train: Any = import_module("basicsr.train")
-    train.load_resume_state = load_resume_state  # its own asks for the current CUDA device
+    train.load_resume_state = load_resume_state  # That of BasicSR needs a CUDA device.
     train.train_pipeline(str(Path.cwd()))
 
 
@@ -210,7 +210,7 @@ class WithRestoreloss:
             self._build_importance()
         phases = [restoreloss.Phase("restorer", [self.net_g], self._restore, self.optimizer_g)]
         if self.net_t is not None:
-            phases.append(restoreloss.Phase("task", [self.net_t], self._recognise, self.optimizer_t))
+            phases.append(restoreloss.Phase("task", [self.net_t], self._recognize, self.optimizer_t))
         self.alternation = restoreloss.Alternation(phases, on_non_finite="ignore")
 
     def setup_optimizers(self) -> None:
@@ -245,7 +245,7 @@ class WithRestoreloss:
             found = self.alternation.step((self.lq, self.gt, self.gt_path))
         self.output = self.output.detach()
         for key, value in found.items():
-            name = key.partition("/")[2]  # without the phase
+            name = key.partition("/")[2]  # The name without that of the phase.
             whole = name.partition("/")[0]
             if name != whole:
                 logs[whole] = logs.get(whole, 0) + value
@@ -305,7 +305,7 @@ class WithRestoreloss:
         self.labels = read_labels(self.task.labels)
         network = _call(task_network, "network_t", given)
         self.net_t = this.model_to_device(network.train())
-        load_path = self.opt["path"].get("pretrain_network_t")  # set by BasicSR in a resumed run
+        load_path = self.opt["path"].get("pretrain_network_t")  # BasicSR sets it in a resumed run.
         if load_path is not None:
             this.load_network(self.net_t, load_path, self.opt["path"].get("strict_load_t", True))
         self.mix = restoreloss.CQMix(self.task.grid, p=self.task.p)
@@ -325,7 +325,7 @@ class WithRestoreloss:
         if path.is_file():
             self.importance.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
             with torch.no_grad():
-                self.importance()  # raises where it was measured on another network
+                self.importance()  # It raises if it was measured on another network.
         elif not self.opt["path"].get("resume_state"):
             raise ValueError(f"`path` of `importance_opt` should be a file, found none at {given.path}.")
         self.importance.attach(self.optimizer_g)
@@ -346,7 +346,7 @@ class WithRestoreloss:
             terms |= {f"l_tdp/{name}": self.task.tdp_weight * value for name, value in seen.items()}
         return terms
 
-    def _recognise(self, batch: Batch) -> dict[str, Tensor]:
+    def _recognize(self, batch: Batch) -> dict[str, Tensor]:
         lq, gt, paths = batch
         assert self.net_t is not None
         labels, restored = self._labels(paths), self.net_g(lq)
@@ -424,7 +424,7 @@ def _check_options(opt: Mapping[str, Any], known: Sequence[str]) -> None:
     train = opt["train"]
     for key in train:
         if key.endswith("_opt") and key not in known:
-            raise ValueError(f"`train` has no option {key!r}; {near(key, known)}")
+            raise ValueError(f"`train` has no option {key!r}; {did_you_mean(key, known)}")
     together = {"network_t": opt.get("network_t"), **{key: train.get(key) for key in ("task_opt", "optim_t")}}
     missing = [key for key, value in together.items() if not value]
     if 0 < len(missing) < len(together):
@@ -443,9 +443,9 @@ def _call(function: Callable[..., Any], where: str, given: Any) -> Any:
     for option, value in given.items() if isinstance(given, Mapping) else ():
         if option not in ("layers", "weights"):
             check_numbers(f"{option}` of `{where}", value)
-    return call(function, where, given)
+    return build_from(function, where, given)
 
 
 if __name__ == "__main__":
-    # not this `main`: the module that others import has classes of its own
+    # The module that others import has classes of its own, unlike this `__main__`.
     import_module("restoreloss.integrations.basicsr").main()

@@ -36,7 +36,7 @@ class CallCounts:
         return {name: loss.calls for name, loss in self._losses().items()}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """What :meth:`state_dict` gave. A loss that is new begins at 0, and one that has gone is not missed."""
+        """Load what :meth:`state_dict` gave. A loss that is new begins at 0; one that no longer exists is ignored."""
         if not isinstance(state, Mapping):
             raise ValueError(f"`state` should be counts by the names of losses, found {describe(state)}.")
         losses = self._losses()

@@ -1,4 +1,4 @@
-"""Is an options file right? What people get wrong in one: names, and numbers that YAML reads as text."""
+"""Checks of an options file: unknown and missing names, and numbers that YAML reads as text."""
 
 import difflib
 import inspect
@@ -12,19 +12,19 @@ from restoreloss.checks import describe
 Result = TypeVar("Result")
 
 
-def call(function: Callable[..., Result], where: str, given: Any) -> Result:
-    """What a function or class makes of the options that it is given.
+def build_from(function: Callable[..., Result], where: str, given: Any) -> Result:
+    """Call a function or class with options by name.
 
     Raises:
-        ValueError: For options that are no mapping, unknown or missing, naming those that come near.
+        ValueError: For options that are no mapping, unknown or missing, naming similar ones.
     """
     if not isinstance(given, Mapping):
         raise ValueError(f"`{where}` should be a mapping of options, found {given!r}.")
     known = inspect.signature(function).parameters
     for option in given:
         if option not in known:
-            raise ValueError(f"`{where}` has no option {option!r}; {near(option, list(known))}")
-    missing = [name for name, each in known.items() if each.default is inspect.Parameter.empty and name not in given]
+            raise ValueError(f"`{where}` has no option {option!r}; {did_you_mean(option, list(known))}")
+    missing = [name for name, one in known.items() if one.default is inspect.Parameter.empty and name not in given]
     if missing:
         raise ValueError(f"`{where}` should be given {missing}, found {list(given)}.")
     return function(**given)
@@ -63,16 +63,16 @@ def check_kind(name: str, value: Any, kind: Any) -> None:
     elif str in kinds and not isinstance(value, str):
         raise ValueError(f"`{name}` should be text, found {value!r}.")
     for origin, plural in ((Mapping, "a mapping"), (Sequence, "a list")):
-        for each in kinds:
-            if get_origin(each) is origin:
+        for one in kinds:
+            if get_origin(one) is origin:
                 if not isinstance(value, origin):
                     raise ValueError(f"`{name}` should be {plural}, found {describe(value)}.")
                 parts = value.values() if isinstance(value, Mapping) else () if isinstance(value, str) else value
                 for part in parts:
-                    check_kind(name, part, get_args(each)[-1])
+                    check_kind(name, part, get_args(one)[-1])
 
 
-def near(option: Any, known: Sequence[str]) -> str:
+def did_you_mean(option: Any, known: Sequence[str]) -> str:
     """The end of a message about an unknown option."""
     found = difflib.get_close_matches(str(option), known, n=1)
     return f"did you mean {found[0]!r}?" if found else f"there is {', '.join(known)}."

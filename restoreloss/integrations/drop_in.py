@@ -1,6 +1,6 @@
-"""How do our losses reach a framework that imports whatever lies in its losses folder? By one small file there.
+"""A small file for frameworks that import every file of their losses folder: it registers our losses.
 
-traiNNer-redux and neosr share this way: a registry, and every ``*_loss.py`` of one folder imported at the start.
+traiNNer-redux and neosr work like this: a registry, and every ``*_loss.py`` of one folder imported at the start.
 """
 
 import argparse

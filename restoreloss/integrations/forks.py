@@ -1,4 +1,4 @@
-"""How do Restormer, NAFNet and other forks of the old BasicSR take our losses? By name, from one module of theirs.
+"""Losses for Restormer, NAFNet and other forks of the old BasicSR, by name in one of their modules.
 
 They build a loss as ``getattr(basicsr.models.losses, type)(**options)``. Two lines in their train.py, before the model
 is made (docs/forks.md):
@@ -40,7 +40,7 @@ LOSSES: tuple[type[options.Criterion], ...] = (
 
 
 def install(losses: ModuleType) -> None:
-    """Add our losses to the module in which a fork looks for its own. Twice is once.
+    """Add our losses to the module in which a fork looks for its own (idempotent).
 
     Args:
         losses: ``basicsr.models.losses`` of the fork, after its import.

@@ -1,8 +1,8 @@
-"""How do losses, regularisers and phases run under Lightning?
+"""Losses, regularizers and phases under Lightning.
 
 A loss is called in your ``training_step`` and may be an attribute of the module: its networks are hidden from the
-checkpoint and the optimizer. What else it takes is here: :class:`ImportanceCallback` for a regulariser,
-:class:`LightningAlternation` for networks that learn in turn, :class:`ObjectivesCallback` for what a loss remembers.
+checkpoint and the optimizer. The rest is here: :class:`ImportanceCallback` for a regularizer,
+:class:`LightningAlternation` for networks that learn in turn, :class:`ObjectivesCallback` for the state of losses.
 
 Written for the package ``lightning`` (``import lightning``), 2.4 or newer. ``pytorch_lightning`` has classes of its
 own, with which those of ``lightning`` do not mix.
@@ -51,7 +51,7 @@ def _lightning() -> Any:
     return require("lightning.pytorch", purpose=purpose, install=install)
 
 
-# without Lightning this file can be imported, and its classes say what is missing when they are made
+# Without Lightning this file can be imported, and its classes say what is missing when they are made.
 _Callback: Any = object if find_spec("lightning") is None else _lightning().Callback
 
 
@@ -124,7 +124,7 @@ class ImportanceCallback(_Callback):  # type: ignore[misc]
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         """Add the gradient of the penalty to those of the parameters that this optimizer steps."""
-        # every optimizer comes by: what another one steps rests, or it would be charged twice
+        # This runs for every optimizer: the parameters of the others are left out, or they would be charged twice.
         stepped = set(_stepped(optimizer))
         others = [p for p in pl_module.parameters() if p.requires_grad and p not in stepped]
         try:
@@ -140,12 +140,12 @@ class ImportanceCallback(_Callback):  # type: ignore[misc]
         return dict(self.importance.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What :meth:`state_dict` gave."""
+        """Load what :meth:`state_dict` gave."""
         self.importance.load_state_dict(state_dict)
 
 
 class ObjectivesCallback(_Callback):  # type: ignore[misc]
-    """What the losses of a module need of a run.
+    """The state of the losses of a module in a Lightning run.
 
     - The call counts of ``Subsampled(every=k)`` are saved with the checkpoint: a resumed run looks at the same calls.
     - The first batch must be of one size on all processes (:func:`check_equal_batches`).
@@ -181,7 +181,7 @@ class ObjectivesCallback(_Callback):  # type: ignore[misc]
         return dict(self._counts.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What :meth:`state_dict` gave."""
+        """Load what :meth:`state_dict` gave."""
         self._counts.load_state_dict(state_dict)
 
 
@@ -189,7 +189,7 @@ class LightningAlternation(Alternation[Batch]):
     """Phases (:class:`~restoreloss.Alternation`) whose backward passes and steps are Lightning's.
 
     Its precision (also the loss scale of ``16-mixed``), its DDP and its optimizers are used. In each phase all other
-    networks rest: frozen AND in eval mode. ``toggle_optimizer`` freezes only, and a batch normalisation that is run on
+    networks rest: frozen AND in eval mode. ``toggle_optimizer`` freezes only, and a batch normalization that is run on
     in train mode goes on learning.
 
     Make it in ``on_fit_start`` and call ``step(batch)`` in ``training_step``. Optimizers come from
@@ -248,13 +248,13 @@ class _Lightning:
         self._module = module
 
     def autocast(self) -> AbstractContextManager[None]:
-        return nullcontext()  # all of `training_step` runs under that of the Trainer
+        return nullcontext()  # `training_step` runs under that of the Trainer.
 
     def backward(self, loss: Tensor) -> None:
         self._module.manual_backward(loss)
 
     def clip_grad_norm_(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-        # Lightning takes the loss scale out within the step, and not twice: clip what is still scaled
+        # Lightning divides by the loss scale within the step, and not twice: clip what is still scaled.
         scaler = getattr(self._module.trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
         return nn.utils.clip_grad_norm_(parameters, max_norm * scale) / scale

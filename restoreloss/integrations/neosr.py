@@ -1,4 +1,4 @@
-"""How does neosr take our losses? As they are: one tensor, weighted by itself, in one of its slots.
+"""Losses for neosr: each one tensor with its own weight, in one of its slots.
 
     python -m restoreloss.integrations.neosr PATH_TO_REPOSITORY
 

@@ -1,11 +1,11 @@
-"""How is an objective written in an options file? As a type and plain values, which become a module here.
+"""Objectives in an options file: a type and plain values, which become a module.
 
     type: DiffLoss
     prior: small             # or a folder, a file or a hub name, as load_prior reads them
     timesteps: [100, 600]
     loss_weight: 0.1
 
-Frameworks that build their losses from YAML or TOML register these classes, each in its own dress.
+Frameworks that build their losses from YAML or TOML register these classes, each in its own way.
 """
 
 from abc import abstractmethod
@@ -24,7 +24,7 @@ from restoreloss.diffusion.prior import small_prior
 from restoreloss.distances import Distance
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.generators import Generators
-from restoreloss.integrations.checks import call, check_kind
+from restoreloss.integrations.checks import build_from, check_kind
 from restoreloss.integrations.task_networks import normalization, task_network
 from restoreloss.objectives.base import Objective, named_terms, total
 from restoreloss.objectives.diffloss import Compare
@@ -38,7 +38,7 @@ class Criterion(Objective):
     """An objective that is built from plain values, times its weight.
 
     Attributes:
-        loss_weight: of the whole.
+        loss_weight: multiplies the objective.
     """
 
     loss_weight: float = 1.0
@@ -46,13 +46,13 @@ class Criterion(Objective):
     def __post_init__(self) -> None:
         super().__init__()
         for option in fields(self):
-            if option.name != "objectives":  # which says what an objective is
+            if option.name != "objectives":  # Its parts are checked when they are built.
                 check_kind(option.name, getattr(self, option.name), option.type)
         self.objective = self.build()
 
     @abstractmethod
     def build(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """What these values describe, of weight 1."""
+        """The objective that these values describe, with the weight 1."""
 
     def terms(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> dict[str, Tensor]:
         """The weighted terms of the objective, from two float (N, C, H, W); ``generator`` for one that draws."""
@@ -164,7 +164,7 @@ class TDPLoss(Criterion):
                 self.task, weights=self.weights, num_classes=self.num_classes, image_size=self.image_size
             )
             normalize = normalization(self.task) if self.normalize is None else self.normalize
-        self.network = FrozenNetwork(network)  # the loss only borrows it: it would not follow `.to()`
+        self.network = FrozenNetwork(network)  # The loss only borrows it; this one follows `.to()`.
         return restoreloss.TDPLoss(
             network, self.layers, normalize=normalize, distance=self.distance, layer_weights=self.layer_weights,
             input_range=_pair("input_range", self.input_range),
@@ -178,7 +178,7 @@ class TDPLoss(Criterion):
         """
         try:
             return super().terms(restored, target, generator=generator)
-        except AssertionError as error:  # what timm and torchvision raise
+        except AssertionError as error:  # timm and torchvision raise it.
             size = "x".join(map(str, restored.shape[2:]))
             raise ValueError(
                 f"`task` should read images of {size}, found that {self.task} does not: {error} Of timm's, "
@@ -210,7 +210,7 @@ class WeightedSum(Criterion):
         parts = {name: criterion(options) for name, options in self.objectives.items()}
         if all(part.loss_weight == 0 for part in parts.values()):
             raise ValueError("`objectives` should leave at least one a `loss_weight` other than 0, found all 0.")
-        # what weighs nothing is not computed
+        # An objective of weight 0 is not computed.
         return restoreloss.WeightedSum(parts, {name: 0.0 for name, part in parts.items() if part.loss_weight == 0})
 
 
@@ -229,7 +229,7 @@ def criterion(options: Mapping[str, Any]) -> Criterion:
         A module called with (restored, target).
 
     Raises:
-        ValueError: For an unknown type or option, naming those that come near.
+        ValueError: For an unknown type or option, naming similar ones.
 
     Example:
         >>> criterion({"type": "DiffLoss", "prior": "small", "timestep": [100, 600]})
@@ -243,10 +243,10 @@ def criterion(options: Mapping[str, Any]) -> Criterion:
     if not isinstance(kind, str):
         raise ValueError(f"`type` should be the name of one of {[*TYPES, *_PIXELS]}, found {kind!r}.")
     if kind in _PIXELS:
-        return call(partial(Pixel, kind), kind, given)
+        return build_from(partial(Pixel, kind), kind, given)
     if kind not in TYPES:
         raise ValueError(f"`type` should be one of {[*TYPES, *_PIXELS]}, found {kind!r}.")
-    return call(TYPES[kind], kind, given)
+    return build_from(TYPES[kind], kind, given)
 
 
 class Pixel(Criterion):

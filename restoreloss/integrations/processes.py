@@ -1,4 +1,4 @@
-"""Do all processes hold equally many samples? Else what they average is no average of the samples."""
+"""A check that all processes hold equally many samples, without which their average is not that of the samples."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ def check_equal_batches(batch: Any) -> None:
 
     Args:
         batch: tensors, or tuples, lists or mappings of them; the first one tells how many samples there are. A list of
-            pictures (C, H, W), as detectors take, is as many samples.
+            images (C, H, W), as detectors take, is as many samples.
 
     Raises:
         ValueError: If they differ, and for a batch without a tensor.
@@ -39,7 +39,7 @@ def check_equal_batches(batch: Any) -> None:
 
 
 def _size(batch: Any) -> int | None:
-    """How many samples; None where nothing tells."""
+    """The number of samples, or None where nothing tells."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else None
     if isinstance(batch, Mapping):

@@ -1,6 +1,6 @@
 """Task networks of torchvision, timm and transformers by their names, for an options file.
 
-In Python code you need none of this: ``TDPLoss(torchvision.models.resnet50(weights="DEFAULT"))``.
+Python code does not need this: ``TDPLoss(torchvision.models.resnet50(weights="DEFAULT"))``.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ def task_network(
             file of weights (:func:`restoreloss.weights.read_weights`: safetensors or ``torch.save``, in the usual
             containers). There is no default: a perceptual loss in random features is rarely what is meant.
         num_classes: where the head is not that of the pretrained network.
-        image_size: of the pictures, for timm's transformers that read one size (ViT, Swin), which are then made for it.
+        image_size: of the images, for timm's transformers that read one size (ViT, Swin), which are then made for it.
 
     Returns:
         The network in eval mode, on the CPU.
@@ -69,7 +69,7 @@ def task_network(
 
 
 def normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """(mean, std) that a network of :func:`task_network` wants; None where it normalises its own input.
+    """(mean, std) that a network of :func:`task_network` wants; None where it normalizes its own input.
 
     Example:
         >>> normalization("timm/vit_tiny_patch16_224")
@@ -88,7 +88,7 @@ def normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | No
         transformers = require("transformers", purpose=f"{name!r}", install='"restoreloss[examples]"')
         try:
             found: dict[str, Any] = transformers.ImageProcessingMixin.get_image_processor_dict(model)[0]
-        except OSError:  # a folder with a network and nothing else
+        except OSError:  # The folder holds a network and nothing else.
             return IMAGENET
         if "image_mean" in found and found.get("do_normalize", True):
             return tuple(found["image_mean"]), tuple(found["image_std"])
@@ -107,7 +107,7 @@ def _torchvision(name: str, pretrained: bool, num_classes: int | None) -> nn.Mod
     models = _torchvision_with(name)
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if not pretrained and any(module in models.get_model_builder(name).__module__ for module in _WITH_BACKBONE):
-        options["weights_backbone"] = None  # else it would be downloaded
+        options["weights_backbone"] = None  # Otherwise it would be downloaded.
     network: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
     return network
 
@@ -154,7 +154,7 @@ def _transformers(name: str, pretrained: bool, num_classes: int | None) -> nn.Mo
         ) from error
     if num_classes is not None:
         config.num_labels = num_classes
-    # the class that the folder was saved from: a head is a part of the task network
+    # This is the class that the folder was saved from: a head is a part of the task network.
     kind = getattr(transformers, (config.architectures or [""])[0], None)
     if kind is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How do the aggregators of TorchJD train with our losses, and our projection with theirs?
+"""The aggregators of TorchJD with our losses, and our projection with their losses.
 
 :func:`aggregate` writes the gradient that an aggregator (UPGrad, MGDA, PCGrad, ...) makes of several losses, the same
 on one process and on many. :class:`Projection` is :meth:`restoreloss.GradientOrthogonality.project` as an aggregator.
@@ -18,7 +18,7 @@ from restoreloss.sharding import is_sharded
 
 try:
     from torchjd.aggregation import GramianWeightedAggregator, Weighting
-except ModuleNotFoundError:  # what needs it says so when it is used
+except ModuleNotFoundError:  # The classes that need it say so when they are used.
     GramianWeightedAggregator = Weighting = nn.Module  # type: ignore[assignment, misc, unused-ignore]
 
 
@@ -75,7 +75,7 @@ class Projection(GramianWeightedAggregator):  # type: ignore[misc, unused-ignore
         matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         scale = matrix.abs().max()
         scale = torch.where(scale > 0, scale, 1)
-        rows: Any = matrix / scale  # gradients of long runs are tiny: their squares would leave float32
+        rows: Any = matrix / scale  # Gradients of long runs are tiny; their squares would leave float32.
         freed: Tensor = scale * super().forward(rows)
         return freed
 
@@ -166,11 +166,11 @@ def _write(jacobians: list[Tensor], shared: list[nn.Parameter], aggregator: nn.M
     average_([matrix])
     weights: Tensor | None = None
     if matrix.isfinite().all():
-        whole: Any = torch.zeros_like(matrix[0], requires_grad=True)  # to TorchJD all is one parameter
-        whole.jac = matrix
-        weights = autojac.jac_to_grad([whole], aggregator)
-        gradient = whole.grad
-    else:  # a solver would raise, and the scaler never see it
+        flat: Any = torch.zeros_like(matrix[0], requires_grad=True)  # TorchJD sees one parameter.
+        flat.jac = matrix
+        weights = autojac.jac_to_grad([flat], aggregator)
+        gradient = flat.grad
+    else:  # A solver would raise, and the scaler would not see it.
         gradient = matrix.sum(dim=0)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for drawn in [gradient] if weights is None else [gradient, weights]:
@@ -181,7 +181,7 @@ def _write(jacobians: list[Tensor], shared: list[nn.Parameter], aggregator: nn.M
 
 
 def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
-    # a copy: the parts of one long gradient must not be written to together
+    # It is copied, because the parts of one long gradient must not share memory.
     parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
 
 

@@ -1,4 +1,4 @@
-"""How does traiNNer-redux take our losses? Registered, with the weighting left to it and each term by its name.
+"""Losses for traiNNer-redux, which weights them itself and logs each term by its name.
 
     python -m restoreloss.integrations.trainner PATH_TO_REPOSITORY
 
@@ -22,11 +22,11 @@ FRAMEWORK = Framework("traiNNer-redux", "traiNNer", "trainner")
 
 
 class _ByTerm(options.Criterion):
-    """Returns its terms, and leaves its weight to the trainer."""
+    """A loss that returns its terms, and leaves its weight to the trainer."""
 
     def forward(self, restored: Tensor, target: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         """The unweighted terms by name, from two float (N, C, H, W)."""
-        if target.is_inference():  # the enlarged input: autograd may not keep it
+        if target.is_inference():  # It is the enlarged input, which autograd may not keep.
             target = target.clone()
         terms = cast(Objective, self.objective).terms(restored, target)
         return {name: self._countable(name, value) for name, value in terms.items()}
