@@ -101,7 +101,7 @@ def corrupt(
     they are; JPEG alone rounds to 8 bits.
     """
     _check_image(image)
-    if image.device.type == "cpu":  # elsewhere it would synchronize with the device at every call
+    if image.device.type == "cpu":  # Elsewhere it would synchronize with the device.
         warn_if_out_of_range({"image": image}, (0.0, 1.0))
     return _corrupted(image, name, severity, generator)
 

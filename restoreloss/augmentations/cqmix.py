@@ -94,8 +94,8 @@ class CQMix(nn.Module):
         if len(restored) != len(target):
             raise ValueError(f"`target` should be as many images as `restored` ({len(restored)}), found {len(target)}.")
         check_generators(generator, len(restored))
-        each = generator if isinstance(generator, Sequence) else [generator] * len(restored)
-        samples = enumerate(zip(restored, target, each, strict=True))
+        generators = generator if isinstance(generator, Sequence) else [generator] * len(restored)
+        samples = enumerate(zip(restored, target, generators, strict=True))
         pairs = [self._mix(f"[{i}]", 3, z, x, one) for i, (z, x, one) in samples]
         images = [image for image, _ in pairs]
         return (images, [mask.to(image.dtype) for image, mask in pairs]) if return_mask else images
@@ -111,7 +111,7 @@ class CQMix(nn.Module):
         facts: dict[str, list[Any]] = {
             "shape": [tuple(image.shape) for image in (restored, target)],
             "device": [image.device for image in (restored, target)],
-            # half and single precision may meet: under autocast the network's output is half
+            # Half and single precision may meet: under autocast the output of the network is half.
             "dtype": [image.dtype if not image.is_floating_point() else "floating" for image in (restored, target)],
         }
         for fact, (expected, found) in facts.items():
@@ -128,7 +128,7 @@ class CQMix(nn.Module):
             )
         if ndim == 4:
             check_generators(generator, len(restored))
-        # one uniform number a cell: n cells drawn at once are the same as n drawn one after the other
+        # One uniform number a cell: n cells drawn at once are the same as n drawn one after the other.
         cells = torch.empty(*samples, 1, rows, columns, device=restored.device)
         drawn = draw_per_sample(lambda count, one: uniform(cells[:count], one), len(cells), generator)
         chosen = drawn.to(restored.device) < self.p

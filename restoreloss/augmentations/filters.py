@@ -18,9 +18,9 @@ def relief(liquid: Tensor, limit: int = 20) -> Tensor:
     """Drops lit from the upper left: the distance to the nearest edge, up to ``limit``, equalized and embossed."""
     edge = _edges(liquid)
     squared = torch.where(edge, 0, limit**2).to(liquid.dtype)
-    for _ in range(2):  # along the rows, then along the columns
-        near, width = F.pad(squared, (limit, limit), value=limit**2), squared.shape[3]
-        steps = (near[..., limit + k : limit + k + width] + k**2 for k in range(-limit, limit + 1))
+    for _ in range(2):  # First along the rows, then along the columns.
+        padded, width = F.pad(squared, (limit, limit), value=limit**2), squared.shape[3]
+        steps = (padded[..., limit + k : limit + k + width] + k**2 for k in range(-limit, limit + 1))
         squared = functools.reduce(torch.minimum, steps).transpose(2, 3)
     distance = (_filter(squared.sqrt(), _MEAN) + 1e-3).long().flatten(1)
     at_most = (distance[:, None] <= torch.arange(limit + 1, device=liquid.device)[:, None]).to(liquid.dtype).mean(dim=2)
@@ -96,7 +96,7 @@ def _weigh(padded: Tensor, size: Sequence[int], taps: Iterable[tuple[int, int, f
 
 
 def zoom(x: Tensor, factor: float) -> Tensor:
-    """The middle of pictures, enlarged to their size or a little more, corners onto corners."""
+    """The middle of images, enlarged to their size or a little more, corners onto corners."""
     kept = [math.ceil(side / factor) for side in x.shape[2:]]
     top, left = ((side - part) // 2 for side, part in zip(x.shape[2:], kept, strict=True))
     middle = x[..., top : top + kept[0], left : left + kept[1]]

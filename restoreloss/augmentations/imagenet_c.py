@@ -31,8 +31,8 @@ def _shot_noise(x: Tensor, level: int, generator: Generator) -> Tensor:
 
 def _impulse_noise(x: Tensor, level: int, generator: Generator) -> Tensor:
     share = (0.03, 0.06, 0.09, 0.17, 0.27)[level]
-    chance = uniform(x, generator)
-    return x.masked_fill(chance < share / 2, 0).masked_fill(chance >= 1 - share / 2, 1)
+    drawn = uniform(x, generator)
+    return x.masked_fill(drawn < share / 2, 0).masked_fill(drawn >= 1 - share / 2, 1)
 
 
 def _defocus_blur(x: Tensor, level: int, _: Generator) -> Tensor:
@@ -58,7 +58,7 @@ def _copied_from(offsets: Tensor, reach: int) -> Tensor:
 
     Args:
         offsets: whole (N, 2, H, W), rows and columns from a pixel to the one that overwrites it, from -reach to
-            reach - 1. The authors mean to swap the two; their code copies, and so do their pictures.
+            reach - 1. The authors mean to swap the two; their code copies, and so do their images.
         reach: the frame of pixels that stay as they are.
 
     Returns:
@@ -69,7 +69,7 @@ def _copied_from(offsets: Tensor, reach: int) -> Tensor:
     row, column = here // width, here % width
     moves = (reach < row) & (row <= height - reach) & (reach < column) & (column <= width - reach)
     source = here + moves * (offsets[:, 0] * width + offsets[:, 1])
-    # a later pixel was overwritten before this one: look where it has its own from, until that one is earlier
+    # A later pixel was overwritten before this one: follow where it has its own from, until that one is earlier.
     done = height * width
     follow = torch.where(source > here, source, source + done).flatten(1)
     final = torch.arange(done, 2 * done, device=offsets.device).expand(count, -1)
@@ -101,8 +101,8 @@ def _snow(x: Tensor, level: int, generator: Generator) -> Tensor:
     flakes = zoom(mean + spread * standard_normal(x[:, :1], generator), size)
     flakes = flakes.masked_fill(flakes < least, 0).clamp(0, 1)
     fallen = drag(flakes, radius, sigma, (-135, -45), generator)[..., : x.shape[2], : x.shape[3]]
-    grey = (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
-    white = keep * x + (1 - keep) * torch.maximum(x, 1.5 * grey + 0.5)
+    gray = (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
+    white = keep * x + (1 - keep) * torch.maximum(x, 1.5 * gray + 0.5)
     return white + fallen + fallen.rot90(2, (2, 3))
 
 
@@ -120,7 +120,7 @@ def _frost(x: Tensor, level: int, generator: Generator) -> Tensor:
 def _brightness(x: Tensor, level: int, _: Generator) -> Tensor:
     value = x.amax(dim=1, keepdim=True)
     brighter = (value + (0.1, 0.2, 0.3, 0.4, 0.5)[level]).clamp(max=1)
-    return brighter * torch.where(value > 0, x / value, 1)  # hue and saturation are ratios of the channels
+    return brighter * torch.where(value > 0, x / value, 1)  # Hue and saturation are ratios of the channels.
 
 
 def _contrast(x: Tensor, level: int, _: Generator) -> Tensor:
@@ -144,7 +144,7 @@ def _pixelate(x: Tensor, level: int, _: Generator) -> Tensor:
     for dim in (2, 3):
         side = x.shape[dim]
         cells = int(side * share)
-        middle = 2 * torch.arange(side, device=x.device) + 1  # of a pixel; the cells are 2 side / cells wide
+        middle = 2 * torch.arange(side, device=x.device) + 1  # The cells are 2 side / cells wide.
         belongs = (middle * cells - 1) // (2 * side)
         shape = [1, 1, 1, 1]
         shape[dim] = cells
@@ -192,7 +192,7 @@ def _spatter(x: Tensor, level: int, generator: Generator) -> Tensor:
 def _saturate(x: Tensor, level: int, _: Generator) -> Tensor:
     factor, add = ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))[level]
     value, chroma = x.amax(dim=1, keepdim=True), x.amax(dim=1, keepdim=True) - x.amin(dim=1, keepdim=True)
-    red = x.new_tensor([0, 1, 1]).view(3, 1, 1)  # what is grey has the hue 0
+    red = x.new_tensor([0, 1, 1]).view(3, 1, 1)  # Gray has the hue 0.
     hue = torch.where(chroma > 0, (value - x) / chroma, red)
     saturation = torch.where(value > 0, chroma / value, 0)
     return value * (1 - (factor * saturation + add).clamp(max=1) * hue)

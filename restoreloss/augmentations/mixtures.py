@@ -57,7 +57,7 @@ class MixtureA(nn.Module):
 
 
 class Degradation(NamedTuple):
-    """What :class:`MixtureB` does to one picture."""
+    """What :class:`MixtureB` does to one image."""
 
     sigma: Span
     """Standard deviations of the blur along its two axes, in pixels."""
@@ -136,7 +136,7 @@ class MixtureB(nn.Module):
 
         Args:
             images: float (N, C, H, W), C = 1 or 3, in ``input_range``; what is outside is clipped.
-            generator: for all chance, on any device.
+            generator: for all that is random, on any device.
 
         Returns:
             Shape, dtype, device and range of ``images``; without gradient.
@@ -150,7 +150,7 @@ class MixtureB(nn.Module):
         return _from_unit(torch.cat(degraded), images, self.input_range)
 
     def draw(self, count: int, *, generator: torch.Generator | None = None) -> list[Degradation]:
-        """What to do to ``count`` pictures."""
+        """What to do to ``count`` images."""
         check_integer("count", count, low=0)
         drawn_numbers = uniform(torch.empty(count, 7, dtype=torch.float64), generator).tolist()
 
@@ -216,7 +216,7 @@ def blur(images: Tensor, kernel: Tensor) -> Tensor:
     )
     padded = images.index_select(-2, down).index_select(-1, right)
     size = padded.shape[-2:]
-    # a product of spectra: a kernel of 41 x 41 costs 1,681 products a pixel otherwise
+    # This is a product of spectra, because a kernel of 41 x 41 costs 1,681 products for each pixel otherwise.
     spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(kernel, s=size)
     blurred: Tensor = torch.fft.irfft2(spectrum, s=size)
     return blurred[..., rows - 1 :, columns - 1 :]
@@ -246,13 +246,13 @@ def jpeg(images: Tensor, quality: int) -> Tensor:
         raise ValueError(f"`images` should be finite, as 8 bits have no NaN, found NaN or infinity in images {bad}.")
     pixels = (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8).movedim(1, -1).numpy()
     coded = []
-    for picture in pixels:
+    for one in pixels:
         file = io.BytesIO()
         # Pillow's chroma is at half the resolution, as that of OpenCV
-        image = image_module.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
+        image = image_module.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one)
         image.save(file, "JPEG", quality=quality)
         with image_module.open(file) as read:
-            coded.append(np.asarray(read).reshape(picture.shape))
+            coded.append(np.asarray(read).reshape(one.shape))
     return torch.from_numpy(np.stack(coded)).movedim(-1, 1).to(images.device, images.dtype) / 255
 
 

@@ -28,7 +28,7 @@ def corrupt(image: Any, severity: int = 1, corruption_name: str | None = None, c
     """A corruption of ImageNet-C of one 8-bit image, called as in ``imagecorruptions``.
 
     Args:
-        image: uint8 (H, W, 3) or grey (H, W), a numpy array or PIL image, with sides of at least 32 pixels.
+        image: uint8 (H, W, 3) or gray (H, W), a numpy array or PIL image, with sides of at least 32 pixels.
         severity: 1 to 5.
         corruption_name: one of :func:`get_corruption_names` ("all").
         corruption_number: its number in that list, where there is no name.

@@ -164,7 +164,7 @@ class RandomMixture(_OnImages):
         keys: entries of a dict to change; all others stay as they are. Default: all images of the sample.
         return_drawn: return (sample, drawn), a ``Degradation`` for each image, None where it stays.
 
-    Images, kinds and randomness are those of :class:`RandomCorruption`; grey ones may have one channel.
+    Images, kinds and randomness are those of :class:`RandomCorruption`; gray ones may have one channel.
 
     Raises:
         ValueError: At construction for what is no mixture of [0, 1], at a call for images of another kind.

@@ -1,4 +1,4 @@
-"""Latent diffusion models with random weights: small ones for two cores, and one of the shapes of Stable Diffusion 2.1.
+"""Latent diffusion models with random weights: small ones for two cores, and one as large as Stable Diffusion 2.1.
 
 :func:`load_prior` gives a trained one, and :class:`LatentPrior` makes one of your own modules of diffusers.
 """

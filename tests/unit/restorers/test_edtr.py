@@ -1,5 +1,7 @@
 """EDTR trains its ControlNet and its decoder alone, and restores images of any size."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -178,3 +180,27 @@ def test_stable_diffusion_has_its_shapes() -> None:
     assert (edtr.multiple, edtr.latent_factor, edtr.timesteps(4)) == (64, 8, [200, 150, 100, 50])
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in edtr.named_children()}
     assert counts["decoder"] == 49_490_199 and counts["_unet"] == counts["_pre"] == counts["_encoder"] == 0
+
+
+def test_a_copy_restores_alike_and_is_independent() -> None:
+    edtr = small_edtr().eval()
+    image = torch.rand(1, 3, 16, 16)
+
+    def restored(model: EDTR) -> Tensor:
+        return model.restore(image, generator=torch.Generator().manual_seed(1))
+
+    before = restored(edtr)
+    for other in (copy.deepcopy(edtr), pickle.loads(pickle.dumps(edtr))):
+        assert torch.equal(restored(other), before)
+        for held in (other.decoder, other._encoder.network, other._unet.network, other._pre.network):
+            with torch.no_grad():
+                next(held.parameters()).mul_(2)
+        assert not torch.equal(restored(other), before)
+        assert torch.equal(restored(edtr), before)
+
+
+def test_all_parts_follow_the_dtype() -> None:
+    edtr = small_edtr().double().eval()
+    for part in (edtr.controlnet, edtr.decoder, edtr._encoder.network, edtr._unet.network, edtr._pre.network):
+        assert {p.dtype for p in part.parameters()} == {torch.float64}
+    assert edtr.prompt.dtype == torch.float64
