@@ -10,6 +10,7 @@ of all that is there.
 
 import argparse
 import copy
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.common.engine.run_directory import own, read_json, to_json
+from examples.common.engine.run_directory import own, to_json
 from examples.common.networks.restorers import restorer
 from examples.reading.figure import save_comparison
 from examples.reading.readers import EnglishG2, Read, english_g2, pp_ocr, reads_with, words_read
@@ -103,7 +104,7 @@ class Experiment:
         file = self.out / "settings.json"
         if not file.exists():
             file.write_text(to_json(settings, indent=1))
-        elif (found := read_json(file.read_text())) != settings:
+        elif (found := json.loads(file.read_text())) != settings:
             raise ValueError(f"`out` should be a folder of runs with these settings, found {found} in {self.out}.")
 
     def run(self, seed: int, methods: Sequence[str]) -> None:
@@ -195,7 +196,7 @@ class Experiment:
     def _cost(self, name: str, training: Training, measure: Callable[[], float]) -> float:
         """Of a step, in steps of L1 + TDP; measured once, so that all seeds have as many."""
         file = self.out / "cost_of_a_step.json"
-        known: dict[str, float] = read_json(file.read_text()) if file.exists() else {}
+        known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
         if name not in known:
             tdp = WeightedSum({"pixel": nn.L1Loss(), "tdp": self._loss("tdp", 0)})
             found = by_turns({"tdp": partial(training.seconds, self._net(), tdp, size=TDP_BATCH), name: measure})
@@ -227,7 +228,7 @@ def _lists(value: Any) -> Any:
 def load(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """What was found, by seed and method."""
     return {
-        folder.name: {path.stem: read_json(path.read_text()) for path in folder.glob("*.json")}
+        folder.name: {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
         for folder in sorted(out.glob("seed*"))
     }
 
@@ -235,7 +236,8 @@ def load(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
 def values(found: Mapping[str, Any], metric: str) -> Tensor:
     """A metric of every test image, "psnr" or "words_read/judge"."""
     name, _, reader = metric.partition("/")
-    return torch.tensor(found[name][reader] if reader else found[name])
+    numbers = found[name][reader] if reader else found[name]
+    return torch.tensor([float(number) for number in numbers])  # "inf" is the PSNR of clean images
 
 
 def interval(differences: Tensor) -> tuple[float, float]:

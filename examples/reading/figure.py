@@ -45,9 +45,9 @@ def save_comparison(
     chosen = (differing + [i for i in range(len(texts)) if i not in differing])[:rows]
     figure = Figure(figsize=(13, 1.2 + 1.75 * len(chosen)), layout="constrained", facecolor="white")
     figure.suptitle(
-        f"{len(texts)} unseen words. After L1 + TDP the fixed reader reads {len(won)} that it misreads after L1, "
-        f"and misreads {len(lost)} that it read. The first of these:",
-        fontsize=14,
+        f"Of {len(texts)} unseen words the fixed reader reads {len(won)} after L1 + TDP that it misreads after L1, "
+        f"and misreads {len(lost)} that it read",
+        fontsize=13,
     )
     panels = figure.subplots(len(chosen), len(TITLES), squeeze=False)
     for row, index in enumerate(chosen):

@@ -40,6 +40,14 @@ def test_the_interval_is_over_seeds_and_images() -> None:
     assert low < float(images.mean()) < high
 
 
+def test_a_word_that_looks_like_a_number_stays_a_word(tmp_path: Path) -> None:
+    (tmp_path / "seed0").mkdir()
+    (tmp_path / "seed0" / "clean.json").write_text('{"read": {"fixed": ["inf", "nan"]}, "psnr": ["inf", 20.5]}')
+    found = reading.load(tmp_path)["seed0"]["clean"]
+    assert found["read"]["fixed"] == ["inf", "nan"]
+    assert reading.values(found, "psnr").tolist() == [math.inf, 20.5]
+
+
 @needs_reading
 def test_finished_runs_are_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
