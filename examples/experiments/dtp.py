@@ -23,7 +23,8 @@ import torch
 from examples.common.data.degradations import DEGRADATIONS
 from examples.common.engine.run_directory import read_json
 from examples.dtp.config import PAPER, Config
-from examples.dtp.train import Trainer
+from examples.dtp.finetune import FineTuning
+from examples.dtp.train import trainer
 from examples.experiments.report import Sample
 from restoreloss.training.matching import plot_matches
 
@@ -55,14 +56,14 @@ class Experiment:
     def pretrained(self, seed: int) -> Path:
         """The pre-trained network of a seed."""
         out = self.out / "pretrained" / f"seed{seed}"
-        Trainer(replace(self.base, method="pretrain", seed=seed, steps=self.pretrain_steps, out=out)).run()
+        trainer(replace(self.base, method="pretrain", seed=seed, steps=self.pretrain_steps, out=out)).run()
         return out
 
     def run(self, study: str, name: str, seed: int, **changes: Any) -> None:
         """One run by the name of its folder."""
         out = self.out / study / name / f"seed{seed}"
         config = replace(self.base, seed=seed, out=out, pretrained=self.pretrained(seed), **changes)
-        results = Trainer(config).run()
+        results = trainer(config).run()
         logger.info("%s seed %d: %s", name, seed, {key: round(results[key], 3) for key in COLUMNS})
 
     def forgetting(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -103,8 +104,7 @@ class Experiment:
             timesteps="matched",
             pretrained=self.pretrained(seed), out=self.out / "timesteps" / f"seed{seed}",
         )  # fmt: skip
-        trainer = Trainer(config)
-        plot_matches(trainer.matches, config.out / "timesteps.png")
+        plot_matches(FineTuning(config).matches, config.out / "timesteps.png")
 
     def tables(self) -> str:
         """Means, spreads and paired differences of all that is finished."""

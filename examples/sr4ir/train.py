@@ -8,7 +8,6 @@ resumes a killed run. Several processes: ``python -m torch.distributed.run --npr
 """
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from examples.common.data.degrade import degradation
-from examples.common.data.task_data import TEST_SEED, datasets, on_grid
+from examples.common.data.task_data import TEST_SEED, dataset, on_grid
 from examples.common.data.tasks import TaskData, each, to_device
 from examples.common.engine import command_line
 from examples.common.engine.batches import chance
@@ -27,6 +26,7 @@ from examples.common.engine.evaluation import Judges, evaluate, first_usable, lo
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition, features_of
 from examples.common.engine.run_directory import file_in
+from examples.common.engine.schedules import cosine
 from examples.common.networks.restorers import load_weights, recogniser, restorer
 from examples.sr4ir.config import Config
 from examples.sr4ir.methods import METHODS, Method
@@ -53,6 +53,8 @@ class Batch:
 class Trainer(Recipe[Batch]):
     """One run: networks, stages, evaluation."""
 
+    of_evaluation = ("fixed_hr", "judge")
+
     def __init__(self, config: Config) -> None:
         if config.task == "detection" and config.method in ("tdp_joint", "rsrssn"):
             raise ValueError(
@@ -64,13 +66,17 @@ class Trainer(Recipe[Batch]):
         self.title = config.method
         self.config = config
         self.method: Method = METHODS[config.method]
-        self.train_data, self.test_data = datasets(config, config.seed)
+        self.test_data = dataset(config, "test", config.seed)
+        self.train_data = dataset(config, "train", config.seed) if self.evaluated is None else self.test_data
         self.recognition = Recognition(self.train_data.task, self.train_data.class_names)
         classes = len(self.train_data.class_names)
 
-        s = restorer(config.restorer, config.scale, file_in(config.s_weights, "restorer.safetensors"))
-        h = recogniser(config.recogniser, config.task, classes, pretrained=config.start == "scratch")
-        if config.start == "hr":
+        begins_with = config.s_weights if self.evaluated is None else config.evaluate
+        s = restorer(config.restorer, config.scale, file_in(begins_with, "restorer.safetensors"))
+        self.check_classes(classes)
+        begins_anew = config.start == "scratch" and self.evaluated is None
+        h = recogniser(config.recogniser, config.task, classes, pretrained=begins_anew)
+        if config.start == "hr" and self.evaluated is None:
             if config.h_weights is None:
                 raise ValueError("`h_weights` should be the run directory of an oracle for `start` 'hr', found None.")
             load_weights(h, config.h_weights / "recogniser.safetensors")
@@ -85,9 +91,9 @@ class Trainer(Recipe[Batch]):
         cells = config.grid or (4 if config.task == "classification" else 8)
         self.cqmix = CQMix((cells, cells), p=config.mix)
         self._mixtures = self.method.recogniser_inputs.count("mix")
-        self.tdp = self._tdp() if "tdp" in self.method.restorer_terms else None
+        self.tdp = self._tdp() if "tdp" in self.method.restorer_terms and self.evaluated is None else None
         self.degrade = degradation(config, config.seed)
-        self.begin(self._stages())
+        self.begin(self._stages() if self.evaluated is None else [])
 
     def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
         """HR and LR pictures on the device, and a generator for the step."""
@@ -273,8 +279,7 @@ def rate(step: int, steps: int, restart: float, warm_up: int) -> float:
     """Factor of the learning rate: a cosine to 0, begun anew after the fraction ``restart``; a linear rise first."""
     first = round(restart * steps)
     begun, length = (0, first) if step < first else (first, steps - first)
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - begun) / max(1, length)))
-    return cosine * min(1.0, (step + 1) / warm_up if warm_up else 1.0)
+    return cosine(step - begun, length) * min(1.0, (step + 1) / warm_up if warm_up else 1.0)
 
 
 def _pixel(restored: Any, hr: Any) -> Tensor:

@@ -17,7 +17,7 @@ from examples.common.engine.recipe import Recipe
 from examples.diffloss import config as diffloss
 from examples.diffloss.train import Trainer as DiffLossTrainer
 from examples.dtp.config import Config as DTPConfig
-from examples.dtp.train import Trainer as DTPTrainer
+from examples.dtp.train import trainer as dtp_trainer
 from examples.edtr import prepare as edtr_preparing
 from examples.edtr.config import Config as EDTRConfig
 from examples.edtr.train import Trainer as EDTRTrainer
@@ -50,7 +50,7 @@ class Norm(nn.GroupNorm):
 def prepare(folder: Path) -> None:
     """What the runs begin with, by one process."""
     edtr_preparing.prepare(edtr_preparing.Config(out=folder, steps=2, prior_steps=2, **EDTR))
-    DTPTrainer(DTPConfig(out=folder / "generates", method="pretrain", steps=4, **DTP)).run()
+    dtp_trainer(DTPConfig(out=folder / "generates", method="pretrain", steps=4, **DTP)).run()
     UniRestoreTrainer(UniRestoreConfig(out=folder / "stage1", stage="stage1", prepared=folder, steps=1, **UNI)).run()
 
 
@@ -77,7 +77,7 @@ def _unirestore(prepared: Path, out: Path) -> Recipe[Any]:
 
 
 def _dtp(method: Any) -> Callable[[Path, Path], Recipe[Any]]:
-    return lambda prepared, out: DTPTrainer(
+    return lambda prepared, out: dtp_trainer(
         DTPConfig(out=out, method=method, pretrained=prepared / "generates", steps=2, penalty_weight=100.0, **DTP)
     )
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from examples.dtp.config import Config
 from examples.dtp.methods import aggregator
-from examples.dtp.train import Trainer
+from examples.dtp.train import trainer
 from restoreloss import GradientOrthogonality, WeightedSum
 from tests.helpers.processes import ROOT
 
@@ -262,12 +262,12 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Config:
         out=out / "pretrained", method="pretrain", steps=2, save_every=1, batch=4, patch=24, train_count=16,
         test_count=2, test_size=24, cpu=True, timesteps="paper", replay_share=1.0,
     )  # fmt: skip
-    Trainer(tiny).run()
+    trainer(tiny).run()
     return replace(tiny, method="project", pretrained=tiny.out)
 
 
 def trained(config: Config, out: Path, name: Any) -> tuple[dict[str, Tensor], set[str]]:
-    run = Trainer(replace(config, out=out, aggregator=name))
+    run = trainer(replace(config, out=out, aggregator=name))
     assert all(math.isfinite(value) for value in run.run().values())
     logged = set(json.loads((out / "metrics.jsonl").read_text().splitlines()[-1]))
     return {name: value.clone() for name, value in run.net.state_dict().items()}, logged
@@ -281,7 +281,7 @@ def test_the_trainer_takes_an_aggregator(pretrained: Config, tmp_path: Path, mon
         assert {"weight_generative", "weight_restoration"} < logged
         if name == "mgda":  # without a conflict PCGrad adds, as the projection does
             assert not all(torch.equal(found[key], projected[key]) for key in found)
-    monkeypatch.setattr("examples.dtp.train.aggregator", lambda name: Projection())
+    monkeypatch.setattr("examples.dtp.gef.aggregator", lambda name: Projection())
     found, _ = trained(pretrained, tmp_path / "ours", "pcgrad")
     for key in found:
         torch.testing.assert_close(found[key], projected[key], rtol=1e-4, atol=1e-5)

@@ -22,7 +22,8 @@ from torchvision.utils import save_image
 
 from examples.diffloss import train as training
 from examples.diffloss.config import Adversarial, Config, Diff, Perceptual, Pixel
-from examples.diffloss.train import Discriminator, Trainer, terms_of
+from examples.diffloss.objectives import terms_of
+from examples.diffloss.train import Trainer
 from examples.experiments import diffloss as experiment
 from restoreloss import NoiseSchedule, audit, small_prior
 from tests.contract.objectives import networks
@@ -226,16 +227,17 @@ def test_terms_are_what_the_options_say(tmp_path: Path, monkeypatch: pytest.Monk
     with torch.no_grad():
         restored = trainer.net(batch.degraded)
         torch.testing.assert_close(terms["pixel"], 2 * (restored - batch.clean).square().mean())
-        judged = Discriminator.__call__(trainer.judge, restored)  # type: ignore[arg-type]
+        assert trainer.adversarial is not None
+        judged = trainer.adversarial.discriminator(restored)
         expected = 0.01 * (1 + (-judged).exp()).log().mean()
     torch.testing.assert_close(terms["adversarial"], expected, rtol=1e-3, atol=1e-6)
-    judged_terms = trainer._judge_terms(batch)
+    judged_terms = trainer._discriminator_terms(batch)
     with torch.no_grad():
-        clean = Discriminator.__call__(trainer.judge, batch.clean)  # type: ignore[arg-type]
+        clean = trainer.adversarial.discriminator(batch.clean)
     torch.testing.assert_close(judged_terms["clean"].detach(), (1 + (-clean).exp()).log().mean(), rtol=1e-2, atol=1e-4)
     torch.testing.assert_close(judged_terms["restored"].detach(), (1 + judged.exp()).log().mean(), rtol=1e-2, atol=1e-4)
     sum(judged_terms.values()).backward()  # type: ignore[union-attr]
-    assert trainer.judge is not None and all(p.grad is not None for p in trainer.judge.parameters())
+    assert all(p.grad is not None for p in trainer.adversarial.discriminator.parameters())
     assert all(p.grad is None for p in trainer.net.parameters())
 
 

@@ -23,7 +23,7 @@ from examples.common.networks.restorers import fit_sizes, restorer
 from examples.diffloss.config import Config
 from examples.diffloss.train import Trainer
 from examples.dtp.config import Config as DTPConfig
-from examples.dtp.train import Trainer as DTPTrainer
+from examples.dtp.train import trainer as dtp_trainer
 from examples.experiments.report import read_run
 from examples.sr4ir.config import Config as SR4IRConfig
 from examples.sr4ir.train import Trainer as SR4IRTrainer
@@ -230,9 +230,9 @@ def cub(root: Path, *, test_readable: bool) -> Path:
 def test_test_images_that_cannot_be_read_are_found_before_the_first_step(tmp_path: Path, broken: Path) -> None:
     builds: dict[str, tuple[Any, str]] = {
         "diffloss": (lambda out: Trainer(Config(out=out, **pair_options(broken))), "`places` should have test"),
-        "dtp": (lambda out: DTPTrainer(DTPConfig(out=out, method="scratch", **pair_options(broken))),
+        "dtp": (lambda out: dtp_trainer(DTPConfig(out=out, method="scratch", **pair_options(broken))),
             "`places` should hold test images of 'noisy' that can be read"),
-        "pretrain": (lambda out: DTPTrainer(DTPConfig(out=out, method="pretrain", **pair_options(broken))),
+        "pretrain": (lambda out: dtp_trainer(DTPConfig(out=out, method="pretrain", **pair_options(broken))),
             "`clean` should hold test images that can be read"),
         "sr4ir": (lambda out: SR4IRTrainer(SR4IRConfig(out=out, data="cub200", size=32, batch=2, steps=1, cpu=True,
             root=cub(tmp_path, test_readable=False))), "should hold an image that can be read, found none of 2"),
@@ -259,10 +259,10 @@ def test_nothing_is_evaluated_of_a_run_that_is_done(tmp_path: Path) -> None:
         for number in range(4):
             write(tmp_path / "data" / split / f"{number}.png")
     config = DTPConfig(out=tmp_path / "run", method="scratch", **pair_options(tmp_path / "data"))
-    done = DTPTrainer(config).run()
+    done = dtp_trainer(config).run()
     for number in range(4):
         unreadable(tmp_path / "data" / "test" / f"{number}.png")
-    assert DTPTrainer(config).run() == done
+    assert dtp_trainer(config).run() == done
 
 
 def test_the_check_leaves_no_trace_in_the_randomness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,9 +154,9 @@ def load_folder(folder: Path, *, smallest: int) -> Images:
     return Images(makers)
 
 
-def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def read_folder(folder: Path, *, progress: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Path relative to the folder, and pixels, one after the other; what cannot be read is named in a warning."""
-    for path in image_files(folder):
+    for path in tqdm(image_files(folder), unit="image", disable=not progress):
         name = str(path.relative_to(folder))
         try:
             pixels = read_pixels(path)
@@ -166,11 +166,11 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, pixels
 
 
-def restore_folder(pictures: Path, out: Path, restore: Callable[[Tensor, int], Tensor]) -> int:
+def restore_folder(images: Path, out: Path, restore: Callable[[Tensor, int], Tensor]) -> int:
     """Every image below a folder, restored, under its name as PNG; ``a.png`` beside ``a.jpg`` as ``a.png.png``.
 
     Args:
-        pictures: the folder; what cannot be read in it is named in a warning.
+        images: the folder; what cannot be read in it is named in a warning.
         out: where they go, outside of it.
         restore: (image (1, 3, H, W), a number) -> restored; the number comes from the path in the folder alone.
 
@@ -181,14 +181,14 @@ def restore_folder(pictures: Path, out: Path, restore: Callable[[Tensor, int], T
         ValueError: If there is no such folder, no image in it, or ``out`` is in it or no folder.
         FloatingPointError: At the end, if a restored image was not finite; it is named in a warning and not written.
     """
-    if not pictures.is_dir():
-        raise ValueError(f"`pictures` should be a folder, found {pictures}.")
-    if out.resolve().is_relative_to(pictures.resolve()):
-        raise ValueError(f"`out` should be outside of the images that are read, found {out} in {pictures}.")
+    if not images.is_dir():
+        raise ValueError(f"`images` should be a folder, found {images}.")
+    if out.resolve().is_relative_to(images.resolve()):
+        raise ValueError(f"`out` should be outside of the images that are read, found {out} in {images}.")
     check_folder(out)
     written: set[Path] = set()
     broken: list[str] = []
-    for name, pixels in tqdm(read_folder(pictures), unit="image"):
+    for name, pixels in read_folder(images, progress=True):
         restored = restore(unit(pixels)[None], zlib.crc32(Path(name).as_posix().encode()))
         if wrong := int((~restored.isfinite()).sum()):
             logger.warning("%s is not written: %d values of the restored image are not finite", name, wrong)
@@ -201,7 +201,7 @@ def restore_folder(pictures: Path, out: Path, restore: Callable[[Tensor, int], T
         file.parent.mkdir(parents=True, exist_ok=True)
         save_image(restored, file)
     if not written and not broken:
-        raise ValueError(f"`pictures` should hold an image that can be read, found none in {pictures}.")
+        raise ValueError(f"`images` should hold an image that can be read, found none in {images}.")
     logger.info("%d images restored, in %s", len(written), out)
     if broken:
         raise FloatingPointError(f"{len(broken)} restored images are not finite and not written, {broken[0]} first.")

@@ -1,6 +1,6 @@
-"""Which pictures does a run train and test on?"""
+"""The labeled images that a run trains and is tested on, as its options say."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,28 +13,28 @@ TEST_SEED = 1_000_003
 
 
 def datasets(config: DataOptions, seed: int) -> tuple[TaskData, TaskData]:
-    """Training and test data; those made on the spot are a function of ``seed``, or of ``data_seed``.
+    """Training and test data, as :func:`dataset` gives them."""
+    return dataset(config, "train", seed), dataset(config, "test", seed)
+
+
+def dataset(config: DataOptions, split: Literal["train", "test"], seed: int) -> TaskData:
+    """One split; images that are generated are a function of ``seed``, or of ``data_seed``.
 
     Raises:
         ValueError: For a data set that lacks its ``root`` or does not know the task.
     """
     seed = seed if config.data_seed is None else config.data_seed
+    count = config.train_count
+    if split == "test":
+        seed, count = seed + TEST_SEED, config.test_count
     if config.data == "generated":
         from examples.common.data.generated import generated
 
-        size = config.size or 48
-        return (
-            generated(config.task, config.train_count, seed, size=size, contrast=config.contrast),
-            generated(config.task, config.test_count, seed + TEST_SEED, size=size, contrast=config.contrast),
-        )
+        return generated(config.task, count, seed, size=config.size or 48, contrast=config.contrast)
     if config.data == "photos":
         from examples.common.data.photo_textures import photo_textures
 
-        size = config.size or 48
-        return (
-            photo_textures(config.task, "train", config.train_count, seed, size=size),
-            photo_textures(config.task, "test", config.test_count, seed + TEST_SEED, size=size),
-        )
+        return photo_textures(config.task, split, count, seed, size=config.size or 48)
     from examples.common.data.datasets import cub200, stanford_cars, voc2012
 
     if config.root is None:
@@ -43,14 +43,11 @@ def datasets(config: DataOptions, seed: int) -> tuple[TaskData, TaskData]:
     if config.data == "voc2012":
         if config.task == "classification":
             raise ValueError("`task` should be 'segmentation' or 'detection' for voc2012, found 'classification'.")
-        return (
-            voc2012(config.root, "train", config.task, size=size),
-            voc2012(config.root, "test", config.task, size=size),
-        )
+        return voc2012(config.root, split, config.task, size=size)
     if config.task != "classification":
         raise ValueError(f"`task` should be 'classification' for {config.data}, found {config.task!r}.")
     load = cub200 if config.data == "cub200" else stanford_cars
-    return load(config.root, "train", size=size), load(config.root, "test", size=size)
+    return load(config.root, split, size=size)
 
 
 def on_grid(hr: Any, targets: Any, multiple: int) -> tuple[Any, Any]:

@@ -3,9 +3,11 @@
 import argparse
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
+import yaml  # type: ignore[import-untyped, unused-ignore]
 
 Config = TypeVar("Config")
 
@@ -29,6 +31,8 @@ def run(
 ) -> None:
     """Every option of the config, and ``--config`` for a YAML file of them, which the command line overrules.
 
+    With ``--evaluate RUN`` the options that are not given are those of that run.
+
     Args:
         config_class: a dataclass with a field ``out``.
         train: what is done with it. Figures that it returns are printed. Its ``ValueError`` is the parser's error (exit
@@ -51,6 +55,7 @@ def run(
     for name, options in (positional or {}).items():
         parser.add_argument(name, **options)
     parser.add_class_arguments(config_class, skip=set(positional or ()))
+    parser.set_defaults(_of_the_run_to_evaluate(set(positional or ())))
     arguments = parser.instantiate(parser.parse_args())
     arguments.pop("config", None)
     try:
@@ -64,3 +69,15 @@ def run(
         for name, value in results.items():
             print(f"{name:{width}} {value:.3f}")
         print(f"in {arguments.out}")
+
+
+def _of_the_run_to_evaluate(positional: set[str]) -> dict[str, Any]:
+    """The options of the run that ``--evaluate`` names, where there is one; the recipe says what is wrong with it."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--evaluate", type=Path)
+    run = first.parse_known_args()[0].evaluate
+    file = None if run is None else run / "config.yaml"
+    if file is None or not file.is_file():
+        return {}
+    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return {name: value for name, value in settings.items() if name not in {"out", *positional}}

@@ -18,7 +18,10 @@ class RunOptions:
 
     Attributes:
         out: the run directory; a killed run goes on there.
-        steps: of every phase.
+        evaluate: the directory of a finished run, which is evaluated on the data of the other options instead of
+            being trained. On the command line all options that are not given are those of that run.
+        steps: of every phase. A finished run goes on if there are more than before: its learning rate, which has
+            fallen, then jumps to where the longer schedule is at that step.
         batch: pictures a step, of all processes together.
         max_norm: clip the gradients to this norm.
         seed: of everything.
@@ -30,6 +33,7 @@ class RunOptions:
     """
 
     out: Path
+    evaluate: Path | None = None
     steps: int = 500
     batch: int = 16
     max_norm: float | None = None
@@ -42,7 +46,10 @@ class RunOptions:
 
     def plain(self) -> dict[str, Any]:
         """What decides the result, as plain values for config.yaml."""
-        return {**plain_values(asdict(self)), "out": self.out.name}
+        values = {**plain_values(asdict(self)), "out": self.out.name}
+        if self.evaluate is None:  # as in the files of runs that are trained
+            del values["evaluate"]
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,25 +6,28 @@ A recipe builds its networks and stages, says what a batch is and how to evaluat
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
-from safetensors.torch import load_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.common.data.folder import check_folder
+from examples.common.data.pairs import PairOptions
 from examples.common.data.tasks import TaskData
 from examples.common.engine.batches import Batches, chance, loader
-from examples.common.engine.options import RunOptions, check_numbers
-from examples.common.engine.run_directory import RunDirectory, own
-from restoreloss.frozen import unwrap
+from examples.common.engine.options import DataOptions, RunOptions, check_numbers
+from examples.common.engine.restoring import finished_run
+from examples.common.engine.run_directory import RunDirectory
+from examples.common.networks.restorers import load_saved
+from restoreloss.frozen import bare
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +62,14 @@ class Recipe(ABC, Generic[Batch]):
         title: what the run is called in the log.
         networks: what is saved, by the name of its file.
         train_data: what is read.
+        of_evaluation: options, beside those of the data, that a finished run may be evaluated with.
+        evaluated: settings and results of the finished run that is evaluated; None where this run trains.
     """
 
     title: str
     networks: Mapping[str, nn.Module]
     train_data: TaskData
+    of_evaluation: Collection[str] = ()
 
     def __init__(self, config: RunOptions) -> None:
         self.options = config
@@ -71,6 +77,7 @@ class Recipe(ABC, Generic[Batch]):
         if config.max_norm is not None and not config.max_norm > 0:
             raise ValueError(f"`max_norm` should be above 0, or left out, found {config.max_norm}.")
         check_folder(config.out)
+        self.evaluated = None if config.evaluate is None else self._run_to_evaluate(config, config.evaluate)
         # the other processes wait while one evaluates
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
         self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.cpu, kwargs_handlers=[patience])
@@ -85,13 +92,14 @@ class Recipe(ABC, Generic[Batch]):
             ValueError: If the test images cannot be evaluated, or the run directory cannot be that of this run.
         """
         self.stages, self.stage = stages, 0
-        for data in self.sources():
-            self._batches(data, 0, 1)
-        owner = None
+        if self.options.evaluate is not None:
+            self._load(self.options.evaluate)
+        else:
+            for data in self.sources():
+                self._batches(data, 0, 1)
         if self.main:
             logger.info("%s on %s, %d processes", self.title, self.device, self.accelerator.num_processes)
             if not (self.options.out / "results.json").exists():
-                owner = own(self.options.out)
                 self._try_evaluation()
         weights, buffers = (
             {name: dict(getattr(unwrap(network), kind)()) for name, network in self.networks.items()}
@@ -101,9 +109,10 @@ class Recipe(ABC, Generic[Batch]):
             raise ValueError(f"The weights should be finite before the first step, found {value} in {name}.")
         self._infinite = {name for name, _ in _not_finite(buffers)}  # a mask may hold infinity
         self.run_directory = RunDirectory(
-            self.options.out, self.options.plain(), main=self.main, ignore=("save_every", "workers")
-        )
-        del owner  # the run directory has it now
+            self.options.out, self.options.plain(), main=self.main, ignore=("save_every", "workers"),
+            grow=("steps",) if len(stages) == 1 and self.evaluated is None else (),
+        )  # fmt: skip
+        self.accelerator.wait_for_everyone()  # results of fewer steps are no longer there for any process
 
     def _try_evaluation(self) -> None:
         """Before the first step: can be evaluated what will be evaluated after the last? Nothing is changed by it."""
@@ -167,6 +176,8 @@ class Recipe(ABC, Generic[Batch]):
         """
         if (done := self.run_directory.results) is not None:
             return done
+        if self.evaluated is not None:
+            return self._finish({})
         state = self.run_directory.load()
         first_stage, first_step, seconds = 0, 0, 0.0
         if state is None:
@@ -180,7 +191,10 @@ class Recipe(ABC, Generic[Batch]):
             self._test(state["step"])
         for number in range(first_stage, len(self.stages)):
             seconds = self._train(number, first_step if number == first_stage else 0, seconds)
-        return self._finish(seconds)
+        if self.main:
+            for name, network in self.networks.items():
+                self.run_directory.save_weights(name, bare(network))
+        return self._finish({"seconds": seconds})
 
     def load_finished(self) -> None:
         """The networks of the finished run in this directory.
@@ -190,8 +204,34 @@ class Recipe(ABC, Generic[Batch]):
         """
         if self.run_directory.results is None:
             raise ValueError(f"{self.options.out} should hold a finished run, found no results.json in it.")
+        self._load(self.options.out)
+
+    def _load(self, run: Path) -> None:
+        """The weights of a finished run."""
         for name, network in self.networks.items():
-            load_model(unwrap(network), self.options.out / f"{name}.safetensors")
+            load_saved(bare(network), run / f"{name}.safetensors")
+
+    def check_classes(self, count: int, figure: str = "num_classes") -> None:
+        """Raise ``ValueError`` if the data have another number of classes than those of the run that is evaluated."""
+        if self.evaluated is not None and self.evaluated[1][figure] != count:
+            raise ValueError(
+                f"`data` should have {self.evaluated[1][figure]} classes, as those of {self.options.evaluate}, found "
+                f"{count}."
+            )
+
+    def _run_to_evaluate(self, config: RunOptions, run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Settings and results of a finished run of this recipe.
+
+        Raises:
+            ValueError: If it is none, or of other options than those that an evaluation may change.
+        """
+        settings, results = finished_run(run, "this recipe", option="evaluate")
+        of_data = {option.name for kind in (DataOptions, PairOptions) for option in fields(kind)} - {"task", "scale"}
+        free = {"out", "evaluate", "batch", "seed", "precision", "cpu", "workers", "save_every", *self.of_evaluation}
+        for name, value in config.plain().items():
+            if name not in of_data | free and settings.get(name) != value:
+                raise ValueError(f"`{name}` should be {settings.get(name)!r}, as in {run}, found {value!r}.")
+        return settings, results
 
     def _train(self, number: int, first_step: int, seconds: float) -> float:
         """One stage, from ``first_step``; returns the seconds spent in steps so far."""
@@ -278,19 +318,18 @@ class Recipe(ABC, Generic[Batch]):
         self.run_directory.save(state)
         self.saved()
 
-    def _finish(self, seconds: float) -> dict[str, Any]:
+    def _finish(self, more: dict[str, float]) -> dict[str, Any]:
         self.accelerator.wait_for_everyone()
         if not self.main:
             return {}
-        for name, network in self.networks.items():
-            self.run_directory.save_weights(name, unwrap(network))
         figures, samples = self.evaluate()
-        self.keep(sum(stage.steps for stage in self.stages), figures, samples)
+        if self.evaluated is None:
+            self.keep(sum(stage.steps for stage in self.stages), figures, samples)
         torch.save(samples, self.options.out / "samples.pt")
         rows = [value for value in samples.values() if isinstance(value, Tensor) and value.ndim == 4]
         if rows:
             self.run_directory.grid("test", [row[:8] for row in rows])
-        done = {**figures, "seconds": seconds}
+        done = {**figures, **more}
         self.run_directory.finish(done)
         return done
 
@@ -317,11 +356,13 @@ def _tensors(state: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """While it lasts, what fails is a ``ValueError`` that names what was tried."""
+    """While it lasts, what fails is a ``ValueError`` that names what was tried, unless memory ran out."""
     try:
         yield
-    except ValueError:
+    except (ValueError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # each network has errors of its own
+        if "DefaultCPUAllocator" in str(error):  # torch has no exception of its own for the memory of the CPU
+            raise
         cause = " ".join(str(error).split())[:300]
         raise ValueError(f"{what}, found {type(error).__name__}: {cause}") from error

@@ -59,6 +59,8 @@ class RunDirectory:
         path: created if it is not there.
         config: plain values (numbers, strings, lists, mappings, None), written to ``config.yaml``.
         ignore: keys of ``config`` that may differ from an earlier ``config.yaml``, which then takes the new values.
+        grow: keys whose number may be larger than before. The run goes on then, and earlier results become
+            ``results_BEFORE.json``.
         main: False for the other processes of a distributed run: they load, and write nothing at all.
 
     Raises:
@@ -67,7 +69,13 @@ class RunDirectory:
     """
 
     def __init__(
-        self, path: Path, config: Mapping[str, Any], *, main: bool = True, ignore: Collection[str] = ()
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        *,
+        main: bool = True,
+        ignore: Collection[str] = (),
+        grow: Collection[str] = (),
     ) -> None:
         self.path, self.main = path, main
         self._writer: Any = None
@@ -77,14 +85,18 @@ class RunDirectory:
         now = yaml.safe_load(text)  # as the file will say it: a tuple is a list
         file = path / "config.yaml"
         before = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.exists() else now
+        grown = [key for key in grow if key in before and key in now and now[key] > before[key]]
         differ = [
             f"`{key}` was {before.get(key, 'absent')} and is {now.get(key, 'absent')}"
             for key in before | now
-            if key not in ignore and (key in before, before.get(key)) != (key in now, now.get(key))
+            if key not in (*ignore, *grown) and (key in before, before.get(key)) != (key in now, now.get(key))
         ]
         if differ:
             raise ValueError(f"{file} belongs to another run: {', '.join(differ)}. Choose another folder.")
         if main:
+            if grown and self.results is not None:
+                logger.info("goes on from the %s of %s to %s", grown[0], before[grown[0]], now[grown[0]])
+                (path / "results.json").rename(path / f"results_{before[grown[0]]}.json")
             if self.results is None:
                 self._lock = own(path)
             if not (file.exists() and before == now):

@@ -12,6 +12,8 @@ from typing import Any
 from urllib.error import URLError
 
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -400,6 +402,22 @@ def load_weights(network: nn.Module, path: Path) -> None:
         state = _named_as_here(network, state, path)
     _freeze_norms(network, state)
     load_state(network, state, path)
+
+
+def load_saved(network: nn.Module, path: Path) -> None:
+    """The weights that ``RunDirectory.save_weights`` wrote, into a network that may share some between its parts.
+
+    Raises:
+        ValueError: If the file is not there, cannot be read, or is of another network.
+    """
+    what = f"{path} should hold the weights of this {type(network).__name__}"
+    if not path.is_file():
+        raise ValueError(f"{what}, found no such file.")
+    try:
+        _freeze_norms(network, load_file(path))
+        load_model(network, path)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{what}, found {' '.join(str(error).split())[:300]}") from error
 
 
 def _named_as_here(network: EDSR, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

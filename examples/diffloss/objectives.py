@@ -1,0 +1,112 @@
+"""The loss of a run: the pixels, DiffLoss, and what it is compared to, with their weights."""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from examples.common.data.pairs import Pairs
+from examples.common.engine.batches import chance
+from examples.diffloss.comparisons import constrained, perceptual_loss
+from examples.diffloss.config import Config, Diff
+from restoreloss import DiffLoss, Subsampled, WeightedSum, calibrate, load_prior, small_prior
+
+logger = logging.getLogger(__name__)
+
+
+def terms_of(config: Config) -> list[str]:
+    """The terms that a run has: those with a weight.
+
+    Raises:
+        ValueError: For a weight or share out of its range.
+    """
+    if config.diff.share is not None and (config.diff.weight or not 0 < config.diff.share < 1):
+        raise ValueError(
+            f"`diff.share` should be above 0 and below 1, without `diff.weight`, found {config.diff.share} and "
+            f"{config.diff.weight}."
+        )
+    weights = {
+        "pixel": config.pixel.weight, "diff": config.diff.share or config.diff.weight,
+        "perceptual": config.perceptual.weight, "adversarial": config.adversarial.weight,
+    }  # fmt: skip
+    if wrong := [name for name, weight in weights.items() if not 0 <= weight < math.inf]:
+        raise ValueError(f"`{wrong[0]}` should have a weight of at least 0, found {weights[wrong[0]]}.")
+    return [name for name, weight in weights.items() if weight]
+
+
+def objectives_of(config: Config, train_data: Pairs, device: torch.device) -> WeightedSum:
+    """The weighted sum of all terms but the adversarial one; DiffLoss is ``sum["diff"]``.
+
+    Raises:
+        ValueError: If there is no term, and for options of the prior that are wrong.
+    """
+    objectives: dict[str, Any] = {}
+    weights: dict[str, float] = {}
+    if config.pixel.weight:
+        objectives["pixel"] = nn.L1Loss() if config.pixel.distance == "l1" else nn.MSELoss()
+        weights["pixel"] = config.pixel.weight
+    if config.perceptual.weight > 0:
+        objectives["perceptual"], weights["perceptual"] = perceptual_loss(config.perceptual), config.perceptual.weight
+    if "diff" in terms_of(config):
+        try:
+            objectives["diff"], weights["diff"] = diff_loss(config.diff), config.diff.weight
+        except ValueError as error:  # which names the argument without its group
+            raise ValueError(str(error) if "`diff." in str(error) else f"`diff`: {error}") from error
+    if not objectives:
+        raise ValueError("`pixel`, `diff` or `perceptual` should have a weight above 0, found none.")
+    for objective in objectives.values():
+        objective.to(device)
+    if config.diff.share is not None:
+        weights = _calibrated(config, config.diff.share, objectives, train_data, device)
+    return WeightedSum(objectives, weights)
+
+
+def diff_loss(options: Diff) -> Subsampled:
+    """DiffLoss as its options say.
+
+    Raises:
+        ValueError: For a prior that cannot be read, and options that do not go together.
+    """
+    prior: Any
+    if options.prior == "small":
+        for name in ("head_channels", "grouped_heads"):
+            if (value := getattr(options, name)) is not None:
+                raise ValueError(f"`diff.{name}` should be left out for the small prior, found {value}.")
+        prior = small_prior()
+    else:
+        try:
+            prior = load_prior(options.prior, head_channels=options.head_channels, grouped_heads=options.grouped_heads)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`diff.prior`: {error}") from error
+    if options.constrain != "noise":
+        prior = constrained(prior, options)
+    if options.bf16:
+        prior.to(torch.bfloat16)
+    loss = DiffLoss(
+        prior, noise_weight=options.noise_weight, h_space_weight=options.h_space_weight, timesteps=options.timesteps,
+        distance=options.distance, compare=options.compare, snr_power=options.snr_power, crop=options.crop,
+        checkpointing=options.checkpointing,
+    )  # fmt: skip
+    return Subsampled(loss, every=options.every, subset=options.subset)
+
+
+def _calibrated(
+    config: Config, share: float, objectives: dict[str, Any], train_data: Pairs, device: torch.device
+) -> dict[str, float]:
+    """The weights with which DiffLoss has its share of the gradient on the first training images."""
+    if list(objectives) != ["pixel", "diff"]:
+        others = [name for name in objectives if name != "diff"]
+        raise ValueError(f"`diff.share` should stand beside the pixel loss and no other, found {others}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(chance(config.seed, 2))
+        read = [train_data[number] for number in range(min(8, len(train_data)))]
+    pairs = [sample[0] for sample in read if sample is not None]
+    if not pairs:
+        raise ValueError("`diff.share` needs training images, of the first ones none could be read.")
+    degraded, clean = torch.stack(pairs).to(device).unbind(1)
+    found = calibrate(objectives, degraded, clean, shares={"diff": share})
+    weights = {name: config.pixel.weight * weight for name, weight in found.items()}
+    logger.info("a share of %g is a weight of %.3g", share, weights["diff"])
+    return weights

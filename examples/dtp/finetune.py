@@ -1,0 +1,247 @@
+"""Fine-tuning of DTP: the pre-trained network learns to restore, in one stage or one for each degradation (TIT)."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped, unused-ignore]
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from examples.common.data.pairs import test_pairs, training_pairs
+from examples.common.engine.batches import chance
+from examples.common.engine.recipe import Stage, naming
+from examples.dtp.config import PAPER, Config
+from examples.dtp.gef import GEF, Batch
+from examples.dtp.generation import GenerativeRecipe, Noisy, Place
+from examples.dtp.methods import METHODS
+from examples.dtp.networks import timed_network
+from restoreloss import TimestepMatch, match_timestep, order_by_timestep
+from restoreloss.frozen import bare
+from restoreloss.training.matching import plot_matches
+
+
+class FineTuning(GenerativeRecipe[Batch]):
+    """One run of fine-tuning."""
+
+    of_evaluation = ("clean",)
+
+    def __init__(self, config: Config) -> None:
+        self.method = METHODS[config.method]
+        if config.precision == "fp16" and (self.method.replay or self.method.penalty):
+            raise ValueError("`precision` should be 'no' or 'bf16' where gradients are added to, found 'fp16'.")
+        if config.aggregator and config.method != "project":
+            raise ValueError(f"`aggregator` should be left out for {config.method!r}: it is for 'project'.")
+        super().__init__(config)
+        processes = self.accelerator.num_processes
+        if self.method.conflict == "orthogonality" and config.batch < 2 * processes:
+            raise ValueError(
+                f"`batch` should be at least 2 for each process for {config.method}, found {config.batch}."
+            )
+        if self.method.penalty and config.importance_samples < processes:
+            raise ValueError(f"`importance_samples` should be at least {processes}, found {config.importance_samples}.")
+        timed = timed_network(
+            config.network, num_timesteps=config.num_timesteps, moe=config.moe, experts=config.experts
+        )
+        begins_pretrained = self.method.pretrained and self.evaluated is None
+        self.new: list[str] = self._load_pretrained(timed) if begins_pretrained else []
+        self.net = self.accelerator.prepare(timed)
+        self.networks = {"network": self.net}
+        self.matches: dict[str, TimestepMatch] = {}
+        self.t_star = self._timesteps()
+        self.turns = turns(self.t_star, config.order, config.seed)
+        self.begin([] if self.evaluated is not None else self._stages())
+        if self.main and self.matches:
+            text = {
+                name: {"best": m.best, "gain": m.gain, "degenerate": m.degenerate} for name, m in self.matches.items()
+            }
+            (config.out / "timesteps.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
+            plot_matches(self.matches, config.out / "timesteps.png")
+
+    def _stages(self) -> list[Stage[Batch]]:
+        """A stage for each turn, and as many steps for each order."""
+        config = self.config
+        self.data: list[Any] = [training_pairs(config, names) for names in self.turns]
+        self.train_data = self.data[0]
+        steps = config.steps * (len(config.degradations) if config.order == "joint" else 1)
+        return [
+            Stage(" + ".join(names), GEF(self, names, steps, last=names is self.turns[-1]), steps)
+            for names in self.turns
+        ]
+
+    def sources(self) -> list[Any]:
+        """The data of all stages."""
+        return self.data
+
+    def read(self, first: int, last: int, stage: int = 0) -> Iterator[Any]:
+        """The pairs of a stage's degradations."""
+        return self.load(self.data[stage], first, last)
+
+    def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
+        """Pairs, their timesteps, and the images of the step that generation is trained on."""
+        numbers = torch.tensor([self.t_star[name] for name in self.data[self.stage].class_names])
+        degraded, clean = pictures.unbind(dim=1)
+        places = self._replayed(step)
+        replay = self.noisy(self.pool(places), places) if places else None
+        return Batch(degraded.to(self.device), clean.to(self.device), numbers[targets].to(self.device), replay)
+
+    def _replayed(self, step: int) -> list[Place]:
+        """Which generative images a step has: few, and in so many steps none that their share is right."""
+        if not self.method.replay:
+            return []
+        config, processes = self.config, self.accelerator.num_processes
+        wanted = config.replay_share * config.batch / processes
+        count = max(2 if self.method.conflict == "orthogonality" else 1, math.ceil(wanted))
+        chosen = torch.rand((), generator=torch.Generator().manual_seed(chance(config.seed, 9, step)))
+        if float(chosen) >= wanted / count:
+            return []
+        return [(1, step, self.accelerator.process_index * count + k) for k in range(count)]
+
+    def replay_weight(self, replay: Noisy) -> float:
+        """The weight of the mean over these images: each counts as one of the batch."""
+        count = len(replay.clean) * self.accelerator.num_processes
+        return float(self.config.replay_weight * count / self.config.batch)
+
+    def pool(self, places: list[Place]) -> Tensor:
+        """Clean images of the pre-training pool, which the places decide."""
+        found: list[Tensor] = []
+        assert self.clean is not None
+        for place in places:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(chance(self.config.seed, 5, *place))
+                tries = (self.clean[int(torch.randint(len(self.clean), ()))] for _ in range(20))
+                sample = next((sample for sample in tries if sample is not None), None)
+            if sample is None:
+                raise ValueError("Of the clean images none could be read.")
+            found.append(sample[0])
+        return torch.stack(found)
+
+    def _load_pretrained(self, timed: nn.Module) -> list[str]:
+        """The pre-trained weights. Adapters, which it lacks, keep their own: the names of these are returned."""
+        config, run = self.config, self.config.pretrained
+        if run is None or not (run / "network.safetensors").is_file():
+            raise ValueError(f"`pretrained` should be a finished run of --method pretrain, found {run}.")
+        before = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        for name, wanted in (
+            ("method", "pretrain"), ("network", config.network), ("num_timesteps", config.num_timesteps),
+        ):  # fmt: skip
+            if before[name] != wanted:
+                raise ValueError(f"`pretrained` should be a run of {name} {wanted!r}, found {before[name]!r} in {run}.")
+        found = timed.load_state_dict(_renamed(load_file(run / "network.safetensors"), timed), strict=False)
+        return list(found.missing_keys)
+
+    def _timesteps(self) -> dict[str, int]:
+        """t* of every degradation."""
+        config, last = self.config, self.config.num_timesteps
+        if self.evaluated is not None:
+            known = {key.removeprefix("t_"): int(t) for key, t in self.evaluated[1].items() if key.startswith("t_")}
+            if unknown := [name for name in config.degradations if name not in known]:
+                raise ValueError(f"`degradations` should be of {', '.join(known)}, found {unknown[0]!r}.")
+            return {name: known[name] for name in config.degradations}
+        if config.timesteps == "first":
+            return dict.fromkeys(config.degradations, 1)
+        if config.timesteps == "paper" or not self.method.pretrained:
+            return {name: max(1, round(PAPER[name] * last)) for name in config.degradations}
+        for name in config.degradations:
+            data, found = training_pairs(config, [name]), []
+            for index in range(min(32, len(data))):
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(chance(config.seed, 6, index))
+                    sample = data[index]
+                if sample is not None:
+                    found.append(sample[0])
+            if not found:
+                raise ValueError(f"Of the first images of {name!r} none could be read.")
+            degraded, clean = torch.stack(found).to(self.device).unbind(dim=1)
+            self.matches[name] = match_timestep(bare(self.net), self.levels, degraded, clean)
+        return {
+            name: max(1, round(PAPER[name] * last)) if match.degenerate else match.best
+            for name, match in self.matches.items()
+        }
+
+    def restore(self, degraded: Tensor, name: str) -> Tensor:
+        """Restored images in [0, 1]."""
+        restored: Tensor = bare(self.net)(degraded, self.t_star[name])
+        return restored.clamp(0, 1)
+
+    def _tests(self) -> Iterator[tuple[str, bool, Tensor, Tensor]]:
+        """Degradation, whether the data are others than in training, degraded and clean test images."""
+        for name in self.config.degradations:
+            for shifted in (False, True):
+                for degraded, clean in test_pairs(self.config, name, shifted=shifted):
+                    yield name, shifted, degraded.to(self.device), clean.to(self.device)
+
+    def try_evaluation(self) -> None:
+        """Evaluate one test image of each size."""
+        config, network, sizes = self.config, bare(self.net).eval(), set()
+        read: set[tuple[str, bool]] = set()
+        for name, shifted, degraded, clean in self._tests():
+            read.add((name, shifted))
+            if clean.shape not in sizes:
+                sizes.add(clean.shape)
+                with naming(f"`network` {config.network} should take test images of {tuple(clean.shape[2:])}"):
+                    _figures(self.restore(degraded, name), clean)
+        for name in config.degradations:
+            for option, shifted in (("places", False), ("shifted_places", True)):
+                if (name, shifted) not in read and not (shifted and name not in config.shifted_places):
+                    raise ValueError(f"`{option}` should hold test images of {name!r} that can be read, found none.")
+        self.try_generation()
+        network.train()
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
+        """PSNR and SSIM of each degradation, as in training and shifted; the generative loss on held-out images."""
+        config, network = self.config, bare(self.net).eval()
+        figures: dict[str, list[float]] = {}
+        rows: dict[str, list[Tensor]] = {"lr": [], "restored": [], "hr": []}
+        for name, shifted, degraded, clean in self._tests():
+            restored, start = self.restore(degraded, name), "shifted_" if shifted else ""
+            psnr, ssim = _figures(restored, clean)
+            before = float(peak_signal_noise_ratio(degraded, clean, data_range=1.0))
+            for key, value in (("psnr", psnr), ("ssim", ssim), ("degraded_psnr", before)):
+                figures.setdefault(start + key, []).append(value)
+            if len(config.degradations) > 1 and not shifted:
+                figures.setdefault(f"psnr_{name}", []).append(psnr)
+            if len(rows["lr"]) < 8 and degraded.shape[2] <= 256:
+                for key, image in (("lr", degraded), ("restored", restored), ("hr", clean)):
+                    rows[key].append(image.cpu())
+        means = {key: math.fsum(values) / len(values) for key, values in figures.items()}
+        means |= {"generative": self.generative_figure()}
+        means |= {f"t_{name}": float(t) for name, t in self.t_star.items()}
+        network.train()
+        same = [k for k, image in enumerate(rows["hr"]) if image.shape == rows["hr"][0].shape]
+        return means, {key: torch.cat([row[k] for k in same]) for key, row in rows.items() if same}
+
+
+def _figures(restored: Tensor, clean: Tensor) -> tuple[float, float]:
+    """PSNR and SSIM."""
+    ssim: Any = structural_similarity_index_measure(restored, clean, data_range=1.0)
+    return float(peak_signal_noise_ratio(restored, clean, data_range=1.0)), float(ssim)
+
+
+def turns(t_star: Mapping[str, int], order: str, seed: int) -> list[list[str]]:
+    """The degradations of each stage: all at once, or the first, the first two, ... (TIT)."""
+    names = order_by_timestep(t_star)
+    if order == "joint":
+        return [names]
+    if order == "descending":
+        names.reverse()
+    if order == "random":
+        generator = torch.Generator().manual_seed(chance(seed, 8))
+        names = [names[k] for k in torch.randperm(len(names), generator=generator)]
+    return [names[: k + 1] for k in range(len(names))]
+
+
+def _renamed(state: dict[str, Tensor], timed: nn.Module) -> dict[str, Tensor]:
+    """The weights by the names of a network with adapters, where the block of a layer is the first of a chain."""
+    own = timed.state_dict()
+    renamed = {}
+    for name, value in state.items():
+        if name not in own and name.startswith("blocks."):
+            layer, _, rest = name.removeprefix("blocks.").partition(".")
+            name = f"blocks.{layer}.steps.0.{rest}"
+        renamed[name] = value
+    return renamed

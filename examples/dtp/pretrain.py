@@ -1,0 +1,57 @@
+"""TMGP (Algorithm 1 of DTP): the restoration network learns to generate before it learns to restore."""
+
+from typing import Any
+
+from torch import Tensor
+
+from examples.common.engine.recipe import Stage
+from examples.dtp.config import Config
+from examples.dtp.generation import GenerativeRecipe, Noisy, Steps
+from examples.dtp.networks import timed_network
+from restoreloss.frozen import bare
+
+
+class Pretraining(GenerativeRecipe[Noisy]):
+    """One run of pre-training: take the noise out of clean images."""
+
+    of_evaluation = ("clean",)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        network = timed_network(config.network, num_timesteps=config.num_timesteps)
+        self.net = self.accelerator.prepare(network)
+        self.networks = {"network": self.net}
+        if self.clean is not None:
+            self.train_data = self.clean
+        self.begin([Stage("generation", Generation(self, config.steps), config.steps)])
+
+    def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Noisy:
+        """Clean images with noise of their own."""
+        return self.noisy(pictures, [(step, self.first_number(step) + place) for place in range(len(pictures))])
+
+    def try_evaluation(self) -> None:
+        """Evaluate one test image."""
+        bare(self.net).eval()
+        self.try_generation()
+        bare(self.net).train()
+
+    def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
+        """The generative loss on held-out images."""
+        bare(self.net).eval()
+        figures = {"generative": self.generative_figure()}
+        bare(self.net).train()
+        return figures, {}
+
+
+class Generation(Steps):
+    """Steps on the generative loss."""
+
+    recipe: Pretraining
+
+    def step(self, batch: Noisy) -> dict[str, Tensor]:
+        """Eq. (11)."""
+        with self.recipe.accelerator.autocast():
+            loss = self.recipe.generative_loss(self.recipe.net, batch)
+        self.recipe.accelerator.backward(loss)
+        self.update()
+        return {"generative": loss.detach()}
