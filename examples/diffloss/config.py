@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from examples.common.data.pairs import PairOptions
-from examples.common.engine.options import RunOptions
+from examples.common.engine.options import TrainerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Adversarial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(PairOptions, RunOptions):
+class Config(PairOptions, TrainerOptions):
     """One run. The defaults train on two cores in a minute.
 
     Attributes:

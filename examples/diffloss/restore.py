@@ -7,7 +7,8 @@ python -m examples.diffloss.restore runs/diff IMAGES OUT --weights best
 import argparse
 from collections.abc import Sequence
 
-from examples.common.engine.restoring import Restore, finished_run, plain_network, restore_command
+from examples.common.engine.restoring import Restore, plain_network, restore_command
+from examples.common.engine.run_directory import finished_run
 from examples.common.networks.restorers import load_weights, restorer
 
 
@@ -23,7 +24,7 @@ def load(given: argparse.Namespace) -> Restore:
         network = restorer("file", 1, given.run / file)
     else:
         load_weights(network := restorer(settings["network"], 1), given.run / file)
-    return plain_network(network, given)
+    return plain_network(network.to(given.device).eval(), given)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

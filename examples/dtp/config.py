@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from examples.common.data.pairs import PairOptions
-from examples.common.engine.options import RunOptions
+from examples.common.engine.options import TrainerOptions
 from examples.dtp.methods import AggregatorName
 
 MethodName = Literal[
@@ -21,7 +21,7 @@ PAPER: dict[str, float] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(PairOptions, RunOptions):
+class Config(PairOptions, TrainerOptions):
     """One run. The defaults train on two cores in a few minutes. ``degradations``: one (setting A) or several (B).
 
     Attributes:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from examples.common.engine.restoring import Restore, finished_run, in_tiles, restore_command
+from examples.common.engine.restoring import Restore, plain_network, restore_command
+from examples.common.engine.run_directory import finished_run
 from examples.common.networks.restorers import load_weights
 from examples.dtp.networks import timed_network
 
@@ -34,14 +35,14 @@ def load(given: argparse.Namespace) -> Restore:
         settings["network"], num_timesteps=settings["num_timesteps"], moe=settings["moe"], experts=settings["experts"]
     )
     load_weights(network, given.run / "network.safetensors")
-    network = network.to(given.device).eval().requires_grad_(False)
+    network = network.to(given.device).eval()
     t = int(results[f"t_{name}"])
 
     def restored(image: Tensor) -> Tensor:
         found: Tensor = network(image, t)
         return found
 
-    return lambda image, _: in_tiles(restored, image, given).clamp(0, 1)
+    return plain_network(restored, given)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from examples.common.engine.options import DataOptions, Degradation, RunOptions
+from examples.common.engine.options import DataOptions, Degradation, TrainerOptions
 
 MethodName = Literal[
     "edtr", "conventional", "hlf_long", "hlf_from_noise", "no_pre", "no_hlf", "no_fm", "no_prior", "only_task",
@@ -13,7 +13,7 @@ MethodName = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DataOptions, RunOptions):
+class Config(DataOptions, TrainerOptions):
     """One run of EDTR. Half of each batch is restored; the task network reads the other half as it is.
 
     Attributes:

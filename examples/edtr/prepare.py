@@ -1,4 +1,4 @@
-"""Which networks does EDTR begin with? All that a small run needs, trained one after the other on the same pictures.
+"""Train the networks that EDTR begins with, all that a small run needs, one after the other on the same images.
 
     python -m examples.edtr.prepare --out runs/prepared
 
@@ -17,12 +17,12 @@ On large pictures the prior is Stable Diffusion: ``--train_prior false`` here, a
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from examples.common.data.folder import check_folder
 from examples.common.data.tasks import Task
 from examples.common.engine import command_line
-from examples.common.engine.options import DataOptions, Degradation, RunOptions, check_numbers, shared
-from examples.common.networks.train_prior import PriorConfig, PriorTrainer
+from examples.common.engine.options import DataOptions, Degradation, RunOptions, shared
+from examples.common.networks.train_prior import PriorConfig, train_prior
 from examples.sr4ir.config import Config as TaskConfig
+from examples.sr4ir.oracles import check_preparation, train_oracles
 from examples.sr4ir.train import Trainer as TaskTrainer
 
 
@@ -65,33 +65,20 @@ def prepare(config: Config) -> None:
     Raises:
         ValueError: Without a task, or for ``task``, of which ``tasks`` is the list.
     """
-    check_numbers(config)
-    check_folder(config.out)
-    if not config.tasks or config.task != Config.task:
-        raise ValueError(f"`tasks` should list at least one task, found {config.tasks}, and `task` {config.task!r}.")
-    options = shared(config)
-    for task in config.tasks:
-        settings = TaskConfig(
-            **{**options, "task": task}, recogniser=config.recogniser, restorer=config.restorer,
-            h_optimizer=config.h_optimizer, h_lr=config.h_lr, s_lr=config.pre_lr,
-        )  # fmt: skip
-        TaskTrainer(replace(settings, method="oracle", out=config.out / f"{task}_hq")).run()
-        judge = replace(settings, method="oracle", out=config.out / f"{task}_judge", seed=config.seed + 1000)
-        TaskTrainer(replace(judge, steps=2 * config.steps)).run()
-    first = replace(
+    check_preparation(config)
+    settings = TaskConfig(
+        **shared(config), recogniser=config.recogniser, restorer=config.restorer, h_optimizer=config.h_optimizer,
+        h_lr=config.h_lr, s_lr=config.pre_lr,
+    )  # fmt: skip
+    train_oracles(settings, config.tasks)
+    pre = replace(
         settings, task=config.tasks[0], method="pretrain", out=config.out / "pre", patch=config.pre_patch,
         batch=config.pre_batch or config.batch, steps=config.pre_steps or config.steps,
     )  # fmt: skip
-    TaskTrainer(first).run()
-    if config.train_prior and not (config.out / "prior" / "prompt.safetensors").exists():
-        prior = PriorTrainer(
-            PriorConfig(
-                **{**options, "task": config.tasks[0], "out": config.out / "prior", "steps": config.prior_steps}
-            )
-        )
-        prior.run()
-        if prior.main:
-            prior.save_pretrained()
+    TaskTrainer(pre).run()
+    if config.train_prior:
+        options = {"task": config.tasks[0], "out": config.out / "prior", "steps": config.prior_steps}
+        train_prior(PriorConfig(**{**shared(config), **options}))
 
 
 def main() -> None:

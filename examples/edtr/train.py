@@ -1,41 +1,41 @@
-"""How is a diffusion model trained so that a task network reads what it restores? EDTR, Algorithm S1 of its paper.
+"""Train a diffusion model so that a task network reads what it restores: EDTR, Algorithm S1 of its paper.
 
     python -m examples.edtr.prepare --out runs/prepared     # task network on HQ, pre-restoration, latent diffusion
     python -m examples.edtr.train --prepared runs/prepared --out runs/edtr
     python -m examples.edtr.train --config examples/edtr/configs/cub_b.yaml --root DATA --prior SD --out runs/cub
+    python -m examples.edtr.train --evaluate runs/edtr --n 4 --out runs/edtr_4_steps
 
 Every option of examples/edtr/config.py may stand in the YAML file or on the command line, which wins. The same command
 resumes a killed run. Several processes: ``python -m torch.distributed.run --nproc_per_node 8 -m examples.edtr.train``.
 """
 
 import copy
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 
 from examples.common.data.degrade import degradation
-from examples.common.data.task_data import TEST_SEED, datasets
+from examples.common.data.task_data import TEST_SEED, dataset
 from examples.common.data.tasks import Task, TaskData, to_device
 from examples.common.engine import command_line
 from examples.common.engine.batches import chance
 from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recogniser
-from examples.common.engine.options import DataOptions, plain_values
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition, features_of
 from examples.common.engine.run_directory import file_in
+from examples.common.engine.schedules import cosine_schedule
 from examples.common.networks.latent_diffusion import load_latent_diffusion
 from examples.common.networks.restorers import restorer
 from examples.edtr.config import Config
 from examples.edtr.methods import METHODS, Method
 from examples.edtr.no_prior import NoPrior
+from examples.edtr.prepared import with_prepared
 from restoreloss import Alternation, FeatureExtractor, FeatureMatchingLoss, HLFLoss, Objective, Phase, TDPLoss
 from restoreloss.frozen import unwrap
 from restoreloss.restorers.edtr import EDTR, Hint
@@ -84,8 +84,10 @@ class Reader:
 class Trainer(Recipe[Batch]):
     """One run: networks, phases, evaluation."""
 
+    of_evaluation = ("n", "long_steps", "smallest", "judge")
+
     def __init__(self, config: Config) -> None:
-        config = _with_prepared(config)
+        config = with_prepared(config, TASKS if config.all_in_one else (config.task,))
         super().__init__(config)
         self.config, self.title = config, config.method
         self.method: Method = METHODS[config.method]
@@ -101,7 +103,11 @@ class Trainer(Recipe[Batch]):
         self.readers = {task: self._reader(task, path) for task, path in zip(tasks, config.references, strict=True)}
         self.networks = {"edtr": self.edtr, **{f"recogniser_{t}": reader.network for t, reader in self.readers.items()}}
         self.judge = Judges.load(None, config.judge, self.device).judge
-        self.begin([Stage(" + ".join(("edtr", *tasks)), _InTurn(self._alternations(), self.readers), config.steps)])
+        if self.evaluated is not None:
+            self.begin([])
+        else:
+            steps = _InTurn(self._alternations(), self.readers)
+            self.begin([Stage(" + ".join(("edtr", *tasks)), steps, config.steps)])
 
     def sources(self) -> list[TaskData]:
         """Of all tasks."""
@@ -156,7 +162,9 @@ class Trainer(Recipe[Batch]):
 
     def _reader(self, task: Task, path: Path) -> Reader:
         config = self.config
-        train_data, test_data = datasets(replace(config, task=task), config.seed)
+        test_data = dataset(replace(config, task=task), "test", config.seed)
+        train_data = dataset(replace(config, task=task), "train", config.seed) if self.evaluated is None else test_data
+        self.check_classes(len(test_data.class_names), f"{task}_num_classes" if config.all_in_one else "num_classes")
         reference = load_recogniser(path).to(self.device)
         network: nn.Module = self.accelerator.prepare(copy.deepcopy(reference).requires_grad_(True))
         student, teacher = features_of(network, config.layers), features_of(reference, config.layers)
@@ -191,10 +199,10 @@ class Trainer(Recipe[Batch]):
             )
         return alternations
 
-    def _schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-        """A cosine to 0."""
-        scheduler = LambdaLR(optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * min(1.0, k / max(1, steps)))))
-        return self.accelerator.prepare(optimizer), scheduler
+    def _schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        """The optimizer as accelerate wants it, and a cosine to 0."""
+        schedule = cosine_schedule(optimizer, steps)
+        return self.accelerator.prepare(optimizer), schedule
 
     def _restorer_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Lines 6-11: the one-step result of a random timestep (Eq. 7), or the noise in HQ latents (Eq. 2)."""
@@ -289,36 +297,6 @@ class _InTurn:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for task, alternation in self.alternations.items():
             alternation.load_state_dict(state[task])
-
-
-def _with_prepared(config: Config) -> Config:
-    """What ``prepared`` holds, where the config names nothing else.
-
-    Raises:
-        ValueError: If it is not what examples.edtr.prepare leaves behind.
-    """
-    if config.prepared is None:
-        return config
-    folder = config.prepared
-    tasks = TASKS if config.all_in_one else (config.task,)
-    found: dict[str, Any] = {
-        "prior": config.prior or folder / "prior",
-        "pre": config.pre or folder / "pre",
-        "references": config.references or [folder / f"{task}_hq" for task in tasks],
-        "judge": config.judge or (None if config.all_in_one else folder / f"{config.task}_judge"),
-    }
-    for path in (found["prior"], found["pre"], *found["references"]):
-        if folder in path.parents and not path.is_dir():
-            raise ValueError(f"`prepared` should be what examples.edtr.prepare wrote, found no {path}.")
-    before = yaml.safe_load((folder / "pre" / "config.yaml").read_text(encoding="utf-8"))
-    now = plain_values(asdict(config))
-    for option in (field.name for field in fields(DataOptions) if field.name != "task"):
-        if before[option] != now[option]:
-            raise ValueError(
-                f"`{option}` should be {before[option]!r}, as the networks in {folder} were trained with, found "
-                f"{now[option]!r}."
-            )
-    return replace(config, **found)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from examples.common.engine.options import shared
-from examples.common.networks.train_prior import PriorConfig, PriorTrainer
+from examples.common.networks.train_prior import PriorConfig, train_prior
 from examples.edtr.config import Config
 from examples.edtr.prepare import Config as PrepareConfig
 from examples.edtr.prepare import prepare
@@ -62,10 +62,7 @@ class Experiment:
             name: getattr(self.base, name) for name in ("data", "size", "contrast", "batch", "precision", "cpu")
         }
         settings |= {"steps": self.prior_steps, "seed": PRIOR_SEED, "train_count": self.prior_pictures, "out": out}
-        trainer = PriorTrainer(PriorConfig(**settings))
-        trainer.run()
-        if not (out / "prompt.safetensors").exists():
-            trainer.save_pretrained()
+        train_prior(PriorConfig(**settings))
         return out
 
     def prepared(self, seed: int) -> Path:

@@ -28,7 +28,7 @@ from examples.experiments.report import Sample, markdown
 from examples.unirestore.config import TASKS, Config
 from examples.unirestore.data import data_of
 from examples.unirestore.prepare import Config as PrepareConfig
-from examples.unirestore.prepare import prepare, train_prior
+from examples.unirestore.prepare import prepare, train_prior_of_all
 from examples.unirestore.restore import load_run
 from examples.unirestore.train import Trainer
 from restoreloss.generators import standard_normal
@@ -97,7 +97,7 @@ class Experiment:
         """One diffusion model for all seeds, of pictures of its own, as a hub's would be."""
         out = self.out / "prior"
         options = {**shared(self.base), "seed": PRIOR_SEED, "train_count": self.prior_pictures, "batch": 16}
-        train_prior(PrepareConfig(**{**options, "out": out}, prior_steps=self.prior_steps), out)
+        train_prior_of_all(PrepareConfig(**{**options, "out": out}, prior_steps=self.prior_steps), out)
         return out
 
     def prepared(self, seed: int) -> Path:

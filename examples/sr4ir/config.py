@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from examples.common.engine.options import DataOptions, RunOptions
+from examples.common.engine.options import DataOptions, TrainerOptions
 
 MethodName = Literal[
     "oracle", "l_to_t", "s_to_t", "t_to_s", "joint", "sr4ir", "no_tdp", "sr_only", "hr_only", "no_cqmix",
@@ -14,7 +14,7 @@ MethodName = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DataOptions, RunOptions):
+class Config(DataOptions, TrainerOptions):
     """One run. The defaults train on two cores in about a minute.
 
     Attributes:

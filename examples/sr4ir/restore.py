@@ -8,7 +8,8 @@ The images are of low resolution: they come out larger by the scale of the run.
 import argparse
 from collections.abc import Sequence
 
-from examples.common.engine.restoring import Restore, finished_run, plain_network, restore_command
+from examples.common.engine.restoring import Restore, plain_network, restore_command
+from examples.common.engine.run_directory import finished_run
 from examples.common.networks.restorers import load_weights, restorer
 from examples.sr4ir.methods import METHODS
 
@@ -27,7 +28,7 @@ def load(given: argparse.Namespace) -> Restore:
         network = restorer("file", scale, weights)
     else:
         load_weights(network := restorer(settings["restorer"], scale), weights)
-    return plain_network(network, given, scale)
+    return plain_network(network.to(given.device).eval(), given, scale)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from examples.common.data.degrade import degradation
 from examples.common.data.task_data import TEST_SEED, dataset, on_grid
@@ -26,7 +25,7 @@ from examples.common.engine.evaluation import Judges, evaluate, first_usable, lo
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition, features_of
 from examples.common.engine.run_directory import file_in
-from examples.common.engine.schedules import cosine
+from examples.common.engine.schedules import StepSchedule, cosine
 from examples.common.networks.restorers import load_weights, recogniser, restorer
 from examples.sr4ir.config import Config
 from examples.sr4ir.methods import METHODS, Method
@@ -154,7 +153,7 @@ class Trainer(Recipe[Batch]):
             else:
                 warm_up = config.h_warm_up
                 optimizer = torch.optim.SGD(network.parameters(), lr=config.h_lr, momentum=0.9, weight_decay=1e-4)
-            schedulers.append(LambdaLR(optimizer, lambda k, w=warm_up: rate(k, steps, config.restart, w)))  # type: ignore[misc]
+            schedulers.append(StepSchedule(optimizer, lambda k, w=warm_up: rate(k, steps, config.restart, w)))  # type: ignore[misc]
             optimizers.append(self.accelerator.prepare(optimizer))
         others = [network for network in (self.s, self.h) if network not in trains]
         # torchvision's detectors give their losses, which S may learn from, in train mode only

@@ -4,17 +4,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from examples.common.engine.options import DataOptions, Degradation, RunOptions
+from examples.common.engine.options import DataOptions, Degradation, TrainerOptions
 from examples.unirestore.adapters import AdapterName
 
 StageName = Literal["stage1", "stage2", "add-task"]
 TASKS = ("restoration", "classification", "segmentation", "detection")
+FILE = "unirestore"
+"""Of the weights of a run."""
 WEIGHTS = {"restoration": 10.0, "classification": 0.1, "segmentation": 0.1, "detection": 0.1}
 """Beta of Eq. (6), those of the authors' code."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DataOptions, RunOptions):
+class Config(DataOptions, TrainerOptions):
     """One stage of UniRestore. Of ``batch`` pictures of each task a step is made.
 
     Attributes:

@@ -11,7 +11,7 @@ from torch import Tensor
 from examples.common.data.clean_images import CleanPictures, training_photographs
 from examples.common.data.folder import UNREADABLE, Skipped, image_files, read_picture
 from examples.common.data.photos import HELD_OUT, grid_crops, load_photo
-from examples.common.data.task_data import datasets
+from examples.common.data.task_data import dataset, datasets
 from examples.common.data.tasks import InMemory, Task, TaskData
 from examples.common.engine.options import DataOptions
 from examples.unirestore.config import TASKS
@@ -29,6 +29,14 @@ def data_of(task: str, config: Any) -> tuple[TaskData, TaskData]:
         raise ValueError(f"A task should be one of {', '.join(TASKS)}, found {task!r}.")
     known: Any = task
     return datasets(replace(config, task=known), config.seed)
+
+
+def test_data_of(task: str, config: Any) -> TaskData:
+    """The test data alone, where no training data are needed."""
+    if task == "restoration":
+        return _clean(config)[1]
+    known: Any = task
+    return dataset(replace(config, task=known), "test", config.seed)
 
 
 def _clean(config: Any) -> tuple[TaskData, TaskData]:

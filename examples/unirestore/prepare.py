@@ -1,4 +1,4 @@
-"""Which networks does UniRestore begin with? All that a small run needs, trained one after the other.
+"""Train the networks that UniRestore begins with, all that a small run needs, one after the other.
 
     python -m examples.unirestore.prepare --out runs/prepared
 
@@ -15,17 +15,16 @@ On large pictures the prior is Stable Diffusion: ``--train_prior false`` here, a
 examples.unirestore.train.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from examples.common.data.folder import check_folder
 from examples.common.engine import command_line
-from examples.common.engine.options import DataOptions, Degradation, RunOptions, check_numbers, shared
+from examples.common.engine.options import DataOptions, Degradation, RunOptions, shared
 from examples.common.networks.restorers import recogniser
-from examples.common.networks.train_prior import PriorConfig, PriorTrainer
+from examples.common.networks.train_prior import PriorConfig, train_prior
 from examples.sr4ir.config import Config as TaskConfig
-from examples.sr4ir.train import Trainer as TaskTrainer
+from examples.sr4ir.oracles import check_preparation, train_oracles
 from examples.unirestore.data import data_of, mixed
 
 
@@ -62,39 +61,29 @@ def prepare(config: Config) -> None:
     Raises:
         ValueError: Without a task, or for ``task``, of which ``tasks`` is the list.
     """
-    check_numbers(config)
-    check_folder(config.out)
-    if not config.tasks or config.task != Config.task:
-        raise ValueError(f"`tasks` should list at least one task, found {config.tasks}, and `task` {config.task!r}.")
+    check_preparation(config)
     if config.pictures is not None:
-        data_of("restoration", config)  # what is wrong with it is told now, not after hours
-    options = shared(config)
+        data_of("restoration", config)  # what is wrong with it is said now, not after hours
     for task in config.tasks:
         known: Any = task
         try:
             recogniser(config.judge, known, 2, pretrained=False)
         except ValueError as error:
             raise ValueError(f"`judge`: {error}") from error
-        settings = TaskConfig(
-            **{**options, "task": known, "out": config.out / f"{task}_hq"}, method="oracle",
-            recogniser=config.recogniser, h_optimizer=config.h_optimizer, h_lr=config.h_lr,
-        )  # fmt: skip
-        TaskTrainer(settings).run()
-        judge = replace(settings, out=config.out / f"{task}_judge", seed=config.seed + 1000, recogniser=config.judge)
-        TaskTrainer(replace(judge, steps=2 * config.steps)).run()
+    settings = TaskConfig(
+        **shared(config), recogniser=config.recogniser, h_optimizer=config.h_optimizer, h_lr=config.h_lr
+    )
+    train_oracles(settings, config.tasks, judge=config.judge)
     if config.train_prior:
-        train_prior(config, config.out / "prior")
+        train_prior_of_all(config, config.out / "prior")
 
 
-def train_prior(config: Config, out: Path) -> None:
-    """A small latent diffusion model of the pictures of all tasks, with two levels of features to restore."""
+def train_prior_of_all(config: Config, out: Path) -> None:
+    """A small latent diffusion model of the images of all tasks, with two levels of features to restore."""
     tasks = ["restoration", *config.tasks]
     options = {**shared(config), "out": out, "steps": config.prior_steps}
-    prior = PriorConfig(**options, levels=3, of=[*tasks, *([] if config.pictures is None else [str(config.pictures)])])
-    trainer = PriorTrainer(prior, mixed(tasks, config))
-    trainer.run()
-    if trainer.main and not (out / "prompt.safetensors").exists():
-        trainer.save_pretrained()
+    of = [*tasks, *([] if config.pictures is None else [str(config.pictures)])]
+    train_prior(PriorConfig(**options, levels=3, of=of), mixed(tasks, config))
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""How is one restorer trained for people and for several task networks, and how does it learn another task?
+"""Train one restorer for people and for several task networks, and add another task: UniRestore.
 
     python -m examples.unirestore.prepare --out runs/prepared
     python -m examples.unirestore.train stage1 --prepared runs/prepared --out runs/stage1
     python -m examples.unirestore.train stage2 --prepared runs/prepared --after runs/stage1 --out runs/stage2
     python -m examples.unirestore.train add-task detection --prepared runs/prepared --after runs/stage2 --out runs/det
+    python -m examples.unirestore.train stage2 --evaluate runs/stage2 --data photos --out runs/stage2_on_photos
 
 Every option of examples/unirestore/config.py may stand in a YAML file (``--config``) or on the command line, which
 wins. The same command resumes a killed run. Several processes:
@@ -12,17 +13,13 @@ wins. The same command resumes a killed run. Several processes:
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
-import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from examples.common.data.degrade import Degrade, degradation
 from examples.common.data.task_data import TEST_SEED
@@ -30,25 +27,25 @@ from examples.common.data.tasks import TaskData, each, to_device
 from examples.common.engine import command_line
 from examples.common.engine.batches import chance
 from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recogniser
-from examples.common.engine.options import check_numbers
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition
+from examples.common.engine.schedules import cosine_schedule
 from examples.common.networks.latent_diffusion import load_latent_diffusion
 from examples.common.networks.restorers import restorer
 from examples.unirestore.adapters import build_adapters
-from examples.unirestore.config import TASKS, WEIGHTS, Config, StageName
-from examples.unirestore.data import data_of
+from examples.unirestore.checks import check
+from examples.unirestore.config import FILE, TASKS, WEIGHTS, Config, StageName
+from examples.unirestore.data import data_of, test_data_of
+from examples.unirestore.networks import FirstStage, PlainNetwork
+from examples.unirestore.restore import load_run
 from restoreloss import Alternation, Phase
-from restoreloss.frozen import unwrap
-from restoreloss.generators import standard_normal
+from restoreloss.frozen import bare
 from restoreloss.restorers import UniRestore
-from restoreloss.restorers.tiling import enlarged, reduced, reflected
 
 logger = logging.getLogger(__name__)
 
 TIMESTEPS = (249, 499, 749, 999, 999, 999)
 """That the noise of stage 1 is drawn from, of 1000: the authors'."""
-FILE = "unirestore"
 
 
 @dataclass(frozen=True)
@@ -96,8 +93,11 @@ class Reader:
 class Trainer(Recipe[Batch]):
     """One stage: networks, phases, evaluation."""
 
+    of_evaluation = ("unseen", "smallest", "steps_of_diffusion", "prepared", "prior", "pictures")
+
     def __init__(self, config: Config) -> None:
-        _check(config)
+        if config.evaluate is None:
+            check(config)
         super().__init__(config)
         self.config = config
         self.title = f"{config.stage}, {config.network or 'UniRestore'}"
@@ -106,11 +106,15 @@ class Trainer(Recipe[Batch]):
         self.trained = config.train_tasks or (["restoration"] if config.stage == "stage1" else tasks)
         self.train_data = self.readers[self.trained[0]].train_data
         first = config.stage == "stage1" and config.network is None
-        model = self._unirestore() if config.network is None else _Plain(restorer(config.network, 1))
+        model = self._unirestore() if config.network is None else PlainNetwork(restorer(config.network, 1))
         self.model: Any = model.to(self.device)
-        wrapped = _FirstStage(model, config) if first and isinstance(model, UniRestore) else model
-        self.net: nn.Module = self.accelerator.prepare(wrapped)
         self.networks = {FILE: self.model}
+        if config.evaluate is not None:
+            self.net: nn.Module = self.model
+            self.begin([])
+            return
+        wrapped = FirstStage(model, config) if first and isinstance(model, UniRestore) else model
+        self.net = self.accelerator.prepare(wrapped)
         self.before = self._hashes()
         self.begin([Stage(" + ".join(self.trained), self._alternation(first), config.steps)])
 
@@ -141,7 +145,7 @@ class Trainer(Recipe[Batch]):
 
     def _reader(self, task: str) -> Reader:
         config = self.config
-        train, test = data_of(task, config)
+        train, test = data_of(task, config) if self.evaluated is None else [test_data_of(task, config)] * 2
         networks: dict[str, nn.Module | None] = {"hq": None, "judge": None}
         if task != "restoration" and config.prepared is not None:
             networks = {name: load_recogniser(config.prepared / f"{task}_{name}").to(self.device) for name in networks}
@@ -156,6 +160,10 @@ class Trainer(Recipe[Batch]):
         prior = config.prior if config.prepared is None or config.prior is not None else config.prepared / "prior"
         if prior is None:
             raise ValueError("`prior` should be given, or `prepared`, a folder that holds one, found None.")
+        if config.evaluate is not None:
+            model, _ = load_run(config.evaluate, prior)
+            model.steps = config.steps_of_diffusion
+            return model
         second = config.stage != "stage1"
         model = UniRestore(
             load_latent_diffusion(prior), steps=config.steps_of_diffusion, cfrm=config.cfrm, gate=config.gate,
@@ -184,7 +192,7 @@ class Trainer(Recipe[Batch]):
             ],
             weight_decay=config.weight_decay,
         )
-        schedule = LambdaLR(optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * min(1.0, k / config.steps))))
+        schedule = cosine_schedule(optimizer, config.steps)
         readers = [reader for task, reader in self.readers.items() if task in self.trained]
         networks = {reader.network: reader for reader in readers if reader.network is not None}
         # torchvision's detectors give their losses in train mode only
@@ -255,9 +263,10 @@ class Trainer(Recipe[Batch]):
         """The figures of each task, on corruptions like those of training and on others, and pictures of the first; a
         grid of each.
         """
-        if self.config.stage == "add-task":
-            self._check_the_others()
-        self._save_prompts()  # before results.json, which says that all is there
+        if self.evaluated is None:
+            if self.config.stage == "add-task":
+                self._check_the_others()
+            self._save_prompts()  # before results.json, which says that all is there
         return self.figures(self.restores)
 
     def restores(self, task: str) -> Callable[[Any, Any], Any]:
@@ -331,115 +340,6 @@ class Trainer(Recipe[Batch]):
         if config.stage != "stage1" and config.network is None and config.adapter == "prompts":
             names = None if config.name is None else [config.name]
             self.model.save_prompts(self.options.out / "prompts.safetensors", names)
-
-
-class _FirstStage(nn.Module):
-    """Both losses of stage 1 in one forward pass, as DDP wants it."""
-
-    def __init__(self, model: UniRestore, config: Config) -> None:
-        super().__init__()
-        self.model = model
-        levels = 0 if model.cfrm is None else len(model.cfrm)
-        weights = config.cfrm_weights
-        self.weights = [*[0.1] * (levels - 1), 0.01][:levels] if weights is None else weights
-        if len(self.weights) != levels:
-            raise ValueError(f"`cfrm_weights` should be {levels} numbers, found {self.weights}.")
-
-    def forward(
-        self, degraded: Tensor, clean: Tensor, t: Tensor, generators: list[torch.Generator]
-    ) -> dict[str, Tensor]:
-        model = self.model
-        degraded, clean = (reflected(pictures, model.multiple) for pictures in (degraded, clean))
-        with torch.no_grad():
-            z_0, wanted = model.encode(clean, restored=False)
-            z_t = model.schedule.add_noise(z_0, standard_normal(z_0, generators), t)
-        condition, features = model.encode(degraded)
-        terms = {"control": F.mse_loss(model.predict(z_t, condition, t), z_0)}
-        if self.weights:
-            levels = zip(self.weights, features, wanted, strict=True)
-            terms["cfrm"] = torch.stack([weight * F.mse_loss(found, f) for weight, found, f in levels]).sum()
-        return terms
-
-
-class _Plain(nn.Module):
-    """A restoration network that is told no task."""
-
-    tasks = ()
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, pictures: Tensor, tasks: Any, *, generator: Any = None, smallest: int = 0) -> Tensor:
-        size = pictures.shape[2:]
-        restored: Tensor = self.network(enlarged(pictures, smallest))
-        return reduced(restored, size)
-
-
-def _check(config: Config) -> None:
-    """Raise ``ValueError`` for options that do not go together."""
-    check_numbers(config)
-    if config.stage not in get_args(StageName):
-        raise ValueError(f"`stage` should be one of {', '.join(get_args(StageName))}, found {config.stage!r}.")
-    if (config.stage == "add-task") != (config.name is not None):
-        raise ValueError(f"`name` should be given for 'add-task' and no other stage, found {config.name!r}.")
-    for task in [config.name] if config.name is not None else config.tasks:
-        if task not in TASKS:
-            option = "tasks" if config.name is None else "name"
-            raise ValueError(f"`{option}` should be one of {', '.join(TASKS)}, found {task!r}.")
-    for name in ("train_tasks", "network", "restored_too"):
-        if config.stage == "add-task" and getattr(config, name):
-            raise ValueError(f"`{name}` should be left out of 'add-task', found {getattr(config, name)!r}.")
-    if unknown := sorted(set(config.train_tasks or ()) - set(config.tasks)):
-        raise ValueError(f"`train_tasks` should be of `tasks` {config.tasks}, found {unknown[0]!r}.")
-    if not config.tasks or len(set(config.tasks)) < len(config.tasks):
-        raise ValueError(f"`tasks` should be at least one, each once, found {config.tasks}.")
-    if unknown := sorted(set(config.task_weights) - set(TASKS)):
-        raise ValueError(f"`task_weights` should be for {', '.join(TASKS)}, found {unknown[0]!r}.")
-    if config.scale != 1:
-        raise ValueError(f"`scale` should be 1: pictures are restored at their own size, found {config.scale}.")
-    if config.unseen and config.degradation == "unseen_corruptions":
-        raise ValueError("`unseen` should be false where `degradation` is unseen_corruptions: these are seen then.")
-    if config.stage == "stage1":
-        if "restoration" not in config.tasks:
-            raise ValueError(f"`tasks` should have 'restoration', which stage 1 trains on, found {config.tasks}.")
-        if config.train_tasks is not None and len(config.train_tasks) != 1:
-            raise ValueError(f"`train_tasks` should be one in stage 1, found {config.train_tasks}.")
-        if config.train_tasks == ["detection"]:
-            raise ValueError("`train_tasks` should not be detection in stage 1, whose pictures are of one size.")
-        return
-    tested = {config.name} if config.name is not None else set(config.tasks)
-    if config.prepared is None and tested != {"restoration"}:
-        raise ValueError("`prepared` should be a folder of examples.unirestore.prepare, found None.")
-    if config.restored_too and "restoration" not in config.tasks:
-        raise ValueError(f"`restored_too` needs the task 'restoration', found {config.tasks}.")
-    if config.network is not None:
-        if config.after is not None:
-            raise ValueError(f"`after` should be left out for `network` {config.network}, found {config.after}.")
-        return
-    if config.adapter is None:
-        raise ValueError("`adapter` should be there after stage 1, which has nothing else to train, found None.")
-    if config.after is None:
-        raise ValueError(f"`after` should be a run of the stage before {config.stage}, found None.")
-    _check_before(config, config.after)
-
-
-def _check_before(config: Config, before: Path) -> None:
-    """Raise ``ValueError`` for a run that the stage cannot begin with; what its weights cannot tell."""
-    wanted = ("stage1",) if config.stage == "stage2" else ("stage2", "add-task")
-    file = before / "config.yaml"
-    done = file.is_file() and (before / "results.json").is_file()
-    settings = yaml.safe_load(file.read_text(encoding="utf-8")) if done else {}
-    if (found := settings.get("stage", "none")) not in wanted:
-        raise ValueError(
-            f"`after` should be a finished run of {' or '.join(wanted)}, found {before}, which is {found}."
-        )
-    if config.stage == "add-task":
-        for name in ("adapter", "gate", "steps_of_diffusion", "smallest"):
-            if settings[name] != getattr(config, name):
-                raise ValueError(
-                    f"`{name}` should be {settings[name]!r}, as in {before}, found {getattr(config, name)!r}."
-                )
 
 
 def main() -> None:

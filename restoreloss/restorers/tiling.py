@@ -19,17 +19,19 @@ def tiled(
     overlap: int,
     fields: Sequence[Tensor] = (),
     step: int = 1,
+    scale: int = 1,
 ) -> Tensor:
     """A function of images, applied to overlapping tiles and faded from each into the next.
 
     Args:
-        function: (N, C, h, w), and the part of each of ``fields`` -> (N, C', h, w).
+        function: (N, C, h, w), and the part of each of ``fields`` -> (N, C', scale h, scale w).
         image: (N, C, H, W); sides below ``tile`` are one tile.
         tile: side of the tiles in pixels.
         overlap: pixels that neighbors share at least, from 0 to half a tile.
         fields: maps of the whole image at a ``step`` times lower resolution, (N, c, H / step, W / step). Noise that is
             drawn once for the whole image lets neighbors agree where they overlap.
         step: tiles begin at multiples of it; ``tile`` and the sides should be multiples too.
+        scale: by which the function enlarges.
 
     Raises:
         ValueError: For an overlap out of these bounds, and sizes that are no multiples of ``step``.
@@ -44,17 +46,18 @@ def tiled(
     if max(height, width) <= tile:
         return function(image, *fields)
     total: Tensor | None = None
-    weights = image.new_zeros(1, 1, height, width)
+    weights = image.new_zeros(1, 1, scale * height, scale * width)
     for top in _starts(height, tile, overlap, step):
         for left in _starts(width, tile, overlap, step):
             rows, columns = slice(top, min(top + tile, height)), slice(left, min(left + tile, width))
             coarse = [slice(side.start // step, side.stop // step) for side in (rows, columns)]
             part = function(image[..., rows, columns], *(field[..., coarse[0], coarse[1]] for field in fields))
             if total is None:
-                total = part.new_zeros(*part.shape[:2], height, width)
-            fade = _fade(part.shape[2], overlap, part)[:, None] * _fade(part.shape[3], overlap, part)
-            total[..., rows, columns] += fade * part
-            weights[..., rows, columns] += fade
+                total = part.new_zeros(*part.shape[:2], scale * height, scale * width)
+            fade = _fade(part.shape[2], scale * overlap, part)[:, None] * _fade(part.shape[3], scale * overlap, part)
+            large = [slice(scale * side.start, scale * side.stop) for side in (rows, columns)]
+            total[..., large[0], large[1]] += fade * part
+            weights[..., large[0], large[1]] += fade
     assert total is not None
     return total / weights
 

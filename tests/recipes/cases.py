@@ -24,12 +24,14 @@ from examples.dtp import restore as dtp_restore
 from examples.dtp import train as dtp_train
 from examples.edtr import config as edtr
 from examples.edtr import prepare as edtr_prepare
+from examples.edtr import restore as edtr_restore
 from examples.edtr import train as edtr_train
 from examples.sr4ir import config as sr4ir
 from examples.sr4ir import restore as sr4ir_restore
 from examples.sr4ir import train as sr4ir_train
 from examples.unirestore import config as unirestore
 from examples.unirestore import prepare as unirestore_prepare
+from examples.unirestore import restore as unirestore_restore
 from examples.unirestore import train as unirestore_train
 
 TASKS = ("classification", "segmentation", "detection")
@@ -51,13 +53,12 @@ class Prepared:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    @functools.cached_property
-    def oracles(self) -> dict[str, Path]:
-        """A task network for each task."""
-        folders = {task: self.folder / "oracles" / task for task in TASKS}
-        for task, out in folders.items():
-            sr4ir_train.Trainer(replace(SR4IR, out=out, method="oracle", task=task)).run()  # type: ignore[arg-type]
-        return folders
+    def oracle(self, task: Any) -> Path:
+        """A task network."""
+        out = self.folder / "oracles" / str(task)
+        if not out.exists():
+            sr4ir_train.Trainer(replace(SR4IR, out=out, method="oracle", task=task)).run()
+        return out
 
     @functools.cached_property
     def edtr(self) -> Path:
@@ -117,7 +118,7 @@ class Case:
 
 def _sr4ir(**changes: Any) -> Case:
     def config(prepared: Prepared) -> Any:
-        oracle = prepared.oracles["classification"]
+        oracle = prepared.oracle("classification")
         return replace(SR4IR, fixed_hr=oracle, judge=oracle, **changes)
 
     return Case(
@@ -126,7 +127,13 @@ def _sr4ir(**changes: Any) -> Case:
 
 
 def _edtr(**changes: Any) -> Case:
-    return Case(edtr_train, edtr_train.Trainer, lambda p: replace(EDTR, prepared=p.edtr, **changes))
+    return Case(
+        edtr_train,
+        edtr_train.Trainer,
+        lambda p: replace(EDTR, prepared=p.edtr, **changes),
+        edtr_restore,
+        data={"data_seed": 7},
+    )
 
 
 def _dtp(**changes: Any) -> Case:
@@ -156,7 +163,8 @@ def _unirestore(stage: Any, name: str | None = None, **changes: Any) -> Case:
         return replace(UNIRESTORE, stage=stage, name=name, **given)
 
     arguments = (stage,) if name is None else (stage, name)
-    return Case(unirestore_train, unirestore_train.Trainer, config, arguments=arguments)
+    restore = None if "network" in changes else unirestore_restore
+    return Case(unirestore_train, unirestore_train.Trainer, config, restore, data={"data_seed": 7}, arguments=arguments)
 
 
 CASES: dict[str, Case] = {

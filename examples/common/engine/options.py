@@ -18,8 +18,6 @@ class RunOptions:
 
     Attributes:
         out: the run directory; a killed run goes on there.
-        evaluate: the directory of a finished run, which is evaluated on the data of the other options instead of
-            being trained. On the command line all options that are not given are those of that run.
         steps: of every phase. A finished run goes on if there are more than before: its learning rate, which has
             fallen, then jumps to where the longer schedule is at that step.
         batch: pictures a step, of all processes together.
@@ -33,7 +31,6 @@ class RunOptions:
     """
 
     out: Path
-    evaluate: Path | None = None
     steps: int = 500
     batch: int = 16
     max_norm: float | None = None
@@ -46,8 +43,24 @@ class RunOptions:
 
     def plain(self) -> dict[str, Any]:
         """What decides the result, as plain values for config.yaml."""
-        values = {**plain_values(asdict(self)), "out": self.out.name}
-        if self.evaluate is None:  # as in the files of runs that are trained
+        return {**plain_values(asdict(self)), "out": self.out.name}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions(RunOptions):
+    """How a run of a recipe goes, which can also be that of a finished one's evaluation.
+
+    Attributes:
+        evaluate: the directory of a finished run, which is evaluated on the data of the other options instead of
+            being trained. On the command line all options that are not given are those of that run.
+    """
+
+    evaluate: Path | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """What decides the result, as plain values for config.yaml."""
+        values = super().plain()
+        if self.evaluate is None:
             del values["evaluate"]
         return values
 

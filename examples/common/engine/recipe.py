@@ -23,9 +23,8 @@ from examples.common.data.folder import check_folder
 from examples.common.data.pairs import PairOptions
 from examples.common.data.tasks import TaskData
 from examples.common.engine.batches import Batches, chance, loader
-from examples.common.engine.options import DataOptions, RunOptions, check_numbers
-from examples.common.engine.restoring import finished_run
-from examples.common.engine.run_directory import RunDirectory
+from examples.common.engine.options import DataOptions, RunOptions, TrainerOptions, check_numbers
+from examples.common.engine.run_directory import RunDirectory, finished_run
 from examples.common.networks.restorers import load_saved
 from restoreloss.frozen import bare
 
@@ -63,7 +62,8 @@ class Recipe(ABC, Generic[Batch]):
         networks: what is saved, by the name of its file.
         train_data: what is read.
         of_evaluation: options, beside those of the data, that a finished run may be evaluated with.
-        evaluated: settings and results of the finished run that is evaluated; None where this run trains.
+        run_to_evaluate: the directory of a finished run that is evaluated; None where this run trains.
+        evaluated: its settings and results.
     """
 
     title: str
@@ -77,7 +77,8 @@ class Recipe(ABC, Generic[Batch]):
         if config.max_norm is not None and not config.max_norm > 0:
             raise ValueError(f"`max_norm` should be above 0, or left out, found {config.max_norm}.")
         check_folder(config.out)
-        self.evaluated = None if config.evaluate is None else self._run_to_evaluate(config, config.evaluate)
+        self.run_to_evaluate = config.evaluate if isinstance(config, TrainerOptions) else None
+        self.evaluated = None if self.run_to_evaluate is None else self._of_evaluated(config, self.run_to_evaluate)
         # the other processes wait while one evaluates
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
         self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.cpu, kwargs_handlers=[patience])
@@ -92,8 +93,8 @@ class Recipe(ABC, Generic[Batch]):
             ValueError: If the test images cannot be evaluated, or the run directory cannot be that of this run.
         """
         self.stages, self.stage = stages, 0
-        if self.options.evaluate is not None:
-            self._load(self.options.evaluate)
+        if self.run_to_evaluate is not None:
+            self._load(self.run_to_evaluate)
         else:
             for data in self.sources():
                 self._batches(data, 0, 1)
@@ -215,11 +216,11 @@ class Recipe(ABC, Generic[Batch]):
         """Raise ``ValueError`` if the data have another number of classes than those of the run that is evaluated."""
         if self.evaluated is not None and self.evaluated[1][figure] != count:
             raise ValueError(
-                f"`data` should have {self.evaluated[1][figure]} classes, as those of {self.options.evaluate}, found "
+                f"`data` should have {self.evaluated[1][figure]} classes, as those of {self.run_to_evaluate}, found "
                 f"{count}."
             )
 
-    def _run_to_evaluate(self, config: RunOptions, run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _of_evaluated(self, config: RunOptions, run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Settings and results of a finished run of this recipe.
 
         Raises:

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped, unused-ignore]
-from torch import Tensor, nn
+from torch import Tensor
 
 from examples.common.data.folder import check_folder, restore_folder
-from examples.common.data.tiles import tiled
 from examples.common.engine.batches import chance
 from examples.common.engine.command_line import device
-from examples.common.engine.run_directory import read_json
+from restoreloss.restorers.tiling import tiled
 
 Restore = Callable[[Tensor, torch.Generator], Tensor]
 """(image (1, 3, H, W) on the device, generator of the image) -> restored image in [0, 1]."""
@@ -52,7 +50,7 @@ def restore_command(
     parser.add_argument(
         "--tile", type=int, default=512, help="side of the tiles of larger images (%(default)s); 0: none"
     )
-    parser.add_argument("--overlap", type=int, default=64, help="pixels that neighboring tiles share (%(default)s)")
+    parser.add_argument("--overlap", type=int, help="pixels that neighboring tiles share (a quarter of a tile)")
     parser.add_argument("--seed", type=int, default=0, help="of all randomness (%(default)s)")
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)
@@ -76,47 +74,23 @@ def restore_command(
 def _check(given: argparse.Namespace) -> None:
     """Raise ``ValueError`` for options out of their range."""
     check_folder(given.out)
-    for name in ("tile", "seed", "smallest", "steps", "n"):
-        lowest = 1 if name in ("steps", "n") else 0
-        if (value := getattr(given, name, None)) is not None and value < lowest:
-            raise ValueError(f"`{name}` should be at least {lowest}, found {value}.")
+    for name in ("tile", "seed", "smallest"):
+        if (value := getattr(given, name, None)) is not None and value < 0:
+            raise ValueError(f"`{name}` should be at least 0, found {value}.")
     if 0 < given.tile < 32:
         raise ValueError(f"`tile` should be at least 32, or 0 for no tiles, found {given.tile}.")
+    if given.overlap is None:
+        given.overlap = given.tile // 4
     if given.tile and not 0 <= given.overlap <= given.tile // 2:
         raise ValueError(f"`overlap` should be from 0 to half of `tile` ({given.tile // 2}), found {given.overlap}.")
 
 
-def in_tiles(function: Callable[[Tensor], Tensor], image: Tensor, given: argparse.Namespace, scale: int = 1) -> Tensor:
-    """A function of an image, by the tiles that the command line asks for."""
-    return (
-        tiled(function, image, tile=given.tile, overlap=given.overlap, scale=scale) if given.tile else function(image)
-    )
-
-
-def plain_network(network: nn.Module, given: argparse.Namespace, scale: int = 1) -> Restore:
+def plain_network(network: Callable[[Tensor], Tensor], given: argparse.Namespace, scale: int = 1) -> Restore:
     """What restores an image with a network that has no randomness and enlarges by ``scale``."""
-    network = network.to(given.device).eval().requires_grad_(False)
 
     def restore(image: Tensor, _: torch.Generator) -> Tensor:
-        return in_tiles(network, image, given, scale).clamp(0, 1)
+        if not given.tile:
+            return network(image).clamp(0, 1)
+        return tiled(network, image, tile=given.tile, overlap=given.overlap, scale=scale).clamp(0, 1)
 
     return restore
-
-
-def finished_run(run: Path, module: str, *files: str, option: str = "run") -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings and results of a finished run.
-
-    Args:
-        run: its directory.
-        module: that trains such runs, for the message.
-        files: that the directory should hold as well.
-        option: that the run was given as, for the message.
-
-    Raises:
-        ValueError: If it is no such directory.
-    """
-    for name in ("config.yaml", "results.json", *files):
-        if not (run / name).is_file():
-            raise ValueError(f"`{option}` should be a finished run of {module}, found no {name} in {run}.")
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    return settings, read_json((run / "results.json").read_text(encoding="utf-8"))

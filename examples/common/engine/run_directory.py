@@ -213,6 +213,25 @@ def file_in(path: Path | None, name: str) -> Path | None:
     return path / name if path is not None and path.is_dir() else path
 
 
+def finished_run(run: Path, module: str, *files: str, option: str = "run") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and results of a finished run.
+
+    Args:
+        run: its directory.
+        module: that trains such runs, for the message.
+        files: that the directory should hold as well.
+        option: that the run was given as, for the message.
+
+    Raises:
+        ValueError: If it is no such directory.
+    """
+    for name in ("config.yaml", "results.json", *files):
+        if not (run / name).is_file():
+            raise ValueError(f"`{option}` should be a finished run of {module}, found no {name} in {run}.")
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    return settings, read_json((run / "results.json").read_text(encoding="utf-8"))
+
+
 def own(folder: Path) -> "Lock":
     """Make a folder and be the one process that writes to it, for as long as what is returned lives.
 

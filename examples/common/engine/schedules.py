@@ -1,20 +1,31 @@
-"""The learning rate of all recipes: half a cosine, which falls from its value to a lowest one."""
+"""The learning rates of all recipes: functions of the step alone, most of them half a cosine."""
 
 import math
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def cosine(step: int, steps: int, *, lowest: float = 0.0) -> float:
-    """The factor of the learning rate at a step: from 1 to ``lowest``, where it stays.
+class StepSchedule(LambdaLR):
+    """A factor of the learning rate for each step, also right after a checkpoint that was trained for fewer steps.
 
-    It is a function of the step alone. ``CosineAnnealingLR`` multiplies on from its latest value instead, and its
-    checkpoint holds the number of steps: a training that goes on for more steps than it was begun with would stay at 0.
+    torch's schedulers take the learning rate of the next step from the checkpoint. ``CosineAnnealingLR`` also has its
+    length there and multiplies on from the latest value: a training that goes on for more steps would stay at 0.
     """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the step of the checkpoint."""
+        super().load_state_dict(state_dict)
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate
+
+
+def cosine(step: int, steps: int, *, lowest: float = 0.0) -> float:
+    """The factor at a step of a cosine from 1 to ``lowest``, where it stays."""
     return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
 
 
-def cosine_schedule(optimizer: Optimizer, steps: int, *, lowest: float = 0.0) -> LambdaLR:
+def cosine_schedule(optimizer: Optimizer, steps: int, *, lowest: float = 0.0) -> StepSchedule:
     """The schedule that multiplies the learning rate by :func:`cosine`."""
-    return LambdaLR(optimizer, lambda step: cosine(step, steps, lowest=lowest))
+    return StepSchedule(optimizer, lambda step: cosine(step, steps, lowest=lowest))

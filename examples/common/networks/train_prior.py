@@ -142,6 +142,19 @@ class PriorTrainer(Recipe[Batch]):
         save_file({"prompt": small_prompt()}, out / "prompt.safetensors")
 
 
+def train_prior(config: PriorConfig, data: tuple[TaskData, TaskData] | None = None) -> None:
+    """Train a small latent diffusion model, as far as that is not done, and save it in the layout of Stable Diffusion.
+
+    Args:
+        config: its options.
+        data: as of :class:`PriorTrainer`.
+    """
+    trainer = PriorTrainer(config, data)
+    trainer.run()
+    if trainer.main and not (config.out / "prompt.safetensors").exists():
+        trainer.save_pretrained()
+
+
 class _Autoencoder(nn.Module):
     """An autoencoder that keeps the standard deviation of its latents, as DDP wants it: in a forward pass."""
 

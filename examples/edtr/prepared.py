@@ -1,0 +1,42 @@
+"""The folder that examples.edtr.prepare wrote, as the options of a run."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import yaml  # type: ignore[import-untyped, unused-ignore]
+
+from examples.common.engine.options import DataOptions, plain_values
+from examples.edtr.config import Config
+
+
+def with_prepared(config: Config, tasks: Sequence[str]) -> Config:
+    """What ``prepared`` holds, where the config names nothing else.
+
+    Raises:
+        ValueError: If it is not what examples.edtr.prepare leaves behind, or was trained on other data than those of
+            this run. A finished run may be evaluated on any.
+    """
+    if config.prepared is None:
+        return config
+    folder = config.prepared
+    found: dict[str, Any] = {
+        "prior": config.prior or folder / "prior",
+        "pre": config.pre or folder / "pre",
+        "references": config.references or [folder / f"{task}_hq" for task in tasks],
+        "judge": config.judge or (None if config.all_in_one else folder / f"{config.task}_judge"),
+    }
+    for path in (found["prior"], found["pre"], *found["references"]):
+        if folder in path.parents and not path.is_dir():
+            raise ValueError(f"`prepared` should be what examples.edtr.prepare wrote, found no {path}.")
+    if config.evaluate is not None:
+        return replace(config, **found)
+    before = yaml.safe_load((folder / "pre" / "config.yaml").read_text(encoding="utf-8"))
+    now = plain_values(asdict(config))
+    for option in (field.name for field in fields(DataOptions) if field.name != "task"):
+        if before[option] != now[option]:
+            raise ValueError(
+                f"`{option}` should be {before[option]!r}, as the networks in {folder} were trained with, found "
+                f"{now[option]!r}."
+            )
+    return replace(config, **found)
