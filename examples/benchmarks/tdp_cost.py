@@ -25,7 +25,7 @@ from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
 
 from examples.common.data.degrade import low_resolution
-from examples.common.networks.restorers import EDSR
+from examples.common.networks.edsr import EDSR
 from restoreloss import CQMix, TDPLoss
 from restoreloss.normalization import IMAGENET
 

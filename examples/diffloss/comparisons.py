@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.common.networks.restorers import load_weights
+from examples.common.networks.weights import load_weights
 from examples.diffloss.config import Adversarial, Diff, Perceptual
 from restoreloss import Denoiser, LatentPrior, NoiseSchedule, Phase, TDPLoss, as_denoiser
 

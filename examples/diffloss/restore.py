@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from examples.common.engine.restoring import Restore, plain_network, restore_command
 from examples.common.engine.run_directory import finished_run
-from examples.common.networks.restorers import load_weights, restorer
+from examples.common.networks.restorers import restorer
+from examples.common.networks.weights import load_weights
 
 
 def load(given: argparse.Namespace) -> Restore:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from examples.common.engine.restoring import Restore, plain_network, restore_command
 from examples.common.engine.run_directory import finished_run
-from examples.common.networks.restorers import load_weights
+from examples.common.networks.weights import load_weights
 from examples.dtp.networks import timed_network
 
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from examples.common.engine.restoring import Restore, plain_network, restore_command
 from examples.common.engine.run_directory import finished_run
-from examples.common.networks.restorers import load_weights, restorer
+from examples.common.networks.restorers import restorer
+from examples.common.networks.weights import load_weights
 from examples.sr4ir.methods import METHODS
 
 

@@ -26,7 +26,9 @@ from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition, features_of
 from examples.common.engine.run_directory import file_in
 from examples.common.engine.schedules import StepSchedule, cosine
-from examples.common.networks.restorers import load_weights, recogniser, restorer
+from examples.common.networks.recognisers import recogniser
+from examples.common.networks.restorers import restorer
+from examples.common.networks.weights import load_weights
 from examples.sr4ir.config import Config
 from examples.sr4ir.methods import METHODS, Method
 from restoreloss import Alternation, CQMix, Phase, TDPLoss

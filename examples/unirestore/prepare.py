@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from examples.common.engine import command_line
 from examples.common.engine.options import DataOptions, Degradation, RunOptions, shared
-from examples.common.networks.restorers import recogniser
+from examples.common.networks.recognisers import recogniser
 from examples.common.networks.train_prior import PriorConfig, train_prior
 from examples.sr4ir.config import Config as TaskConfig
 from examples.sr4ir.oracles import check_preparation, train_oracles

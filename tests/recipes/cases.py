@@ -40,7 +40,7 @@ SR4IR = sr4ir.Config(**RUN, batch=4, train_count=12, test_count=4, size=32)
 EDTR_DATA: dict[str, Any] = {"batch": 4, "train_count": 12, "test_count": 4, "size": 32, "mixture_extent": 0.2}
 EDTR = edtr.Config(**RUN, **EDTR_DATA, long_steps=3)
 PAIRS: dict[str, Any] = {"batch": 4, "patch": 24, "train_count": 16, "test_count": 2, "test_size": 24}
-DTP = dtp.Config(**RUN, **PAIRS, importance_samples=4, timesteps="paper", replay_share=1.0)
+DTP = dtp.Config(**RUN, **PAIRS, importance_samples=4, timesteps="paper", replay_share=1.0, experts=2)
 DIFFLOSS = diffloss.Config(**RUN, **PAIRS)
 PRIOR = diffloss.Diff(weight=0.1, timesteps=(100, 600), every=2, crop=0.5)
 UNIRESTORE_DATA: dict[str, Any] = {"batch": 2, "train_count": 8, "test_count": 4, "size": 24, "severities": [1, 2]}
@@ -116,7 +116,7 @@ class Case:
     more: tuple[str, ...] = ()
 
 
-def _sr4ir(**changes: Any) -> Case:
+def sr4ir_case(**changes: Any) -> Case:
     def config(prepared: Prepared) -> Any:
         oracle = prepared.oracle("classification")
         return replace(SR4IR, fixed_hr=oracle, judge=oracle, **changes)
@@ -126,7 +126,7 @@ def _sr4ir(**changes: Any) -> Case:
     )
 
 
-def _edtr(**changes: Any) -> Case:
+def edtr_case(**changes: Any) -> Case:
     return Case(
         edtr_train,
         edtr_train.Trainer,
@@ -136,7 +136,7 @@ def _edtr(**changes: Any) -> Case:
     )
 
 
-def _dtp(**changes: Any) -> Case:
+def dtp_case(**changes: Any) -> Case:
     def config(prepared: Prepared) -> Any:
         return replace(DTP, pretrained=None if changes["method"] == "pretrain" else prepared.pretrained, **changes)
 
@@ -147,7 +147,7 @@ def _dtp(**changes: Any) -> Case:
     )  # fmt: skip
 
 
-def _diffloss(**changes: Any) -> Case:
+def diffloss_case(**changes: Any) -> Case:
     config = replace(DIFFLOSS, **changes)
     return Case(
         diffloss_train, diffloss_train.Trainer, lambda _: config, diffloss_restore,
@@ -155,7 +155,7 @@ def _diffloss(**changes: Any) -> Case:
     )  # fmt: skip
 
 
-def _unirestore(stage: Any, name: str | None = None, **changes: Any) -> Case:
+def unirestore_case(stage: Any, name: str | None = None, **changes: Any) -> Case:
     def config(prepared: Prepared) -> Any:
         folder = prepared.unirestore
         after = {"stage1": None, "stage2": folder / "stage1", "add-task": folder / "stage2"}[stage]
@@ -168,26 +168,28 @@ def _unirestore(stage: Any, name: str | None = None, **changes: Any) -> Case:
 
 
 CASES: dict[str, Case] = {
-    "sr4ir": _sr4ir(),
-    "edtr": _edtr(),
-    "dtp": _dtp(method="gef_project", degradations=["hazy", "noisy"], moe=True),
-    "dtp, pre-training": _dtp(method="pretrain"),
-    "diffloss": _diffloss(diff=PRIOR, ema=0.8, adversarial=diffloss.Adversarial(weight=1e-3, width=4), eval_every=1),
-    "unirestore": _unirestore("stage2"),
+    "sr4ir": sr4ir_case(),
+    "edtr": edtr_case(),
+    "dtp": dtp_case(method="gef_project", degradations=["hazy", "noisy"], moe=True),
+    "dtp, pre-training": dtp_case(method="pretrain"),
+    "diffloss": diffloss_case(
+        diff=PRIOR, ema=0.8, adversarial=diffloss.Adversarial(weight=1e-3, width=4), eval_every=1
+    ),
+    "unirestore": unirestore_case("stage2"),
 }
 """One of each recipe: the whole contract holds for it."""
 MORE: dict[str, Case] = {
-    "sr4ir, two stages": _sr4ir(method="s_to_t"),
-    "edtr, three tasks": _edtr(all_in_one=True),
-    "edtr, several steps": _edtr(n=4),
-    "dtp, orthogonality": _dtp(method="gef", orthogonality_every=2),
-    "unirestore, stage 1": _unirestore("stage1"),
-    "unirestore, new task": _unirestore("add-task", "detection"),
-    "unirestore, adapters of each task": _unirestore(
+    "sr4ir, two stages": sr4ir_case(method="s_to_t"),
+    "edtr, three tasks": edtr_case(all_in_one=True),
+    "edtr, several steps": edtr_case(n=4),
+    "dtp, orthogonality": dtp_case(method="gef", orthogonality_every=2),
+    "unirestore, stage 1": unirestore_case("stage1"),
+    "unirestore, new task": unirestore_case("add-task", "detection"),
+    "unirestore, adapters of each task": unirestore_case(
         "stage2", adapter="several", tasks=["restoration", "classification"]
     ),
-    "unirestore, restored too": _unirestore("stage2", restored_too=1.0),
-    "unirestore, another network": _unirestore("stage2", network="edsr-small", after=None),
+    "unirestore, restored too": unirestore_case("stage2", restored_too=1.0),
+    "unirestore, another network": unirestore_case("stage2", network="edsr-small", after=None),
 }
 """Runs that are resumed as well, for they keep a state of another kind."""
 

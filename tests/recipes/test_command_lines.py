@@ -96,28 +96,6 @@ def test_wrong_options_of_one_trainer(
     assert not (there / "run").exists()
 
 
-@pytest.mark.parametrize("module", ["examples.edtr.restore", "examples.unirestore.restore"])
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["empty"], "out, --run"),
-        (["empty", "out", "--run=nowhere"], "nowhere should be a finished run"),
-        (["empty", "file", "--run=empty"], "`out` should be a folder"),
-        (["empty", "out", "--run=empty", "--device=abacus"], "argument --device: no such device"),
-        (["empty", "out", "--run=empty", "--seed=-1"], "`seed` should be at least 0"),
-        (["empty", "out", "--run=empty", "--smallest=-1"], "`smallest` should be at least 0"),
-        (["empty", "out", "--run=empty", "--tile=x"], "argument --tile: invalid int value"),
-    ],
-)
-def test_wrong_options_of_the_restore_commands(
-    module: str, arguments: list[str], message: str, there: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    refused(module, arguments, monkeypatch)
-    assert message in capsys.readouterr().err.splitlines()[-1]
-    assert not (there / "out").exists()
-
-
 CONFIGS: list[Any] = [
     DiffLossConfig(out=Path()), DTPConfig(out=Path()), SR4IRConfig(out=Path()), EDTRConfig(out=Path()),
     UniRestoreConfig(out=Path()), EDTRPreparing(out=Path()), UniRestorePreparing(out=Path()),

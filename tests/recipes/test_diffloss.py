@@ -29,6 +29,7 @@ from restoreloss import NoiseSchedule, audit, small_prior
 from tests.contract.objectives import networks
 from tests.helpers.networks import tiny_unet
 from tests.helpers.processes import ROOT
+from tests.recipes import cases
 
 TINY = Config(
     out=Path(), steps=4, batch=4, patch=24, train_count=64, test_size=32, test_count=2, save_every=2, cpu=True,
@@ -44,11 +45,6 @@ def run(out: Path, **changes: Any) -> Trainer:
 
 def logged(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def alike(one: Path, other: Path) -> bool:
-    first, second = (load_file(path / "last.safetensors") for path in (one, other))
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_run_leaves_what_others_read(tmp_path: Path) -> None:
@@ -89,36 +85,6 @@ def test_the_best_network_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert all(torch.equal(kept[key], value) for key, value in weights[number].items())
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
-    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options: dict[str, Any] = {
-        "diff": replace(DIFF, every=2, crop=0.5), "ema": 0.8, "adversarial": Adversarial(weight=1e-3), "eval_every": 1,
-    }  # fmt: skip
-    run(tmp_path / "whole", **options)
-    trainer = Trainer(replace(TINY, out=tmp_path / "stopped", **options))
-    step = trainer.stages[0].alternation.step
-    count = 0
-
-    def stopping(batch: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count > stop:
-            raise KeyboardInterrupt
-        return step(batch)
-
-    monkeypatch.setattr(trainer.stages[0].alternation, "step", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run()
-    run(tmp_path / "stopped", **options)
-    assert alike(tmp_path / "whole", tmp_path / "stopped")
-    one, other = (logged(tmp_path / name) for name in ("whole", "stopped"))
-    assert one == other
-    first, second = (load_file(tmp_path / name / "best.safetensors") for name in ("whole", "stopped"))
-    assert all(torch.equal(value, second[key]) for key, value in first.items())
-
-
 @pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     options = ["--steps=40", "--batch=4", "--patch=24", "--train_count=64", "--test_size=32", "--test_count=2"]
@@ -138,27 +104,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         killed.send_signal(signal.SIGKILL)
     assert not (tmp_path / "killed" / "results.json").exists()
     subprocess.run([*command, f"--out={tmp_path / 'killed'}"], check=True, env=environment, capture_output=True)
-    assert alike(tmp_path / "whole", tmp_path / "killed")
-
-
-@pytest.mark.slow  # test_distributed.py has the full method
-def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
-    options = ["--steps=2", "--batch=4", "--patch=24", "--train_count=64", "--test_size=32", "--test_count=2"]
-    options += ["--cpu=true", "--ema=0.5", "--pixel.distance=mse"]
-    ran = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
-            "examples.diffloss.train", f"--out={tmp_path / 'two'}", *options,
-        ],
-        check=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert "2 processes" in ran.stderr
-    run(tmp_path / "one", steps=2, ema=0.5, pixel=Pixel(distance="mse"))
-    one, two = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two"))
-    start = Trainer(replace(TINY, out=tmp_path / "start")).net.state_dict()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
-    assert any(not torch.equal(value, start[name]) for name, value in one.items())
+    cases.assert_same_weights(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_parts_of_a_batch_are_the_batch(tmp_path: Path) -> None:
@@ -444,9 +390,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_options_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         Trainer(replace(TINY, out=tmp_path / "run", **changes)).run()
-
-
-# the experiment
 
 
 def test_the_experiment_runs_and_shows_each_kind_of_run(

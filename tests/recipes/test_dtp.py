@@ -3,9 +3,6 @@
 import functools
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -17,32 +14,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from examples.common.data.degradations import DEGRADATIONS, degrade, motion_kernel
-from examples.common.data.pair_folders import LAYOUTS, pairs
-from examples.common.data.pairs import FolderPairs
-from examples.dtp.config import PAPER, Config, MethodName
+from examples.dtp.config import PAPER, MethodName
 from examples.dtp.finetune import FineTuning, turns
 from examples.dtp.gef import GEF, Batch
-from examples.dtp.generation import Steps
 from examples.dtp.methods import METHODS
 from examples.dtp.networks import NETWORKS, add_experts, timed_network
 from examples.dtp.train import trainer as build
 from examples.experiments import dtp as experiment
-from restoreloss.frozen import unwrap
-from tests.helpers.processes import ROOT
+from restoreloss.frozen import bare
+from tests.recipes import cases
 
-SMALL: dict[str, Any] = {
-    "batch": 4, "patch": 24, "train_count": 16, "test_count": 4, "test_size": 24, "importance_samples": 4, "cpu": True,
-    "timesteps": "paper", "replay_share": 1.0,
-}  # fmt: skip
-TINY = Config(out=Path(), steps=2, save_every=1, **SMALL)
+TINY = replace(cases.DTP, steps=2, save_every=1)
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dtp") / "pretrained"
-    build(replace(TINY, method="pretrain", steps=6, out=out)).run()
-    return out
+def pretrained(prepared: cases.Prepared) -> Path:
+    return prepared.pretrained
 
 
 def trainer(out: Path, pretrained: Path, **changes: Any) -> FineTuning:
@@ -53,9 +40,6 @@ def trainer(out: Path, pretrained: Path, **changes: Any) -> FineTuning:
 
 def first_batch(run: Any) -> Any:
     return run.batch(*next(run.read(0, 1)), 0, run.options.steps)
-
-
-# what trains
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -181,9 +165,6 @@ def test_of_l2sp_every_parameter_matters_alike(tmp_path: Path, pretrained: Path)
     assert all(bool((value == 1).all()) for value in steps.importance.importance().values())
 
 
-# stages
-
-
 def test_degradations_join_by_their_timestep() -> None:
     t = {"hazy": 47, "noisy": 4, "rainy": 8}
     assert turns(t, "joint", 1) == [["noisy", "rainy", "hazy"]]
@@ -225,63 +206,6 @@ def test_matched_timesteps_are_searched_with_the_pretrained_network(tmp_path: Pa
     assert trainer(tmp_path / "first", pretrained, timesteps="first").t_star == {"rainy": 1}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"method": "gef_project", "degradations": ["noisy", "hazy"], "moe": True},
-        {"method": "gef", "orthogonality_every": 2},
-        {"method": "pretrain"},
-    ],
-)
-def test_a_stopped_run_resumes_with_the_same_numbers(
-    changes: dict[str, Any], tmp_path: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = trainer(tmp_path / "whole", pretrained, steps=3, **changes).run()
-    with monkeypatch.context() as patch:
-        steps, update = [0], Steps.update
-
-        def count(self: Any) -> Any:
-            steps[0] += 1
-            if steps[0] == 3:
-                raise KeyboardInterrupt
-            return update(self)
-
-        patch.setattr("examples.dtp.generation.Steps.update", count)
-        with pytest.raises(KeyboardInterrupt):
-            trainer(tmp_path / "stopped", pretrained, steps=3, **changes).run()
-    resumed = trainer(tmp_path / "stopped", pretrained, steps=3, **changes).run()
-    assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
-    one, other = (load_file(tmp_path / run / "network.safetensors") for run in ("whole", "stopped"))
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-@pytest.mark.slow  # test_distributed.py has the full method
-@pytest.mark.parametrize("method", ["replay", "project"])
-def test_two_processes_train_the_network_that_one_trains(method: str, tmp_path: Path, pretrained: Path) -> None:
-    small = [f"--{name}={str(value).lower()}" for name, value in SMALL.items()]
-    options = [*small, "--steps=2", f"--pretrained={pretrained}", f"--method={method}", "--replay_share=0.5"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for processes in (1, 2):
-        ran = subprocess.run(
-            [
-                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-                "-m", "examples.dtp.train", f"--out={tmp_path / str(processes)}", *options,
-            ],
-            check=True, cwd=tmp_path, env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-        assert f"{processes} processes" in ran.stderr
-    one, two = (load_file(tmp_path / str(processes) / "network.safetensors") for processes in (1, 2))
-    start = load_file(pretrained / "network.safetensors")
-    moved, apart = (
-        math.sqrt(sum(float((net[name] - other[name]).double().square().sum()) for name in one))
-        for net, other in ((one, start), (two, one))
-    )
-    assert moved > 0.01 and apart < 0.02 * moved  # Adam magnifies what rounding leaves of gradients near zero
-
-
-# networks
-
-
 @pytest.mark.parametrize("name", ["nafnet-small", "restormer-small"])
 def test_networks_take_any_size_and_begin_as_if_without_time_and_experts(name: str) -> None:
     timed = timed_network(name, num_timesteps=50)
@@ -296,113 +220,9 @@ def test_networks_take_any_size_and_begin_as_if_without_time_and_experts(name: s
     assert not torch.allclose(timed(image, 7), timed(image, 30))
 
 
-# degradations
-
-
-@pytest.mark.parametrize("name", DEGRADATIONS)
-def test_degradations_are_those_of_their_seed_and_harsher_elsewhere(name: str) -> None:
-    from examples.common.data.photos import load_photo
-
-    photo = load_photo("coffee")[:, 100:163, 200:277]
-
-    def spoiled(seed: int, shifted: bool = False) -> Tensor:
-        return degrade(name, photo, torch.Generator().manual_seed(seed), shifted=shifted)
-
-    one = spoiled(1)
-    assert one.shape == photo.shape and torch.equal(one, spoiled(1)) and not torch.equal(one, spoiled(2))
-    assert float(one.min()) >= 0 and float(one.max()) <= 1
-    torch.testing.assert_close(255 * one, (255 * one).round())
-    usual, elsewhere = (
-        sum(float((spoiled(seed, shifted) - photo).square().mean()) for seed in range(8)) for shifted in (False, True)
-    )
-    assert 0 < usual < elsewhere
-
-
-def test_motion_is_a_path_of_its_length_and_direction() -> None:
-    level, upright = motion_kernel(9, 0.0), motion_kernel(9, math.pi / 2)
-    assert float(level.sum()) == pytest.approx(1) and torch.allclose(level, upright.T, atol=1e-5)
-    assert float(level[level.shape[0] // 2].sum()) == pytest.approx(1, abs=1e-4)
-    places = torch.arange(level.shape[1]).float()
-    columns = level.sum(0)
-    mean = float((columns * places).sum())
-    spread = float((columns * (places - mean).square()).sum())
-    assert mean == pytest.approx(level.shape[1] // 2, abs=0.01)
-    assert spread == pytest.approx(9**2 / 12 + 1 / 6, rel=0.05)  # of a line, and of bilinear splatting
-
-
-def test_an_unknown_degradation_is_named() -> None:
-    with pytest.raises(ValueError, match="'foggy'"):
-        degrade("foggy", torch.rand(3, 8, 8), torch.Generator())
-
-
-# data on disk
-
-PAIRED = {
-    "gopro": ("train/a/blur/1.png", "train/a/sharp/1.png", "test/b/blur/2.png", "test/b/sharp/2.png"),
-    "reside6k": ("train/hazy/1.jpg", "train/GT/1.png", "test/hazy/2.png", "test/GT/2.png"),
-    "lol": ("our485/low/2.png", "our485/high/2.png", "eval15/low/1.png", "eval15/high/1.png"),
-    "raindrop": ("train/data/0_rain.png", "train/gt/0_clean.png", "test_a/data/3_rain.png", "test_a/gt/3_clean.png"),
-    "rain100h": (
-        "train/rain/norain-1x2.png", "train/norain/norain-1.png", "test/rain/rain-002.png",
-        "test/norain/norain-002.png",
-    ),
-    "srd": (
-        "train/shadow/I_1.jpg", "train/shadow_free/I_1_no_shadow.jpg", "test/shadow/I_2.png",
-        "test/shadow_free/I_2.png",
-    ),
-    "snow100k": (
-        "train/synthetic/s_1.png", "train/gt/s_1.png", "test/Snow100K-L/synthetic/s_2.png",
-        "test/Snow100K-L/gt/s_2.png",
-    ),
-    "universal": ("train/rainy/LQ/1.png", "train/rainy/GT/1.png", "val/rainy/LQ/2.png", "val/rainy/GT/2.png"),
-}  # fmt: skip
-CLEAN = {
-    "cbsd68": ("train/1.png", "original_png/2.png"),
-    "celebahq": ("train/1.jpg", "test/2.jpg"),
-    "clean": ("train/1.png", "test/2.png"),
-}
-
-
 def write(path: Path, *, size: tuple[int, int] = (30, 34)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(torch.rand(3, *size), path)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_published_layouts_are_read(layout: str, tmp_path: Path) -> None:
-    files = PAIRED.get(layout) or CLEAN[layout]
-    for file in files:
-        write(tmp_path / file)
-    (tmp_path / files[0]).with_name("Thumbs.db").write_bytes(b"")
-    found = {split: pairs(layout, tmp_path, split, "rainy") for split in ("train", "test")}
-    if layout in PAIRED:
-        assert found == {
-            "train": [(tmp_path / files[0], tmp_path / files[1])],
-            "test": [(tmp_path / files[2], tmp_path / files[3])],
-        }
-    else:
-        assert found == {"train": [(None, tmp_path / files[0])], "test": [(None, tmp_path / files[1])]}
-    data = FolderPairs({"rainy": (layout, tmp_path)}, "train", 16)
-    pair, number = data[0]  # type: ignore[misc]
-    assert pair.shape == (2, 3, 16, 16) and int(number) == 0
-    test = FolderPairs({"rainy": (layout, tmp_path)}, "test", 16)
-    assert torch.equal(test[0][0], test[0][0]) and test[0][0].shape == (2, 3, 30, 34)  # type: ignore[index]
-
-
-def test_what_is_broken_on_disk_is_named_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("1", "2", "3", "4", "5"):
-        write(tmp_path / "our485/low" / f"{name}.png")
-        if name != "4":
-            write(tmp_path / "our485/high" / f"{name}.png", size=(30, 34) if name != "3" else (20, 34))
-    (tmp_path / "our485/low/2.png").write_bytes(b"no picture")
-    write(tmp_path / "our485/low/5.png", size=(8, 8))
-    write(tmp_path / "our485/high/5.png", size=(8, 8))
-    data = FolderPairs({"low_light": ("lol", tmp_path)}, "train", 16)
-    assert [data[index] is None for index in range(len(data))] == [False, True, True, True]
-    assert "4.png skipped: no clean image" in caplog.text
-    assert "2.png" in caplog.text and "of one size" in caplog.text and "smaller than the crops" in caplog.text
-    with pytest.raises(ValueError, match="found none at train"):
-        pairs("gopro", tmp_path, "train", "blurry")
 
 
 def test_clean_folders_are_the_pool_of_pretraining_and_replay(tmp_path: Path) -> None:
@@ -434,9 +254,6 @@ def test_folders_train_and_are_tested_where_the_data_shift(tmp_path: Path) -> No
     )  # fmt: skip
     results = build(config).run()
     assert {"psnr_rainy", "psnr_inpainting", "shifted_psnr"} < set(results)
-
-
-# what is wrong
 
 
 @pytest.mark.parametrize(

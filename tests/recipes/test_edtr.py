@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -12,16 +9,14 @@ from typing import Any, get_args
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
-from safetensors.torch import load_file, save_file
-from skimage import data as photos
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from examples.common.data.folder import read_picture
 from examples.common.networks.latent_diffusion import load_latent_diffusion, scheduler
 from examples.edtr import prepare as preparing
 from examples.edtr import restore as restoring
-from examples.edtr.config import Config, MethodName
+from examples.edtr.config import MethodName
 from examples.edtr.methods import METHODS
 from examples.edtr.no_prior import NoPrior
 from examples.edtr.train import TASKS, Trainer
@@ -29,18 +24,16 @@ from examples.experiments import edtr as experiment
 from examples.experiments.report import read_runs
 from restoreloss import Alternation, LatentPrior, NoiseSchedule, WaveletColorFix
 from restoreloss.restorers import EDTR, small_latent_prior
-from tests.helpers.processes import ROOT
 from tests.helpers.restorers import small_edtr
+from tests.recipes import cases
 
-SMALL: dict[str, Any] = {"batch": 4, "train_count": 20, "test_count": 6, "mixture_extent": 0.2, "cpu": True}
-TINY = Config(out=Path(), steps=3, save_every=2, long_steps=3, **SMALL)
+SMALL: dict[str, Any] = {**cases.EDTR_DATA, "cpu": True}
+TINY = cases.EDTR
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("edtr") / "prepared"
-    preparing.prepare(preparing.Config(out=folder, steps=2, prior_steps=2, tasks=list(TASKS), **SMALL))
-    return folder
+def prepared(prepared: cases.Prepared) -> Path:
+    return prepared.edtr
 
 
 def trainer(out: Path, prepared: Path, **changes: Any) -> Trainer:
@@ -105,56 +98,6 @@ def test_one_restorer_serves_three_tasks_in_turn(
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", [{}, {"all_in_one": True}, {"n": 4}])
-def test_a_stopped_run_resumes_with_the_same_numbers(
-    changes: dict[str, Any], tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = trainer(tmp_path / "whole", prepared, steps=5, **changes).run()
-    with monkeypatch.context() as patch:
-        steps, step = [0], Alternation.step
-
-        def count(self: Any, batch: Any) -> Any:
-            steps[0] += 1
-            if steps[0] == 4:
-                raise KeyboardInterrupt
-            return step(self, batch)
-
-        patch.setattr(Alternation, "step", count)
-        with pytest.raises(KeyboardInterrupt):
-            trainer(tmp_path / "stopped", prepared, steps=5, **changes).run()
-    resumed = trainer(tmp_path / "stopped", prepared, steps=5, **changes).run()
-    assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
-    for file in (tmp_path / "whole").glob("*.safetensors"):
-        other = load_file(tmp_path / "stopped" / file.name)
-        assert all(torch.equal(value, other[name]) for name, value in load_file(file).items())
-
-
-@pytest.mark.slow  # test_distributed.py has the full method
-def test_two_processes_train_the_restorer_that_one_trains(tmp_path: Path, prepared: Path) -> None:
-    small = [f"--{name}={str(value).lower()}" for name, value in SMALL.items()]
-    # the reference's features alone: those of H follow its batch statistics, which are each process's own
-    options = [*small, "--steps=2", f"--prepared={prepared}", "--method=only_reference"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for processes in (1, 2):
-        subprocess.run(
-            [
-                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-                "-m", "examples.edtr.train", f"--out={tmp_path / str(processes)}", *options,
-            ],
-            check=True, cwd=tmp_path, env=environment, capture_output=True,
-        )  # fmt: skip
-    one, two = (load_file(tmp_path / str(processes) / "edtr.safetensors") for processes in (1, 2))
-    start = trainer(tmp_path / "start", prepared, method="only_reference").restorer.state_dict()
-    moved, apart_by = (
-        math.sqrt(sum(float((net[name] - other[name]).double().square().sum()) for name in one))
-        for net, other in ((one, start), (two, one))
-    )
-    assert moved > 0.01 and apart_by < 0.02 * moved  # AdamW magnifies what rounding leaves of gradients near zero
-
-
-# Algorithm S1
-
-
 def test_a_step_is_the_algorithm_written_out(tmp_path: Path, prepared: Path) -> None:
     run = trainer(tmp_path / "run", prepared, n=4)
     (reader,) = run.readers.values()
@@ -185,8 +128,8 @@ def test_a_step_is_the_algorithm_written_out(tmp_path: Path, prepared: Path) -> 
     for name, network in (("task", reader.network), ("reference", hq_net.network)):
         kept: list[Tensor] = []
         hook = network.get_submodule(hq_net.layers[0]).register_forward_hook(lambda m, i, o, kept=kept: kept.append(o))
-        for picture in (image, batch.first):
-            network((picture - mean) / std)
+        for shown in (image, batch.first):
+            network((shown - mean) / std)
         hook.remove()
         wanted[name] = (kept[0] - kept[1]).abs().mean() / 2
     for (name, value), expected in zip(terms.items(), wanted.values(), strict=True):
@@ -233,9 +176,6 @@ def test_the_pre_restoration_runs_once_a_step(tmp_path: Path, prepared: Path) ->
     assert count == [1, 1]
 
 
-# the restorer
-
-
 def test_without_prior_the_controlnet_restores_alone() -> None:
     edtr = small_edtr(NoPrior)
     hint = edtr.hint(torch.rand(1, 3, 16, 16))
@@ -267,29 +207,6 @@ def test_folders_of_stable_diffusion_are_read(tmp_path: Path) -> None:
         load_latent_diffusion(tmp_path / "words")
 
 
-# pictures
-
-
-def test_a_folder_is_restored(tmp_path: Path, prepared: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer(tmp_path / "run", prepared, steps=1).run()
-    pictures = tmp_path / "pictures"
-    (pictures / "deep").mkdir(parents=True)
-    cat = torch.from_numpy(photos.chelsea()[:50, :61].copy()).permute(2, 0, 1) / 255
-    save_image(cat, pictures / "cat.png")
-    save_image(cat[:, :48], pictures / "cat.jpg")
-    save_image(cat[:, :20, :20], pictures / "deep" / "part.png")
-    (pictures / "broken.png").write_bytes(b"no picture")
-    with caplog.at_level("INFO"):
-        for out in ("out", "again"):
-            command = ["--run", str(tmp_path / "run"), "--tile", "32", "--n", "2", str(pictures), str(tmp_path / out)]
-            restoring.main([*command, "--device", "cpu"])
-    assert "broken.png skipped" in caplog.text and "3 images restored" in caplog.text
-    shapes = {"cat.png": (3, 48, 61), "cat.png.png": (3, 50, 61), "deep/part.png": (3, 20, 20)}
-    for name, shape in shapes.items():
-        first, again = (read_picture(tmp_path / out / name) for out in ("out", "again"))
-        assert first.shape == shape and torch.equal(first, again)
-
-
 def test_restoring_pads_as_the_run_did(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer(tmp_path / "run", prepared, steps=1, smallest=64).run()
     (tmp_path / "pictures").mkdir()
@@ -297,7 +214,7 @@ def test_restoring_pads_as_the_run_did(tmp_path: Path, prepared: Path, monkeypat
     seen = []
     hint = EDTR.hint
     monkeypatch.setattr(EDTR, "hint", lambda self, degraded: seen.append(degraded.shape[2:]) or hint(self, degraded))
-    restoring.main(["--run", str(tmp_path / "run"), "--device", "cpu", str(tmp_path / "pictures"), str(tmp_path / "o")])
+    restoring.main([str(tmp_path / "run"), str(tmp_path / "pictures"), str(tmp_path / "o"), "--device", "cpu"])
     assert seen == [(64, 64)]
 
 
@@ -315,9 +232,6 @@ def test_the_pre_restoration_learns_from_patches(tmp_path: Path) -> None:
     for changes, message in (({"tasks": []}, "at least one task"), ({"task": "detection"}, "`tasks` should")):
         with pytest.raises(ValueError, match=message):
             preparing.prepare(replace(config, **changes))
-
-
-# what is wrong
 
 
 @pytest.mark.parametrize(

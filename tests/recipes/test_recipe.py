@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from examples.common.data.tasks import IGNORED, InMemory
 from examples.common.engine.evaluation import first_usable
 from examples.common.engine.run_directory import RunDirectory
-from examples.common.networks.restorers import fit_sizes, restorer
+from examples.common.networks.restorers import restorer
 from examples.diffloss.config import Config
 from examples.diffloss.train import Trainer
 from examples.dtp.config import Config as DTPConfig
@@ -185,9 +185,6 @@ def test_an_evaluation_on_the_way_that_failed_is_done_again(tmp_path: Path, monk
     assert [row["step"] for row in rows if "test/psnr" in row] == [2, 4]
 
 
-# before the first step
-
-
 def write(path: Path, height: int = 40, width: int = 44) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)).save(path)
@@ -278,33 +275,6 @@ def test_the_check_leaves_no_trace_in_the_randomness(tmp_path: Path, monkeypatch
     without = steps("without")
     assert all(torch.equal(value, without[name]) for name, value in with_check.items())
     torch.set_rng_state(state)
-
-
-@pytest.mark.parametrize("name", ["RetinexFormer", "HVICIDNet", "Uformer"])
-def test_a_network_of_spandrel_takes_any_size(name: str) -> None:
-    network = restorer(f"spandrel/{name}", 1).eval()
-    assert not any(key.startswith("network.") for key in network.state_dict())
-    with torch.no_grad():
-        for size in ((48, 48), (33, 41)):
-            assert network(torch.rand(1, 3, *size)).shape == (1, 3, *size)
-
-
-def test_a_size_that_fits_is_not_touched_and_others_are_continued_by_reflection() -> None:
-    from spandrel import SizeRequirements
-
-    class Seen(nn.Module):
-        def forward(self, image: Tensor) -> Tensor:
-            self.image = image
-            return nn.functional.interpolate(image, scale_factor=2)
-
-    network: Any = fit_sizes(Seen(), SizeRequirements(minimum=8, multiple_of=4), 2)
-    image = torch.rand(1, 3, 8, 12)
-    assert network(image).shape == (1, 3, 16, 24) and torch.equal(network.image, image)
-    image = torch.rand(1, 3, 7, 13)
-    found = network(image)
-    assert network.image.shape == (1, 3, 8, 16) and found.shape == (1, 3, 14, 26)
-    assert torch.equal(network.image[..., :7, 13:], image[..., [11, 10, 9]])
-    assert torch.equal(found, nn.functional.interpolate(image, scale_factor=2))
 
 
 def test_a_network_that_cannot_take_the_test_images_is_refused_with_their_size(

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from examples.common.networks.restorers import EDSR, load_weights, restorer
+from examples.common.networks.edsr import EDSR
+from examples.common.networks.restorers import restorer
+from examples.common.networks.weights import load_weights
 from restoreloss.weights import load_state, read_weights
 
 

@@ -17,7 +17,8 @@ from examples.common.data.tasks import IGNORED, InMemory, Task, TaskData, collat
 from examples.common.engine.recipe import naming
 from examples.common.engine.recognition import Recognition, features_of
 from examples.common.engine.run_directory import RunDirectory
-from examples.common.networks.restorers import load_weights, recogniser
+from examples.common.networks.recognisers import recogniser
+from examples.common.networks.weights import load_weights
 from restoreloss import frozen
 
 BATCH, SAMPLES = 50, 8

@@ -25,7 +25,7 @@ from examples.common.data.tasks import TaskData
 from examples.common.engine.batches import Batches, chance, loader
 from examples.common.engine.options import DataOptions, RunOptions, TrainerOptions, check_numbers
 from examples.common.engine.run_directory import RunDirectory, finished_run
-from examples.common.networks.restorers import load_saved
+from examples.common.networks.weights import load_saved
 from restoreloss.frozen import bare
 
 logger = logging.getLogger(__name__)

@@ -54,6 +54,10 @@ OWN = {
     "examples.edtr.prepare": {"--tasks=[]": "`tasks`", "--pre_lr=-1": "`pre_lr`"},
     "examples.unirestore.prepare": {"--pictures=nowhere": "`pictures`"},
 }  # fmt: skip
+RESTORING = {
+    "": "images", "run in": "out", "nowhere in out": "`run`", "run in out --tile=x": "tile", "run in out --tile=1": "`tile`", "run in out --tile=-1": "`tile`",
+    "run in out --seed=-1": "`seed`", "run in out --seed=x": "seed", "run in out --overlap=x": "overlap", "run in out --overlap=300": "`overlap`", "run in out --device=abacus": "device",
+}  # fmt: skip
 SCRIPTS = {
     "examples.quickstart --loss=diff": {
         "--steps=1": "steps", "--steps=x": "steps", "--blur=99": "blur", "--blur=-1": "blur", "--noise=-1": "noise", "--noise=nan": "noise", "--share=0": "share", "--share=2": "share",
@@ -73,14 +77,11 @@ SCRIPTS = {
     "examples.experiments.diffloss": {"": "study", "nothing --out=x": "study", "gamma": "out", "gamma --out=x --steps=x": "steps", "gamma --out=x --seeds": "seeds"},
     "examples.experiments.report": {"": "RUNS", "nowhere": "nowhere", "nowhere --by=size": "by"},
     "examples.experiments.contact_sheet": {"--photo=dog": "photo", "--seed=x": "seed"},
-    "examples.edtr.restore": {
-        "": "pictures", "in out": "run", "in out --run=nowhere": "nowhere", "in out --run=nowhere --tile=x": "tile", "in out --run=nowhere --tile=1": "`tile`",
-        "in out --run=nowhere --seed=-1": "`seed`", "in out --run=nowhere --n=x": "n",
-    },
-    "examples.unirestore.restore": {
-        "": "pictures", "in out": "run", "in out --run=nowhere": "nowhere", "in out --run=nowhere --steps=x": "steps", "in out --run=nowhere --tile=x": "tile",
-        "in out --run=nowhere --seed=-1": "`seed`", "in out --run=nowhere --overlap=x": "overlap",
-    },
+    "examples.sr4ir.restore": RESTORING,
+    "examples.dtp.restore": {**RESTORING, "run in out --degradation": "degradation"},
+    "examples.diffloss.restore": {**RESTORING, "run in out --weights=first": "weights"},
+    "examples.edtr.restore": {**RESTORING, "run in out --n=x": "n", "run in out --smallest=-1": "`smallest`"},
+    "examples.unirestore.restore": {**RESTORING, "run in out --steps=x": "steps", "run in out --smallest=-1": "`smallest`"},
     "examples.experiments.sr4ir": {"nothing": "nothing"},
     "examples.experiments.edtr": {"nothing --out=x": "nothing"},
     "examples.experiments.dtp": {"nothing --out=x": "nothing"},
