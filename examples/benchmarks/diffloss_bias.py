@@ -1,4 +1,4 @@
-"""How near is the gradient of less work to the gradient of the whole, and what does it cost?
+"""How near the gradient of a cheaper DiffLoss is to that of the whole one, and what it costs.
 
     python -m examples.benchmarks.diffloss_bias
 
@@ -33,7 +33,7 @@ SETTINGS: Mapping[str, tuple[dict[str, Any], int]] = {
 """Options of DiffLoss and Subsampled, and how many draws look at as much as one of the whole."""
 
 
-def pictures(size: int, count: int) -> tuple[Tensor, Tensor]:
+def images(size: int, count: int) -> tuple[Tensor, Tensor]:
     """Degraded and clean crops of all held-out photographs."""
     clean = torch.cat([grid_crops(load_photo(name), size, count) for name in HELD_OUT])
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="(default: %(default)s)")
     args = parser.parse_args()
 
-    restored, clean = pictures(args.size, 1)
+    restored, clean = images(args.size, 1)
     timesteps = (100, 600)
     losses = {
         name: Subsampled(

@@ -1,4 +1,4 @@
-"""What does one DiffLoss call with its backward cost, next to what it must cost?
+"""The cost of a DiffLoss with its backward pass, next to the least that it must cost.
 
     python -m examples.benchmarks.diffloss_cost                                              # two cores
     python -m examples.benchmarks.diffloss_cost --prior adm --size 256 --device cuda         # the paper's prior
@@ -142,7 +142,7 @@ def naive_step(prior: Subject, restored: Tensor, clean: Tensor) -> Callable[[], 
     def step() -> None:
         (noise_z, h_z), (noise_x, h_x) = prior.look(restored.clone().requires_grad_()), prior.look(clean)
         (F.mse_loss(noise_z, noise_x) + 0.01 * F.mse_loss(h_z, h_x)).backward()
-        # the weights' gradients stay: the optimiser that zeroes gradients is the restorer's
+        # the weights' gradients stay: the optimizer that zeroes gradients is the restorer's
 
     return step
 

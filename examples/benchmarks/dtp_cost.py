@@ -1,4 +1,4 @@
-"""What do the parts of DTP cost, next to a training step, and to the same thing written plainly?
+"""The cost of the parts of DTP, next to a training step, and to the same thing written plainly.
 
     python -m examples.benchmarks.dtp_cost
 
@@ -46,7 +46,7 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
 
 
 def batch(count: int, size: int) -> tuple[Tensor, ...]:
-    """Pictures with noise, timesteps, noise."""
+    """Images with noise, timesteps, noise."""
     noise = torch.randn(count, 3, size, size)
     return torch.rand(count, 3, size, size) + 0.04 * noise, torch.randint(1, 50, (count,)), noise
 
@@ -143,7 +143,7 @@ def gradients(size: int, count: int, rounds: int) -> tuple[float, float]:
 
 
 def experts(name: str, size: int, count: int, rounds: int) -> tuple[float, ...]:
-    """With experts against without: time of a step (0 without rounds), parameters, multiplications of one picture."""
+    """With experts against without: time of a step (0 without rounds), parameters, multiplications of one image."""
     networks = {moe: timed_network(name, num_timesteps=50, moe=moe) for moe in (False, True)}
     images = torch.rand(count, 3, size, size)
     floating = []
@@ -173,7 +173,7 @@ def main() -> None:
     faster = {size: importance(size, args.samples, args.rounds) for size in (8, 16, 32)}
     print("".join(f"{f'{size} x {size}':>12}{value:>8.1f}\n" for size, value in faster.items()), end="")
     closed, as_loss = penalty(32, 8, args.rounds)
-    print(f"Penalty, share of a training step (8 pictures of 32): closed form {closed:.3f}, as a loss {as_loss:.3f}")
+    print(f"Penalty, share of a training step (8 images of 32): closed form {closed:.3f}, as a loss {as_loss:.3f}")
     projected, orthogonal = gradients(32, 8, args.rounds)
     print(f"Step on both objectives: projected {projected:.2f} of the plain one, orthogonality loss {orthogonal:.2f}")
     print("Experts                time of a step    parameters (M)      multiplications of 128 x 128 (G)")

@@ -1,11 +1,11 @@
-"""What does an iteration of EDTR cost, next to the same iteration written without a thought?
+"""The cost of an iteration of EDTR, next to the same iteration written plainly.
 
     python -m examples.benchmarks.edtr_cost
 
 Both update the restorer by the HLF loss, then the task network by its task and the FM loss (Algorithm S1), on the same
-pictures and noise; pre-restoration and encoding are done once, and the task network reads its batch once, in both.
+images and noise; pre-restoration and encoding are done once, and the task network reads its batch once, in both.
 Written plainly, the HLF loss runs both task networks to their end with their weights in the graph, the features of HQ
-pictures carry a graph too, and the teacher sees the HQ pictures once more for the FM loss. Time is measured in turn,
+images carry a graph too, and the teacher sees the HQ images once more for the FM loss. Time is measured in turn,
 round after round; the ratio is the median over the rounds. Memory is the growth of the process's peak during two
 iterations, each variant in a process of its own. The gradients must be equal, or the benchmark fails.
 """
@@ -156,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="half of it is restored (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=64, help="of the pictures (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=64, help="of the images (default: %(default)s)")
     args = parser.parse_args()
     memory = memory_of_each(args.batch, args.size)
     steps = {variant: iteration(variant, args.batch, args.size) for variant in VARIANTS}
@@ -173,7 +173,7 @@ def main() -> None:
             steps[variant]()
             times.append(time.perf_counter() - started)
         ratios.append(times[1] / times[0])
-    print(f"{args.batch} pictures of {args.size}x{args.size}, ResNet18, small prior; {args.rounds} rounds\n")
+    print(f"{args.batch} images of {args.size}x{args.size}, ResNet18, small prior; {args.rounds} rounds\n")
     print(f"time, ours / plain                {statistics.median(ratios):.2f}")
     print(f"peak memory, ours / plain         {memory['ours'] / memory['plain']:.2f}")
     print(f"gradients differ by               {gaps[0]:.1e} (restorer), {gaps[1]:.1e} (task network)")

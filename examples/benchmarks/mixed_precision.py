@@ -1,4 +1,4 @@
-"""Does half precision change where a loss pulls? The gradient under autocast, next to that of float32.
+"""The gradients of all losses under autocast, next to those of float32.
 
     python -m examples.benchmarks.mixed_precision
 
@@ -158,7 +158,7 @@ def cosine(one: Iterable[Tensor], other: Iterable[Tensor]) -> float:
 
 
 def seeded(objective: Any) -> Loss:
-    """The objective with chance of its own, the same at every call, where it takes some."""
+    """The objective with a generator, the same at every call, where it takes one."""
     if "generator" not in inspect.signature(getattr(objective, "forward", objective)).parameters:
         return objective  # type: ignore[no-any-return]
     return lambda restored, clean: objective(restored, clean, generator=torch.Generator().manual_seed(0))
@@ -201,16 +201,16 @@ def others(network: nn.Module, batch: Batch) -> dict[str, tuple[Callable[[], Ten
     matching, denoising = FeatureMatchingLoss(student, reader(1)), DenoisingLoss(prior, NoiseSchedule.linear())
     restored = network(batch.degraded).detach()
     start = restored.clone().requires_grad_()
-    chance = torch.Generator
+    seeded = torch.Generator
 
     def diffused() -> Tensor:
         return nn.functional.l1_loss(
-            partial_diffusion(as_denoiser(prior), start, short_steps(200, 2), generator=chance().manual_seed(0)),
+            partial_diffusion(as_denoiser(prior), start, short_steps(200, 2), generator=seeded().manual_seed(0)),
             batch.clean,
         )
 
     def mixed() -> Tensor:
-        mixture = mix(network(batch.degraded), batch.clean, generator=chance().manual_seed(0))
+        mixture = mix(network(batch.degraded), batch.clean, generator=seeded().manual_seed(0))
         return nn.functional.mse_loss(mixture, batch.degraded)
 
     weights = {
@@ -222,7 +222,7 @@ def others(network: nn.Module, batch: Batch) -> dict[str, tuple[Callable[[], Ten
             lambda: matching(restored, batch.clean), weights["student"],
         ),
         "DenoisingLoss of the small prior, to its weights": (
-            lambda: denoising(batch.clean, generator=chance().manual_seed(0)), weights["prior"],
+            lambda: denoising(batch.clean, generator=seeded().manual_seed(0)), weights["prior"],
         ),
         "partial_diffusion, two steps, to the restored image": (diffused, [start]),
         "CQMix and MSE, to the restorer": (mixed, list(network.parameters())),
@@ -245,8 +245,8 @@ def nearer(objective: Any, batch: Batch, precision: torch.dtype) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=4, help="pictures")
-    parser.add_argument("--size", type=int, default=32, help="of a picture")
+    parser.add_argument("--count", type=int, default=4, help="images")
+    parser.add_argument("--size", type=int, default=32, help="of an image")
     options = parser.parse_args()
     torch.set_num_threads(1)
     batch, network = photographs(options.count, options.size), restorer()

@@ -1,9 +1,9 @@
-"""What does a training step with TDPLoss and CQMix cost, next to the same step written without a thought?
+"""The cost of a training step with TDPLoss and CQMix, next to the same step written plainly.
 
     python -m examples.benchmarks.tdp_cost
 
 Phase 1 of SR4IR: the restorer (EDSR-baseline, x4) learns from L1 and TDP. Written plainly, the task network runs to its
-end for both pictures, the HR picture's features carry a graph, and the task network's own gradients are computed and
+end for both images, the HR image's features carry a graph, and the task network's own gradients are computed and
 thrown away. As published, its parameters are frozen, so that only the head is too much. All steps, and CQMix alone, are
 measured in turn, round after round; ratios are medians over the rounds. The gradients of the restorer must be equal, or
 the benchmark fails.
@@ -103,14 +103,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11, help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="(default: %(default)s)")
-    parser.add_argument("--size", type=int, default=128, help="of the HR pictures (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=128, help="of the HR images (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     args = parser.parse_args()
 
     generator = torch.Generator().manual_seed(1)
     hr = torch.rand(args.batch, 3, args.size, args.size, generator=generator).to(args.device)
     lr = low_resolution(hr, 4)
-    print(f"{args.batch} pictures of {args.size}x{args.size}, {args.device}; medians over {args.rounds} rounds\n")
+    print(f"{args.batch} images of {args.size}x{args.size}, {args.device}; medians over {args.rounds} rounds\n")
     print(f"{'':<34}{'ours / plain':>14}{'ours / published':>18}{'CQMix / ours':>14}{'gradients differ by':>22}")
     for name, network in task_networks(args.size).items():
         network = network.to(args.device)

@@ -57,7 +57,7 @@ class AdversarialLoss:
         """The phase of the discriminator, in which the restoration network is frozen."""
         optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.options.lr, betas=(0.5, 0.99))
         return Phase(
-            "judge", [self.discriminator], objective, self.accelerator.prepare(optimizer), frozen=[restorer]
+            "discriminator", [self.discriminator], objective, self.accelerator.prepare(optimizer), frozen=[restorer]
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What can be set, in a YAML file and on the command line?"""
+"""The options of DiffLoss, in a YAML file and on the command line."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ class Pixel:
     """The pixels.
 
     Attributes:
-        weight: of the term.
+        weight: weight of the term.
         distance: L1, or mean squared error as in the paper.
     """
 
@@ -26,22 +26,23 @@ class Diff:
     """A diffusion prior: :class:`restoreloss.DiffLoss`.
 
     Attributes:
-        weight: gamma; 0 leaves the prior out.
-        share: instead of a weight, the share of the gradient that the prior has at degraded training pictures.
+        weight: gamma, the weight of the term; 0 leaves the prior out.
+        share: instead of a weight, the share of the gradient that the prior has at degraded training images.
         prior: "small" for the one that ships, or what :func:`restoreloss.load_prior` reads: a folder, a file, a name.
-        head_channels: of a guided-diffusion file that is none of the published ones (:func:`restoreloss.load_prior`).
-        grouped_heads: likewise.
-        noise_weight: of the predicted noise.
-        h_space_weight: of the bottleneck, lambda.
-        timesteps: to draw from, low included and high not; the default is all.
-        distance: of two predictions.
-        compare: the noise, or what the model itself predicts.
-        constrain: what is made of the noise before it is compared (Table 4): nothing, the clean picture x0-hat, or the
-            mean of the picture one step less noisy, x_{t-1}; for priors of pixels, without h-space.
-        snr_power: weigh timesteps by SNR to this power.
-        crop: look at one tile of each picture, of so many pixels or such a share of the sides.
-        subset: look at so many pictures of a batch, or such a share.
-        every: look at every k-th step.
+        head_channels: channels of an attention head, for a guided-diffusion file that is none of the published ones
+            (:func:`restoreloss.load_prior`).
+        grouped_heads: order of its attention's channels, likewise.
+        noise_weight: weight of the predicted noise.
+        h_space_weight: lambda, the weight of the bottleneck.
+        timesteps: timesteps to draw from, low included and high not; the default is all.
+        distance: distance of two predictions.
+        compare: whether the noise is compared, or what the model itself predicts.
+        constrain: what is made of the noise before it is compared (Table 4): nothing, the clean image x0-hat, or the
+            mean of the image one step less noisy, x_{t-1}; for priors of pixels, without h-space.
+        snr_power: power of the signal-to-noise ratio that timesteps are weighted by.
+        crop: side of the one tile of each image that is compared, in pixels or as a share of the sides.
+        subset: number of images of a batch that are compared, or their share.
+        every: compare at every k-th step alone.
         bf16: convert the prior to bfloat16.
         checkpointing: recompute the prior's blocks in the backward pass.
     """
@@ -70,9 +71,9 @@ class Perceptual:
     """Features of a VGG16, to compare the prior to.
 
     Attributes:
-        weight: of the term; 0 leaves it out.
-        layers: of torchvision's network.
-        weights: its state dict, where torchvision cannot download one.
+        weight: weight of the term; 0 leaves it out.
+        layers: layers of torchvision's network.
+        weights: file of its state dict, where torchvision cannot download one.
     """
 
     weight: float = 0.0
@@ -85,9 +86,9 @@ class Adversarial:
     """A discriminator of patches, to compare the prior to.
 
     Attributes:
-        weight: of the term; 0 leaves it out.
-        lr: of the discriminator (Adam).
-        width: of its first layer.
+        weight: weight of the term; 0 leaves it out.
+        lr: learning rate of the discriminator (Adam).
+        width: channels of its first layer.
     """
 
     weight: float = 0.0
@@ -100,17 +101,18 @@ class Config(PairOptions, TrainerOptions):
     """One run. The defaults train on two cores in a minute.
 
     Attributes:
-        network: of examples/common/networks/restorers.py: nafnet-small, nafnet, restormer, swinir, ..., or "file".
-        weights: a checkpoint to begin with; of "file", whatever spandrel reads.
+        network: restoration network, one of examples/common/networks/restorers.py: nafnet-small, nafnet, restormer,
+            swinir, ..., or "file".
+        weights: checkpoint to begin with; of "file", whatever spandrel reads.
         pixel: the pixel loss.
         diff: the diffusion prior.
-        perceptual: features of a VGG16.
-        adversarial: a discriminator.
-        lr: of the restoration network (Adam), cosine to ``lr_min``.
-        lr_min: at the end.
+        perceptual: the features of a VGG16.
+        adversarial: the discriminator.
+        lr: learning rate of the restoration network (Adam), which falls by a cosine to ``lr_min``.
+        lr_min: learning rate at the end.
         ema: decay of the average of the weights, which is then tested and kept; 0 for none.
         accumulate: parts of a batch that are looked at one after the other.
-        lpips: test with LPIPS as well, where its weights can be had.
+        lpips: test with LPIPS as well, where its weights can be downloaded.
     """
 
     network: str = "nafnet-small"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from examples.common.data.pairs import Pairs
-from examples.common.engine.batches import chance
+from examples.common.engine.batches import derive_seed
 from examples.diffloss.comparisons import constrained, perceptual_loss
 from examples.diffloss.config import Config, Diff
 from restoreloss import DiffLoss, Subsampled, WeightedSum, calibrate, load_prior, small_prior
@@ -100,7 +100,7 @@ def _calibrated(
         others = [name for name in objectives if name != "diff"]
         raise ValueError(f"`diff.share` should stand beside the pixel loss and no other, found {others}.")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(chance(config.seed, 2))
+        torch.manual_seed(derive_seed(config.seed, 2))
         read = [train_data[number] for number in range(min(8, len(train_data)))]
     pairs = [sample[0] for sample in read if sample is not None]
     if not pairs:

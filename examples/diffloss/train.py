@@ -25,7 +25,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from examples.common.data.degradations import DEGRADATIONS
 from examples.common.data.pairs import test_pairs, training_pairs
 from examples.common.engine import command_line
-from examples.common.engine.batches import chance
+from examples.common.engine.batches import derive_seed
 from examples.common.engine.recipe import Recipe, Stage, naming
 from examples.common.engine.schedules import cosine_schedule
 from examples.common.networks.restorers import restorer
@@ -40,19 +40,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs, and the chance of each: what the prior is shown of a pair depends on no other, nor on the process."""
+    """Pairs, and a generator for each: what the prior is shown of a pair depends on no other, nor on the process."""
 
     degraded: Tensor
     clean: Tensor
     step: int
-    chance: list[torch.Generator]
+    generators: list[torch.Generator]
 
     def split(self, parts: int) -> list["Batch"]:
         """As so many batches of one size."""
-        chances = iter(self.chance)
+        generators = iter(self.generators)
         pairs = zip(self.degraded.chunk(parts), self.clean.chunk(parts), strict=True)
         return [
-            replace(self, degraded=degraded, clean=clean, chance=[next(chances) for _ in degraded])
+            replace(self, degraded=degraded, clean=clean, generators=[next(generators) for _ in degraded])
             for degraded, clean in pairs
         ]
 
@@ -72,7 +72,7 @@ class Trainer(Recipe[Batch]):
             self.train_data = training_pairs(config, config.degradations)
         self.tests = {name: test_pairs(config, name, shifted=False) for name in config.degradations}
         if empty := [name for name, found in self.tests.items() if not found]:
-            raise ValueError(f"`places` should have test images of {empty[0]!r} that can be read, found none.")
+            raise ValueError(f"`pairs` should have test images of {empty[0]!r} that can be read, found none.")
         begins_with = config.weights if config.evaluate is None else config.evaluate / "restorer.safetensors"
         network = restorer(config.network, 1, begins_with, option="network")
         _check_size(network, config.patch, config.network)
@@ -95,12 +95,12 @@ class Trainer(Recipe[Batch]):
         logged = [row["test/psnr"] for row in self.run_directory.metrics() if "test/psnr" in row]
         self.best = max((psnr for psnr in logged if not math.isnan(psnr)), default=-math.inf)
 
-    def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
+    def batch(self, images: Any, targets: Any, step: int, steps: int) -> Batch:
         """Pairs of the training data, which were degraded when they were read."""
-        degraded, clean = pictures.to(self.device).unbind(1)
+        degraded, clean = images.to(self.device).unbind(1)
         numbers = range(first := self.first_number(step), first + len(degraded))
-        chances = [torch.Generator().manual_seed(chance(self.config.seed, 1, number)) for number in numbers]
-        return Batch(degraded, clean, step, chances)
+        generators = [torch.Generator().manual_seed(derive_seed(self.config.seed, 1, number)) for number in numbers]
+        return Batch(degraded, clean, step, generators)
 
     def phases(self) -> Alternation[Batch]:
         """The discriminator, where there is one, and the restoration network."""
@@ -122,7 +122,7 @@ class Trainer(Recipe[Batch]):
         if self.diff is not None:
             self.diff.calls = batch.step  # so that every k-th step is the same step after a stop
         restored = self.net(batch.degraded)
-        terms = self.objectives.terms(restored, batch.clean, generator=batch.chance)
+        terms = self.objectives.terms(restored, batch.clean, generator=batch.generators)
         if self.adversarial is not None:
             terms["adversarial"] = self.adversarial(restored)
         return terms
@@ -165,7 +165,7 @@ class Trainer(Recipe[Batch]):
     def _test_figures(
         self, tests: Mapping[str, list[tuple[Tensor, Tensor]]]
     ) -> tuple[dict[str, float], dict[str, list[Tensor]]]:
-        """Figures by "degradation_figure", and pictures of one size."""
+        """Figures by "degradation_figure", and images of one size."""
         network = self.tested
         training = network.training
         network.eval()
@@ -178,16 +178,16 @@ class Trainer(Recipe[Batch]):
                 for degraded, clean in found:
                     degraded, clean = degraded.to(self.device), clean.to(self.device)
                     restored = network(degraded).clamp(0, 1)
-                    for prefix, picture in (("", restored), ("degraded_", degraded)):
-                        psnr = peak_signal_noise_ratio(picture, clean, data_range=1.0)
-                        ssim: Any = structural_similarity_index_measure(picture, clean, data_range=1.0)
+                    for prefix, image in (("", restored), ("degraded_", degraded)):
+                        psnr = peak_signal_noise_ratio(image, clean, data_range=1.0)
+                        ssim: Any = structural_similarity_index_measure(image, clean, data_range=1.0)
                         values.setdefault(f"{prefix}psnr", []).append(float(psnr))
                         values.setdefault(f"{prefix}ssim", []).append(float(ssim))
                     if perceptual is not None:
                         values.setdefault("lpips", []).append(float(perceptual(restored, clean)))
-                    if all(picture.shape[2:] == clean.shape[2:] for picture in rows["hr"]):
-                        for kind, picture in zip(rows, (degraded, restored, clean), strict=True):
-                            rows[kind].append(picture.cpu())
+                    if all(image.shape[2:] == clean.shape[2:] for image in rows["hr"]):
+                        for kind, image in zip(rows, (degraded, restored, clean), strict=True):
+                            rows[kind].append(image.cpu())
                 figures |= {f"{name}_{key}": sum(each) / len(each) for key, each in values.items()}
         finally:
             network.train(training)
@@ -198,7 +198,7 @@ class Trainer(Recipe[Batch]):
         self.run_directory.save_weights("last", self.tested)
 
     def keep(self, step: int, figures: Mapping[str, float], samples: Mapping[str, Any]) -> None:
-        """The network of the best PSNR, and how its pictures look."""
+        """The network of the best PSNR, and how its images look."""
         self.run_directory.grid("test", [samples[name] for name in ("lr", "restored", "hr")], step=step)
         if figures["psnr"] > self.best:
             self.best = figures["psnr"]
@@ -244,7 +244,7 @@ def _check(config: Config, processes: int) -> None:
 
 @torch.no_grad()
 def _check_size(network: nn.Module, patch: int, name: str) -> None:
-    """Raise ``ValueError`` unless a network maps colour pictures to colour pictures of the same size."""
+    """Raise ``ValueError`` unless a network maps color images to color images of the same size."""
     training = network.training
     network.eval()
     try:

@@ -1,4 +1,4 @@
-"""How was the prior that ships made, and how do I make one on my own photographs?
+"""Train a small prior: the one that ships, or one on your own photographs.
 
     python -m examples.diffloss.train_prior --out runs/prior
 
@@ -57,7 +57,7 @@ class Recipe:
 
 
 class Trainer:
-    """The network, its moving average, the optimiser and the random stream: all that a resumed run needs."""
+    """The network, its moving average, the optimizer and the random stream: all that a resumed run needs."""
 
     def __init__(self, recipe: Recipe) -> None:
         torch.manual_seed(recipe.seed)
@@ -139,7 +139,7 @@ class Trainer:
 
 
 def jitter(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Give half of the crops another white balance, exposure and gamma: fourteen photographs have few colours."""
+    """Give half of the crops another white balance, exposure and gamma: fourteen photographs have few colors."""
     shape = (len(x), 3, 1, 1)
     gain = 0.8 + 0.4 * torch.rand(shape, generator=generator)
     gamma = torch.exp2(torch.rand((len(x), 1, 1, 1), generator=generator) - 0.5)
@@ -205,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/prior"), help="run directory (default: %(default)s)")
     parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="your own pictures instead of the built-in photographs"
+        "--images", type=Path, metavar="DIR", help="your own images instead of the built-in photographs"
     )
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="training steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=Recipe.seed)

@@ -1,4 +1,4 @@
-"""What can be set, in a YAML file and on the command line?"""
+"""The options of DTP, in a YAML file and on the command line."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,28 +26,29 @@ class Config(PairOptions, TrainerOptions):
 
     Attributes:
         method: "pretrain" learns to generate (TMGP); the others learn to restore, see examples/dtp/methods.py.
-        pretrained: the run directory of "pretrain", which the others begin with.
-        order: how several are learned: all together, or one more after the other (TIT), by ``timesteps``.
+        pretrained: run directory of "pretrain", which the others begin with.
+        order: order in which several degradations are learned: all together, or one more after the other (TIT), by
+            ``timesteps``.
         timesteps: t* of each degradation: "paper" takes the authors' table; "matched" finds them with the pre-trained
-            network, and takes the table where no timestep helps; "first" tells all the same small one.
-        clean: for "folders", the clean pictures of "pretrain", replay and importance, as "clean:ROOT"; the default is
-            the clean sides of ``places``.
-        network: one of examples/dtp/networks.py.
-        moe: a mixture of experts behind each decoder level.
-        experts: of it.
-        num_timesteps: T.
-        lr: Adam, cosine to ``lr_min``.
-        lr_min: at the end.
-        penalty_weight: lambda_1, of the penalty on parameters.
-        normalize: the penalty is the "sum" over parameters, or their "mean".
-        importance_samples: pictures that the importance is measured on.
-        replay_share: of generative pictures, to those of the batch.
-        replay_weight: of such a picture, to one of the batch.
-        orthogonality_weight: lambda_2. L_orth is 1 or so from the start, where an L1 loss is a few hundredths.
+            network, and takes the table where no timestep helps; "first" gives all the same small one.
+        clean: for "folders", the clean images of "pretrain", replay and importance, as "clean:ROOT"; the default is
+            the clean sides of ``pairs``.
+        network: restoration network, one of examples/dtp/networks.py.
+        moe: add a mixture of experts behind each decoder level.
+        experts: number of experts of each mixture.
+        num_timesteps: number of timesteps T.
+        lr: learning rate of Adam, which falls by a cosine to ``lr_min``.
+        lr_min: learning rate at the end.
+        penalty_weight: lambda_1, the weight of the penalty on parameters.
+        normalize: whether the penalty is the "sum" over parameters, or their "mean".
+        importance_samples: number of images that the importance is measured on.
+        replay_share: share of generative images, relative to those of the batch.
+        replay_weight: weight of such an image, relative to one of the batch.
+        orthogonality_weight: lambda_2. L_orth is about 1 from the start, where an L1 loss is a few hundredths.
         orthogonality_every: steps between those that have this term.
-        shallow: the share of layers that generation goes on to train.
+        shallow: share of the layers that generation goes on to train.
         aggregator: for the method "project", one of TorchJD in the place of the projection.
-        decay: a of w_l.
+        decay: rate a of the weights w_l, which fall with the depth.
     """
 
     method: MethodName = "plain"

@@ -1,31 +1,31 @@
-"""Which clean pictures does generation train and test on?"""
+"""The clean images that generation trains and is tested on."""
 
 from typing import Any
 
 from torch import Tensor
 
-from examples.common.data.clean_images import CleanPictures, training_photographs
+from examples.common.data.clean_images import CleanImages, training_photographs
 from examples.common.data.pair_folders import pairs
 from examples.common.data.pairs import FolderPairs, test_pairs
 
 
-def clean_pictures(config: Any) -> CleanPictures:
+def clean_images(config: Any) -> CleanImages:
     """The pool of pre-training, replay and importance: photographs, ``clean``, or the clean sides of the pairs."""
     if config.data == "photos":
-        return CleanPictures(training_photographs(config.patch), config.train_count, config.patch)
+        return CleanImages(training_photographs(config.patch), config.train_count, config.patch)
     if config.clean is not None:
-        layout, root = config.place("clean", {"clean": config.clean})
+        layout, root = config.layout_and_root("clean", {"clean": config.clean})
         files = [clean for _, clean in pairs(layout, root, "train", "clean")]
     else:
-        places = [(name, *config.place(name)) for name in config.degradations]
-        files = [clean for name, layout, root in places for _, clean in pairs(layout, root, "train", name)]
-    return CleanPictures(files, len(files), config.patch)
+        roots = [(name, *config.layout_and_root(name)) for name in config.degradations]
+        files = [clean for name, layout, root in roots for _, clean in pairs(layout, root, "train", name)]
+    return CleanImages(files, len(files), config.patch)
 
 
-def held_out_pictures(config: Any) -> list[Tensor]:
-    """Clean test pictures (1, 3, H, W), for the generative loss."""
+def held_out_images(config: Any) -> list[Tensor]:
+    """Clean test images (1, 3, H, W), for the generative loss."""
     if config.data == "photos" or config.clean is None:
         return [clean for _, clean in test_pairs(config, config.degradations[0], shifted=False)]
-    data = FolderPairs({"noisy": config.place("clean", {"clean": config.clean})}, "test", config.patch)
+    data = FolderPairs({"noisy": config.layout_and_root("clean", {"clean": config.clean})}, "test", config.patch)
     read = [data[index] for index in range(min(len(data), config.test_count))]
     return [sample[0][1:] for sample in read if sample is not None]

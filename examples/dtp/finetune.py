@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from examples.common.data.pairs import test_pairs, training_pairs
-from examples.common.engine.batches import chance
+from examples.common.engine.batches import derive_seed
 from examples.common.engine.recipe import Stage, naming
 from examples.dtp.config import PAPER, Config
 from examples.dtp.gef import GEF, Batch
-from examples.dtp.generation import GenerativeRecipe, Noisy, Place
+from examples.dtp.generation import GenerativeRecipe, Key, Noisy
 from examples.dtp.methods import METHODS
 from examples.dtp.networks import timed_network
 from restoreloss import TimestepMatch, match_timestep, order_by_timestep
@@ -80,22 +80,22 @@ class FineTuning(GenerativeRecipe[Batch]):
         """The pairs of a stage's degradations."""
         return self.load(self.data[stage], first, last)
 
-    def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
+    def batch(self, images: Any, targets: Any, step: int, steps: int) -> Batch:
         """Pairs, their timesteps, and the images of the step that generation is trained on."""
         numbers = torch.tensor([self.t_star[name] for name in self.data[self.stage].class_names])
-        degraded, clean = pictures.unbind(dim=1)
-        places = self._replayed(step)
-        replay = self.noisy(self.pool(places), places) if places else None
+        degraded, clean = images.unbind(dim=1)
+        keys = self._replayed(step)
+        replay = self.noisy(self.pool(keys), keys) if keys else None
         return Batch(degraded.to(self.device), clean.to(self.device), numbers[targets].to(self.device), replay)
 
-    def _replayed(self, step: int) -> list[Place]:
+    def _replayed(self, step: int) -> list[Key]:
         """Which generative images a step has: few, and in so many steps none that their share is right."""
         if not self.method.replay:
             return []
         config, processes = self.config, self.accelerator.num_processes
         wanted = config.replay_share * config.batch / processes
         count = max(2 if self.method.conflict == "orthogonality" else 1, math.ceil(wanted))
-        chosen = torch.rand((), generator=torch.Generator().manual_seed(chance(config.seed, 9, step)))
+        chosen = torch.rand((), generator=torch.Generator().manual_seed(derive_seed(config.seed, 9, step)))
         if float(chosen) >= wanted / count:
             return []
         return [(1, step, self.accelerator.process_index * count + k) for k in range(count)]
@@ -105,13 +105,13 @@ class FineTuning(GenerativeRecipe[Batch]):
         count = len(replay.clean) * self.accelerator.num_processes
         return float(self.config.replay_weight * count / self.config.batch)
 
-    def pool(self, places: list[Place]) -> Tensor:
-        """Clean images of the pre-training pool, which the places decide."""
+    def pool(self, keys: list[Key]) -> Tensor:
+        """Clean images of the pre-training pool, which the keys decide."""
         found: list[Tensor] = []
         assert self.clean is not None
-        for place in places:
+        for key in keys:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(chance(self.config.seed, 5, *place))
+                torch.manual_seed(derive_seed(self.config.seed, 5, *key))
                 tries = (self.clean[int(torch.randint(len(self.clean), ()))] for _ in range(20))
                 sample = next((sample for sample in tries if sample is not None), None)
             if sample is None:
@@ -149,7 +149,7 @@ class FineTuning(GenerativeRecipe[Batch]):
             data, found = training_pairs(config, [name]), []
             for index in range(min(32, len(data))):
                 with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(chance(config.seed, 6, index))
+                    torch.manual_seed(derive_seed(config.seed, 6, index))
                     sample = data[index]
                 if sample is not None:
                     found.append(sample[0])
@@ -185,8 +185,8 @@ class FineTuning(GenerativeRecipe[Batch]):
                 with naming(f"`network` {config.network} should take test images of {tuple(clean.shape[2:])}"):
                     _figures(self.restore(degraded, name), clean)
         for name in config.degradations:
-            for option, shifted in (("places", False), ("shifted_places", True)):
-                if (name, shifted) not in read and not (shifted and name not in config.shifted_places):
+            for option, shifted in (("pairs", False), ("shifted_pairs", True)):
+                if (name, shifted) not in read and not (shifted and name not in config.shifted_pairs):
                     raise ValueError(f"`{option}` should hold test images of {name!r} that can be read, found none.")
         self.try_generation()
         network.train()
@@ -230,7 +230,7 @@ def turns(t_star: Mapping[str, int], order: str, seed: int) -> list[list[str]]:
     if order == "descending":
         names.reverse()
     if order == "random":
-        generator = torch.Generator().manual_seed(chance(seed, 8))
+        generator = torch.Generator().manual_seed(derive_seed(seed, 8))
         names = [names[k] for k in torch.randperm(len(names), generator=generator)]
     return [names[: k + 1] for k in range(len(names))]
 

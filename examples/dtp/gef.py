@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.common.engine.batches import chance
+from examples.common.engine.batches import derive_seed
 from examples.dtp.generation import Noisy, Steps
 from examples.dtp.methods import aggregator
 from restoreloss import GradientOrthogonality, ParameterImportance
@@ -182,8 +182,8 @@ class GEF(Steps):
         recipe, config, penalty = self.recipe, self.recipe.config, self.recipe.method.penalty
         processes, rank = recipe.accelerator.num_processes, recipe.accelerator.process_index
         first, last = (part * config.importance_samples // processes for part in (rank, rank + 1))
-        places = [(3, k) for k in range(first, last)]
-        noisy = recipe.noisy(recipe.pool(places), places)
+        keys = [(3, k) for k in range(first, last)]
+        noisy = recipe.noisy(recipe.pool(keys), keys)
         x_t = recipe.levels.add_noise(noisy.clean, noisy.noise, noisy.t)
 
         def loss_fn(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
@@ -191,7 +191,7 @@ class GEF(Steps):
             output: Tensor = model(seen, t)
             return seen - output if penalty in ("mas", "gn") else F.l1_loss(output, clean)
 
-        generator = torch.Generator().manual_seed(chance(config.seed, 7))
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, 7))
         # every process draws its part of the signs of "gn", which are those of all images
         torch.randint(0, 2, (first, *noisy.clean.shape[1:]), generator=generator)
         importance.accumulate(loss_fn, [(x_t, noisy.t, noisy.clean)], generator=generator)

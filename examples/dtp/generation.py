@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from examples.common.engine.batches import chance
+from examples.common.engine.batches import derive_seed
 from examples.common.engine.recipe import Recipe, naming
 from examples.common.engine.schedules import cosine_schedule
 from examples.dtp.config import Config
-from examples.dtp.data import clean_pictures, held_out_pictures
+from examples.dtp.data import clean_images, held_out_images
 from restoreloss import DenoisingLoss, NoiseLevels
 from restoreloss.frozen import bare
 
 Batch = TypeVar("Batch")
-Place = tuple[int, ...]
+Key = tuple[int, ...]
 """Numbers that decide the randomness of an image, together with the seed."""
 
 
@@ -43,13 +43,13 @@ class GenerativeRecipe(Recipe[Batch]):
         self.config, self.title = config, config.method
         # the network returns the image, and its residual is what is left
         self.levels = NoiseLevels.ir_sde(config.num_timesteps, prediction_type="sample").to(self.device)
-        self.clean = clean_pictures(config) if self.evaluated is None else None
+        self.clean = clean_images(config) if self.evaluated is None else None
 
-    def noisy(self, clean: Tensor, places: Sequence[Place]) -> Noisy:
-        """Images with noise and timesteps of their own, which the places decide."""
+    def noisy(self, clean: Tensor, keys: Sequence[Key]) -> Noisy:
+        """Images with noise and timesteps of their own, which the keys decide."""
         noise, t = [], []
-        for place in places:
-            generator = torch.Generator().manual_seed(chance(self.config.seed, 4, *place))
+        for key in keys:
+            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, 4, *key))
             t.append(int(torch.randint(1, self.levels.num_timesteps, (), generator=generator)))
             noise.append(torch.randn(clean.shape[1:], generator=generator))
         return Noisy(clean.to(self.device), torch.stack(noise).to(self.device), torch.tensor(t, device=self.device))
@@ -61,7 +61,7 @@ class GenerativeRecipe(Recipe[Batch]):
 
     def try_generation(self) -> None:
         """The generative loss of one test image, before the first step."""
-        images = held_out_pictures(self.config)
+        images = held_out_images(self.config)
         if not images:
             raise ValueError("`clean` should hold test images that can be read, found none.")
         with naming(f"`network` {self.config.network} should take test images of {tuple(images[0].shape[2:])}"):
@@ -70,10 +70,8 @@ class GenerativeRecipe(Recipe[Batch]):
     @torch.no_grad()
     def generative_figure(self) -> float:
         """The mean generative loss on held-out images, in 8-bit gray levels."""
-        images = enumerate(held_out_pictures(self.config))
-        losses = [
-            float(self.generative_loss(bare(self.net), self.noisy(clean, [(2, place)]))) for place, clean in images
-        ]
+        images = enumerate(held_out_images(self.config))
+        losses = [float(self.generative_loss(bare(self.net), self.noisy(clean, [(2, key)]))) for key, clean in images]
         return 255 * math.fsum(losses) / len(losses)
 
 

@@ -21,7 +21,7 @@ class Method:
     Attributes:
         pretrained: begin with it.
         penalty: for moving away from it.
-        replay: a tenth of the pictures goes on to train generation, in the shallow layers.
+        replay: a tenth of the images goes on to train generation, in the shallow layers.
         conflict: what is done where the gradients of both objectives oppose each other.
         decay: penalty and replay fade towards the deep layers (w_l).
     """

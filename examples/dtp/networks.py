@@ -1,6 +1,6 @@
-"""Which networks does the recipe train, and where do they hear of the timestep?
+"""The networks that the recipe trains, and the layers behind which they are given the timestep.
 
-NAFNet as spandrel has it, and a small Restormer: both map a picture to a picture of the same size. Any other network
+NAFNet as spandrel has it, and a small Restormer: both map an image to an image of the same size. Any other network
 joins by its name, its layers and :class:`~restoreloss.TimeConditioned`.
 """
 

@@ -25,9 +25,9 @@ class Pretraining(GenerativeRecipe[Noisy]):
             self.train_data = self.clean
         self.begin([Stage("generation", Generation(self, config.steps), config.steps)])
 
-    def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Noisy:
+    def batch(self, images: Any, targets: Any, step: int, steps: int) -> Noisy:
         """Clean images with noise of their own."""
-        return self.noisy(pictures, [(step, self.first_number(step) + place) for place in range(len(pictures))])
+        return self.noisy(images, [(step, self.first_number(step) + place) for place in range(len(images))])
 
     def try_evaluation(self) -> None:
         """Evaluate one test image."""

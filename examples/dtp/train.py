@@ -4,7 +4,7 @@ r"""Train a restoration network that generates before it restores, and does not 
     python -m examples.dtp.train --method gef --pretrained runs/pretrained --out runs/gef       # GEF, setting A
     python -m examples.dtp.train --method gef --pretrained runs/pretrained --out runs/all \
         --degradations '[noisy,rainy,snowy,hazy]' --moe true                                    # TIT + MoE, setting B
-    python -m examples.dtp.train --evaluate runs/gef --data folders --places '{rainy: rain100h:DATA}' --out runs/other
+    python -m examples.dtp.train --evaluate runs/gef --data folders --pairs '{rainy: rain100h:DATA}' --out runs/other
 
 Every option of examples/dtp/config.py may stand in a YAML file (--config) or on the command line, which wins. The same
 command resumes a killed run. Several processes: ``python -m torch.distributed.run --nproc_per_node 8 -m ...``.

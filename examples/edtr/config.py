@@ -1,4 +1,4 @@
-"""What can be set, in a YAML file and on the command line?"""
+"""The options of EDTR, in a YAML file and on the command line."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,25 +17,25 @@ class Config(DataOptions, TrainerOptions):
     """One run of EDTR. Half of each batch is restored; the task network reads the other half as it is.
 
     Attributes:
-        method: one of examples/edtr/methods.py.
-        prepared: a folder that examples.edtr.prepare wrote: prior, pre, references and judge, where they are not named.
-        prior: a latent diffusion model: a folder in the layout of Stable Diffusion, or a name on the hub.
+        method: training method, one of examples/edtr/methods.py.
+        prepared: folder that examples.edtr.prepare wrote: prior, pre, references and judge, where they are not named.
+        prior: latent diffusion model: a folder in the layout of Stable Diffusion, or a name on the hub.
         pre: weights of the pre-restoration network: a run directory of examples.sr4ir.train with the method "pretrain",
             or a file.
-        references: task networks trained on HQ pictures: a run directory of the method "oracle". For ``all_in_one``
+        references: task networks trained on HQ images: a run directory of the method "oracle". For ``all_in_one``
             three, of classification, segmentation and detection.
-        all_in_one: one restorer for three tasks, which take turns (Table 4).
-        restorer: its architecture, as in examples.sr4ir.
-        n: denoising steps.
-        long_steps: those of the methods that are named after them.
-        t_p: timestep up to which pictures are made noisy.
-        lr: of the ControlNet and the decoder (AdamW).
-        h_optimizer: of the task network, "sgd" (momentum 0.9, weight decay 1e-4) or "adamw".
-        h_lr: its learning rate.
+        all_in_one: train one restorer for three tasks, which take turns (Table 4).
+        restorer: architecture of the pre-restoration network, as in examples.sr4ir.
+        n: number of denoising steps.
+        long_steps: number of denoising steps of the methods that are named after them.
+        t_p: timestep up to which images are made noisy.
+        lr: learning rate of the ControlNet and the decoder (AdamW).
+        h_optimizer: optimizer of the task network, "sgd" (momentum 0.9, weight decay 1e-4) or "adamw".
+        h_lr: learning rate of the task network.
         alpha: weight of the FM loss; the default is 1 for classification, 0.5 for segmentation, 0.2 for detection.
-        layers: of the HLF and FM losses; the default is the last before the head.
+        layers: layers of the HLF and FM losses; the default is the last before the head.
         judge: run directory of an "oracle" of another seed, never used in training.
-        smallest: pad smaller pictures to this before they are restored, and cut them back; 512 in the paper.
+        smallest: side that smaller images are padded to before they are restored; 512 in the paper.
         checkpointing: compute activations of the diffusion model again in the backward pass, to save memory.
     """
 

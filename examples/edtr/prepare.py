@@ -5,13 +5,13 @@
 In the folder, each a run directory that goes on after a stop:
 
 ========== ==============================================================================================
-TASK_hq    the task network, trained on HQ pictures (H_HQ, and what H begins as)
-TASK_judge another of other pictures and chance, for the evaluation alone
+TASK_hq    the task network, trained on HQ images (H_HQ, and what H begins as)
+TASK_judge another on other images, with another seed, for the evaluation alone
 pre        the pre-restoration network, trained on pixels
 prior      an autoencoder and a diffusion model in its latents, in the layout of Stable Diffusion
 ========== ==============================================================================================
 
-On large pictures the prior is Stable Diffusion: ``--train_prior false`` here, and ``--prior`` for examples.edtr.train.
+On large images the prior is Stable Diffusion: ``--train_prior false`` here, and ``--prior`` for examples.edtr.train.
 """
 
 from dataclasses import dataclass, field, replace
@@ -31,17 +31,17 @@ class Config(DataOptions, RunOptions):
     """All networks of the tasks.
 
     Attributes:
-        tasks: that EDTR will be trained for.
-        train_prior: also a small latent diffusion model.
-        prior_steps: of its autoencoder; the diffusion model takes twice as many.
-        recogniser: "small", "paper" or, for classification, "timm/NAME".
-        h_optimizer: of the task networks, "sgd" (momentum 0.9, weight decay 1e-4) or "adamw".
-        h_lr: their learning rate.
-        restorer: "edsr-small", "swinir", ...: the pre-restoration network.
-        pre_lr: its learning rate (AdamW).
-        pre_patch: side of the squares it trains on; the default is whole pictures.
-        pre_batch: pictures a step; the default is ``batch``.
-        pre_steps: the default is ``steps``.
+        tasks: tasks that EDTR will be trained for.
+        train_prior: also train a small latent diffusion model.
+        prior_steps: steps of its autoencoder; the diffusion model takes twice as many.
+        recognizer: "small", "paper" or, for classification, "timm/NAME".
+        h_optimizer: optimizer of the task networks, "sgd" (momentum 0.9, weight decay 1e-4) or "adamw".
+        h_lr: learning rate of the task networks.
+        restorer: pre-restoration network: "edsr-small", "swinir", ...
+        pre_lr: learning rate of the pre-restoration network (AdamW).
+        pre_patch: side of the squares that it trains on; the default is whole images.
+        pre_batch: images in a step of its training; the default is ``batch``.
+        pre_steps: steps of its training; the default is ``steps``.
     """
 
     tasks: list[Task] = field(default_factory=lambda: ["classification"])
@@ -49,7 +49,7 @@ class Config(DataOptions, RunOptions):
     prior_steps: int = 1000
     degradation: Degradation = "mixture_b"
     scale: int = 1
-    recogniser: str = "small"
+    recognizer: str = "small"
     h_optimizer: Literal["sgd", "adamw"] = "adamw"
     h_lr: float = 2e-3
     restorer: str = "edsr-small"
@@ -67,7 +67,7 @@ def prepare(config: Config) -> None:
     """
     check_preparation(config)
     settings = TaskConfig(
-        **shared(config), recogniser=config.recogniser, restorer=config.restorer, h_optimizer=config.h_optimizer,
+        **shared(config), recognizer=config.recognizer, restorer=config.restorer, h_optimizer=config.h_optimizer,
         h_lr=config.h_lr, s_lr=config.pre_lr,
     )  # fmt: skip
     train_oracles(settings, config.tasks)

@@ -24,8 +24,8 @@ from examples.common.data.degrade import degradation
 from examples.common.data.task_data import TEST_SEED, dataset
 from examples.common.data.tasks import Task, TaskData, to_device
 from examples.common.engine import command_line
-from examples.common.engine.batches import chance
-from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recogniser
+from examples.common.engine.batches import derive_seed
+from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recognizer
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition, features_of
 from examples.common.engine.run_directory import file_in
@@ -48,7 +48,7 @@ ALPHA: dict[Task, float] = {"classification": 1.0, "segmentation": 0.5, "detecti
 
 @dataclass(frozen=True)
 class Batch:
-    """HQ pictures in two halves, and what became of the first one.
+    """HQ images in two halves, and what became of the first one.
 
     Attributes:
         task: whose turn it is.
@@ -56,7 +56,7 @@ class Batch:
         second: the others, which H reads as they are.
         targets: of the first half, then of the second.
         hint: of the first half, padded to one size.
-        chance: a generator for each picture of the first half.
+        generators: one for each image of the first half.
     """
 
     task: Task
@@ -64,12 +64,12 @@ class Batch:
     second: Any
     targets: Any
     hint: Hint
-    chance: list[torch.Generator]
+    generators: list[torch.Generator]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A task and its network: in training (H) and as it was on HQ pictures (H_HQ)."""
+    """A task and its network: in training (H) and as it was on HQ images (H_HQ)."""
 
     recognition: Recognition
     network: nn.Module
@@ -101,7 +101,7 @@ class Trainer(Recipe[Batch]):
         self.restorer = self._edtr()
         self.edtr: nn.Module = self.accelerator.prepare(self.restorer)
         self.readers = {task: self._reader(task, path) for task, path in zip(tasks, config.references, strict=True)}
-        self.networks = {"edtr": self.edtr, **{f"recogniser_{t}": reader.network for t, reader in self.readers.items()}}
+        self.networks = {"edtr": self.edtr, **{f"recognizer_{t}": reader.network for t, reader in self.readers.items()}}
         self.judge = Judges.load(None, config.judge, self.device).judge
         if self.evaluated is not None:
             self.begin([])
@@ -123,16 +123,16 @@ class Trainer(Recipe[Batch]):
         for step in range(first, last):
             yield next(every[step % count])
 
-    def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
+    def batch(self, images: Any, targets: Any, step: int, steps: int) -> Batch:
         """The first half is degraded, pre-restored and encoded here, once for both phases (line 5)."""
         config, rank = self.config, self.accelerator.process_index
         task = list(self.readers)[step % len(self.readers)]
         self.readers[task].recognition.check(targets)
-        if len(pictures) < 2:
-            raise ValueError(f"`batch` should be at least 2 pictures for each process, found {len(pictures)}.")
-        torch.manual_seed(chance(config.seed, step, rank))  # a detector draws its samples from the global generator
-        # every second picture, so that several processes restore what one would
-        first, second = pictures[0::2], pictures[1::2]
+        if len(images) < 2:
+            raise ValueError(f"`batch` should be at least 2 images for each process, found {len(images)}.")
+        torch.manual_seed(derive_seed(config.seed, step, rank))  # a detector draws from it
+        # every second image, so that several processes restore what one would
+        first, second = images[0::2], images[1::2]
         targets = (
             torch.cat([targets[0::2], targets[1::2]]) if isinstance(targets, Tensor) else targets[0::2] + targets[1::2]
         )
@@ -141,7 +141,7 @@ class Trainer(Recipe[Batch]):
         degraded = [self.degrade(first[place : place + 1], number)[0] for place, number in enumerate(numbers)]
         with self.accelerator.autocast():
             hint = self.restorer.hint(together(degraded, self.restorer.multiple, config.smallest))
-        generators = [torch.Generator().manual_seed(chance(config.seed, 1, number)) for number in numbers]
+        generators = [torch.Generator().manual_seed(derive_seed(config.seed, 1, number)) for number in numbers]
         return Batch(task, first, second, targets, hint, generators)
 
     def _edtr(self) -> EDTR:
@@ -165,7 +165,7 @@ class Trainer(Recipe[Batch]):
         test_data = dataset(replace(config, task=task), "test", config.seed)
         train_data = dataset(replace(config, task=task), "train", config.seed) if self.evaluated is None else test_data
         self.check_classes(len(test_data.class_names), f"{task}_num_classes" if config.all_in_one else "num_classes")
-        reference = load_recogniser(path).to(self.device)
+        reference = load_recognizer(path).to(self.device)
         network: nn.Module = self.accelerator.prepare(copy.deepcopy(reference).requires_grad_(True))
         student, teacher = features_of(network, config.layers), features_of(reference, config.layers)
         looks: dict[Any, Objective] = {
@@ -189,11 +189,11 @@ class Trainer(Recipe[Batch]):
                 optimizer = torch.optim.AdamW(weights, lr=config.h_lr)
             else:
                 optimizer = torch.optim.SGD(weights, lr=config.h_lr, momentum=0.9, weight_decay=1e-4)
-            recogniser = self._schedule(optimizer, -(-(config.steps - turn) // count))
+            recognizer = self._schedule(optimizer, -(-(config.steps - turn) // count))
             alternations[task] = Alternation(
                 [
                     Phase("edtr", [self.edtr], self._restorer_terms, *edtr, max_norm=config.max_norm),
-                    Phase(task, [reader.network], self._recogniser_terms, *recogniser, max_norm=config.max_norm),
+                    Phase(task, [reader.network], self._recognizer_terms, *recognizer, max_norm=config.max_norm),
                 ],
                 accelerator=self.accelerator,
             )
@@ -208,9 +208,9 @@ class Trainer(Recipe[Batch]):
         """Lines 6-11: the one-step result of a random timestep (Eq. 7), or the noise in HQ latents (Eq. 2)."""
         edtr, hlf = self.restorer, self.readers[batch.task].hlf
         timesteps = range(edtr.schedule.num_timesteps) if hlf is None else edtr.timesteps()
-        drawn = [int(torch.randint(len(timesteps), (), generator=generator)) for generator in batch.chance]
+        drawn = [int(torch.randint(len(timesteps), (), generator=generator)) for generator in batch.generators]
         t = torch.tensor([timesteps[number] for number in drawn], device=self.device)
-        noise = edtr.noise(batch.hint, batch.chance)
+        noise = edtr.noise(batch.hint, batch.generators)
         clean = None
         if hlf is None or not self.method.partial:
             clean = edtr.encode(together(batch.first, edtr.multiple, self.config.smallest))
@@ -219,12 +219,12 @@ class Trainer(Recipe[Batch]):
             return {"noise": F.mse_loss(found, noise)}
         return hlf.terms(apart(found, batch.first), batch.first)
 
-    def _recogniser_terms(self, batch: Batch) -> dict[str, Tensor]:
-        """Lines 12-22: the task on n-step results and HQ pictures (Eq. 8), seen as the teacher sees HQ (Eq. 9)."""
+    def _recognizer_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """Lines 12-22: the task on n-step results and HQ images (Eq. 8), seen as the teacher sees HQ (Eq. 9)."""
         edtr, reader = self.restorer, self.readers[batch.task]
         with torch.no_grad():
-            noise = edtr.noise(batch.hint, batch.chance)
-            restored = edtr(batch.hint, edtr.timesteps(), noise=noise, generator=batch.chance).clamp(0, 1)
+            noise = edtr.noise(batch.hint, batch.generators)
+            restored = edtr(batch.hint, edtr.timesteps(), noise=noise, generator=batch.generators).clamp(0, 1)
         restored = apart(restored, batch.first)
         images = torch.cat([restored, batch.second]) if isinstance(restored, Tensor) else restored + batch.second
         with reader.matching.student.recording() as seen:
@@ -245,7 +245,7 @@ class Trainer(Recipe[Batch]):
         return (half * first + (count - half) * second) / count
 
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
-        """All figures on the test pictures, and some of these; of several tasks, pictures of the first."""
+        """All figures on the test images, and some of these; of several tasks, images of the first."""
         every: dict[str, float] = {}
         sheets = []
         for task in self.readers:
@@ -264,7 +264,7 @@ class Trainer(Recipe[Batch]):
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """The figures of one task, with n denoising steps and the noise of a seed; of all test images, or of others."""
         config, reader, edtr = self.config, self.readers[task], self.restorer
-        generator = torch.Generator().manual_seed(chance(config.seed, 2, seed))
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, 2, seed))
 
         def read(_: Any, lq: Any) -> Any:
             if isinstance(lq, Tensor):
@@ -274,8 +274,8 @@ class Trainer(Recipe[Batch]):
         judge = self.judge if len(self.readers) == 1 else None
         figures, samples = evaluate(
             reader.test_data if data is None else data, reader.recognition, read=read,
-            degrade=degradation(config, config.seed, TEST_SEED), trained=[edtr, unwrap(reader.network)],
-            recogniser=unwrap(reader.network), judges=Judges(unwrap(reader.reference.network), judge),
+            degrade=degradation(config, config.seed, TEST_SEED), trained=[edtr, bare(reader.network)],
+            recognizer=bare(reader.network), judges=Judges(bare(reader.reference.network), judge),
             workers=config.workers,
         )  # fmt: skip
         return {**figures, "num_classes": len(reader.recognition.class_names)}, samples
@@ -288,7 +288,7 @@ class _InTurn:
         self.alternations, self.readers = alternations, readers
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        with self.readers[batch.task].reference.shared():  # H_HQ sees every picture once
+        with self.readers[batch.task].reference.shared():  # H_HQ sees every image once
             return self.alternations[batch.task].step(batch)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What does each corruption look like?
+"""An image of every corruption at every severity.
 
     python -m examples.experiments.contact_sheet --out docs/images/corruptions.png
 
@@ -41,11 +41,11 @@ def contact_sheet(clean: Tensor, seed: int = 0) -> Figure:
     bands = -(-len(columns) // COLUMNS)
     width, height = COLUMNS * TILE, bands * (len(SEVERITIES) * TILE + LABEL)
     figure = Figure(figsize=(width / 100, height / 100), dpi=100)
-    for number, (name, pictures) in enumerate(columns.items()):
+    for number, (name, images) in enumerate(columns.items()):
         band, column = divmod(number, COLUMNS)
         top = height - band * (len(SEVERITIES) * TILE + LABEL) - LABEL
-        for row, picture in enumerate(pictures, 1):
-            tile = F.interpolate(picture, size=(TILE, TILE), mode="area")[0].permute(1, 2, 0)
+        for row, image in enumerate(images, 1):
+            tile = F.interpolate(image, size=(TILE, TILE), mode="area")[0].permute(1, 2, 0)
             figure.figimage(tile.numpy(), column * TILE, top - row * TILE, origin="upper")
         x, y = (column + 0.5) * TILE / width, (top + LABEL / 2) / height
         figure.text(x, y, name, ha="center", va="center", fontsize=7)
@@ -55,14 +55,14 @@ def contact_sheet(clean: Tensor, seed: int = 0) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photo", default="chelsea", choices=(*TRAIN, *HELD_OUT), help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of all chance (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/corruptions.png"), help="(default: %(default)s)")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     file = io.BytesIO()
     contact_sheet(square(load_photo(args.photo), SIZE), args.seed).savefig(file, dpi=100)
-    picture = Image.open(file).convert("RGB")
-    ImageOps.posterize(picture, 6).save(args.out, optimize=True)  # noise of all 8 bits makes a large file
+    image = Image.open(file).convert("RGB")
+    ImageOps.posterize(image, 6).save(args.out, optimize=True)  # noise of all 8 bits makes a large file
 
 
 if __name__ == "__main__":

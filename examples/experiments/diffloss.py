@@ -1,4 +1,4 @@
-"""Which claims of DiffLoss hold where two cores can test them? All runs of docs/diffloss-recipe.md.
+"""The claims of DiffLoss that two cores can test: all runs of docs/diffloss-recipe.md.
 
     python -m examples.experiments.diffloss gamma --out runs/diffloss       # Fig. 7: terms and weights
     python -m examples.experiments.diffloss constrain --out runs/diffloss   # Table 4: noise, x0-hat, x_{t-1}
@@ -130,7 +130,7 @@ class Experiment:
                 if points:
                     x, y, error = zip(*points, strict=True)
                     axis.errorbar(x, y, error, marker="o", capsize=3, label=terms)
-            axis.axhline(0, color="grey", linewidth=0.8)
+            axis.axhline(0, color="gray", linewidth=0.8)
             axis.set(xscale="log", xlabel="gamma", title=degradation.replace("_", " "))
         axes[0][0].set_ylabel("PSNR, difference to pixels alone (dB)")
         axes[0][0].legend()

@@ -1,4 +1,4 @@
-"""Which claims of DTP hold where two cores can test them? All runs of docs/dtp.md.
+"""The claims of DTP that two cores can test: all runs of docs/dtp.md.
 
     python -m examples.experiments.dtp pretrain --out runs/dtp
     python -m examples.experiments.dtp forgetting --out runs/dtp          # setting A: penalties, replay, projection
@@ -98,7 +98,7 @@ class Experiment:
             yield "order", f"{order}_moe", {**common, "method": "plain", "order": order, "moe": True}
 
     def timesteps(self, seed: int) -> None:
-        """t* of the ten degradations: a table and a picture."""
+        """t* of the ten degradations: a table and an image."""
         config = replace(
             self.base, method="plain", seed=seed, degradations=list(DEGRADATIONS), order="joint", steps=1,
             timesteps="matched",

@@ -1,4 +1,4 @@
-"""Do the claims of EDTR hold where two cores can test them? All runs of docs/edtr.md.
+"""The claims of EDTR that two cores can test: all runs of docs/edtr.md.
 
     python -m examples.experiments.edtr prior --out runs/edtr
     python -m examples.experiments.edtr table --out runs/edtr --seeds 1 2 3
@@ -47,26 +47,26 @@ ABLATIONS: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """Runs below one folder that share their pictures, their prior and what else they begin with."""
+    """Runs below one folder that share their images, their prior and what else they begin with."""
 
     out: Path
     base: Config
     prior_steps: int = 1000
-    prior_pictures: int = 4000
+    prior_images: int = 4000
     prepare_steps: int = 500
 
     def prior(self) -> Path:
-        """One diffusion model for all seeds, of pictures of its own, as a hub's would be."""
+        """One diffusion model for all seeds, of images of its own, as a hub's would be."""
         out = self.out / f"prior_{self.base.data}"
         settings = {
             name: getattr(self.base, name) for name in ("data", "size", "contrast", "batch", "precision", "cpu")
         }
-        settings |= {"steps": self.prior_steps, "seed": PRIOR_SEED, "train_count": self.prior_pictures, "out": out}
+        settings |= {"steps": self.prior_steps, "seed": PRIOR_SEED, "train_count": self.prior_images, "out": out}
         train_prior(PriorConfig(**settings))
         return out
 
     def prepared(self, seed: int) -> Path:
-        """Task networks on HQ pictures and the pre-restoration network."""
+        """Task networks on HQ images and the pre-restoration network."""
         settings = shared(self.base)
         folder = self.out / "prepared" / setting(self.base) / f"seed{seed}"
         settings |= {"out": folder, "seed": seed, "steps": self.prepare_steps}

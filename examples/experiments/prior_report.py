@@ -1,4 +1,4 @@
-"""Has a prior learned anything that a linear filter does not know?
+"""The error of a prior by timestep, next to that of the best linear filter.
 
     python -m examples.experiments.prior_report                       # the prior that ships
     python -m examples.experiments.prior_report --prior runs/prior    # yours
@@ -135,7 +135,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/prior_report"), help="(default: %(default)s)")
     parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="your own pictures instead of the built-in photographs"
+        "--images", type=Path, metavar="DIR", help="your own images instead of the built-in photographs"
     )
     args = parser.parse_args()
     try:

@@ -1,4 +1,4 @@
-"""Which training method is best, by how much, and is it more than chance?
+"""Tables and figures of finished runs: means over seeds, and differences with intervals.
 
     python -m examples.experiments.report runs/sr4ir --out runs/sr4ir_report
     python -m examples.experiments.report runs/edtr --reference edtr --out runs/edtr_report
@@ -8,7 +8,7 @@ Every folder below the first that holds ``config.yaml`` (task, data, method, see
 contrast, scale, start, restorer and steps are a group; within it the methods are compared over the seeds, each by
 itself and, seed by seed, with the reference. With ``--by folder`` a method is called after the folder that its seeds
 lie in: for runs of one method that differ in an option. Out come report.md, table.csv, bars.png and, of runs that left
-``samples.pt``, a sheet of pictures per group.
+``samples.pt``, a sheet of images per group.
 """
 
 import argparse
@@ -267,7 +267,7 @@ def report(groups: Mapping[Group, Methods], reference: str, sheets: Mapping[Grou
                 difference_table(methods, reference),
             ]
         if group in sheets:
-            parts.append(f"![pictures]({sheets[group].name})")
+            parts.append(f"![images]({sheets[group].name})")
     return "\n\n".join([*parts, "![score by method](bars.png)"]) + "\n"
 
 
@@ -328,7 +328,7 @@ def read_samples(methods: Methods) -> dict[str, dict[str, Any]]:
     left = {method: files for method, files in left.items() if files}
     common = set.intersection(*(set(files) for files in left.values())) if left else set()
     if left and not common:
-        logger.warning("no picture sheet: %s have samples.pt of no common seed", ", ".join(left))
+        logger.warning("no image sheet: %s have samples.pt of no common seed", ", ".join(left))
     samples: dict[str, dict[str, Any]] = {}
     for method, files in left.items() if common else ():
         try:
@@ -338,7 +338,7 @@ def read_samples(methods: Methods) -> dict[str, dict[str, Any]]:
                 raise ValueError(f"its parts should be as many, found {sorted(sizes)}")
             first = next(iter(samples.values()), found)
             if found["truth"] != first["truth"] or not torch.equal(found["hr"], first["hr"]):
-                raise ValueError(f"its pictures are not those of {next(iter(samples))}")
+                raise ValueError(f"its images are not those of {next(iter(samples))}")
         except Exception as error:  # of a damaged file torch raises nearly anything
             logger.warning("%s skipped: %s", files[min(common)], str(error).partition("\n")[0] or type(error).__name__)
         else:
@@ -347,7 +347,7 @@ def read_samples(methods: Methods) -> dict[str, dict[str, Any]]:
 
 
 def save_sheet(path: Path, samples: Mapping[str, Mapping[str, Any]]) -> None:
-    """Test pictures by row: LR, every method's restored picture with what the task network read in it, HR."""
+    """Test images by row: LR, every method's restored image with what the task network read in it, HR."""
     first = next(iter(samples.values()))
     columns = {"LR": first["lr"], **{method: found["restored"] for method, found in samples.items()}, "HR": first["hr"]}
     rows = min(PICTURES, len(first["truth"]))

@@ -1,9 +1,9 @@
-"""Which claims of UniRestore hold where two cores can test them? All runs of docs/unirestore.md.
+"""The claims of UniRestore that two cores can test: all runs of docs/unirestore.md.
 
     python -m examples.experiments.unirestore table --out runs/unirestore        # Tables 1 to 5
     python -m examples.experiments.unirestore new_task --out runs/unirestore     # Table 6: detection by a prompt alone
     python -m examples.experiments.unirestore tables --out runs/unirestore
-    python -m examples.experiments.unirestore sheet --out runs/unirestore        # pictures of the first seed
+    python -m examples.experiments.unirestore sheet --out runs/unirestore        # images of the first seed
     python -m examples.experiments.unirestore latents --out runs/unirestore      # how far from clean, of stage 1
 
 Finished runs are not done again: the same command goes on after a stop.
@@ -79,12 +79,12 @@ DETECTION: Mapping[str, tuple[str, int]] = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """Runs below one folder that share their pictures and their prior."""
+    """Runs below one folder that share their images and their prior."""
 
     out: Path
     base: Config
     prior_steps: int = 5000
-    prior_pictures: int = 16000
+    prior_images: int = 16000
     prepare_steps: int = 500
     _prepared: set[Path] = field(default_factory=set, repr=False)
 
@@ -94,14 +94,14 @@ class Experiment:
         return replace(self.base, seed=seed, out=out, prior=self.prior(), prepared=self.prepared(seed), **changes)
 
     def prior(self) -> Path:
-        """One diffusion model for all seeds, of pictures of its own, as a hub's would be."""
+        """One diffusion model for all seeds, of images of its own, as a hub's would be."""
         out = self.out / "prior"
-        options = {**shared(self.base), "seed": PRIOR_SEED, "train_count": self.prior_pictures, "batch": 16}
+        options = {**shared(self.base), "seed": PRIOR_SEED, "train_count": self.prior_images, "batch": 16}
         train_prior_of_all(PrepareConfig(**{**options, "out": out}, prior_steps=self.prior_steps), out)
         return out
 
     def prepared(self, seed: int) -> Path:
-        """Task networks on clean pictures."""
+        """Task networks on clean images."""
         folder = self.out / "prepared" / f"seed{seed}"
         if folder not in self._prepared:
             options = {**shared(self.base), "out": folder, "seed": seed, "steps": self.prepare_steps, "batch": 16}
@@ -225,7 +225,7 @@ def _tables(runs: Mapping[str, Any], columns: Mapping[str, tuple[str, int]], ref
     for name, seeds in runs.items():
         mean, gap = [f"`{name}`"], [f"`{name}` - `{reference}`"]
         for key, (_, digits) in columns.items():
-            # None is infinite: a picture that was left as it is
+            # None is infinite: an image that was left as it is
             found = {seed: run[key] for seed, run in seeds.items() if run.get(key) is not None}
             mean.append(Sample.of(found.values()).spread(digits))
             paired = [found[seed] - known[seed][key] for seed in found if known.get(seed, {}).get(key) is not None]

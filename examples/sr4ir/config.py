@@ -1,4 +1,4 @@
-"""What can be set, in a YAML file and on the command line?"""
+"""The options of SR4IR, in a YAML file and on the command line."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,26 +18,27 @@ class Config(DataOptions, TrainerOptions):
     """One run. The defaults train on two cores in about a minute.
 
     Attributes:
-        method: one of examples/sr4ir/methods.py.
+        method: training method, one of examples/sr4ir/methods.py.
         restorer: "edsr", "edsr-small", "swinir", "swinir-light", or "file" for what spandrel finds in ``s_weights``.
-        patch: side of the squares cut from the pictures at random, for "pretrain" alone; the default is whole pictures.
-        s_weights: weights the restorer starts from: a file, or a run directory.
-        recogniser: "small", "paper" or, for classification, "timm/NAME".
-        start: of the recogniser: its own initialisation, or ``h_weights`` trained on HR pictures.
-        h_weights: a run directory of the method "oracle".
-        layers: of the TDP loss; the default is the last before the head.
-        tdp_weight: multiplies the TDP loss.
+        patch: side of the squares cut from the images at random, for "pretrain" alone; the default is whole images.
+        s_weights: weights that the restorer starts from: a file, or a run directory.
+        recognizer: "small", "paper" or, for classification, "timm/NAME".
+        start: what the recognizer starts from: "scratch", its own initialization, or "hr", ``h_weights`` trained on HR
+            images.
+        h_weights: run directory of the method "oracle".
+        layers: layers of the TDP loss; the default is the last before the head.
+        tdp_weight: factor of the TDP loss.
         grid: cells of CQMix on a side; the default is 4 for classification and 8 otherwise.
         mix: share of restored pixels in CQMix.
-        separate: one pass of the recogniser for each kind of input, as in the authors' code, instead of one for their
-            concatenation, as in the paper. Batch normalisation tells them apart.
+        separate: run the recognizer once for each kind of input, as in the authors' code, instead of once for their
+            concatenation, as in the paper. Batch normalization tells them apart.
         s_lr: learning rate of the restorer (AdamW without weight decay).
-        h_optimizer: "sgd" (momentum 0.9, weight decay 1e-4) or "adamw".
-        h_lr: its learning rate.
-        h_warm_up: steps in which the recogniser's learning rate rises linearly.
+        h_optimizer: optimizer of the recognizer, "sgd" (momentum 0.9, weight decay 1e-4) or "adamw".
+        h_lr: learning rate of the recognizer.
+        h_warm_up: steps in which the recognizer's learning rate rises linearly.
         restart: fraction of the training after which the cosine of both learning rates begins anew.
-        fixed_hr: run directory of an "oracle" that also judges the restored pictures (and is "task" to fixed_task).
-        judge: another one, of another seed, never used in training.
+        fixed_hr: run directory of an "oracle" that also reads the restored images (and is "task" to fixed_task).
+        judge: run directory of another one, of another seed, never used in training.
         foreign: for fixed_foreign, the run directory of an "oracle" on other data, or "imagenet" (torchvision's
             ResNet18).
     """
@@ -46,7 +47,7 @@ class Config(DataOptions, TrainerOptions):
     restorer: str = "edsr-small"
     patch: int | None = None
     s_weights: Path | None = None
-    recogniser: str = "small"
+    recognizer: str = "small"
     start: Literal["scratch", "hr"] = "scratch"
     h_weights: Path | None = None
     layers: list[str] | None = None

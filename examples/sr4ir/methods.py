@@ -1,4 +1,4 @@
-"""What is compared? Every method and ablation of the paper, each a few facts about who trains when, on what."""
+"""The methods: every one and every ablation of the paper, each as a few facts about who trains when, on what."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,19 +7,19 @@ from typing import Literal
 Reads = Literal["hr", "bilinear", "restored"]
 Input = Literal["hr", "bilinear", "sr", "mix"]
 Features = Literal["training", "task", "foreign", "detached"]
-PhaseName = Literal["restorer", "recogniser", "both"]
+PhaseName = Literal["restorer", "recognizer", "both"]
 Stages = tuple[tuple[PhaseName, ...], ...]
 """Stages, one after the other; in each, phases that take turns on every batch."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """How the restorer S and the recogniser H are trained.
+    """How the restorer S and the recognizer H are trained.
 
     Attributes:
-        stages: who trains: "restorer", "recogniser", or "both" by one loss.
+        stages: who trains: "restorer", "recognizer", or "both" by one loss.
         restorer_terms: weights of the losses of S: "pixel" (L1), "tdp" and "task" (the task loss, through H).
-        recogniser_inputs: what H trains on, in equal shares: HR pictures, bilinearly enlarged LR ones, S's output, or
+        recognizer_inputs: what H trains on, in equal shares: HR images, bilinearly enlarged LR ones, S's output, or
             CQMix of S's output and HR.
         reads: what H reads in the end.
         features: of the TDP loss: those of H in training, of a fixed network trained on the same task, or on another
@@ -30,7 +30,7 @@ class Method:
 
     stages: Stages
     restorer_terms: Mapping[str, float] = field(default_factory=dict)
-    recogniser_inputs: tuple[Input, ...] = ()
+    recognizer_inputs: tuple[Input, ...] = ()
     reads: Reads = "restored"
     features: Features = "training"
     begins: Mapping[str, float] = field(default_factory=dict)
@@ -38,8 +38,8 @@ class Method:
 
 
 _S: Stages = (("restorer",),)
-_H: Stages = (("recogniser",),)
-_IN_TURN: Stages = (("restorer", "recogniser"),)
+_H: Stages = (("recognizer",),)
+_IN_TURN: Stages = (("restorer", "recognizer"),)
 _TOGETHER: Stages = (("both",),)
 _PIXEL = {"pixel": 1.0}
 _TDP = {"pixel": 1.0, "tdp": 1.0}
@@ -48,8 +48,8 @@ _ALL: tuple[Input, ...] = ("sr", "hr", "mix")
 
 METHODS: dict[str, Method] = {
     # Tables 1-3; notation of the paper in the comments
-    "oracle": Method(_H, recogniser_inputs=("hr",), reads="hr"),
-    "l_to_t": Method(_H, recogniser_inputs=("bilinear",), reads="bilinear"),  # L -> T
+    "oracle": Method(_H, recognizer_inputs=("hr",), reads="hr"),
+    "l_to_t": Method(_H, recognizer_inputs=("bilinear",), reads="bilinear"),  # L -> T
     "s_to_t": Method(_S + _H, _PIXEL, ("sr",)),  # S -> T
     "t_to_s": Method(_H + _S, {"pixel": 1.0, "task": 1.0}, ("hr",)),  # T -> S
     "joint": Method(_TOGETHER, {"pixel": 1.0, "task": 1.0}, ("sr",)),  # S + T
@@ -68,10 +68,10 @@ METHODS: dict[str, Method] = {
     "tdsr": Method(_IN_TURN, {"pixel": 1.0, "task": 0.01}, ("sr",), begins={"task": 1 / 3}),
     # EDTR's baseline RSRSSN: end to end, features 0.1 and task 1
     "rsrssn": Method(_TOGETHER, {"pixel": 1.0, "tdp": 0.1, "task": 1.0}, ("sr",)),
-    # not in the paper: a restorer for the others to start from; the same number of pictures for H as SR4IR gives it; a
+    # not in the paper: a restorer for the others to start from; the same number of images for H as SR4IR gives it; a
     # TDP loss without gradient; neither TDP nor CQMix; SR4IR with twice the share of CQMix
     "pretrain": Method(_S, _PIXEL),
-    "l_to_t_3x": Method(_H, recogniser_inputs=("bilinear",), reads="bilinear", length=3),
+    "l_to_t_3x": Method(_H, recognizer_inputs=("bilinear",), reads="bilinear", length=3),
     "s_to_t_3x": Method(_S + _H, _PIXEL, ("sr",), length=3),
     "tdp_detached": Method(_IN_TURN, _TDP, _ALL, features="detached", begins=_TENTH),
     "no_tdp_no_cqmix": Method(_IN_TURN, _PIXEL, ("sr", "hr")),

@@ -25,7 +25,7 @@ def train_oracles(config: Config, tasks: Sequence[Any], *, judge: str | None = N
         oracle = replace(config, task=task, method="oracle", out=config.out / f"{task}_hq")
         Trainer(oracle).run()
         other = replace(oracle, out=config.out / f"{task}_judge", seed=config.seed + 1000, steps=2 * config.steps)
-        Trainer(replace(other, recogniser=judge or config.recogniser)).run()
+        Trainer(replace(other, recognizer=judge or config.recognizer)).run()
 
 
 def check_preparation(config: Any) -> None:

@@ -1,4 +1,4 @@
-"""How is a restoration network trained so that a recogniser reads its pictures well? SR4IR and what it is compared to.
+"""Train a restoration network so that a recognizer reads its images: SR4IR, and what it is compared to.
 
     python -m examples.sr4ir.train --out runs/sr4ir                        # generated textures, two cores, a minute
     python -m examples.sr4ir.train --config examples/sr4ir/configs/cars_x8.yaml --root DATA --out runs/cars
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from examples.common.data.degrade import degradation
 from examples.common.data.task_data import TEST_SEED, dataset, on_grid
-from examples.common.data.tasks import TaskData, each, to_device
+from examples.common.data.tasks import TaskData, map_images, to_device
 from examples.common.engine import command_line
-from examples.common.engine.batches import chance
-from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recogniser
+from examples.common.engine.batches import derive_seed
+from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recognizer
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition, features_of
 from examples.common.engine.run_directory import file_in
 from examples.common.engine.schedules import StepSchedule, cosine
-from examples.common.networks.recognisers import recogniser
+from examples.common.networks.recognizers import recognizer
 from examples.common.networks.restorers import restorer
 from examples.common.networks.weights import load_weights
 from examples.sr4ir.config import Config
@@ -40,15 +40,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """HR pictures and what was made of them: (N, 3, H, W), or lists of (3, H, W) for detection."""
+    """HR images and what was made of them: (N, 3, H, W), or lists of (3, H, W) for detection."""
 
     hr: Any
     lr: Any
     targets: Any
     progress: float
     """Of this stage, from 0 to 1."""
-    coins: list[torch.Generator]
-    """For each mixture that the recogniser reads."""
+    generators: list[torch.Generator]
+    """For each mixture that the recognizer reads."""
 
 
 class Trainer(Recipe[Batch]):
@@ -63,7 +63,7 @@ class Trainer(Recipe[Batch]):
             )
         super().__init__(config)
         if config.patch is not None and config.method != "pretrain":
-            raise ValueError(f"`patch` should be left out where a recogniser reads the pictures ({config.method}).")
+            raise ValueError(f"`patch` should be left out where a recognizer reads the images ({config.method}).")
         self.title = config.method
         self.config = config
         self.method: Method = METHODS[config.method]
@@ -76,60 +76,60 @@ class Trainer(Recipe[Batch]):
         s = restorer(config.restorer, config.scale, file_in(begins_with, "restorer.safetensors"))
         self.check_classes(classes)
         begins_anew = config.start == "scratch" and self.evaluated is None
-        h = recogniser(config.recogniser, config.task, classes, pretrained=begins_anew)
+        h = recognizer(config.recognizer, config.task, classes, pretrained=begins_anew)
         if config.start == "hr" and self.evaluated is None:
             if config.h_weights is None:
                 raise ValueError("`h_weights` should be the run directory of an oracle for `start` 'hr', found None.")
-            load_weights(h, config.h_weights / "recogniser.safetensors")
+            load_weights(h, config.h_weights / "recognizer.safetensors")
         s, h = s.to(memory_format=torch.channels_last), h.to(memory_format=torch.channels_last)
         # a network that does not train has nothing for DDP to average
-        trains_s, trains_h = bool(self.method.restorer_terms), bool(self.method.recogniser_inputs)
+        trains_s, trains_h = bool(self.method.restorer_terms), bool(self.method.recognizer_inputs)
         self.s: nn.Module = self.accelerator.prepare(s) if trains_s else s.to(self.device)
         self.h: nn.Module = self.accelerator.prepare(h) if trains_h else h.to(self.device)
-        self.networks = {"restorer": self.s, "recogniser": self.h}
+        self.networks = {"restorer": self.s, "recognizer": self.h}
 
         self.judges = Judges.load(config.fixed_hr, config.judge, self.device)
         cells = config.grid or (4 if config.task == "classification" else 8)
         self.cqmix = CQMix((cells, cells), p=config.mix)
-        self._mixtures = self.method.recogniser_inputs.count("mix")
+        self._mixtures = self.method.recognizer_inputs.count("mix")
         self.tdp = self._tdp() if "tdp" in self.method.restorer_terms and self.evaluated is None else None
         self.degrade = degradation(config, config.seed)
         self.begin(self._stages() if self.evaluated is None else [])
 
-    def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
-        """HR and LR pictures on the device, and a generator for the step."""
+    def batch(self, images: Any, targets: Any, step: int, steps: int) -> Batch:
+        """HR and LR images on the device, and a generator for the step."""
         self.recognition.check(targets)
         config, rank = self.config, self.accelerator.process_index
         if config.patch is not None:
-            pictures = self._patches(pictures, self.first_number(step))
-        hr, targets = on_grid(pictures, targets, config.scale)
-        torch.manual_seed(chance(config.seed, step, rank))  # a detector draws its samples from the global generator
+            images = self._patches(images, self.first_number(step))
+        hr, targets = on_grid(images, targets, config.scale)
+        torch.manual_seed(derive_seed(config.seed, step, rank))  # a detector draws from it
         seeds = [(config.seed, step), *((config.seed, step, k) for k in range(1, self._mixtures))]
-        coins = [torch.Generator().manual_seed(chance(*seed)) for seed in seeds]
-        for generator in coins:  # every process draws its part of the coins of the whole batch
+        generators = [torch.Generator().manual_seed(derive_seed(*seed)) for seed in seeds]
+        for generator in generators:  # every process draws its part of the whole batch
             torch.rand(rank * len(hr) * self.cqmix.grid[0] * self.cqmix.grid[1], generator=generator)
         hr, targets = to_device((hr, targets), self.device)
         if isinstance(hr, Tensor):
             hr = hr.to(memory_format=torch.channels_last)
         lr = self.degrade(hr, self.first_number(step))
-        return Batch(hr, lr, targets, step / steps, coins)
+        return Batch(hr, lr, targets, step / steps, generators)
 
-    def _patches(self, pictures: Any, first: int) -> Tensor:
-        """A square of each picture, at random."""
+    def _patches(self, images: Any, first: int) -> Tensor:
+        """A square of each image, at random."""
         size, cut = self.config.patch or 0, []
-        for number, picture in enumerate(pictures, start=first):
-            spare = [side - size for side in picture.shape[1:]]
+        for number, image in enumerate(images, start=first):
+            spare = [side - size for side in image.shape[1:]]
             if min(spare) < 0:
-                raise ValueError(f"`patch` should fit into the pictures, found {size} for {tuple(picture.shape[1:])}.")
-            generator = torch.Generator().manual_seed(chance(self.config.seed, 3, number))
+                raise ValueError(f"`patch` should fit into the images, found {size} for {tuple(image.shape[1:])}.")
+            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, 3, number))
             top, left = (int(torch.randint(side + 1, (), generator=generator)) for side in spare)
-            cut.append(picture[:, top : top + size, left : left + size])
+            cut.append(image[:, top : top + size, left : left + size])
         return torch.stack(cut)
 
     def _stages(self) -> list[Stage[Batch]]:
         build: dict[str, Callable[[], Phase[Batch]]] = {
             "restorer": lambda: self._phase("restorer", [self.s], self._restorer_terms),
-            "recogniser": lambda: self._phase("recogniser", [self.h], self._recogniser_loss),
+            "recognizer": lambda: self._phase("recognizer", [self.h], self._recognizer_loss),
             "both": lambda: self._phase("both", [self.s, self.h], self._joint_terms),
         }
         return [
@@ -166,26 +166,26 @@ class Trainer(Recipe[Batch]):
         )  # fmt: skip
 
     def _restorer_terms(self, batch: Batch) -> dict[str, Tensor]:
-        """Phase 1 (Eq. 3): the pixels, and what the recogniser sees in them."""
+        """Phase 1 (Eq. 3): the pixels, and what the recognizer sees in them."""
         restored = restore(self.s, batch.lr)
         terms = {"pixel": _pixel(restored, batch.hr)}
         if self._active("tdp", batch) and self.tdp is not None:
-            seen = each(Tensor.detach, restored) if self.method.features == "detached" else restored
+            seen = map_images(Tensor.detach, restored) if self.method.features == "detached" else restored
             terms["tdp"] = self.method.restorer_terms["tdp"] * self.config.tdp_weight * self.tdp(seen, batch.hr)
         if self._active("task", batch):
             loss = self.recognition.loss(unwrap(self.h), restored, batch.targets)
             terms["task"] = self.method.restorer_terms["task"] * loss
         return terms
 
-    def _recogniser_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Phase 2: the task on what S restores by now, on HR pictures, on mixtures of both."""
-        inputs = self.method.recogniser_inputs
+    def _recognizer_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Phase 2: the task on what S restores by now, on HR images, on mixtures of both."""
+        inputs = self.method.recognizer_inputs
         made = {"hr": batch.hr}
         if "bilinear" in inputs:
             made["bilinear"] = bilinear(batch.lr, self.config.scale)
         if "sr" in inputs or "mix" in inputs:
             with torch.no_grad():
-                made["sr"] = each(_unit, restore(unwrap(self.s), batch.lr))
+                made["sr"] = map_images(_unit, restore(bare(self.s), batch.lr))
         return {"task": self._task_loss(made, batch)}
 
     def _joint_terms(self, batch: Batch) -> dict[str, Tensor]:
@@ -201,10 +201,10 @@ class Trainer(Recipe[Batch]):
 
     def _task_loss(self, made: dict[str, Any], batch: Batch) -> Tensor:
         """The mean task loss over this method's inputs."""
-        coins = iter(batch.coins)
+        generators = iter(batch.generators)
         parts = [
-            self.cqmix(made["sr"], batch.hr, generator=next(coins)) if name == "mix" else made[name]
-            for name in self.method.recogniser_inputs
+            self.cqmix(made["sr"], batch.hr, generator=next(generators)) if name == "mix" else made[name]
+            for name in self.method.recognizer_inputs
         ]
         if self.config.separate:
             return torch.stack([self.recognition.loss(self.h, part, batch.targets) for part in parts]).mean()
@@ -227,7 +227,7 @@ class Trainer(Recipe[Batch]):
                 from torchvision.models import ResNet18_Weights, resnet18
 
                 return TDPLoss(resnet18(weights=ResNet18_Weights.DEFAULT).to(self.device))
-            return TDPLoss(features_of(load_recogniser(config.foreign).to(self.device)))
+            return TDPLoss(features_of(load_recognizer(config.foreign).to(self.device)))
         if features == "task":
             if self.judges.fixed_hr is None:
                 raise ValueError("`fixed_hr` should be the run directory of an oracle for 'fixed_task', found None.")
@@ -240,40 +240,40 @@ class Trainer(Recipe[Batch]):
             return hr
         if self.method.reads == "bilinear":
             return bilinear(lr, self.config.scale)
-        return each(_unit, restore(unwrap(self.s), lr))
+        return map_images(_unit, restore(bare(self.s), lr))
 
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
-        """All figures on the test pictures, and some of these."""
+        """All figures on the test images, and some of these."""
         return self._evaluate(self.test_data)
 
     def try_evaluation(self) -> None:
         """Of the first test image with a label."""
         judges = self.judges.fixed_hr or self.judges.judge
-        read = bool(self.method.recogniser_inputs) or judges is not None
+        read = bool(self.method.recognizer_inputs) or judges is not None
         self._evaluate(first_usable(self.test_data, self.config.task, labels=read))
 
     def _evaluate(self, data: TaskData) -> tuple[dict[str, float], dict[str, Any]]:
         config, networks = self.config, [unwrap(self.s), unwrap(self.h)]
         figures, samples = evaluate(
             data, self.recognition, degrade=degradation(config, config.seed, TEST_SEED), read=self._read,
-            trained=networks, recogniser=networks[1] if self.method.recogniser_inputs else None, judges=self.judges,
+            trained=networks, recognizer=networks[1] if self.method.recognizer_inputs else None, judges=self.judges,
             multiple=config.scale, workers=config.workers,
         )  # fmt: skip
         return {**figures, "num_classes": len(self.recognition.class_names)}, samples
 
 
 def restore(network: nn.Module, lr: Any) -> Any:
-    """S on a batch, or on a list of pictures, at once where they are of one size."""
+    """S on a batch, or on a list of images, at once where they are of one size."""
     if isinstance(lr, Tensor):
         return network(lr)
-    if len({picture.shape for picture in lr}) == 1:
+    if len({image.shape for image in lr}) == 1:
         return list(network(torch.stack(list(lr))))
-    return [network(picture[None])[0] for picture in lr]
+    return [network(image[None])[0] for image in lr]
 
 
 def bilinear(lr: Any, scale: int) -> Any:
-    """LR pictures enlarged without a network."""
-    return each(lambda picture: F.interpolate(picture, scale_factor=float(scale), mode="bilinear"), lr)
+    """LR images enlarged without a network."""
+    return map_images(lambda image: F.interpolate(image, scale_factor=float(scale), mode="bilinear"), lr)
 
 
 def rate(step: int, steps: int, restart: float, warm_up: int) -> float:
@@ -284,14 +284,14 @@ def rate(step: int, steps: int, restart: float, warm_up: int) -> float:
 
 
 def _pixel(restored: Any, hr: Any) -> Tensor:
-    """L1, each picture of a list counting alike."""
+    """L1, each image of a list counting alike."""
     if isinstance(restored, Tensor):
         return F.l1_loss(restored, hr)
     return torch.stack([F.l1_loss(z, x) for z, x in zip(restored, hr, strict=True)]).mean()
 
 
-def _unit(picture: Tensor) -> Tensor:
-    return picture.clamp(0, 1)
+def _unit(image: Tensor) -> Tensor:
+    return image.clamp(0, 1)
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ def build_adapters(
 
 
 class OnePrompt(TFA):
-    """A TFA that does not ask what a picture is for."""
+    """A TFA that does not ask what an image is for."""
 
     def __init__(self, skips: Sequence[int], channels: Sequence[int], tasks: Sequence[str], gate: Gate) -> None:
         super().__init__(skips, channels, tasks=["any"], gate=gate)
@@ -53,13 +53,13 @@ class OnePrompt(TFA):
         return self._names
 
     def prompt(self, tasks: str | Sequence[str], count: int | None = None) -> Tensor:
-        """The same for all pictures."""
+        """The same for all images."""
         _check(tasks, count, self._names)
         return super().prompt("any", len(tasks) if count is None else count)
 
 
 class PerTask(nn.Module):
-    """Adapters of its own for each task; each sees the pictures of its task alone."""
+    """Adapters of its own for each task; each sees the images of its task alone."""
 
     def __init__(self, by_task: dict[str, nn.Module], levels: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class PerTask(nn.Module):
         return tuple(self.by_task)
 
     def prompt(self, tasks: str | Sequence[str], count: int) -> list[tuple[str, Tensor, Any]]:
-        """Of each task that is there: its pictures, and what enters the first level."""
+        """Of each task that is there: its images, and what enters the first level."""
         _check(tasks, count, self.tasks)
         names = [tasks] * count if isinstance(tasks, str) else list(tasks)
         rows = {task: [row for row, name in enumerate(names) if name == task] for task in dict.fromkeys(names)}

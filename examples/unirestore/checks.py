@@ -30,7 +30,7 @@ def check(config: Config) -> None:
     if unknown := sorted(set(config.task_weights) - set(TASKS)):
         raise ValueError(f"`task_weights` should be for {', '.join(TASKS)}, found {unknown[0]!r}.")
     if config.scale != 1:
-        raise ValueError(f"`scale` should be 1: pictures are restored at their own size, found {config.scale}.")
+        raise ValueError(f"`scale` should be 1: images are restored at their own size, found {config.scale}.")
     if config.unseen and config.degradation == "unseen_corruptions":
         raise ValueError("`unseen` should be false where `degradation` is unseen_corruptions: these are seen then.")
     if config.stage == "stage1":
@@ -39,7 +39,7 @@ def check(config: Config) -> None:
         if config.train_tasks is not None and len(config.train_tasks) != 1:
             raise ValueError(f"`train_tasks` should be one in stage 1, found {config.train_tasks}.")
         if config.train_tasks == ["detection"]:
-            raise ValueError("`train_tasks` should not be detection in stage 1, whose pictures are of one size.")
+            raise ValueError("`train_tasks` should not be detection in stage 1, whose images are of one size.")
         return
     tested = {config.name} if config.name is not None else set(config.tasks)
     if config.prepared is None and tested != {"restoration"}:

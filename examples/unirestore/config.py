@@ -1,4 +1,4 @@
-"""Which options has UniRestore?"""
+"""The options of UniRestore, in a YAML file and on the command line."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,36 +17,36 @@ WEIGHTS = {"restoration": 10.0, "classification": 0.1, "segmentation": 0.1, "det
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DataOptions, TrainerOptions):
-    """One stage of UniRestore. Of ``batch`` pictures of each task a step is made.
+    """One stage of UniRestore. Of ``batch`` images of each task a step is made.
 
     Attributes:
-        stage: "stage1" trains CFRM, Controller and SC-Tuner on clean pictures, "stage2" the adapters and prompts of
+        stage: "stage1" trains CFRM, Controller and SC-Tuner on clean images, "stage2" the adapters and prompts of
             ``tasks``, "add-task" a prompt for the task ``name`` and nothing else.
-        name: of the task to add.
+        name: name of the task to add.
         after: run directory of the stage before.
-        prepared: a folder that examples.unirestore.prepare wrote: prior, references and judges.
-        prior: a latent diffusion model, a folder in the layout of Stable Diffusion or a name on the hub; the default is
+        prepared: folder that examples.unirestore.prepare wrote: prior, references and judges.
+        prior: latent diffusion model, a folder in the layout of Stable Diffusion or a name on the hub; the default is
             that of ``prepared``.
-        pictures: folder of clean pictures for restoration; the default are the photographs that come with
-            scikit-image and scikit-learn.
-        tasks: of restoration, classification, segmentation, detection; all are tested.
+        images: folder of clean images for restoration; the default are the photographs that come with scikit-image and
+            scikit-learn.
+        tasks: tasks of restoration, classification, segmentation, detection; all are tested.
         train_tasks: those of them to train on; the default is all, and in stage 1 restoration.
         task_weights: beta of Eq. (6) by task; the default is 10 for restoration and 0.1 for the others.
-        restored_too: weight of an L1 loss that restores the pictures of the other tasks for people, as in the authors'
+        restored_too: weight of an L1 loss that restores the images of the other tasks for people, as in the authors'
             code; none in the paper.
         cfrm: restore the features of the encoder.
-        cfrm_blocks: NAFBlocks of each level; the default is 1, ..., 1, 9.
+        cfrm_blocks: number of NAFBlocks of each level; the default is 1, ..., 1, 9.
         cfrm_weights: lambda of Eq. (2); the default is 0.1, ..., 0.1, 0.01.
-        adapter: one of examples/unirestore/adapters.py.
-        gate: of the TFA.
-        network: a restoration network in UniRestore's place, to compare it to;
-            one of examples/common/networks/restorers.py.
+        adapter: kind of adapter, one of examples/unirestore/adapters.py.
+        gate: gate of the TFA.
+        network: restoration network in UniRestore's place, to compare it to; one of
+            examples/common/networks/restorers.py.
         control_channels: channels of the Controller; the default is the authors' 256.
-        steps_of_diffusion: denoising steps, 1 to 4.
-        lr: of all but prompts (AdamW).
-        prompt_lr: of prompts.
-        weight_decay: of all but prompts.
-        smallest: enlarge smaller pictures to this before they are restored; 512 in the paper.
+        steps_of_diffusion: number of denoising steps, 1 to 4.
+        lr: learning rate of all but prompts (AdamW).
+        prompt_lr: learning rate of prompts.
+        weight_decay: weight decay of all but prompts.
+        smallest: side that smaller images are enlarged to before they are restored; 512 in the paper.
         unseen: test on corruptions that were not trained on as well.
     """
 
@@ -55,7 +55,7 @@ class Config(DataOptions, TrainerOptions):
     after: Path | None = None
     prepared: Path | None = None
     prior: Path | None = None
-    pictures: Path | None = None
+    images: Path | None = None
     tasks: list[str] = field(default_factory=lambda: ["restoration", "classification", "segmentation"])
     train_tasks: list[str] | None = None
     task_weights: dict[str, float] = field(default_factory=dict)

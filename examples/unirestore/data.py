@@ -1,4 +1,4 @@
-"""Which pictures are restored, for people and for each task?"""
+"""The images that are restored, for people and for each task."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.common.data.clean_images import CleanPictures, training_photographs
+from examples.common.data.clean_images import CleanImages, training_photographs
 from examples.common.data.folder import UNREADABLE, Skipped, image_files, read_picture
 from examples.common.data.photos import HELD_OUT, grid_crops, load_photo
 from examples.common.data.task_data import dataset, datasets
@@ -18,7 +18,7 @@ from examples.unirestore.config import TASKS
 
 
 def data_of(task: str, config: Any) -> tuple[TaskData, TaskData]:
-    """Training and test data of a task; of restoration, clean pictures with a label that means nothing.
+    """Training and test data of a task; of restoration, clean images with a label that means nothing.
 
     Raises:
         ValueError: For an unknown task, and where no photograph is large enough.
@@ -41,37 +41,37 @@ def test_data_of(task: str, config: Any) -> TaskData:
 
 def _clean(config: Any) -> tuple[TaskData, TaskData]:
     size = config.size or (48 if config.data in ("generated", "photos") else 512)
-    if config.pictures is not None:
-        return _clean_files(config.pictures, config, size)
+    if config.images is not None:
+        return _clean_files(config.images, config, size)
     train = training_photographs(size)
     held_out = {name: photo for name in HELD_OUT if min((photo := load_photo(name)).shape[1:]) >= size}
     if not train or not held_out:
-        raise ValueError(f"`pictures` should be a folder of photographs for `size` {size}; those at hand are smaller.")
+        raise ValueError(f"`images` should be a folder of photographs for `size` {size}; those at hand are smaller.")
     each = -(-config.test_count // len(held_out))
     # of all photographs in turn, so that the first few show each
     crops = torch.stack([grid_crops(photo, size, each) for photo in held_out.values()], dim=1).flatten(0, 1)
     crops = crops[: config.test_count]
-    names = CleanPictures.class_names
+    names = CleanImages.class_names
     return (
-        CleanPictures(train, config.train_count, size),
+        CleanImages(train, config.train_count, size),
         InMemory("classification", names, crops, torch.zeros(len(crops), dtype=torch.long)),
     )
 
 
 def _clean_files(folder: Path, config: Any, size: int) -> tuple[TaskData, TaskData]:
-    """Every tenth picture of a folder, and at least one, is for the test; each is read when it is wanted."""
+    """Every tenth image of a folder, and at least one, is for the test; each is read when it is wanted."""
     files = image_files(folder)
     if len(files) < 2:
-        raise ValueError(f"`pictures` should be a folder of at least two pictures, found {len(files)} in {folder}.")
+        raise ValueError(f"`images` should be a folder of at least two images, found {len(files)} in {folder}.")
     test = files[::10]
     train = [file for file in files if file not in set(test)]
     each = -(-config.test_count // len(test))
     crops = [(file, number) for number in range(each) for file in test][: config.test_count]
-    return CleanPictures(train, config.train_count, size), FileCrops(crops, each, size)
+    return CleanImages(train, config.train_count, size), FileCrops(crops, each, size)
 
 
 class FileCrops:
-    """Crops spread evenly over picture files: samples (picture (3, H, W), 0), None where a file cannot be used.
+    """Crops spread evenly over image files: samples (image (3, H, W), 0), None where a file cannot be used.
 
     Args:
         crops: file, and number of its crop.
@@ -80,7 +80,7 @@ class FileCrops:
     """
 
     task: Task = "classification"
-    class_names = CleanPictures.class_names
+    class_names = CleanImages.class_names
 
     def __init__(self, crops: Sequence[tuple[Path, int]], each: int, size: int) -> None:
         self.crops, self.each, self.size = list(crops), each, size
@@ -92,24 +92,24 @@ class FileCrops:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None:
         file, number = self.crops[index]
         try:
-            picture = read_picture(file)
+            image = read_picture(file)
         except UNREADABLE as error:
             self._skipped(file, error)
             return None
-        if min(picture.shape[1:]) < self.size:
+        if min(image.shape[1:]) < self.size:
             self._skipped(file, f"smaller than the crops of {self.size}")
             return None
-        return grid_crops(picture, self.size, self.each)[number], torch.tensor(0)
+        return grid_crops(image, self.size, self.each)[number], torch.tensor(0)
 
 
 class Mixed:
-    """The pictures of several tasks in turn, without their labels: what a prior is trained on.
+    """The images of several tasks in turn, without their labels: what a prior is trained on.
 
-    Each task begins elsewhere: generated tasks have the same pictures, and a batch of them thrice would teach less.
+    Each task begins elsewhere: generated tasks have the same images, and a batch of them thrice would teach less.
     """
 
     task: Task = "classification"
-    class_names: tuple[str, ...] = ("picture",)
+    class_names: tuple[str, ...] = ("image",)
 
     def __init__(self, parts: Sequence[TaskData]) -> None:
         self.parts = list(parts)
@@ -125,6 +125,6 @@ class Mixed:
 
 
 def mixed(tasks: Sequence[str], config: DataOptions) -> tuple[TaskData, TaskData]:
-    """Training and test pictures of all tasks."""
+    """Training and test images of all tasks."""
     every = [data_of(task, config) for task in tasks]
     return Mixed([train for train, _ in every]), Mixed([test for _, test in every])

@@ -5,13 +5,13 @@
 In the folder, each a run directory that goes on after a stop:
 
 ========== ==============================================================================================
-TASK_hq    the task network, trained on clean pictures: what UniRestore is trained for
-TASK_judge another, twice as long, of other chance and (where they are generated) other pictures: a
-           recogniser for the evaluation alone, which nothing was trained with
+TASK_hq    the task network, trained on clean images: what UniRestore is trained for
+TASK_judge another, twice as long, with another seed and (where they are generated) other images: a
+           recognizer for the evaluation alone, which nothing was trained with
 prior      an autoencoder and a diffusion model in its latents, in the layout of Stable Diffusion
 ========== ==============================================================================================
 
-On large pictures the prior is Stable Diffusion: ``--train_prior false`` here, and ``--prior`` for
+On large images the prior is Stable Diffusion: ``--train_prior false`` here, and ``--prior`` for
 examples.unirestore.train.
 """
 
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from examples.common.engine import command_line
 from examples.common.engine.options import DataOptions, Degradation, RunOptions, shared
-from examples.common.networks.recognisers import recogniser
+from examples.common.networks.recognizers import recognizer
 from examples.common.networks.train_prior import PriorConfig, train_prior
 from examples.sr4ir.config import Config as TaskConfig
 from examples.sr4ir.oracles import check_preparation, train_oracles
@@ -33,23 +33,23 @@ class Config(DataOptions, RunOptions):
     """All networks of the tasks.
 
     Attributes:
-        tasks: those with a recogniser.
-        pictures: folder of clean pictures for restoration.
-        train_prior: also a small latent diffusion model.
-        prior_steps: of its autoencoder; the diffusion model takes twice as many.
-        recogniser: "small", "paper" or, for classification, "timm/NAME".
-        judge: the recogniser of the evaluation.
-        h_optimizer: of the task networks, "sgd" (momentum 0.9, weight decay 1e-4) or "adamw".
-        h_lr: their learning rate.
+        tasks: tasks with a recognizer.
+        images: folder of clean images for restoration.
+        train_prior: also train a small latent diffusion model.
+        prior_steps: steps of its autoencoder; the diffusion model takes twice as many.
+        recognizer: "small", "paper" or, for classification, "timm/NAME".
+        judge: architecture of the recognizers for the evaluation.
+        h_optimizer: optimizer of the task networks, "sgd" (momentum 0.9, weight decay 1e-4) or "adamw".
+        h_lr: learning rate of the task networks.
     """
 
     tasks: list[str] = field(default_factory=lambda: ["classification", "segmentation", "detection"])
-    pictures: Path | None = None
+    images: Path | None = None
     train_prior: bool = True
     prior_steps: int = 1000
     degradation: Degradation = "corruptions"
     scale: int = 1
-    recogniser: str = "small"
+    recognizer: str = "small"
     judge: str = "small"
     h_optimizer: Literal["sgd", "adamw"] = "adamw"
     h_lr: float = 2e-3
@@ -62,16 +62,16 @@ def prepare(config: Config) -> None:
         ValueError: Without a task, or for ``task``, of which ``tasks`` is the list.
     """
     check_preparation(config)
-    if config.pictures is not None:
+    if config.images is not None:
         data_of("restoration", config)  # what is wrong with it is said now, not after hours
     for task in config.tasks:
         known: Any = task
         try:
-            recogniser(config.judge, known, 2, pretrained=False)
+            recognizer(config.judge, known, 2, pretrained=False)
         except ValueError as error:
             raise ValueError(f"`judge`: {error}") from error
     settings = TaskConfig(
-        **shared(config), recogniser=config.recogniser, h_optimizer=config.h_optimizer, h_lr=config.h_lr
+        **shared(config), recognizer=config.recognizer, h_optimizer=config.h_optimizer, h_lr=config.h_lr
     )
     train_oracles(settings, config.tasks, judge=config.judge)
     if config.train_prior:
@@ -82,7 +82,7 @@ def train_prior_of_all(config: Config, out: Path) -> None:
     """A small latent diffusion model of the images of all tasks, with two levels of features to restore."""
     tasks = ["restoration", *config.tasks]
     options = {**shared(config), "out": out, "steps": config.prior_steps}
-    of = [*tasks, *([] if config.pictures is None else [str(config.pictures)])]
+    of = [*tasks, *([] if config.images is None else [str(config.images)])]
     train_prior(PriorConfig(**options, levels=3, of=of), mixed(tasks, config))
 
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from examples.common.data.degrade import Degrade, degradation
 from examples.common.data.task_data import TEST_SEED
-from examples.common.data.tasks import TaskData, each, to_device
+from examples.common.data.tasks import TaskData, map_images, to_device
 from examples.common.engine import command_line
-from examples.common.engine.batches import chance
-from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recogniser
+from examples.common.engine.batches import derive_seed
+from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recognizer
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition
 from examples.common.engine.schedules import cosine_schedule
@@ -50,32 +50,32 @@ TIMESTEPS = (249, 499, 749, 999, 999, 999)
 
 @dataclass(frozen=True)
 class Part:
-    """The pictures of one task in a batch."""
+    """The images of one task in a batch."""
 
     task: str
     clean: Any
     """(N, 3, H, W), or a list of (3, H, W) for detection."""
     degraded: Any
     targets: Any
-    chance: list[torch.Generator]
-    """Of each picture."""
+    generators: list[torch.Generator]
+    """Of each image."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of all tasks."""
+    """Images of all tasks."""
 
     parts: list[Part]
 
     @property
     def tasks(self) -> list[str]:
-        """Of each picture."""
+        """Of each image."""
         return [part.task for part in self.parts for _ in part.degraded]
 
     @property
-    def chance(self) -> list[torch.Generator]:
-        """Of each picture."""
-        return [generator for part in self.parts for generator in part.chance]
+    def generators(self) -> list[torch.Generator]:
+        """Of each image."""
+        return [generator for part in self.parts for generator in part.generators]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Reader:
 class Trainer(Recipe[Batch]):
     """One stage: networks, phases, evaluation."""
 
-    of_evaluation = ("unseen", "smallest", "steps_of_diffusion", "prepared", "prior", "pictures")
+    of_evaluation = ("unseen", "smallest", "steps_of_diffusion", "prepared", "prior", "images")
 
     def __init__(self, config: Config) -> None:
         if config.evaluate is None:
@@ -129,17 +129,17 @@ class Trainer(Recipe[Batch]):
             found = {task: read for task, read in zip(self.trained, reads, strict=True) if read is not None}
             yield (found, None) if found else None
 
-    def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
-        """Degraded here: what happens to a picture is decided by its number."""
+    def batch(self, images: Any, targets: Any, step: int, steps: int) -> Batch:
+        """Degraded here: what happens to an image is decided by its number."""
         parts = []
         seed = self.config.seed
-        torch.manual_seed(chance(seed, step, self.accelerator.process_index))  # a detector draws its samples from it
-        for task, (clean, labels) in pictures.items():
+        torch.manual_seed(derive_seed(seed, step, self.accelerator.process_index))  # a detector draws from it
+        for task, (clean, labels) in images.items():
             reader, first = self.readers[task], self.first_number(step)
             reader.recognition.check(labels)
             clean, labels = to_device((clean, labels), self.device)
             numbers = range(first, first + len(clean))
-            generators = [torch.Generator().manual_seed(chance(seed, 1, TASKS.index(task), n)) for n in numbers]
+            generators = [torch.Generator().manual_seed(derive_seed(seed, 1, TASKS.index(task), n)) for n in numbers]
             parts.append(Part(task, clean, reader.degrade(clean, first), labels, generators))
         return Batch(parts)
 
@@ -148,7 +148,7 @@ class Trainer(Recipe[Batch]):
         train, test = data_of(task, config) if self.evaluated is None else [test_data_of(task, config)] * 2
         networks: dict[str, nn.Module | None] = {"hq": None, "judge": None}
         if task != "restoration" and config.prepared is not None:
-            networks = {name: load_recogniser(config.prepared / f"{task}_{name}").to(self.device) for name in networks}
+            networks = {name: load_recognizer(config.prepared / f"{task}_{name}").to(self.device) for name in networks}
         return Reader(
             Recognition(train.task, train.class_names), networks["hq"], networks["judge"], train, test,
             degradation(config, config.seed, TASKS.index(task)),
@@ -208,23 +208,23 @@ class Trainer(Recipe[Batch]):
         """Eqs. (2) and (3)."""
         (part,) = batch.parts
         last = self.model.schedule.num_timesteps
-        drawn = [int(torch.randint(len(TIMESTEPS), (), generator=generator)) for generator in batch.chance]
+        drawn = [int(torch.randint(len(TIMESTEPS), (), generator=generator)) for generator in batch.generators]
         t = torch.tensor([(TIMESTEPS[number] + 1) * last // 1000 - 1 for number in drawn], device=self.device)
-        terms: dict[str, Tensor] = self.net(part.degraded, part.clean, t, batch.chance)
+        terms: dict[str, Tensor] = self.net(part.degraded, part.clean, t, batch.generators)
         return terms
 
     def _task_terms(self, batch: Batch) -> dict[str, Tensor]:
-        """Eq. (6): each picture is restored for its task and read by that task's network."""
+        """Eq. (6): each image is restored for its task and read by that task's network."""
         restored = self._restored(batch, batch.tasks)
         weights = WEIGHTS | self.config.task_weights
         terms = {}
-        for part, pictures in zip(batch.parts, restored, strict=True):
+        for part, images in zip(batch.parts, restored, strict=True):
             reader = self.readers[part.task]
             if part.task == "restoration":
-                loss = F.mse_loss(pictures, part.clean)
+                loss = F.mse_loss(images, part.clean)
             else:
                 assert reader.network is not None
-                loss = reader.recognition.loss(reader.network, pictures, part.targets)
+                loss = reader.recognition.loss(reader.network, images, part.targets)
             terms[part.task] = weights[part.task] * loss
         if self.config.restored_too and any(part.task != "restoration" for part in batch.parts):
             others = [part for part in batch.parts if part.task != "restoration"]
@@ -234,7 +234,7 @@ class Trainer(Recipe[Batch]):
         return terms
 
     def _restored_too(self, batch: Batch) -> Tensor:
-        """L1 to the clean pictures, with the prompt of restoration."""
+        """L1 to the clean images, with the prompt of restoration."""
         restored = self._restored(batch, ["restoration"] * len(batch.tasks))
         pairs = [
             (one, other) for part, found in zip(batch.parts, restored, strict=True)
@@ -243,24 +243,24 @@ class Trainer(Recipe[Batch]):
         return torch.stack([F.l1_loss(one, other) for one, other in pairs]).mean()
 
     def _restored(self, batch: Batch, tasks: list[str]) -> list[Any]:
-        """All pictures of one size in one pass, then apart again by part."""
-        degraded, chances = [picture for part in batch.parts for picture in part.degraded], batch.chance
+        """All images of one size in one pass, then apart again by part."""
+        degraded, generators = [image for part in batch.parts for image in part.degraded], batch.generators
         found: dict[int, Tensor] = {}
-        for size in dict.fromkeys(picture.shape for picture in degraded):
-            rows = [n for n, picture in enumerate(degraded) if picture.shape == size]
+        for size in dict.fromkeys(image.shape for image in degraded):
+            rows = [n for n, image in enumerate(degraded) if image.shape == size]
             restored = self.net(
                 torch.stack([degraded[n] for n in rows]), [tasks[n] for n in rows],
-                generator=[chances[n] for n in rows], smallest=self.config.smallest,
+                generator=[generators[n] for n in rows], smallest=self.config.smallest,
             )  # fmt: skip
             found |= dict(zip(rows, restored, strict=True))
         pieces, every = [], iter(found[n] for n in range(len(degraded)))
         for part in batch.parts:
-            pictures = [next(every) for _ in part.clean]
-            pieces.append(torch.stack(pictures) if isinstance(part.clean, Tensor) else pictures)
+            images = [next(every) for _ in part.clean]
+            pieces.append(torch.stack(images) if isinstance(part.clean, Tensor) else images)
         return pieces
 
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
-        """The figures of each task, on corruptions like those of training and on others, and pictures of the first; a
+        """The figures of each task, on corruptions like those of training and on others, and images of the first; a
         grid of each.
         """
         if self.evaluated is None:
@@ -271,14 +271,14 @@ class Trainer(Recipe[Batch]):
 
     def restores(self, task: str) -> Callable[[Any, Any], Any]:
         """(clean, degraded) -> what the model makes of it for a task."""
-        generator = torch.Generator().manual_seed(chance(self.config.seed, 2))
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, 2))
 
-        def restored(pictures: Tensor) -> Tensor:
-            parts = pictures.split(self.config.batch)  # what fits in memory
+        def restored(images: Tensor) -> Tensor:
+            parts = images.split(self.config.batch)  # what fits in memory
             found = [self.model(part, task, generator=generator, smallest=self.config.smallest) for part in parts]
             return torch.cat(found).clamp(0, 1)
 
-        return lambda _, degraded: each(restored, degraded)
+        return lambda _, degraded: map_images(restored, degraded)
 
     def try_evaluation(self) -> None:
         """Of each task, of the first test image with a label."""
@@ -290,7 +290,7 @@ class Trainer(Recipe[Batch]):
         """What :func:`examples.common.engine.evaluation.evaluate` finds of each task.
 
         Args:
-            read: task -> (clean, degraded) -> the pictures that are read.
+            read: task -> (clean, degraded) -> the images that are read.
         """
         every: dict[str, float] = {}
         sheets = []
@@ -311,7 +311,7 @@ class Trainer(Recipe[Batch]):
         return evaluate(
             data, reader.recognition, read=read, trained=[unwrap(self.net)],
             degrade=degradation(options, self.config.seed, TEST_SEED, TASKS.index(task)),
-            recogniser=reader.network, judges=Judges(None, reader.judge), workers=self.config.workers,
+            recognizer=reader.network, judges=Judges(None, reader.judge), workers=self.config.workers,
         )  # fmt: skip
 
     def _hashes(self) -> dict[str, str]:

@@ -27,7 +27,7 @@ from examples.unirestore.config import Config as UniRestoreConfig
 from examples.unirestore.train import Trainer as UniRestoreTrainer
 from restoreloss.frozen import unwrap
 
-# 5 test pictures: two processes do not share them evenly
+# 5 test images: two processes do not share them evenly
 TASK: dict[str, Any] = {"batch": 4, "train_count": 20, "test_count": 5, "cpu": True}
 EDTR: dict[str, Any] = {**TASK, "mixture_extent": 0.2}
 PAIRS: dict[str, Any] = {
@@ -41,7 +41,7 @@ UNI: dict[str, Any] = {
 
 
 class Norm(nn.GroupNorm):
-    """In the place of batch normalisation, whose statistics are each process's own."""
+    """In the place of batch normalization, whose statistics are each process's own."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(1, channels)

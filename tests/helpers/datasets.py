@@ -20,11 +20,11 @@ HALF: Box = (0, 0, 20, 30)
 
 
 def draw(path: Path, size: tuple[int, int] = (40, 30), box: Box = HALF, mode: str = "RGB") -> None:
-    """A blue picture of (width, height) with a red box, its sides between pixels."""
-    picture = Image.new("RGB", size, BLUE)
-    picture.paste(RED, box)
+    """A blue image of (width, height) with a red box, its sides between pixels."""
+    image = Image.new("RGB", size, BLUE)
+    image.paste(RED, box)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.convert(mode).save(path, quality=100, **({} if mode == "L" else {"subsampling": 0}))
+    image.convert(mode).save(path, quality=100, **({} if mode == "L" else {"subsampling": 0}))
 
 
 def red(image: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def write(path: Path, *lines: str) -> None:
 
 
 def make_cub(root: Path) -> Path:
-    """Three training and two test pictures of three classes."""
+    """Three training and two test images of three classes."""
     folder = root / "CUB_200_2011"
     names = ["001.Red_legged_Gull/a.jpg", "002.Crow/b.jpg", "002.Crow/c.jpg", "003.Wren/d.jpg", "003.Wren/e.jpg"]
     for name in names:
@@ -59,7 +59,7 @@ def annotations(*rows: tuple[str, float], fields: Sequence[str] = ("fname", "cla
 
 
 def make_cars(root: Path) -> Path:
-    """Three training pictures and one test picture of two classes."""
+    """Three training images and one test image of two classes."""
     folder = root / "stanford_cars"
     for name in ("cars_train/00001.jpg", "cars_train/00002.jpg", "cars_train/00003.jpg", "cars_test/00001.jpg"):
         draw(folder / name)
@@ -103,7 +103,7 @@ SMALL: Box = (6, 10, 16, 25)
 
 
 def make_voc(root: Path) -> Path:
-    """Three training and two test pictures; in "a" and "v" a bird is the red box from (6, 10) to (16, 25)."""
+    """Three training and two test images; in "a" and "v" a bird is the red box from (6, 10) to (16, 25)."""
     folder = root / "VOCdevkit" / "VOC2012"
     for part in ("Main", "Segmentation"):
         write(folder / f"ImageSets/{part}/train.txt", "a", "b", "c")

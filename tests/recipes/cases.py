@@ -182,7 +182,7 @@ MORE: dict[str, Case] = {
     "sr4ir, two stages": sr4ir_case(method="s_to_t"),
     "edtr, three tasks": edtr_case(all_in_one=True),
     "edtr, several steps": edtr_case(n=4),
-    "dtp, orthogonality": dtp_case(method="gef", orthogonality_every=2),
+    "dtp, orthogonality": dtp_case(method="gef", orthogonality_every=2, patch=16, test_size=16),
     "unirestore, stage 1": unirestore_case("stage1"),
     "unirestore, new task": unirestore_case("add-task", "detection"),
     "unirestore, adapters of each task": unirestore_case(

@@ -39,7 +39,7 @@ OWN = [
     ("examples.diffloss.train", ["--diff.weight=1", "--diff.prior=./empty"], "`diff.prior`"),
     ("examples.diffloss.train", ["--adversarial.weight=1", "--adversarial.width=0"], "`adversarial.width`"),
     ("examples.diffloss.train", ["--degradations=[]"], "`degradations`"),
-    ("examples.diffloss.train", ["--data=folders", "--places={rainy: 'lol:empty'}"], "should hold images as lol"),
+    ("examples.diffloss.train", ["--data=folders", "--pairs={rainy: 'lol:empty'}"], "should hold images as lol"),
     ("examples.dtp.train", ["--method=gef", "--pretrained=empty"], "`pretrained`"),
     ("examples.dtp.train", ["--method=scratch", "--shallow=2"], "`shallow` should be at most 1"),
     ("examples.sr4ir.train", ["--size=0"], "`size` should be at least 1"),
@@ -53,7 +53,7 @@ OWN = [
     ("examples.edtr.prepare", ["--tasks=[]"], "`tasks`"),
     ("examples.edtr.prepare", ["--pre_lr=-1"], "`pre_lr`"),
     ("examples.unirestore.prepare", ["--judge=x", "--train_count=20"], "`judge`"),
-    ("examples.unirestore.prepare", ["--pictures=empty"], "`pictures`"),
+    ("examples.unirestore.prepare", ["--images=empty"], "`images`"),
 ]
 
 

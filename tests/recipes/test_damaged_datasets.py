@@ -26,7 +26,7 @@ from tests.helpers.datasets import (
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
-def test_a_damaged_picture_is_named_once_and_none(damage: str, layout: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_image_is_named_once_and_none(damage: str, layout: Any, caplog: pytest.LogCaptureFixture) -> None:
     root, _, load = layout
     data = load(root)
     path = data.samples[1][0]
@@ -73,14 +73,14 @@ def test_a_damaged_annotation_is_named_once_and_none(
         raise ValueError(warning)
 
 
-@pytest.mark.parametrize("damage", ["another size", "no class", "colours", "truncated", "text"])
+@pytest.mark.parametrize("damage", ["another size", "no class", "colors", "truncated", "text"])
 def test_a_damaged_mask_is_named_once_and_none(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = make_voc(tmp_path) / "SegmentationClass/b.png"
     if damage == "another size":
         make_mask(file, filled(SMALL, 3, size=(30, 40)))
     elif damage == "no class":
         make_mask(file, filled(SMALL, 21))
-    elif damage == "colours":
+    elif damage == "colors":
         Image.new("RGB", (40, 30)).save(file)
     else:
         file.write_bytes(file.read_bytes()[:200] if damage == "truncated" else b"hello")
@@ -89,7 +89,7 @@ def test_a_damaged_mask_is_named_once_and_none(damage: str, tmp_path: Path, capl
         assert [data[index] is None for index in range(3)] == [False, True, False]
     (warning,) = warnings(caplog)
     assert warning.startswith(f"{file} skipped: ")
-    wanted = {"another size": "30x40 pixels, its picture has 40x30", "no class": "[21]", "colours": "mode RGB"}
+    wanted = {"another size": "30x40 pixels, its image has 40x30", "no class": "[21]", "colors": "mode RGB"}
     assert wanted.get(damage, "") in warning
 
 
@@ -189,7 +189,7 @@ def test_a_line_too_much_is_named(file: str, line: str, message: str, split: Any
         ("image_class_labels.txt", "3 2", "3 Crow", "line 3: expected a class from 1 to 3, found 'Crow'"),
         ("classes.txt", "3 003.Wren\n", "", "image_class_labels.txt, line 4: expected a class from 1 to 2, found '3'"),
         ("train_test_split.txt", "3 0", "3 2", r"line 3: expected 1 \(training\) or 0 \(test\), found '2'"),
-        ("train_test_split.txt", " 1\n", " 0\n", "train_test_split.txt should list pictures to train with, found none"),
+        ("train_test_split.txt", " 1\n", " 0\n", "train_test_split.txt should list images to train with, found none"),
     ],
 )
 def test_cub_lines_that_do_not_agree(file: str, old: str, new: str, message: str, tmp_path: Path) -> None:
@@ -225,10 +225,10 @@ def test_cars_without_labels_or_in_other_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"withlabels.mat should contain `annotations`, found \['notes'\]"):
         stanford_cars(tmp_path, "test")
     savemat(file, {"annotations": np.ones(3)})
-    with pytest.raises(ValueError, match=r"should give `class` and `fname` of every picture, found None"):
+    with pytest.raises(ValueError, match=r"should give `class` and `fname` of every image, found None"):
         stanford_cars(tmp_path, "test")
     savemat(file, annotations())
-    with pytest.raises(ValueError, match=r"withlabels.mat should list pictures to test with, found none"):
+    with pytest.raises(ValueError, match=r"withlabels.mat should list images to test with, found none"):
         stanford_cars(tmp_path, "test")
     for content in (b"", b"hello", (folder / "devkit/cars_train_annos.mat").read_bytes()[:300]):
         file.write_bytes(content)
@@ -241,7 +241,7 @@ def test_cars_without_labels_or_in_other_files(tmp_path: Path) -> None:
     [
         (["a", "b  1"], "train.txt, line 2: expected one word, found 'b  1'"),
         (["a", "", "b", "a"], "train.txt, line 4: a is in line 1 already"),
-        ([], "train.txt should list pictures to train with, found none"),
+        ([], "train.txt should list images to train with, found none"),
     ],
 )
 def test_voc_lists_of_another_kind(lines: list[str], message: str, tmp_path: Path) -> None:

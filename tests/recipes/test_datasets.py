@@ -132,7 +132,7 @@ def test_workers_read_the_same_batches(tmp_path: Path) -> None:
 
 
 def noise(path: Path, size: tuple[int, int]) -> Tensor:
-    """A picture of (width, height) in which every part is another, as it is read back."""
+    """An image of (width, height) in which every part is another, as it is read back."""
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, quality=100)
     return read_picture(path)
@@ -152,19 +152,19 @@ def place(image: Tensor, whole: Tensor) -> tuple[int, int, bool]:
 
 
 @pytest.mark.parametrize("name", ["cub", "cars"])
-def test_training_pictures_are_cut_and_flipped(name: str, tmp_path: Path) -> None:
+def test_training_images_are_cut_and_flipped(name: str, tmp_path: Path) -> None:
     make, load, _ = MAKE[name]
     make(tmp_path)
     data = load(tmp_path, "train", size=21)  # the short side becomes 24
-    picture = noise(data.samples[0][0], (60, 40))
-    whole = F.interpolate(picture[None], (24, 36), mode="bilinear", antialias=True)[0].clamp(0, 1)
+    image = noise(data.samples[0][0], (60, 40))
+    whole = F.interpolate(image[None], (24, 36), mode="bilinear", antialias=True)[0].clamp(0, 1)
     places = [place(drawn(data, 0, seed)[0], whole) for seed in range(150)]
     tops, lefts, flips = (set(values) for values in zip(*places, strict=True))
     assert tops == set(range(4)) and lefts == set(range(16)) and flips == {True, False}
 
 
 @pytest.mark.parametrize(("name", "index"), [("cub", 0), ("cars", 0)])
-def test_test_pictures_are_the_middle(name: str, index: int, tmp_path: Path) -> None:
+def test_test_images_are_the_middle(name: str, index: int, tmp_path: Path) -> None:
     make, load, _ = MAKE[name]
     make(tmp_path)
     data = load(tmp_path, "test", size=21)  # the short side becomes 24
@@ -176,13 +176,13 @@ def test_test_pictures_are_the_middle(name: str, index: int, tmp_path: Path) -> 
     torch.testing.assert_close(image, whole[:, top : top + 21, left : left + 21], atol=1e-6, rtol=0)
 
 
-def test_masks_move_with_their_pictures(tmp_path: Path) -> None:
+def test_masks_move_with_their_images(tmp_path: Path) -> None:
     folder = make_voc(tmp_path)
-    picture = noise(folder / "JPEGImages/a.jpg", (48, 28))
+    image = noise(folder / "JPEGImages/a.jpg", (48, 28))
     values = np.random.default_rng(1).choice([*range(21), IGNORED], (28, 48))
     make_mask(folder / "SegmentationClass/a.png", values)
     data = voc2012(tmp_path, "train", "segmentation", size=24)  # the short side becomes 26
-    whole = F.interpolate(picture[None], (26, 44), mode="bilinear", antialias=True)[0].clamp(0, 1)
+    whole = F.interpolate(image[None], (26, 44), mode="bilinear", antialias=True)[0].clamp(0, 1)
     labels = F.interpolate(torch.from_numpy(values).float()[None, None], (26, 44), mode="nearest")[0, 0]
     places = []
     for seed in range(150):
@@ -210,7 +210,7 @@ def test_test_masks_stay_whole(size: tuple[int, int], shape: tuple[int, int], tm
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("size", [480, 40, 20])
-def test_boxes_move_with_their_pictures(split: Any, size: int, tmp_path: Path) -> None:
+def test_boxes_move_with_their_images(split: Any, size: int, tmp_path: Path) -> None:
     make_voc(tmp_path)
     data = voc2012(tmp_path, split, "detection", size=size)
     scale = min(1, size / 40)
@@ -267,7 +267,7 @@ def test_boxes_without_an_area_are_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("things", [[], [thing("car", (10, 5, 8, 20))]])
-def test_a_picture_without_a_box_has_none(split: Any, things: list[str], tmp_path: Path) -> None:
+def test_a_image_without_a_box_has_none(split: Any, things: list[str], tmp_path: Path) -> None:
     folder = make_voc(tmp_path)
     for name in ("a", "v"):
         note(folder / f"Annotations/{name}.xml", *things)
@@ -281,7 +281,7 @@ def test_a_picture_without_a_box_has_none(split: Any, things: list[str], tmp_pat
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_pictures_of_other_colours(mode: str, layout: Any) -> None:
+def test_images_of_other_colors(mode: str, layout: Any) -> None:
     root, _, load = layout
     for split in ("train", "test"):
         data = load(root, split)

@@ -138,8 +138,8 @@ def test_the_average_is_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_every_kth_step_looks_through_the_prior(tmp_path: Path) -> None:
     trainer = Trainer(replace(TINY, out=tmp_path / "run", diff=replace(DIFF, every=3), accumulate=2))
     seen = []
-    for step, (pictures, targets) in enumerate(trainer.read(0, 4)):
-        logs = trainer.stages[0].alternation.step(trainer.batch(pictures, targets, step, 4))
+    for step, (images, targets) in enumerate(trainer.read(0, 4)):
+        logs = trainer.stages[0].alternation.step(trainer.batch(images, targets, step, 4))
         seen.append(float(logs["restore/diff/noise"]) > 0)
     assert seen == [True, False, False, True]
 
@@ -228,12 +228,12 @@ def test_every_option_of_the_prior_reaches_it(tmp_path: Path) -> None:
     assert (loss.every, loss.subset) == (3, 0.75)
 
 
-def test_each_picture_has_a_chance_of_its_own(tmp_path: Path) -> None:
+def test_each_image_has_a_chance_of_its_own(tmp_path: Path) -> None:
     trainer = Trainer(replace(TINY, out=tmp_path / "run"))
     batches = [trainer.batch(*read, step, 4) for step, read in enumerate(trainer.read(0, 3))]
-    seeds = [generator.initial_seed() for batch in batches for generator in batch.chance]
+    seeds = [generator.initial_seed() for batch in batches for generator in batch.generators]
     assert len(set(seeds)) == len(seeds) == 3 * 4
-    assert [len(part.chance) for part in batches[0].split(2)] == [2, 2]
+    assert [len(part.generators) for part in batches[0].split(2)] == [2, 2]
 
 
 def test_networks_are_tested_at_rest_and_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def test_networks_are_tested_at_rest_and_leave_no_trace(tmp_path: Path, monkeypa
     degraded, clean = trainer.tests["rainy"][0]
     with torch.no_grad():
         mse = (trainer.net(degraded).clamp(0, 1) - clean).square().mean()
-    assert before == pytest.approx(float(-10 * mse.log10()), abs=3.0)  # one of two pictures
+    assert before == pytest.approx(float(-10 * mse.log10()), abs=3.0)  # one of two images
 
 
 def test_any_prior_and_any_network_may_be_named(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_any_prior_and_any_network_may_be_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("constrain", ["image", "previous"])
-def test_pictures_may_be_compared_instead_of_noise(constrain: Any, tmp_path: Path) -> None:
+def test_images_may_be_compared_instead_of_noise(constrain: Any, tmp_path: Path) -> None:
     diff = Diff(weight=1.0, h_space_weight=0.0, constrain=constrain)
     trainer = Trainer(replace(TINY, out=tmp_path / "run", diff=diff))
     prior = small_prior()
@@ -300,10 +300,10 @@ def test_pairs_on_disk_are_read(tmp_path: Path) -> None:
         for side in ("low", "high"):
             (tmp_path / "lol" / split / side).mkdir(parents=True)
             for number in range(count):
-                picture = torch.rand(3, 40, 52, generator=torch.Generator().manual_seed(number))
-                save_image(picture * (0.2 if side == "low" else 1), tmp_path / "lol" / split / side / f"{number}.png")
+                image = torch.rand(3, 40, 52, generator=torch.Generator().manual_seed(number))
+                save_image(image * (0.2 if side == "low" else 1), tmp_path / "lol" / split / side / f"{number}.png")
     trainer = run(
-        tmp_path / "run", degradations=["low_light"], data="folders", places={"low_light": f"lol:{tmp_path / 'lol'}"},
+        tmp_path / "run", degradations=["low_light"], data="folders", pairs={"low_light": f"lol:{tmp_path / 'lol'}"},
         steps=1, batch=2,
     )  # fmt: skip
     results = trainer.run_directory.results or {}
@@ -365,7 +365,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "ema": ({"ema": 1.0}, "`ema` should be a decay from 0 to below 1, found 1.0"),
     "network": ({"network": "unet"}, "`network` should be one of .*spandrel/NAME.*found 'unet'"),
     "no such": ({"network": "spandrel/Nothing"}, "an architecture of spandrel that needs no options, found 'Nothing'"),
-    "grey": ({"network": "spandrel/DRUNet"}, "`network` spandrel/DRUNet should map .* to the same shape, found"),
+    "gray": ({"network": "spandrel/DRUNet"}, "`network` spandrel/DRUNet should map .* to the same shape, found"),
     "larger": (
         {"network": "file", "weights": Path("nowhere.pth")},
         "should be given a file of weights, found nowhere.pth",
@@ -381,7 +381,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "prior": ({"diff": Diff(weight=1.0, prior="./nowhere")}, "`diff.prior`: .*nowhere"),
     "constrain": ({"diff": Diff(weight=1.0, constrain="image")}, "`diff.constrain` should be 'noise'"),
     "timesteps": ({"diff": Diff(weight=1.0, timesteps=(600, 100))}, "`timesteps` should satisfy"),
-    "places": ({"data": "folders"}, "`places` should name the data of 'rainy' as LAYOUT:ROOT"),
+    "pairs": ({"data": "folders"}, "`pairs` should name the data of 'rainy' as LAYOUT:ROOT"),
     "batch": ({"batch": 100}, "`batch` should be between 1 and the 64 training samples"),
 }
 

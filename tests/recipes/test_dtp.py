@@ -229,12 +229,12 @@ def test_clean_folders_are_the_pool_of_pretraining_and_replay(tmp_path: Path) ->
     for k in range(6):
         write(tmp_path / "div2k" / "train" / f"{k}.png")
         write(tmp_path / "div2k" / "test" / f"{k}.png")
-    (tmp_path / "div2k" / "train" / "6.png").write_bytes(b"no picture")
+    (tmp_path / "div2k" / "train" / "6.png").write_bytes(b"no image")
     clean = {"data": "folders", "clean": f"clean:{tmp_path / 'div2k'}"}
     results = build(replace(TINY, out=tmp_path / "pre", method="pretrain", **clean)).run()
     assert math.isfinite(results["generative"]) and "psnr" not in results
-    places = {"noisy": f"clean:{tmp_path / 'div2k'}"}
-    changes = {"method": "gef_project", "degradations": ["noisy"], "places": places, **clean}
+    roots = {"noisy": f"clean:{tmp_path / 'div2k'}"}
+    changes = {"method": "gef_project", "degradations": ["noisy"], "pairs": roots, **clean}
     run = trainer(tmp_path / "run", tmp_path / "pre", **changes)
     assert sorted(path.parent.name for path in run.clean.sources) == ["train"] * 7
     assert math.isfinite(run.run()["psnr"])
@@ -249,8 +249,8 @@ def test_folders_train_and_are_tested_where_the_data_shift(tmp_path: Path) -> No
         write(tmp_path / "faces" / "test" / f"{k}.png")
     config = replace(
         TINY, out=tmp_path / "run", method="scratch", data="folders", degradations=["rainy", "inpainting"],
-        places={"rainy": f"rain100h:{tmp_path / 'light'}", "inpainting": f"celebahq:{tmp_path / 'faces'}"},
-        shifted_places={"rainy": f"rain100h:{tmp_path / 'heavy'}"},
+        pairs={"rainy": f"rain100h:{tmp_path / 'light'}", "inpainting": f"celebahq:{tmp_path / 'faces'}"},
+        shifted_pairs={"rainy": f"rain100h:{tmp_path / 'heavy'}"},
     )  # fmt: skip
     results = build(config).run()
     assert {"psnr_rainy", "psnr_inpainting", "shifted_psnr"} < set(results)
@@ -268,8 +268,8 @@ def test_folders_train_and_are_tested_where_the_data_shift(tmp_path: Path) -> No
         ({"method": "gef", "batch": 1}, "at least 2 a process|at least 2 for each process"),
         ({"importance_samples": 0}, "`importance_samples`"),
         ({"orthogonality_every": 0}, "`orthogonality_every`"),
-        ({"data": "folders"}, "`places` should name"),
-        ({"data": "folders", "places": {"rainy": "somewhere"}}, "LAYOUT:ROOT"),
+        ({"data": "folders"}, "`pairs` should name"),
+        ({"data": "folders", "pairs": {"rainy": "somewhere"}}, "LAYOUT:ROOT"),
         ({"method": "project", "precision": "fp16"}, "`precision`"),
         ({"steps": 0}, "`steps`"),
     ],

@@ -53,13 +53,13 @@ def test_every_method_trains_what_it_says(method: str, tmp_path: Path, prepared:
     run, described = trainer(tmp_path / "run", prepared, method=method), METHODS[method]
     controlnet, decoder = state(run.restorer.controlnet), state(run.restorer.decoder)
     (reader,) = run.readers.values()
-    recogniser, reference = state(reader.network), state(reader.reference.network)
+    recognizer, reference = state(reader.network), state(reader.reference.network)
     results = run.run()
     assert all(math.isfinite(value) for value in results.values())
     assert {"score", "score_on_hr", "fixed_hr", "judge", "judge_distance", "psnr", "ssim"} < set(results)
     assert changed(controlnet, run.restorer.controlnet)
     assert changed(decoder, run.restorer.decoder) == (described.decoder and described.hlf is not None)
-    assert changed(recogniser, reader.network)
+    assert changed(recognizer, reader.network)
     assert not changed(reference, reader.reference.network)
     logged = set(json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]))
     counts = {"both": 2, "task": 1, "reference": 1, None: 1}
@@ -94,7 +94,7 @@ def test_one_restorer_serves_three_tasks_in_turn(
     assert seen == [*TASKS, *TASKS, TASKS[0]]
     assert {f"{task}_score" for task in TASKS} < set(results)
     assert {path.stem for path in (tmp_path / "run").glob("*.safetensors")} == {
-        "edtr", *(f"recogniser_{task}" for task in TASKS)
+        "edtr", *(f"recognizer_{task}" for task in TASKS)
     }  # fmt: skip
 
 
@@ -103,9 +103,9 @@ def test_a_step_is_the_algorithm_written_out(tmp_path: Path, prepared: Path) -> 
     (reader,) = run.readers.values()
     edtr, hq_net = run.restorer, reader.reference
     edtr.controlnet.apply(lambda m: nn.init.normal_(m.weight, std=0.02) if isinstance(m, nn.Conv2d) else None)
-    pictures, targets = next(run.read(0, 1))
-    batch = run.batch(pictures, targets, 0, 3)
-    copies = [torch.Generator().set_state(generator.get_state()) for generator in batch.chance]
+    images, targets = next(run.read(0, 1))
+    batch = run.batch(images, targets, 0, 3)
+    copies = [torch.Generator().set_state(generator.get_state()) for generator in batch.generators]
     terms = run._restorer_terms(batch)
 
     # lines 6-11 with everything spelled out
@@ -146,7 +146,7 @@ def test_a_step_is_the_algorithm_written_out(tmp_path: Path, prepared: Path) -> 
     reader.network.train()
     read: list[Tensor] = []
     hook = reader.network.register_forward_pre_hook(lambda m, i: read.append(i[0]))
-    more = run._recogniser_terms(batch)
+    more = run._recognizer_terms(batch)
     hook.remove()
     assert set(more) == {"task", "matching"} and len(read) == 1
     half = len(batch.first)
@@ -156,7 +156,7 @@ def test_a_step_is_the_algorithm_written_out(tmp_path: Path, prepared: Path) -> 
     assert all(p.grad is None for p in edtr.parameters())
 
 
-def test_the_teacher_sees_every_picture_once(tmp_path: Path, prepared: Path) -> None:
+def test_the_teacher_sees_every_image_once(tmp_path: Path, prepared: Path) -> None:
     run = trainer(tmp_path / "run", prepared, steps=1)
     (reader,) = run.readers.values()
     shown: list[int] = []
@@ -209,12 +209,12 @@ def test_folders_of_stable_diffusion_are_read(tmp_path: Path) -> None:
 
 def test_restoring_pads_as_the_run_did(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer(tmp_path / "run", prepared, steps=1, smallest=64).run()
-    (tmp_path / "pictures").mkdir()
-    save_image(torch.rand(3, 40, 52), tmp_path / "pictures" / "a.png")
+    (tmp_path / "images").mkdir()
+    save_image(torch.rand(3, 40, 52), tmp_path / "images" / "a.png")
     seen = []
     hint = EDTR.hint
     monkeypatch.setattr(EDTR, "hint", lambda self, degraded: seen.append(degraded.shape[2:]) or hint(self, degraded))
-    restoring.main([str(tmp_path / "run"), str(tmp_path / "pictures"), str(tmp_path / "o"), "--device", "cpu"])
+    restoring.main([str(tmp_path / "run"), str(tmp_path / "images"), str(tmp_path / "o"), "--device", "cpu"])
     assert seen == [(64, 64)]
 
 
@@ -257,14 +257,14 @@ def test_bad_options_are_named_and_leave_no_folder(
     assert not (tmp_path / "run").exists()
 
 
-def test_labels_and_pictures_of_different_number_are_refused(tmp_path: Path, prepared: Path) -> None:
+def test_labels_and_images_of_different_number_are_refused(tmp_path: Path, prepared: Path) -> None:
     run = trainer(tmp_path / "run", prepared)
-    pictures, targets = next(run.read(0, 1))
-    batch = run.batch(pictures, targets[:-1], 0, 3)
+    images, targets = next(run.read(0, 1))
+    batch = run.batch(images, targets[:-1], 0, 3)
     with pytest.raises(ValueError, match="`targets` should be as many as `images`"):
-        run._recogniser_terms(batch)
-    with pytest.raises(ValueError, match="at least 2 pictures"):
-        run.batch(pictures[:1], targets[:1], 0, 3)
+        run._recognizer_terms(batch)
+    with pytest.raises(ValueError, match="at least 2 images"):
+        run.batch(images[:1], targets[:1], 0, 3)
 
 
 def test_an_unfinished_preparation_is_refused(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_an_unfinished_preparation_is_refused(tmp_path: Path) -> None:
 
 def test_the_experiment_runs_each_name_once(tmp_path: Path) -> None:
     base = replace(TINY, out=tmp_path, test_count=4)
-    study = experiment.Experiment(tmp_path, base, prior_steps=1, prior_pictures=8, prepare_steps=1)
+    study = experiment.Experiment(tmp_path, base, prior_steps=1, prior_images=8, prepare_steps=1)
     names = (*experiment.MAIN, "sr4ir", "no_fm")
     for _ in range(2):  # the second finds all done
         for name in names:

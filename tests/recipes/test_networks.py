@@ -12,22 +12,22 @@ from torch import Tensor, nn
 
 from examples.common.engine.recognition import Recognition, features_of
 from examples.common.networks.edsr import EDSR
-from examples.common.networks.recognisers import recogniser
+from examples.common.networks.recognizers import recognizer
 from examples.common.networks.restorers import fit_sizes, restorer
 from examples.common.networks.weights import load_weights
 
 
-def test_a_detector_that_began_with_imagenet_keeps_its_frozen_normalisation(tmp_path: Path) -> None:
+def test_a_detector_that_began_with_imagenet_keeps_its_frozen_normalization(tmp_path: Path) -> None:
     from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn
     from torchvision.ops import FrozenBatchNorm2d
 
     torch.manual_seed(0)
-    network = recogniser("paper", "detection", 3, pretrained=False)
+    network = recognizer("paper", "detection", 3, pretrained=False)
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             network.set_submodule(name, FrozenBatchNorm2d(module.num_features, eps=module.eps))
     save_file(network.state_dict(), tmp_path / "frozen.safetensors")
-    again = recogniser("paper", "detection", 3, pretrained=False)
+    again = recognizer("paper", "detection", 3, pretrained=False)
     load_weights(again, tmp_path / "frozen.safetensors")
     assert not any(isinstance(module, nn.BatchNorm2d) for module in again.modules())
     image = [torch.rand(3, 64, 64)]
@@ -36,7 +36,7 @@ def test_a_detector_that_began_with_imagenet_keeps_its_frozen_normalisation(tmp_
     assert all(weight.requires_grad for weight in again.parameters())
     live = fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None, num_classes=3)
     save_file(live.state_dict(), tmp_path / "live.safetensors")
-    load_weights(fresh := recogniser("paper", "detection", 3, pretrained=False), tmp_path / "live.safetensors")
+    load_weights(fresh := recognizer("paper", "detection", 3, pretrained=False), tmp_path / "live.safetensors")
     assert any(isinstance(module, nn.BatchNorm2d) for module in fresh.modules())
 
 
@@ -65,13 +65,13 @@ def test_without_imagenet_weights_it_says_so(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
     with caplog.at_level(logging.WARNING):
-        network = recogniser("paper", "classification", 7)
+        network = recognizer("paper", "classification", 7)
     assert "starts from scratch" in caplog.text
     assert network(torch.rand(1, 3, 64, 64)).shape == (1, 7)
 
 
 def test_networks_of_timm_are_shown_what_they_were_trained_on() -> None:
-    network = recogniser("timm/vit_tiny_patch16_224", "classification", 3, pretrained=False)
+    network = recognizer("timm/vit_tiny_patch16_224", "classification", 3, pretrained=False)
     shown: list[Tensor] = []
     network.register_forward_pre_hook(lambda m, i: shown.append(i[0]))
     Recognition("classification", "abc").predict(network.eval(), torch.full((1, 3, 224, 224), 0.5))

@@ -106,7 +106,7 @@ def test_what_is_broken_on_disk_is_named_and_skipped(tmp_path: Path, caplog: pyt
         write(tmp_path / "our485/low" / f"{name}.png")
         if name != "4":
             write(tmp_path / "our485/high" / f"{name}.png", size=(30, 34) if name != "3" else (20, 34))
-    (tmp_path / "our485/low/2.png").write_bytes(b"no picture")
+    (tmp_path / "our485/low/2.png").write_bytes(b"no image")
     write(tmp_path / "our485/low/5.png", size=(8, 8))
     write(tmp_path / "our485/high/5.png", size=(8, 8))
     data = FolderPairs({"low_light": ("lol", tmp_path)}, "train", 16)

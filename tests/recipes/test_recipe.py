@@ -205,7 +205,7 @@ def broken(tmp_path: Path) -> Path:
 
 
 def pair_options(root: Path) -> dict[str, Any]:
-    return {"data": "folders", "degradations": ["noisy"], "places": {"noisy": f"clean:{root}"}, "cpu": True,
+    return {"data": "folders", "degradations": ["noisy"], "pairs": {"noisy": f"clean:{root}"}, "cpu": True,
         "patch": 24, "batch": 2, "steps": 1}  # fmt: skip
 
 
@@ -226,9 +226,9 @@ def cub(root: Path, *, test_readable: bool) -> Path:
 
 def test_test_images_that_cannot_be_read_are_found_before_the_first_step(tmp_path: Path, broken: Path) -> None:
     builds: dict[str, tuple[Any, str]] = {
-        "diffloss": (lambda out: Trainer(Config(out=out, **pair_options(broken))), "`places` should have test"),
+        "diffloss": (lambda out: Trainer(Config(out=out, **pair_options(broken))), "`pairs` should have test"),
         "dtp": (lambda out: dtp_trainer(DTPConfig(out=out, method="scratch", **pair_options(broken))),
-            "`places` should hold test images of 'noisy' that can be read"),
+            "`pairs` should hold test images of 'noisy' that can be read"),
         "pretrain": (lambda out: dtp_trainer(DTPConfig(out=out, method="pretrain", **pair_options(broken))),
             "`clean` should hold test images that can be read"),
         "sr4ir": (lambda out: SR4IRTrainer(SR4IRConfig(out=out, data="cub200", size=32, batch=2, steps=1, cpu=True,
@@ -246,7 +246,7 @@ def test_unirestore_finds_them_too(tmp_path: Path) -> None:
     path = tmp_path / "in" / "0.png"  # the first is for the test
     path.write_bytes(path.read_bytes()[:60])
     config = UniRestoreConfig(out=tmp_path / "run", network="nafnet-small", tasks=["restoration"], size=32, batch=2,
-        pictures=tmp_path / "in", test_count=4, steps=1, cpu=True)  # fmt: skip
+        images=tmp_path / "in", test_count=4, steps=1, cpu=True)  # fmt: skip
     with pytest.raises(ValueError, match="the test data of restoration should hold an image that can be read"):
         UniRestoreTrainer(config)
 

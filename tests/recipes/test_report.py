@@ -217,11 +217,11 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
-def close_to(picture: np.ndarray, color: tuple[int, int, int], tolerance: int = 40) -> np.ndarray:
-    return (np.abs(picture - np.array(color)) < tolerance).all(axis=2)
+def close_to(image: np.ndarray, color: tuple[int, int, int], tolerance: int = 40) -> np.ndarray:
+    return (np.abs(image - np.array(color)) < tolerance).all(axis=2)
 
 
-def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = miniature(tmp_path / "runs")
     for start, task in (("hr", "classification"), ("scratch", "detection")):
         for seed in (1, 2, 3):
@@ -349,7 +349,7 @@ def test_samples_are_of_the_lowest_common_seed(tmp_path: Path, caplog: pytest.Lo
 def test_runs_without_samples_have_no_sheet(tmp_path: Path) -> None:
     main([str(miniature(tmp_path / "runs")), "--out", str(tmp_path / "out")])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bars.png", "report.md", "table.csv"]
-    assert "pictures" not in (tmp_path / "out" / "report.md").read_text()
+    assert "images" not in (tmp_path / "out" / "report.md").read_text()
     assert json.loads(next((tmp_path / "runs").rglob("results.json")).read_text())["num_classes"] == 10
 
 

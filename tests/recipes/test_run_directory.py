@@ -184,13 +184,13 @@ def test_grid_pixels_are_what_was_given(tmp_path: Path) -> None:
     small = torch.randint(0, 256, (3, 3, 4, 3), generator=generator)
     path = run.grid("test", [small / 255, *(pixels / 255).requires_grad_()], step=12)
     assert path == tmp_path / "samples" / "test_0000012.png"
-    picture = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
-    assert picture.shape == (3, 3 * (8 + 2) + 2, 3 * (6 + 2) + 2)
+    image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+    assert image.shape == (3, 3 * (8 + 2) + 2, 3 * (6 + 2) + 2)
     expected = [small.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3), *pixels]
     for row in range(3):
         for column in range(3):
             top, left = 2 + row * 10, 2 + column * 8
-            assert torch.equal(picture[:, top : top + 8, left : left + 6], expected[row][column].byte())
+            assert torch.equal(image[:, top : top + 8, left : left + 6], expected[row][column].byte())
     assert run.grid("of/one", [torch.ones(1, 3, 4, 4)]) == tmp_path / "samples" / "of" / "one.png"
     beyond = np.array(
         Image.open(run.grid("beyond", [torch.tensor([-0.5, 1.5]).reshape(2, 1, 1, 1).expand(2, 3, 4, 4)]))

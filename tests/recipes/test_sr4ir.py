@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import normalize
 
 from examples.common.data.degrade import low_resolution
 from examples.common.data.task_data import datasets
-from examples.common.engine.batches import chance
+from examples.common.engine.batches import derive_seed
 from examples.common.engine.recognition import Recognition
 from examples.common.networks.edsr import EDSR
 from examples.experiments import sr4ir as experiment
@@ -51,12 +51,12 @@ def test_every_method_runs_and_trains_whom_it_says(method: str, tmp_path: Path, 
     results = run(tmp_path / "run", prepared, method=method)
     described = METHODS[method]
     expected = {"fixed_hr", "judge", "judge_distance", "seconds", "num_classes"}
-    expected |= {"score", "score_on_hr"} if described.recogniser_inputs else set()
+    expected |= {"score", "score_on_hr"} if described.recognizer_inputs else set()
     expected |= {"psnr", "ssim"} if described.reads != "hr" else set()
     assert set(results) == expected
     assert all(math.isfinite(value) for value in results.values())
     assert (tmp_path / "run" / "samples" / "test.png").exists()
-    torch.manual_seed(chance(TINY.seed))
+    torch.manual_seed(derive_seed(TINY.seed))
     datasets(TINY, 1)
     start = EDSR(4, features=24, blocks=4, light=True).state_dict()
     assert equal(weights(tmp_path / "run"), start) == (not described.restorer_terms)
@@ -69,7 +69,7 @@ def test_method_names_are_those_of_the_config() -> None:
 def test_a_tdp_loss_without_gradient_is_no_tdp_loss(tmp_path: Path, prepared: cases.Prepared) -> None:
     for method in ("no_tdp", "tdp_detached", "sr4ir"):
         run(tmp_path / method, prepared, method=method)
-    for network in ("restorer", "recogniser"):
+    for network in ("restorer", "recognizer"):
         assert equal(weights(tmp_path / "no_tdp", network), weights(tmp_path / "tdp_detached", network))
     assert not equal(weights(tmp_path / "no_tdp"), weights(tmp_path / "sr4ir"))
 
@@ -87,7 +87,7 @@ def test_warm_start_and_pretrained_restorer(tmp_path: Path, prepared: cases.Prep
     changes = {"start": "hr", "h_weights": prepared.oracle("classification"), "s_weights": tmp_path / "pretrained"}
     trainer = Trainer(replace(TINY, out=tmp_path / "warm", **changes))
     assert equal(weights(tmp_path / "pretrained"), trainer.s.state_dict())
-    assert equal(weights(prepared.oracle("classification"), "recogniser"), trainer.h.state_dict())
+    assert equal(weights(prepared.oracle("classification"), "recognizer"), trainer.h.state_dict())
 
 
 @pytest.mark.parametrize("name", ["cars_x8", "cub_x8", "voc_segmentation_x8", "voc_detection_x8"])
@@ -113,7 +113,7 @@ def test_configs_of_the_paper_are_valid_and_ask_for_the_data(
         ({"scale": 5}, "`scale` should be one of"),
         ({"restorer": "edrs"}, "`restorer` should be one of"),
         ({"restorer": "file"}, "restorer .file. should be given a file of weights"),
-        ({"recogniser": "resnet"}, "`recogniser` should be"),
+        ({"recognizer": "resnet"}, "`recognizer` should be"),
         ({"data": "cub200"}, "`root` should be the folder"),
         ({"judge": Path("nowhere")}, "should be the directory of a finished run"),
         ({"layers": ["stage7"]}, "`layers` should name modules"),
@@ -136,7 +136,7 @@ def test_bad_settings_are_refused(changes: dict[str, Any], message: str, tmp_pat
 )
 def test_data_sets_on_disk(data: Any, task: Any, make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = make(tmp_path)
-    if data == "voc2012":  # test pictures of unequal size, and one that is broken
+    if data == "voc2012":  # test images of unequal size, and one that is broken
         Image.new("RGB", (50, 36)).save(folder / "JPEGImages" / "w.jpg")
         make_mask(folder / "SegmentationClass" / "w.png", filled((6, 10, 16, 25), 3, (50, 36)))
         note(folder / "Annotations" / "w.xml", thing("bird", (7, 11, 16, 25)), size=(50, 36))
@@ -161,15 +161,15 @@ def test_a_score_that_cannot_be_computed_is_found_before_the_first_step(tmp_path
 def test_patches_are_cut_where_the_seed_says(tmp_path: Path) -> None:
     config = Config(out=tmp_path / "run", method="pretrain", patch=16, steps=1, batch=4, train_count=8, test_count=4)
     run = Trainer(config)
-    pictures, targets = next(run.read(0, 1))
-    batch = run.batch(pictures, targets, 0, 1)
+    images, targets = next(run.read(0, 1))
+    batch = run.batch(images, targets, 0, 1)
     assert batch.hr.shape == (4, 3, 16, 16)
-    for picture, patch in zip(pictures, batch.hr, strict=True):
-        places = picture.unfold(1, 16, 1).unfold(2, 16, 1)  # every square
+    for image, patch in zip(images, batch.hr, strict=True):
+        places = image.unfold(1, 16, 1).unfold(2, 16, 1)  # every square
         assert ((places - patch[:, None, None]).abs().amax(dim=(0, 3, 4)) == 0).any()
-    assert torch.equal(run.batch(pictures, targets, 0, 1).hr, batch.hr)
+    assert torch.equal(run.batch(images, targets, 0, 1).hr, batch.hr)
     with pytest.raises(ValueError, match="`patch` should fit"):
-        Trainer(replace(config, patch=64, out=tmp_path / "large")).batch(pictures, targets, 0, 1)
+        Trainer(replace(config, patch=64, out=tmp_path / "large")).batch(images, targets, 0, 1)
     with pytest.raises(ValueError, match="`patch` should be left out"):
         Trainer(replace(config, method="sr4ir", out=tmp_path / "other"))
 
@@ -219,8 +219,8 @@ def trainer_and_batch(tmp_path: Path, prepared: cases.Prepared, method: str, pro
     Trainer(replace(TINY, out=other, method="oracle", seed=7)).run()
     names = {"fixed_hr": judge, "judge": other, "foreign": other}
     trainer = Trainer(replace(TINY, out=tmp_path / method, method=method, **names))  # type: ignore[arg-type]
-    pictures, targets = next(trainer.read(0, 1))
-    return trainer, replace(trainer.batch(pictures, targets, 0, 4), progress=progress)
+    images, targets = next(trainer.read(0, 1))
+    return trainer, replace(trainer.batch(images, targets, 0, 4), progress=progress)
 
 
 def features(network: nn.Module, images: Tensor) -> Tensor:
@@ -301,8 +301,8 @@ def test_one_loss_for_both(method: str, tmp_path: Path, prepared: cases.Prepared
 
 
 @pytest.mark.parametrize("separate", [False, True])
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.recogniser_inputs])
-def test_the_recogniser_reads_the_pictures_of_its_method(
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.recognizer_inputs])
+def test_the_recognizer_reads_the_images_of_its_method(
     method: str, separate: bool, tmp_path: Path, prepared: cases.Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, batch = trainer_and_batch(tmp_path, prepared, method, 0.5)
@@ -314,15 +314,15 @@ def test_the_recogniser_reads_the_pictures_of_its_method(
     together = METHODS[method].stages[-1][-1] == "both"
     restored = 3 * raw - 1 if together else (3 * raw - 1).clamp(0, 1)
     mix = CQMix((4, 4))
-    coins = [torch.Generator().set_state(generator.get_state()) for generator in batch.coins]
+    generators = [torch.Generator().set_state(generator.get_state()) for generator in batch.generators]
     wanted = {
         "hr": batch.hr,
         "sr": restored,
         "bilinear": F.interpolate(batch.lr, scale_factor=4.0, mode="bilinear"),
     }
     expected = [
-        mix(restored, batch.hr, generator=coins.pop(0)) if name == "mix" else wanted[name]
-        for name in METHODS[method].recogniser_inputs
+        mix(restored, batch.hr, generator=generators.pop(0)) if name == "mix" else wanted[name]
+        for name in METHODS[method].recognizer_inputs
     ]
     read: list[tuple[Tensor, Tensor]] = []
     loss = Recognition.loss
@@ -333,7 +333,7 @@ def test_the_recogniser_reads_the_pictures_of_its_method(
         return loss(self, network, images, targets)
 
     monkeypatch.setattr(Recognition, "loss", note)
-    objective = trainer._joint_terms if together else lambda b: {"task": trainer._recogniser_loss(b)["task"]}
+    objective = trainer._joint_terms if together else lambda b: {"task": trainer._recognizer_loss(b)["task"]}
     value = objective(batch)["task"]
     assert len(read) == (len(expected) if separate else 1)
     torch.testing.assert_close(torch.cat([images for images, _ in read]), torch.cat(expected))
@@ -347,16 +347,16 @@ def test_learning_rates_follow_their_cosines(tmp_path: Path, prepared: cases.Pre
     judge = prepared.oracle("classification")
     changes: dict[str, Any] = {"steps": 8, "restart": 0.5, "h_warm_up": 2, "fixed_hr": judge, "judge": judge}
     trainer = Trainer(replace(TINY, out=tmp_path / "run", **changes))
-    seen: dict[str, list[float]] = {"restorer": [], "recogniser": []}
+    seen: dict[str, list[float]] = {"restorer": [], "recognizer": []}
     (stage,) = trainer.stages
-    for step, (pictures, targets) in enumerate(trainer.read(0, 8)):
+    for step, (images, targets) in enumerate(trainer.read(0, 8)):
         for phase in stage.alternation.phases:  # type: ignore[attr-defined]
             seen[phase.name].append(phase.optimizers[0].param_groups[0]["lr"])
-        stage.alternation.step(trainer.batch(pictures, targets, step, 8))
+        stage.alternation.step(trainer.batch(images, targets, step, 8))
     cosine = [0.5 * (1 + math.cos(math.pi * k / 4)) for k in (0, 1, 2, 3)] * 2
     assert seen["restorer"] == pytest.approx([1e-3 * value for value in cosine])
     rise = [0.5, 1, 1, 1, 1, 1, 1, 1]
-    assert seen["recogniser"] == pytest.approx([2e-3 * a * b for a, b in zip(cosine, rise, strict=True)])
+    assert seen["recognizer"] == pytest.approx([2e-3 * a * b for a, b in zip(cosine, rise, strict=True)])
 
 
 def test_the_figures_are_what_they_are_called(tmp_path: Path, prepared: cases.Prepared) -> None:
@@ -397,7 +397,7 @@ def test_the_figures_are_what_they_are_called(tmp_path: Path, prepared: cases.Pr
         ({"s_weights": Path("nowhere")}, "no such file"),
         ({"s_weights": "another scale"}, "should hold the weights of this EDSR"),
         ({"restorer": "file", "s_weights": "broken"}, "should be a whole file of torch.save"),
-        ({"recogniser": "timm/nosuch"}, "model of timm"),
+        ({"recognizer": "timm/nosuch"}, "model of timm"),
         ({"save_every": 0}, "`save_every` should be at least 1"),
         ({"steps": 0}, "`steps` should be at least 1"),
         ({"degradation": "mixture_b"}, "`scale` should be 1 for mixture_b"),

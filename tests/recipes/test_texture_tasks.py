@@ -36,12 +36,12 @@ def tight_box(mask: Tensor) -> list[float]:
 
 @every_maker
 @every_task
-def test_the_first_pictures_are_the_same_for_every_count(make, task):
+def test_the_first_images_are_the_same_for_every_count(make, task):
     few, many, other = make(task, 7, 3), make(task, 15, 3), make(task, 7, 4)
     assert torch.equal(few.images, many.images[:7])
     assert all(same(few.targets[i], many.targets[i]) for i in range(7))
     assert not any(torch.equal(few.images[i], other.images[i]) for i in range(7))
-    assert len({picture.numpy().tobytes() for picture in many.images}) == 15
+    assert len({image.numpy().tobytes() for image in many.images}) == 15
 
 
 @every_maker
@@ -60,7 +60,7 @@ def test_the_state_of_the_global_generators_is_neither_read_nor_moved(make, task
 @every_maker
 @every_task
 @pytest.mark.parametrize("size", [24, 48, 61])
-def test_pictures_and_targets_are_as_the_tasks_module_says(make, task, size):
+def test_images_and_targets_are_as_the_tasks_module_says(make, task, size):
     data = make(task, 12, 0, size=size)
     assert data.task == task and len(data) == len(data.targets) == 12
     assert data.images.shape == (12, 3, size, size) and data.images.dtype == torch.float32
@@ -103,7 +103,7 @@ def test_label_mask_and_box_are_of_the_same_object(size):
         assert target["boxes"].tolist() == [tight_box(mask > 0)]
 
 
-def test_objects_lie_within_the_picture_and_are_as_large_as_said():
+def test_objects_lie_within_the_image_and_are_as_large_as_said():
     masks = generated("segmentation", 400, 2).targets > 0
     area, side = masks.sum(dim=(1, 2)), masks.any(dim=1).sum(dim=1)
     assert side.min() >= 2 * 0.9 * 11 - 2 and side.max() <= 2 * 1.2 * 17 + 1
@@ -113,26 +113,26 @@ def test_objects_lie_within_the_picture_and_are_as_large_as_said():
 
 
 def features_of_objects(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels, (N,), mean colour, area and place of the objects, (N, 6), and their grey spectrum, (N, K)."""
+    """Labels, (N,), mean color, area and place of the objects, (N, 6), and their gray spectrum, (N, K)."""
     data = generated("segmentation", count, seed)
     masks = data.targets > 0
     area = masks.sum(dim=(1, 2))
-    colour = (data.images * masks[:, None]).sum(dim=(2, 3)) / area[:, None]
+    color = (data.images * masks[:, None]).sum(dim=(2, 3)) / area[:, None]
     side = torch.arange(masks.shape[1])
     place = (
         torch.stack([(masks * side).sum(dim=(1, 2)), (masks * side[:, None]).sum(dim=(1, 2))], dim=1) / area[:, None]
     )
-    grey = torch.where(masks, data.images.mean(dim=1) - colour.mean(dim=1)[:, None, None], 0.0)
-    spectrum = torch.fft.fft2(grey).abs()[:, :13].roll(12, dims=2)[:, :, :25]
+    gray = torch.where(masks, data.images.mean(dim=1) - color.mean(dim=1)[:, None, None], 0.0)
+    spectrum = torch.fft.fft2(gray).abs()[:, :13].roll(12, dims=2)[:, :, :25]
     pooled = F.avg_pool2d(spectrum[:, None], 2, ceil_mode=True).flatten(1)
     labels = data.targets.amax(dim=(1, 2)) - 1
-    return labels, torch.cat([colour, area[:, None], place], dim=1), F.normalize(pooled)
+    return labels, torch.cat([color, area[:, None], place], dim=1), F.normalize(pooled)
 
 
 def nearest_class_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
     scale = train.std(dim=0) + 1e-6
-    centres = torch.stack([train[train_labels == label].mean(dim=0) for label in range(int(train_labels.max()) + 1)])
-    guess = torch.cdist(test / scale, centres / scale).argmin(dim=1)
+    centers = torch.stack([train[train_labels == label].mean(dim=0) for label in range(int(train_labels.max()) + 1)])
+    guess = torch.cdist(test / scale, centers / scale).argmin(dim=1)
     return float((guess == test_labels).float().mean())
 
 
@@ -149,8 +149,8 @@ def test_stripes_have_the_direction_and_the_period_that_were_asked_for(name):
     label, period = CLASSES.index(name), 6.0
     data = generated("segmentation", 60, 0, size=96, period=(period, period), contrast=(0.3, 0.3))
     for image, mask in [data[i] for i in range(label, 60, 10)]:
-        grey, inside = image.mean(dim=0), mask > 0
-        spectrum = torch.fft.fft2(torch.where(inside, grey - grey[inside].mean(), 0.0), s=(384, 384)).abs()
+        gray, inside = image.mean(dim=0), mask > 0
+        spectrum = torch.fft.fft2(torch.where(inside, gray - gray[inside].mean(), 0.0), s=(384, 384)).abs()
         down, right = divmod(int(spectrum[:193].argmax()), 384)
         frequency = np.array([-down, right if right < 192 else right - 384]) / 384  # upwards, rightwards
         assert 1 / np.hypot(*frequency) == pytest.approx(period, rel=0.06)

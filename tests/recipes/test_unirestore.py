@@ -17,8 +17,8 @@ from torchvision.utils import save_image
 
 from examples.common.data.folder import read_picture
 from examples.common.data.photos import HELD_OUT, load_photo
-from examples.common.engine.batches import chance
-from examples.common.engine.evaluation import Judges, load_recogniser
+from examples.common.engine.batches import derive_seed
+from examples.common.engine.evaluation import Judges, load_recognizer
 from examples.unirestore import restore as restoring
 from examples.unirestore import train as training
 from examples.unirestore.adapters import AdapterName
@@ -41,13 +41,13 @@ def test_stage_1_is_its_equations(changes: dict[str, Any], tmp_path: Path, folde
     model = learned(run.model)
     vae, unet = networks(model)
     batch = first_batch(run)
-    copies = [torch.Generator().set_state(generator.get_state()) for generator in batch.chance]
+    copies = [torch.Generator().set_state(generator.get_state()) for generator in batch.generators]
     terms = run._first_terms(batch)
 
     (part,) = batch.parts
     assert part.task == "restoration" and part.clean.shape == (4, 3, 29, 29)
     assert all(not torch.equal(one, other) for one, other in zip(part.clean, part.degraded, strict=True))
-    clean, degraded = (F.pad(pictures, (0, 3, 0, 3), mode="reflect") for pictures in (part.clean, part.degraded))
+    clean, degraded = (F.pad(images, (0, 3, 0, 3), mode="reflect") for images in (part.clean, part.degraded))
     t = torch.tensor([[249, 499, 749, 999, 999, 999][int(torch.randint(6, (), generator=g))] for g in copies])
     noise = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in copies])
     z_0 = vae.encode(2 * clean - 1).latent_dist.mode() * vae.config.scaling_factor
@@ -80,9 +80,9 @@ def test_stage_1_is_its_equations(changes: dict[str, Any], tmp_path: Path, folde
 def test_the_noise_of_stage_1_is_most_often_the_last(tmp_path: Path, folder: Path) -> None:
     run = trainer(tmp_path / "run", folder, "stage1")
     seen: list[int] = []
-    run.net.forward = lambda degraded, clean, t, chance: seen.extend(t.tolist())  # type: ignore[assignment,method-assign]
+    run.net.forward = lambda degraded, clean, t, generators: seen.extend(t.tolist())  # type: ignore[assignment,method-assign]
     (part,) = first_batch(run).parts
-    run._first_terms(Batch([replace(part, chance=[torch.Generator().manual_seed(k) for k in range(600)])]))
+    run._first_terms(Batch([replace(part, generators=[torch.Generator().manual_seed(k) for k in range(600)])]))
     assert set(seen) == {249, 499, 749, 999} and seen.count(999) / 600 == pytest.approx(0.5, abs=0.08)
 
 
@@ -90,9 +90,9 @@ def test_a_schedule_of_fewer_timesteps_has_the_same_noise(tmp_path: Path, folder
     run = trainer(tmp_path / "run", folder, "stage1")
     run.model.schedule = NoiseSchedule.scaled_linear(100)
     seen: list[int] = []
-    run.net.forward = lambda degraded, clean, t, chance: seen.extend(t.tolist())  # type: ignore[assignment,method-assign]
+    run.net.forward = lambda degraded, clean, t, generators: seen.extend(t.tolist())  # type: ignore[assignment,method-assign]
     (part,) = first_batch(run).parts
-    run._first_terms(Batch([replace(part, chance=[torch.Generator().manual_seed(k) for k in range(40)])]))
+    run._first_terms(Batch([replace(part, generators=[torch.Generator().manual_seed(k) for k in range(40)])]))
     assert set(seen) == {24, 49, 74, 99}
 
 
@@ -109,7 +109,7 @@ def test_stage_2_is_its_equation(changes: dict[str, Any], tmp_path: Path, folder
     batch = first_batch(run)
     assert [part.task for part in batch.parts] == ["restoration", "classification", "segmentation"]
     assert batch.tasks == ["restoration"] * 2 + ["classification"] * 2 + ["segmentation"] * 2
-    copies = [torch.Generator().set_state(generator.get_state()) for generator in batch.chance]
+    copies = [torch.Generator().set_state(generator.get_state()) for generator in batch.generators]
     terms = run._task_terms(batch)
 
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -222,7 +222,7 @@ def test_tasks_are_added_one_after_the_other(tmp_path: Path, folder: Path) -> No
     assert set(run.model.tasks) == set(TASKS)
 
 
-def test_unreadable_pictures_leave_out_their_task_and_no_other(tmp_path: Path, folder: Path) -> None:
+def test_unreadable_images_leave_out_their_task_and_no_other(tmp_path: Path, folder: Path) -> None:
     run = trainer(tmp_path / "run", folder)
     reader = run.readers["segmentation"]
 
@@ -238,7 +238,7 @@ def test_unreadable_pictures_leave_out_their_task_and_no_other(tmp_path: Path, f
     assert set(logged(tmp_path / "run")) == {"step", "stage2/restoration", "stage2/classification"}
 
 
-def test_pictures_of_several_sizes_are_restored_together(tmp_path: Path, folder: Path) -> None:
+def test_images_of_several_sizes_are_restored_together(tmp_path: Path, folder: Path) -> None:
     run = trainer(tmp_path / "run", folder, tasks=["restoration", "detection"])
     learned(run.model, 0.02)
     batch = first_batch(run)
@@ -249,11 +249,11 @@ def test_pictures_of_several_sizes_are_restored_together(tmp_path: Path, folder:
         terms = run._task_terms(batch)
     restored = run._restored(batch, batch.tasks)
     assert restored[0].shape == (2, 3, 30, 26)
-    assert [tuple(picture.shape) for picture in restored[1]] == [tuple(picture.shape) for picture in detected.clean]
+    assert [tuple(image.shape) for image in restored[1]] == [tuple(image.shape) for image in detected.clean]
     assert set(terms) == {"restoration", "detection"} and all(torch.isfinite(value) for value in terms.values())
 
 
-def test_figures_have_an_unseen_recogniser_and_unseen_corruptions(tmp_path: Path, folder: Path) -> None:
+def test_figures_have_an_unseen_recognizer_and_unseen_corruptions(tmp_path: Path, folder: Path) -> None:
     results = trainer(tmp_path / "run", folder, unseen=True, tasks=[*TASKS], eval_every=1, steps=1).run()
     for kind in ("", "unseen_"):
         assert {f"restoration_{kind}{name}" for name in ("psnr", "ssim")} < set(results)
@@ -267,13 +267,13 @@ def test_figures_have_an_unseen_recogniser_and_unseen_corruptions(tmp_path: Path
         assert read_picture(tmp_path / "run" / "samples" / f"{task}.png").shape[0] == 3
 
 
-def test_what_is_read_is_the_picture_restored_for_its_task(tmp_path: Path, folder: Path) -> None:
+def test_what_is_read_is_the_image_restored_for_its_task(tmp_path: Path, folder: Path) -> None:
     run = trainer(tmp_path / "run", folder)
     learned(run.model, 0.05)
     lq = uniform(3, 3, 24, 24)
     found = {task: run.restores(task)(None, lq) for task in run.config.tasks}
     for task, restored in found.items():
-        generator = torch.Generator().manual_seed(chance(run.config.seed, 2))
+        generator = torch.Generator().manual_seed(derive_seed(run.config.seed, 2))
         wanted = [run.model(part, task, generator=generator) for part in (lq[:2], lq[2:])]  # by the batch of training
         assert torch.equal(restored, torch.cat(wanted).clamp(0, 1))
     assert not torch.equal(found["restoration"], found["classification"])
@@ -316,7 +316,7 @@ def test_half_precision_trains(tmp_path: Path, folder: Path, request: pytest.Fix
         )
 
 
-def test_options_reach_the_optimiser(tmp_path: Path, folder: Path) -> None:
+def test_options_reach_the_optimizer(tmp_path: Path, folder: Path) -> None:
     run = trainer(tmp_path / "run", folder, lr=0.3, prompt_lr=0.7, weight_decay=0.5, max_norm=2.5, steps=4)
     (phase,) = run.stages[0].alternation.phases
     optimizer: Any = phase.optimizers
@@ -330,10 +330,10 @@ def test_options_reach_the_optimiser(tmp_path: Path, folder: Path) -> None:
         run.stages[0].alternation.step(first_batch(run))
 
 
-def test_every_picture_has_a_chance_of_its_own(tmp_path: Path, folder: Path) -> None:
+def test_every_image_has_a_chance_of_its_own(tmp_path: Path, folder: Path) -> None:
     run = trainer(tmp_path / "run", folder)
     batches = [run.batch(*read, step, 2) for step, read in enumerate(run.read(0, 2))]
-    seeds = [generator.initial_seed() for batch in batches for generator in batch.chance]
+    seeds = [generator.initial_seed() for batch in batches for generator in batch.generators]
     assert len(seeds) == len(set(seeds)) == 2 * 3 * 2
     reader = run.readers["restoration"]
     clean = batches[0].parts[0].clean
@@ -346,19 +346,19 @@ def test_a_task_is_read_by_its_networks(tmp_path: Path, folder: Path, monkeypatc
     for task in ("classification", "segmentation"):
         reader = run.readers[task]
         for network, name in ((reader.network, "hq"), (reader.judge, "judge")):
-            stored = load_recogniser(folder / "prepared" / f"{task}_{name}").state_dict()
+            stored = load_recognizer(folder / "prepared" / f"{task}_{name}").state_dict()
             assert network is not None
             assert all(torch.equal(value, stored[key]) for key, value in network.state_dict().items())
     asked: list[Any] = []
     seen: list[Any] = []
 
-    def forward(pictures: Tensor, task: str, **options: Any) -> Tensor:
+    def forward(images: Tensor, task: str, **options: Any) -> Tensor:
         asked.append((task, options["smallest"]))
-        return pictures
+        return images
 
     def evaluated(data: Any, recognition: Any, **options: Any) -> Any:
         options["read"](None, uniform(1, 3, 24, 24))
-        seen.append((recognition.task, options["recogniser"], options["judges"], options["degrade"]))
+        seen.append((recognition.task, options["recognizer"], options["judges"], options["degrade"]))
         return {}, {"lr": uniform(1, 3, 4, 4), "restored": uniform(1, 3, 4, 4), "hr": uniform(1, 3, 4, 4)}
 
     monkeypatch.setattr(run.model, "forward", forward)
@@ -366,11 +366,11 @@ def test_a_task_is_read_by_its_networks(tmp_path: Path, folder: Path, monkeypatc
     run.figures(run.restores)
     tasks = ["restoration", "classification", "segmentation"]
     assert asked == [(task, 32) for task in tasks for _ in ("seen", "unseen")]
-    for (_, recogniser, judges, degrade), task in zip(seen, [task for task in tasks for _ in range(2)], strict=True):
+    for (_, recognizer, judges, degrade), task in zip(seen, [task for task in tasks for _ in range(2)], strict=True):
         reader = run.readers[task]
-        assert recogniser is reader.network and judges == Judges(None, reader.judge)
-        pictures = uniform(2, 3, 24, 24)
-        assert not torch.equal(degrade(pictures, 0), reader.degrade(pictures, 0))  # not as in training
+        assert recognizer is reader.network and judges == Judges(None, reader.judge)
+        images = uniform(2, 3, 24, 24)
+        assert not torch.equal(degrade(images, 0), reader.degrade(images, 0))  # not as in training
 
 
 def test_a_new_prompt_begins_at_zero(tmp_path: Path, folder: Path) -> None:
@@ -386,7 +386,7 @@ def test_the_gate_is_that_of_the_run(adapter: AdapterName, tmp_path: Path, folde
     assert all(level.gate == "sigmoid" for each in (run.model, model) for level in each.tfa.levels)
 
 
-def test_pictures_of_the_test_are_not_trained_on(tmp_path: Path) -> None:
+def test_images_of_the_test_are_not_trained_on(tmp_path: Path) -> None:
     train, test = data_of("restoration", replace(TINY, size=32, test_count=8))
     held_out = [load_photo(name) for name in HELD_OUT]
     assert not any(
@@ -401,7 +401,7 @@ def test_pictures_of_the_test_are_not_trained_on(tmp_path: Path) -> None:
     for number in range(12):
         save_image(torch.full((3, 40, 36), number / 255), tmp_path / f"{number:02d}.png")
     (tmp_path / "05.png").write_bytes(b"broken")
-    train, test = data_of("restoration", replace(TINY, pictures=tmp_path, size=32, train_count=20, test_count=5))
+    train, test = data_of("restoration", replace(TINY, images=tmp_path, size=32, train_count=20, test_count=5))
     assert len(train) == 20 and len(test) == 5
     trained = {round(255 * float(sample[0].mean())) for n in range(20) if (sample := train[n]) is not None}
     tested = {round(255 * float(sample[0].mean())) for n in range(5) if (sample := test[n]) is not None}
@@ -410,7 +410,7 @@ def test_pictures_of_the_test_are_not_trained_on(tmp_path: Path) -> None:
     assert test[0] is None
 
 
-def test_pictures_of_several_sizes_are_restored_alone(tmp_path: Path, folder: Path) -> None:
+def test_images_of_several_sizes_are_restored_alone(tmp_path: Path, folder: Path) -> None:
     run = trainer(tmp_path / "run", folder)
     batch = first_batch(run)
     look, *others = batch.parts
@@ -418,7 +418,7 @@ def test_pictures_of_several_sizes_are_restored_alone(tmp_path: Path, folder: Pa
 
     def afresh(parts: list[Part]) -> Batch:
         return Batch(
-            [replace(p, chance=[torch.Generator().manual_seed(n) for n in range(len(p.chance))]) for p in parts]
+            [replace(p, generators=[torch.Generator().manual_seed(n) for n in range(len(p.generators))]) for p in parts]
         )
 
     with torch.no_grad():

@@ -17,8 +17,8 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from examples.common.data.folder import read_picture
-from examples.common.engine.batches import chance
-from examples.common.engine.evaluation import load_recogniser
+from examples.common.engine.batches import derive_seed
+from examples.common.engine.evaluation import load_recognizer
 from examples.experiments import unirestore as experiment
 from examples.unirestore import prepare as preparing
 from examples.unirestore import restore as restoring
@@ -32,24 +32,24 @@ from tests.recipes.unirestore_runs import SMALL, TINY, trainer
 
 
 def test_a_folder_is_restored_for_a_task(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pictures = tmp_path / "pictures"
-    (pictures / "deep").mkdir(parents=True)
-    save_image(uniform(3, 20, 33), pictures / "a.png")
-    save_image(uniform(3, 7, 5, seed=1), pictures / "deep" / "b.jpg")
-    (pictures / "broken.png").write_bytes(b"no picture")
+    images = tmp_path / "images"
+    (images / "deep").mkdir(parents=True)
+    save_image(uniform(3, 20, 33), images / "a.png")
+    save_image(uniform(3, 7, 5, seed=1), images / "deep" / "b.jpg")
+    (images / "broken.png").write_bytes(b"no image")
 
     def restore(run: str, out: str, *options: str) -> list[Tensor]:
-        restoring.main([str(folder / run), str(pictures), str(tmp_path / out), "--device", "cpu", *options])
+        restoring.main([str(folder / run), str(images), str(tmp_path / out), "--device", "cpu", *options])
         return [read_picture(tmp_path / out / name) for name in ("a.png", "deep/b.png")]
 
     with caplog.at_level("INFO"):
         plain = restore("stage2", "plain")
     assert "broken.png skipped" in caplog.text and "2 images restored" in caplog.text
-    assert [tuple(picture.shape) for picture in plain] == [(3, 20, 33), (3, 7, 5)]
+    assert [tuple(image.shape) for image in plain] == [(3, 20, 33), (3, 7, 5)]
     model, smallest = restoring.load_run(folder / "stage2")
     assert smallest == 0
-    generator = torch.Generator().manual_seed(chance(0, zlib.crc32(b"a.png")))
-    wanted = model.restore(read_picture(pictures / "a.png")[None], "restoration", generator=generator, smallest=0)[0]
+    generator = torch.Generator().manual_seed(derive_seed(0, zlib.crc32(b"a.png")))
+    wanted = model.restore(read_picture(images / "a.png")[None], "restoration", generator=generator, smallest=0)[0]
     torch.testing.assert_close(plain[0], wanted, atol=0.51 / 255, rtol=0)
 
     # the prompt that came later, on the run that it was trained on
@@ -61,8 +61,8 @@ def test_a_folder_is_restored_for_a_task(tmp_path: Path, folder: Path, caplog: p
     restore("stage1", "first")
     tiles = restore("stage2", "tiles", "--tile", "32", "--overlap", "8")
     assert not any(map(torch.equal, plain[:1], tiles[:1])) and torch.equal(plain[1], tiles[1])
-    # the noise of a picture is its own, whatever lies beside it
-    shutil.copy(pictures / "a.png", pictures / "0.png")
+    # the noise of an image is its own, whatever lies beside it
+    shutil.copy(images / "a.png", images / "0.png")
     assert all(map(torch.equal, plain, restore("stage2", "more")))
     assert not torch.equal(read_picture(tmp_path / "more" / "0.png"), plain[0])
     shutil.copytree(folder / "prepared" / "prior", tmp_path / "prior")
@@ -137,7 +137,7 @@ def test_preparing_is_a_command_that_goes_on(
                                       "--train_prior=false", *small])  # fmt: skip
     preparing.main()
     assert {path.name for path in tmp_path.iterdir()} == {"classification_hq", "classification_judge"}
-    hq, judge = (load_recogniser(tmp_path / f"classification_{name}").state_dict() for name in ("hq", "judge"))
+    hq, judge = (load_recognizer(tmp_path / f"classification_{name}").state_dict() for name in ("hq", "judge"))
     assert any(not torch.equal(value, judge[name]) for name, value in hq.items())
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     preparing.main()
@@ -147,7 +147,7 @@ def test_preparing_is_a_command_that_goes_on(
             preparing.prepare(replace(preparing.Config(out=tmp_path / "none", **SMALL), **changes))
 
 
-def test_the_prior_is_of_the_pictures_of_all_tasks(folder: Path) -> None:
+def test_the_prior_is_of_the_images_of_all_tasks(folder: Path) -> None:
     config = preparing.Config(out=folder / "prepared", **SMALL)
     train, test = mixed(["restoration", "classification"], config)
     parts = [data_of(task, config) for task in ("restoration", "classification")]
@@ -164,7 +164,7 @@ def test_the_experiment_runs_each_kind_of_name_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = replace(TINY, out=tmp_path, steps=1, unseen=True, **{**SMALL, "train_count": 16})
-    study = experiment.Experiment(tmp_path, base, prior_steps=1, prior_pictures=16, prepare_steps=1)
+    study = experiment.Experiment(tmp_path, base, prior_steps=1, prior_images=16, prepare_steps=1)
     names = ("lq", "pir", "tir", "pir_tir", "unirestore", "one_prompt")
     found = {name: study.run(name, 1) for name in names}
     study.new_task(1)
@@ -237,13 +237,13 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "seen": ("stage2", {"degradation": "unseen_corruptions", "unseen": True}, "`unseen` should be false"),
     "network after": ("stage2", {"network": "edsr-small"}, "`after` should be left out for `network` edsr-small"),
     "prior nowhere": ("stage1", {"prior": "nowhere"}, "should be in the folder .*nowhere, or on the hub"),
-    "one picture": ("stage1", {"pictures": "stage1/tb"}, "at least two pictures, found 0"),
+    "one image": ("stage1", {"images": "stage1/tb"}, "at least two images, found 0"),
     "weight": ("stage2", {"task_weights": {"paint": 1.0}}, "`task_weights` should be for .*, found 'paint'"),
     "training": ("stage2", {"train_tasks": ["detection"]}, "`train_tasks` should be of `tasks`"),
     "training a new task": ("add-task", {"train_tasks": ["restoration"]}, "`train_tasks` should be left out"),
     "a network's task": ("add-task", {"network": "edsr-small"}, "`network` should be left out of 'add-task'"),
     "a prompt at rest": ("add-task", {"restored_too": 1.0}, "`restored_too` should be left out of 'add-task'"),
-    "small photographs": ("stage1", {"size": 600}, "`pictures` should be a folder of photographs for `size` 600"),
+    "small photographs": ("stage1", {"size": 600}, "`images` should be a folder of photographs for `size` 600"),
     "training first": ("stage1", {"train_tasks": ["restoration", "classification"]}, "`train_tasks` should be one"),
     "nothing to train first": ("stage1", {"tasks": ["classification"]}, "`tasks` should have 'restoration'"),
     "nobody to please": ("stage2", {"tasks": ["classification"], "restored_too": 1.0}, "needs the task 'restoration'"),
@@ -254,7 +254,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "steps": ("stage2", {"steps_of_diffusion": 0}, "`steps_of_diffusion` should be at least 1, found 0"),
     "blocks": ("stage1", {"cfrm_blocks": [1, 1, 9]}, "first 2 levels"),
     "weights": ("stage1", {"cfrm_weights": [0.1]}, r"`cfrm_weights` should be 2 numbers, found \[0.1\]"),
-    "scale": ("stage2", {"scale": 4}, "`scale` should be 1: pictures are restored at their own size"),
+    "scale": ("stage2", {"scale": 4}, "`scale` should be 1: images are restored at their own size"),
     "batch": ("stage2", {"batch": 0}, "`batch` should be at least 1, found 0"),
 }  # fmt: skip
 
@@ -263,7 +263,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_bad_options_are_named_and_leave_no_folder(
     stage: str, changes: dict[str, Any], message: str, tmp_path: Path, folder: Path
 ) -> None:
-    for name in ("after", "prepared", "prior", "pictures"):
+    for name in ("after", "prepared", "prior", "images"):
         if isinstance(changes.get(name), str):
             changes = {**changes, name: folder / changes[name]}
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Which pictures without any label are trained on?"""
+"""Clean images without labels, as random crops of photographs or of files."""
 
 import functools
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from examples.common.data.photos import photographs, pyramid, random_crops
 from examples.common.data.tasks import Task
 
 
-class CleanPictures:
-    """Crops, turned and mirrored at random: samples (picture (3, H, W), 0). Chance is torch's global generator.
+class CleanImages:
+    """Crops, turned and mirrored at random: samples (image (3, H, W), 0). Chance is torch's global generator.
 
     Args:
         sources: photographs, or files.
@@ -39,14 +39,14 @@ class CleanPictures:
         if isinstance(source, Tensor):
             return random_crops(self.sources, 1, self.size, generator)[0], torch.tensor(0)
         try:
-            picture = read_picture(source)
+            image = read_picture(source)
         except UNREADABLE as error:
             self._skipped(source, error)
             return None
-        if min(picture.shape[1:]) < self.size:
+        if min(image.shape[1:]) < self.size:
             self._skipped(source, f"smaller than the crops of {self.size}")
             return None
-        return random_crops([picture], 1, self.size, generator)[0], torch.tensor(0)
+        return random_crops([image], 1, self.size, generator)[0], torch.tensor(0)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Where are the pictures that the papers measure on, and what is wrong with those on this disk?
+"""The data sets that the papers measure on, read from disk: what is missing or damaged is named.
 
 CUB-200-2011, Stanford Cars and PASCAL VOC 2012, unpacked as they are handed out; nothing is downloaded. All give a
 :class:`FolderData`. Augmentation draws from torch's global generator: seed it for a sample, and the sample is the same.
@@ -34,16 +34,16 @@ VOC_CLASSES = (
 
 
 class FolderData:
-    """Pictures read from files when they are asked for; a :class:`~examples.common.data.tasks.TaskData`.
+    """Images read from files when they are asked for; a :class:`~examples.common.data.tasks.TaskData`.
 
-    A picture or annotation that cannot be read is named in one warning (of each worker), and its sample is None.
+    An image or annotation that cannot be read is named in one warning (of each worker), and its sample is None.
 
     Args:
         task: how the targets are read.
         class_names: by label; of detection, the first is "background".
-        samples: (picture, annotation), the annotation a label or a file.
+        samples: (image, annotation), the annotation a label or a file.
         annotate: (annotation, (H, W)) -> target; raises ``ValueError`` for a damaged one.
-        transform: (image, target) -> (image, target), with chance in training.
+        transform: (image, target) -> (image, target), random in training.
     """
 
     def __init__(
@@ -67,18 +67,18 @@ class FolderData:
         path, annotation = self.samples[index]
         reading = path
         try:
-            picture = read_picture(path)
+            image = read_picture(path)
             reading = annotation if isinstance(annotation, Path) else path
-            target = self.annotate(annotation, (picture.shape[1], picture.shape[2]))
+            target = self.annotate(annotation, (image.shape[1], image.shape[2]))
         except UNREADABLE as error:
             self._skipped(reading, error)
             return None
-        image, target = self.transform(tv_tensors.Image(picture), target)
+        image, target = self.transform(tv_tensors.Image(image), target)
         return _plain(image).clamp(0, 1), target
 
 
 def cub200(root: Path, split: Split, *, size: int = 224) -> FolderData:
-    """Birds of 200 species: 5,994 training and 5,794 test pictures.
+    """Birds of 200 species: 5,994 training and 5,794 test images.
 
     The short side is resized to 256/224 of ``size``; of that, training sees ``size`` x ``size`` at random, flipped or
     not, and the test the middle.
@@ -87,10 +87,10 @@ def cub200(root: Path, split: Split, *, size: int = 224) -> FolderData:
         root: contains CUB_200_2011 with images.txt, image_class_labels.txt, train_test_split.txt, classes.txt and
             images/; or is that folder.
         split: of train_test_split.txt.
-        size: of the pictures, in pixels.
+        size: of the images, in pixels.
 
     Raises:
-        ValueError: If files are missing or do not agree; the message names the file and the line. A picture that is
+        ValueError: If files are missing or do not agree; the message names the file and the line. An image that is
             listed and not there is a warning, unless none is there.
     """
     train = _is_train(split, size)
@@ -121,14 +121,14 @@ def cub200(root: Path, split: Split, *, size: int = 224) -> FolderData:
 
 
 def stanford_cars(root: Path, split: Split, *, size: int = 224) -> FolderData:
-    """Cars of 196 models: 8,144 training and 8,041 test pictures, prepared as those of :func:`cub200`.
+    """Cars of 196 models: 8,144 training and 8,041 test images, prepared as those of :func:`cub200`.
 
     Args:
         root: contains stanford_cars, in the layout of ``torchvision.datasets.StanfordCars``: devkit/cars_meta.mat,
             devkit/cars_train_annos.mat and cars_train/ for training, cars_test_annos_withlabels.mat and cars_test/ for
             the test; or is that folder.
         split: which of the two.
-        size: of the pictures, in pixels.
+        size: of the images, in pixels.
 
     Raises:
         ValueError: As :func:`cub200` does; the message names the file and the annotation, counted from 1.
@@ -140,7 +140,7 @@ def stanford_cars(root: Path, split: Split, *, size: int = 224) -> FolderData:
     annotations = _matlab(folder / index, "annotations")
     if not {"class", "fname"} <= set(annotations.dtype.names or ()):
         raise ValueError(
-            f"{folder / index} should give `class` and `fname` of every picture, found {annotations.dtype.names}."
+            f"{folder / index} should give `class` and `fname` of every image, found {annotations.dtype.names}."
         )
     samples: list[tuple[Path, int | Path]] = []
     for number, annotation in enumerate(annotations, start=1):
@@ -154,17 +154,17 @@ def stanford_cars(root: Path, split: Split, *, size: int = 224) -> FolderData:
 
 
 def voc2012(root: Path, split: Split, task: VocTask, *, size: int = 480) -> FolderData:
-    """Everyday pictures with objects of 20 classes; its validation part is the test here, as in the papers.
+    """Everyday images with objects of 20 classes; its validation part is the test here, as in the papers.
 
-    Segmentation: the short side is resized to 520/480 of ``size``, the mask alike. The 1,464 training pictures are
-    cropped to ``size`` x ``size`` at random, flipped or not; the 1,449 test pictures stay whole and so differ in size:
+    Segmentation: the short side is resized to 520/480 of ``size``, the mask alike. The 1,464 training images are
+    cropped to ``size`` x ``size`` at random, flipped or not; the 1,449 test images stay whole and so differ in size:
     read them in batches of one.
 
-    Detection, 5,717 training pictures: the long side is reduced to ``size`` where it is above, flipped or not, without
-    the boxes marked difficult. 5,823 test pictures: the same without flip and with all boxes.
+    Detection, 5,717 training images: the long side is reduced to ``size`` where it is above, flipped or not, without
+    the boxes marked difficult. 5,823 test images: the same without flip and with all boxes.
 
-    No picture of VOC has a side above 500 pixels. Boxes run from the left edge of the first pixel, 0, to the right edge
-    of the last; those without an area in the picture are left out. A picture that has none left has boxes (0, 4).
+    No image of VOC has a side above 500 pixels. Boxes run from the left edge of the first pixel, 0, to the right edge
+    of the last; those without an area in the image are left out. An image that has none left has boxes (0, 4).
 
     Args:
         root: contains VOCdevkit/VOC2012 with ImageSets/Segmentation or ImageSets/Main, JPEGImages and SegmentationClass
@@ -272,7 +272,7 @@ def _matlab(file: Path, name: str) -> Any:
 def _present(samples: Sequence[tuple[Path, int | Path]], split: str, index: Path) -> list[tuple[Path, int | Path]]:
     """The samples whose files are there, after a warning for each file that is not."""
     if not samples:
-        raise ValueError(f"{index} should list pictures to {split} with, found none.")
+        raise ValueError(f"{index} should list images to {split} with, found none.")
     missing = {
         number: [path for path in sample if isinstance(path, Path) and not path.is_file()]
         for number, sample in enumerate(samples)
@@ -293,12 +293,12 @@ def _label(label: int, _: tuple[int, int]) -> Tensor:
 
 
 def _mask(file: Path, size: tuple[int, int]) -> Any:
-    with Image.open(file) as picture:
-        if picture.mode not in ("P", "L"):
-            raise ValueError(f"a mask should be a palette or grey picture, found mode {picture.mode}")
-        values = np.array(picture)
+    with Image.open(file) as image:
+        if image.mode not in ("P", "L"):
+            raise ValueError(f"a mask should be a palette or gray image, found mode {image.mode}")
+        values = np.array(image)
     if values.shape != size:
-        raise ValueError(f"{values.shape[1]}x{values.shape[0]} pixels, its picture has {size[1]}x{size[0]}")
+        raise ValueError(f"{values.shape[1]}x{values.shape[0]} pixels, its image has {size[1]}x{size[0]}")
     strange = np.unique(values[(values >= len(VOC_CLASSES)) & (values != IGNORED)])
     if strange.size:
         raise ValueError(f"labels {strange.tolist()} are no classes")
@@ -312,7 +312,7 @@ def _boxes(file: Path, size: tuple[int, int], *, difficult: bool) -> dict[str, A
         raise ValueError(f"expected <annotation>, found <{root.tag}>")
     stated = tuple(int(root.findtext(f"size/{side}", "0")) for side in ("height", "width"))
     if all(stated) and stated != size:
-        raise ValueError(f"{stated[1]}x{stated[0]} pixels, its picture has {size[1]}x{size[0]}")
+        raise ValueError(f"{stated[1]}x{stated[0]} pixels, its image has {size[1]}x{size[0]}")
     boxes, labels = [], []
     for thing in root.findall("object"):
         name = thing.findtext("name", "").strip()
@@ -363,7 +363,7 @@ def _detection(image: Any, target: dict[str, Any], *, train: bool, size: int) ->
 
 
 def _at_most(size: int, image: Any, other: Any) -> tuple[Any, Any]:
-    """A picture, and what belongs to it, made smaller where its long side is above ``size``."""
+    """An image, and what belongs to it, made smaller where its long side is above ``size``."""
     sides = image.shape[-2:]
     if max(sides) <= size:
         return image, other

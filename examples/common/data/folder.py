@@ -232,17 +232,17 @@ def read_pixels(path: Path) -> Tensor:
             if file.format in ("PNG", "TIFF"):
                 return _deep(path, file)
             logger.warning("%s is read with 8 bits for each color, of 16: only PNG and TIFF are read with all", path)
-        picture = ImageOps.exif_transpose(file)
-        if picture.mode.startswith("I") or picture.mode == "F":  # deeper than 8 bits; Pillow's own convert would clip
-            values = np.asarray(picture, dtype=np.float32)
-            full = 65535 if picture.mode.startswith("I") else 1
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I") or image.mode == "F":  # deeper than 8 bits; Pillow's own convert would clip
+            values = np.asarray(image, dtype=np.float32)
+            full = 65535 if image.mode.startswith("I") else 1
             if not (values.min() >= 0 and values.max() <= full):
-                raise ValueError(f"mode {picture.mode} with values from {values.min():g} to {values.max():g}")
+                raise ValueError(f"mode {image.mode} with values from {values.min():g} to {values.max():g}")
             return torch.from_numpy(values / full).expand(3, -1, -1).clone()
-        if "A" in picture.getbands() or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        pixels = np.array(picture.convert("RGB"))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

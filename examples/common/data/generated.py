@@ -1,8 +1,8 @@
-"""Which pictures show whether restored detail is the right detail, without a download?
+"""Generated images that show whether restored detail is the right detail, without a download.
 
 Drawn ones: a smooth background with band noise, one to three plain shapes, and on top an object whose class is its
-texture. Shape, colour, size and place say nothing about the class, and all textures live in the same band of
-frequencies, about the highest that a picture reduced by four can hold and above. Every picture has a label, a mask
+texture. Shape, color, size and place say nothing about the class, and all textures live in the same band of
+frequencies, about the highest that an image reduced by four can hold and above. Every image has a label, a mask
 and a box.
 """
 
@@ -35,7 +35,7 @@ Floats = NDArray[np.floating[Any]]
 Mask = NDArray[np.bool_]
 
 
-@lru_cache(maxsize=4)  # several runs on the same pictures
+@lru_cache(maxsize=4)  # several runs on the same images
 def generated(
     task: Task,
     count: int,
@@ -45,13 +45,13 @@ def generated(
     period: tuple[float, float] = (5.5, 8.0),
     contrast: tuple[float, float] = (0.07, 0.18),
 ) -> InMemory:
-    """``count`` pictures, a pure function of the seed: the same ones for every task, the first ones for every count.
+    """``count`` images, a pure function of the seed: the same ones for every task, the first ones for every count.
 
     Args:
-        task: which of label, mask and box is the target; every ten pictures in a row show every class once.
+        task: which of label, mask and box is the target; every ten images in a row show every class once.
         count: at least 1.
         seed: from 0.
-        size: side of the pictures, at least 24. Shapes grow with it, the textures' period does not.
+        size: side of the images, at least 24. Shapes grow with it, the textures' period does not.
         period: of the textures, in pixels, (lowest, highest).
         contrast: of the textures, (lowest, highest): the amplitude of a sine that varies as much over the object.
 
@@ -70,7 +70,7 @@ def generated(
     masks = np.empty((count, size, size), np.bool_)
     for index in range(count):
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
-        pixels[index], masks[index] = _picture(rng, index % len(CLASSES), size, period, contrast)
+        pixels[index], masks[index] = _image(rng, index % len(CLASSES), size, period, contrast)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(255).contiguous()
     labels = torch.arange(count) % len(CLASSES)
     if task == "classification":
@@ -90,36 +90,36 @@ def box_of(mask: Mask) -> tuple[float, float, float, float]:
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
-def _picture(
+def _image(
     rng: np.random.Generator, label: int, size: int, periods: tuple[float, float], contrasts: tuple[float, float]
 ) -> tuple[NDArray[np.uint8], Mask]:
-    """One picture (H, W, 3) and the mask (H, W) of its object."""
-    picture = _smooth(rng, size) + rng.uniform(0.02, 0.05) * _band_noise(rng, size, rng.uniform(*periods))[..., None]
+    """One image (H, W, 3) and the mask (H, W) of its object."""
+    image = _smooth(rng, size) + rng.uniform(0.02, 0.05) * _band_noise(rng, size, rng.uniform(*periods))[..., None]
     for _ in range(rng.integers(1, 4)):
         mask, _, _ = _shape(rng, size, rng.uniform(5, 10))
-        picture[mask] = _colour(rng)
+        image[mask] = _color(rng)
     mask, y, x = _shape(rng, size, rng.uniform(11, 17))
     texture = _texture(rng, CLASSES[label], y, x, rng.uniform(*periods))[mask]
     texture = (texture - texture.mean()) / texture.std() * rng.uniform(*contrasts) / np.sqrt(2)
-    picture[mask] = _colour(rng) + texture[:, None]
-    picture += 0.03 * rng.standard_normal(picture.shape, np.float32)
-    return np.rint(picture.clip(0, 1) * 255).astype(np.uint8), mask
+    image[mask] = _color(rng) + texture[:, None]
+    image += 0.03 * rng.standard_normal(image.shape, np.float32)
+    return np.rint(image.clip(0, 1) * 255).astype(np.uint8), mask
 
 
-def _colour(rng: np.random.Generator) -> Floats:
+def _color(rng: np.random.Generator) -> Floats:
     return rng.uniform(0.25, 0.75, 3).astype(np.float32)
 
 
 def _smooth(rng: np.random.Generator, size: int) -> Floats:
-    """Random colours at the corners of a 3 x 3 grid and bilinear between, (H, W, 3)."""
+    """Random colors at the corners of a 3 x 3 grid and bilinear between, (H, W, 3)."""
     at = np.linspace(0, 2, size, dtype=np.float32)[:, None]
     weights = (1 - np.abs(at - np.arange(3, dtype=np.float32))).clip(0)
-    colours: Floats = np.einsum("yi,xj,ijc->yxc", weights, weights, rng.uniform(0.2, 0.8, (3, 3, 3)).astype(np.float32))
-    return colours
+    colors: Floats = np.einsum("yi,xj,ijc->yxc", weights, weights, rng.uniform(0.2, 0.8, (3, 3, 3)).astype(np.float32))
+    return colors
 
 
 def _shape(rng: np.random.Generator, size: int, radius: float) -> tuple[Mask, Floats, Floats]:
-    """The mask of a random disc, box or diamond within the picture, and every pixel's y and x from its centre."""
+    """The mask of a random disc, box or diamond within the image, and every pixel's y and x from its center."""
     measure, stretch = ((np.hypot, 1.0), (np.maximum, 0.9), (np.add, 1.2))[rng.integers(3)]
     reach = stretch * radius * size / 48
     side = np.arange(size, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Which pairs of degraded and clean pictures does a run train and test on?"""
+"""The pairs of degraded and clean images that a run trains and is tested on, as its options say."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from examples.common.data.folder import UNREADABLE, Skipped, read_picture
 from examples.common.data.pair_folders import LAYOUTS, pairs
 from examples.common.data.photos import grid_crops, photographs, pyramid, random_crops
 from examples.common.data.tasks import Task
-from examples.common.engine.batches import chance
+from examples.common.engine.batches import derive_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,40 +23,38 @@ class PairOptions:
     """Which pairs.
 
     Attributes:
-        degradations: to restore, of examples/common/data/degradations.py.
-        data: "photos" are at hand; "folders" are read from disk.
-        places: for "folders", "LAYOUT:ROOT" by the name of the degradation; layouts are in
+        degradations: degradations to restore, of examples/common/data/degradations.py.
+        data: "photos" are available without a download; "folders" are read from disk.
+        pairs: for "folders", where the pairs of each degradation are, as LAYOUT:ROOT by its name; layouts are in
             examples/common/data/pair_folders.py.
-        shifted_places: likewise, where the network is tested after training on ``places``: REVIDE, Rain100H, ...
+        shifted_pairs: likewise, other data to test on: REVIDE, Rain100H, ...
         patch: side of the training crops.
-        train_count: crops an epoch of "photos".
-        test_size: side of the test pictures of "photos".
-        test_count: test pictures of each degradation.
+        train_count: crops in an epoch of "photos".
+        test_size: side of the test images of "photos".
+        test_count: number of test images of each degradation.
     """
 
     degradations: list[str] = field(default_factory=lambda: ["rainy"])
     data: Literal["photos", "folders"] = "photos"
-    places: dict[str, str] = field(default_factory=dict)
-    shifted_places: dict[str, str] = field(default_factory=dict)
+    pairs: dict[str, str] = field(default_factory=dict)
+    shifted_pairs: dict[str, str] = field(default_factory=dict)
     patch: int = 48
     train_count: int = 4096
     test_size: int = 96
     test_count: int = 24
 
-    def place(self, name: str, places: dict[str, str] | None = None) -> tuple[str, Path]:
+    def layout_and_root(self, name: str, pairs: dict[str, str] | None = None) -> tuple[str, Path]:
         """Layout and root of the data set of a degradation.
 
         Raises:
             ValueError: If it is not named, or not as "LAYOUT:ROOT".
         """
-        places = self.places if places is None else places
-        if name not in places:
-            raise ValueError(f"`places` should name the data of {name!r} as LAYOUT:ROOT, found {places}.")
-        layout, _, root = places[name].partition(":")
+        pairs = self.pairs if pairs is None else pairs
+        if name not in pairs:
+            raise ValueError(f"`pairs` should name the data of {name!r} as LAYOUT:ROOT, found {pairs}.")
+        layout, _, root = pairs[name].partition(":")
         if layout not in LAYOUTS or not root:
-            raise ValueError(
-                f"`places` should be LAYOUT:ROOT with one of {', '.join(LAYOUTS)}, found {places[name]!r}."
-            )
+            raise ValueError(f"`pairs` should be LAYOUT:ROOT with one of {', '.join(LAYOUTS)}, found {pairs[name]!r}.")
         return layout, Path(root)
 
 
@@ -104,14 +102,14 @@ class FolderPairs(Pairs):
     """Crops of pairs of files. What cannot be read is None, after one warning that names it.
 
     Args:
-        places: layout and root of the data set of each degradation, by its name.
-        split: "train": random crops of ``size``, turned and mirrored; "test": whole pictures.
+        roots: layout and root of the data set of each degradation, by its name.
+        split: "train": random crops of ``size``, turned and mirrored; "test": whole images.
         size: of the crops.
     """
 
-    def __init__(self, places: dict[str, tuple[str, Path]], split: str, size: int) -> None:
-        self.class_names, self.split, self.size = tuple(places), split, size
-        self.files = [pairs(layout, root, split, name) for name, (layout, root) in places.items()]
+    def __init__(self, roots: dict[str, tuple[str, Path]], split: str, size: int) -> None:
+        self.class_names, self.split, self.size = tuple(roots), split, size
+        self.files = [pairs(layout, root, split, name) for name, (layout, root) in roots.items()]
         self._skipped = Skipped()
 
     def __len__(self) -> int:
@@ -134,7 +132,7 @@ class FolderPairs(Pairs):
             found = f"{tuple(degraded.shape[1:])} and {tuple(clean.shape[1:])}"
             self._skipped(degraded_file or clean_file, f"the pair should be of one size, found {found}")
             return None
-        seed = int(torch.randint(2**62, ())) if self.split == "train" else chance(place, number)
+        seed = int(torch.randint(2**62, ())) if self.split == "train" else derive_seed(place, number)
         generator = torch.Generator().manual_seed(seed)
         pair = clean[None] if degraded is None else torch.stack([degraded, clean])
         if self.split == "train":
@@ -153,11 +151,11 @@ def training_pairs(config: PairOptions, names: Sequence[str]) -> Pairs:
         if not training_photographs(config.patch):
             raise ValueError(f"`patch` should fit into the photographs, found {config.patch}.")
         return PhotoPairs(training_photographs(config.patch), names, config.train_count, config.patch)
-    return FolderPairs({name: config.place(name) for name in names}, "train", config.patch)
+    return FolderPairs({name: config.layout_and_root(name) for name in names}, "train", config.patch)
 
 
 def test_pairs(config: PairOptions, name: str, *, shifted: bool) -> list[tuple[Tensor, Tensor]]:
-    """(degraded, clean) test pictures (1, 3, H, W); of photographs, held-out ones, the same for all runs."""
+    """(degraded, clean) test images (1, 3, H, W); of photographs, held-out ones, the same for all runs."""
     if config.data == "photos":
         _, held_out = photographs(None, smallest=config.patch)
         photos = [pyramid(photo, 1, (0.5,))[0] for photo in held_out.values()]
@@ -167,15 +165,15 @@ def test_pairs(config: PairOptions, name: str, *, shifted: bool) -> list[tuple[T
         found = []
         for number, photo in enumerate(photos):
             for place, clean in enumerate(grid_crops(photo, config.test_size, each)):
-                generator = torch.Generator().manual_seed(chance(number, place))
+                generator = torch.Generator().manual_seed(derive_seed(number, place))
                 found.append((degrade(name, clean, generator, shifted=shifted)[None], clean[None]))
         return found[: config.test_count]
     if shifted:
-        if name not in config.shifted_places:
+        if name not in config.shifted_pairs:
             return []
-        data = FolderPairs({name: config.place(name, config.shifted_places)}, "test", config.patch)
+        data = FolderPairs({name: config.layout_and_root(name, config.shifted_pairs)}, "test", config.patch)
     else:
-        data = FolderPairs({name: config.place(name)}, "test", config.patch)
+        data = FolderPairs({name: config.layout_and_root(name)}, "test", config.patch)
     read = [data[index] for index in range(min(len(data), config.test_count))]
     return [(sample[0][:1], sample[0][1:]) for sample in read if sample is not None]
 

@@ -1,6 +1,6 @@
-"""Which real pictures test recognition, without a download?
+"""Recognition tasks made of real photographs, without a download.
 
-Patches of photographs that come with scikit-image and scikit-learn, grey and of equal mean and contrast, so that only
+Patches of photographs that come with scikit-image and scikit-learn, gray and of equal mean and contrast, so that only
 texture tells them apart; the class is the photograph. The left part of each is for training, the right part for
 testing, and a strip between them for neither. Photographs of ``photos.HELD_OUT`` are not used, those of
 ``photos.TRAIN`` are: the prior that ships has seen them, test parts included.
@@ -50,20 +50,20 @@ SMALLEST = 24
 
 
 def photo_textures(task: Task, split: Split, count: int, seed: int, *, size: int = 48) -> InMemory:
-    """``count`` pictures, a pure function of the seed, whose first ones are the same for every count.
+    """``count`` images, a pure function of the seed, whose first ones are the same for every count.
 
     ============== ==============================================================================================
-    classification a patch; as many pictures in a row as there are classes show every class once
+    classification a patch; as many images in a row as there are classes show every class once
     segmentation   a mosaic of two to four photographs, each on the pixels nearest to its own random point
-    detection      one or two discs and boxes, of a third to 7/12 of the picture, on a fainter other photograph
+    detection      one or two discs and boxes, of a third to 7/12 of the image, on a fainter other photograph
     ============== ==============================================================================================
 
     Args:
-        task: what the pictures and targets are.
+        task: what the images and targets are.
         split: "train" | "test", which part of the photographs they are from.
         count: at least 1.
         seed: from 0.
-        size: side of the pictures, from 24 to the shortest side of a part of a photograph.
+        size: side of the images, from 24 to the shortest side of a part of a photograph.
 
     Raises:
         ValueError: For an unknown task or split and for values out of range.
@@ -85,8 +85,8 @@ def photo_textures(task: Task, split: Split, count: int, seed: int, *, size: int
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
         first = index % len(CLASSES)
         labels = [first, *(int(label) for label in rng.permutation(len(CLASSES)) if label != first)]
-        picture, target = draw(rng, split, labels, size)
-        pixels[index] = np.rint(picture.clip(0, 1) * 255)
+        image, target = draw(rng, split, labels, size)
+        pixels[index] = np.rint(image.clip(0, 1) * 255)
         targets.append(target)
     images = torch.from_numpy(pixels).float().div(255)[:, None].repeat(1, 3, 1, 1)
     class_names = ("background", *CLASSES) if task == "detection" else CLASSES
@@ -95,7 +95,7 @@ def photo_textures(task: Task, split: Split, count: int, seed: int, *, size: int
 
 @cache
 def part(name: str, split: Split) -> list[Floats]:
-    """The grey training or test part of a photograph, at its scale and, last, at three quarters of it, (H, W) each."""
+    """The gray training or test part of a photograph, at its scale and, last, at three quarters of it, (H, W) each."""
     scale, top, bottom, left, right = (PHOTOS | BACKGROUNDS)[name]
     photo = load_photo(name)[:, top:bottom, left:right].mean(dim=0, keepdim=True)
     start, stop = columns(name, split)
@@ -122,18 +122,18 @@ def _mosaic(rng: np.random.Generator, split: Split, labels: Sequence[int], size:
         points = rng.uniform(0, size, (number, 2, 1, 1))
         nearest = np.hypot(y - points[:, 0], x - points[:, 1]).argmin(axis=0)
         share = np.bincount(nearest.ravel(), minlength=number).min() / size**2
-    picture = np.zeros((size, size), np.float32)
+    image = np.zeros((size, size), np.float32)
     for index, label in enumerate(labels[:number]):
         mask = nearest == index
-        picture[mask] = _standard(_crop(rng, CLASSES[label], split, size), mask)[mask]
-    return picture, torch.tensor(labels[:number])[torch.from_numpy(nearest)]
+        image[mask] = _standard(_crop(rng, CLASSES[label], split, size), mask)[mask]
+    return image, torch.tensor(labels[:number])[torch.from_numpy(nearest)]
 
 
 def _pasted(
     rng: np.random.Generator, split: Split, labels: Sequence[int], size: int
 ) -> tuple[Floats, dict[str, torch.Tensor]]:
     name = tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
-    picture = _standard(_crop(rng, name, split, size), np.ones((size, size), np.bool_), contrast=CONTRAST / 2)
+    image = _standard(_crop(rng, name, split, size), np.ones((size, size), np.bool_), contrast=CONTRAST / 2)
     taken = np.zeros((size, size), np.bool_)
     boxes = []
     for label in labels[: int(rng.integers(1, 3))]:
@@ -141,14 +141,14 @@ def _pasted(
         mask = next((mask for mask in masks if not (mask & taken).any()), None)
         if mask is None:  # no room for a second one
             break
-        picture[mask] = _standard(_crop(rng, CLASSES[label], split, size), mask)[mask]
+        image[mask] = _standard(_crop(rng, CLASSES[label], split, size), mask)[mask]
         taken |= mask
         boxes.append(box_of(mask))
-    return picture, {"boxes": torch.tensor(boxes), "labels": torch.tensor(labels[: len(boxes)]) + 1}
+    return image, {"boxes": torch.tensor(boxes), "labels": torch.tensor(labels[: len(boxes)]) + 1}
 
 
 def _object(rng: np.random.Generator, size: int) -> Mask:
-    """A disc or a box that lies within the picture, (H, W)."""
+    """A disc or a box that lies within the image, (H, W)."""
     disc = rng.integers(2) == 0
     sides = np.rint(rng.uniform(16, 28, 2) * size / 48)
     if disc:

@@ -1,4 +1,4 @@
-"""Which real photographs are at hand without a download?
+"""The photographs that are available without a download, and crops of photographs.
 
 Those in the wheels of scikit-image and scikit-learn. They are split once and for all: the prior that ships was trained
 on ``TRAIN``, and nothing in this project trains on ``HELD_OUT``.
@@ -37,7 +37,7 @@ SCALES = (1.0, 0.75, 0.5)
 
 
 def load_photo(name: str) -> Tensor:
-    """One photograph as a (3, H, W) float tensor in [0, 1]; grey ones have three equal channels."""
+    """One photograph as a (3, H, W) float tensor in [0, 1]; gray ones have three equal channels."""
     import skimage.data
     from sklearn.datasets import load_sample_image
 
@@ -125,7 +125,7 @@ def grid_crops(photo: Tensor, size: int, count: int) -> Tensor:
     height, width = photo.shape[1] - size, photo.shape[2] - size
     rows = max(1, round((count * photo.shape[1] / photo.shape[2]) ** 0.5))
     columns = -(-count // rows)
-    centres = [((r + 0.5) / rows, (c + 0.5) / columns) for r in range(rows) for c in range(columns)]
-    chosen = [centres[i * len(centres) // count] for i in range(count)]
+    centers = [((r + 0.5) / rows, (c + 0.5) / columns) for r in range(rows) for c in range(columns)]
+    chosen = [centers[i * len(centers) // count] for i in range(count)]
     corners = [(round(y * height), round(x * width)) for y, x in chosen]
     return torch.stack([unit(photo[:, top : top + size, left : left + size]) for top, left in corners])

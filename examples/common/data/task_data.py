@@ -9,7 +9,7 @@ from examples.common.data.tasks import TaskData
 from examples.common.engine.options import DataOptions
 
 TEST_SEED = 1_000_003
-"""Added to a seed for test pictures."""
+"""Added to a seed for test images."""
 
 
 def datasets(config: DataOptions, seed: int) -> tuple[TaskData, TaskData]:
@@ -51,7 +51,7 @@ def dataset(config: DataOptions, split: Literal["train", "test"], seed: int) -> 
 
 
 def on_grid(hr: Any, targets: Any, multiple: int) -> tuple[Any, Any]:
-    """Pictures cut at the right and at the bottom to multiples of the scale; masks and boxes with them.
+    """Images cut at the right and at the bottom to multiples of the scale; masks and boxes with them.
 
     A box that is cut away altogether is dropped.
     """
@@ -60,14 +60,14 @@ def on_grid(hr: Any, targets: Any, multiple: int) -> tuple[Any, Any]:
         if height == hr.shape[2] and width == hr.shape[3]:
             return hr, targets
         return hr[:, :, :height, :width], targets[:, :height, :width] if targets.ndim == 3 else targets
-    cut = [_cut(picture, target, multiple) for picture, target in zip(hr, targets, strict=True)]
-    return [picture for picture, _ in cut], [target for _, target in cut]
+    cut = [_cut(image, target, multiple) for image, target in zip(hr, targets, strict=True)]
+    return [image for image, _ in cut], [target for _, target in cut]
 
 
-def _cut(picture: Tensor, target: dict[str, Tensor], multiple: int) -> tuple[Tensor, dict[str, Tensor]]:
-    height, width = (side // multiple * multiple for side in picture.shape[1:])
-    if (height, width) == tuple(picture.shape[1:]):
-        return picture, target
+def _cut(image: Tensor, target: dict[str, Tensor], multiple: int) -> tuple[Tensor, dict[str, Tensor]]:
+    height, width = (side // multiple * multiple for side in image.shape[1:])
+    if (height, width) == tuple(image.shape[1:]):
+        return image, target
     boxes = target["boxes"].minimum(torch.tensor([width, height, width, height], dtype=target["boxes"].dtype))
     left = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    return picture[:, :height, :width], {"boxes": boxes[left], "labels": target["labels"][left]}
+    return image[:, :height, :width], {"boxes": boxes[left], "labels": target["labels"][left]}

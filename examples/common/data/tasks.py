@@ -1,4 +1,4 @@
-"""What does a data set of pictures with labels look like, whatever the task?
+"""The interface of a data set of labeled images, whatever the task.
 
 A sample is (image, target): the image a float (3, H, W) tensor in [0, 1], the target
 
@@ -31,7 +31,7 @@ class TaskData(Protocol):
 
 
 class InMemory:
-    """Pictures that are at hand as tensors.
+    """Images that are at hand as tensors.
 
     Args:
         task: how ``targets`` are read.
@@ -55,7 +55,7 @@ class InMemory:
 
 
 def collate(samples: Sequence[tuple[Tensor, Any] | None]) -> tuple[Any, Any] | None:
-    """A batch: stacked tensors, or lists for detection, whose pictures differ in size.
+    """A batch: stacked tensors, or lists for detection, whose images differ in size.
 
     Unreadable samples drop out; None if there is no other.
     """
@@ -68,11 +68,11 @@ def collate(samples: Sequence[tuple[Tensor, Any] | None]) -> tuple[Any, Any] | N
     return torch.stack(images), torch.stack(targets)
 
 
-def each(function: Callable[[Tensor], Tensor], pictures: Any) -> Any:
-    """A function of (N, C, H, W) on a batch, or on each picture of a list."""
-    if isinstance(pictures, Tensor):
-        return function(pictures)
-    return [function(picture[None])[0] for picture in pictures]
+def map_images(function: Callable[[Tensor], Tensor], images: Any) -> Any:
+    """A function of (N, C, H, W) on a batch, or on each image of a list."""
+    if isinstance(images, Tensor):
+        return function(images)
+    return [function(image[None])[0] for image in images]
 
 
 def to_device(value: Any, device: torch.device | str) -> Any:

@@ -1,4 +1,4 @@
-"""Which samples does step k train on, and with which chance? The seed and k alone decide, so that a run can resume."""
+"""The samples of each step and their randomness: functions of the seed and the step alone, so that a run resumes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -33,17 +33,18 @@ class Batches(Sampler[list[tuple[int, int]]]):
         for step in range(self.first, self.last):
             epoch, place = divmod(step, self.length // self.batch)
             if epoch != shuffled:
-                order = torch.randperm(self.length, generator=torch.Generator().manual_seed(chance(self.seed, epoch)))
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+                order = torch.randperm(self.length, generator=generator)
                 shuffled = epoch
             samples = order[place * self.batch : (place + 1) * self.batch].tolist()
-            drawn = [(sample, chance(self.seed, step, number)) for number, sample in enumerate(samples)]
+            drawn = [(sample, derive_seed(self.seed, step, number)) for number, sample in enumerate(samples)]
             yield drawn[self.part]
 
 
 class _Seeded(Dataset[Any]):
     """Each sample with torch's global generator seeded for it, in whichever worker it is read.
 
-    There is no chance in pictures that are at hand, and seeding takes a millisecond.
+    Images in memory have no randomness, and are spared the millisecond that seeding takes.
     """
 
     def __init__(self, data: TaskData) -> None:
@@ -63,8 +64,8 @@ def loader(data: TaskData, batches: Batches, *, workers: int = 0) -> DataLoader[
     return DataLoader(_Seeded(data), batch_sampler=batches, collate_fn=collate, num_workers=workers)
 
 
-def chance(*numbers: int) -> int:
-    """One seed out of several numbers, so that neighbours have nothing in common."""
+def derive_seed(*numbers: int) -> int:
+    """One seed of several numbers, which shares nothing with that of neighboring numbers."""
     import numpy as np
 
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -1,4 +1,4 @@
-"""How well are restored pictures read, and how like the HR pictures are they, in pixels and to the eyes of others?"""
+"""Figures of restored images: how well networks read them, and how similar they are to the HR images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from examples.common.data.tasks import IGNORED, InMemory, Task, TaskData, collat
 from examples.common.engine.recipe import naming
 from examples.common.engine.recognition import Recognition, features_of
 from examples.common.engine.run_directory import RunDirectory
-from examples.common.networks.recognisers import recogniser
+from examples.common.networks.recognizers import recognizer
 from examples.common.networks.weights import load_weights
 from restoreloss import frozen
 
@@ -26,7 +26,7 @@ BATCH, SAMPLES = 50, 8
 
 @dataclass(frozen=True)
 class Judges:
-    """Networks trained on HR pictures in runs of their own; None where there is none."""
+    """Networks trained on HR images in runs of their own; None where there is none."""
 
     fixed_hr: nn.Module | None
     judge: nn.Module | None
@@ -34,7 +34,7 @@ class Judges:
     @classmethod
     def load(cls, fixed_hr: Path | None, judge: Path | None, device: torch.device) -> "Judges":
         """Read them from their run directories."""
-        return cls(*(None if path is None else load_recogniser(path).to(device) for path in (fixed_hr, judge)))
+        return cls(*(None if path is None else load_recognizer(path).to(device) for path in (fixed_hr, judge)))
 
 
 def first_usable(data: TaskData, task: Task, name: str = "the test data", *, labels: bool = True) -> TaskData:
@@ -83,8 +83,8 @@ class _One:
         return self.sample
 
 
-def load_recogniser(run: Path) -> nn.Module:
-    """The recogniser of a finished run, frozen, in eval mode.
+def load_recognizer(run: Path) -> nn.Module:
+    """The recognizer of a finished run, frozen, in eval mode.
 
     Raises:
         ValueError: If there is no finished run.
@@ -94,8 +94,8 @@ def load_recogniser(run: Path) -> nn.Module:
         raise ValueError(f"{run} should be the directory of a finished run, found no results.json in it.")
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     classes = RunDirectory(run, settings, main=False).results or {}
-    network = recogniser(settings["recogniser"], settings["task"], int(classes["num_classes"]), pretrained=False)
-    load_weights(network, run / "recogniser.safetensors")
+    network = recognizer(settings["recognizer"], settings["task"], int(classes["num_classes"]), pretrained=False)
+    load_weights(network, run / "recognizer.safetensors")
     return network.eval().requires_grad_(False)
 
 
@@ -107,45 +107,45 @@ def evaluate(
     degrade: Degrade,
     read: Callable[[Any, Any], Any],
     trained: list[nn.Module],
-    recogniser: nn.Module | None,
+    recognizer: nn.Module | None,
     judges: Judges,
     multiple: int = 1,
     workers: int = 0,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """All figures of one run on the test pictures.
+    """All figures of one run on the test images.
 
     Args:
-        data: test pictures.
+        data: test images.
         recognition: the task.
         degrade: (hr, number of the first) -> lr.
-        read: (hr, lr) -> the pictures that are read.
+        read: (hr, lr) -> the images that are read.
         trained: the networks of the run, in eval mode meanwhile.
-        recogniser: the run's own, or None if it trained none.
-        judges: fixed networks that read the same pictures.
+        recognizer: the run's own, or None if it trained none.
+        judges: fixed networks that read the same images.
         multiple: of the sides; what is beyond is cut away.
-        workers: processes that read pictures.
+        workers: processes that read images.
 
     Returns:
-        The figures: "score" and "score_on_hr" of the recogniser, "fixed_hr" and "judge" of the others, in percent;
+        The figures: "score" and "score_on_hr" of the recognizer, "fixed_hr" and "judge" of the others, in percent;
         "judge_distance", L1 between the judge's features of what was read and of HR, relative to HR's; "psnr" in dB and
-        "ssim", for what is not HR itself. And some pictures: "lr", "restored", "hr", "predictions", "truth".
+        "ssim", for what is not HR itself. And some images: "lr", "restored", "hr", "predictions", "truth".
     """
-    readers = {"score": recogniser, "score_on_hr": recogniser, "fixed_hr": judges.fixed_hr, "judge": judges.judge}
+    readers = {"score": recognizer, "score_on_hr": recognizer, "fixed_hr": judges.fixed_hr, "judge": judges.judge}
     present = {name: network for name, network in readers.items() if network is not None}
     metrics = {name: recognition.metric() for name in present}
     likeness, sheet = _Likeness(judges.judge), _Sheet()
     device = next(p.device for network in trained for p in network.parameters())
-    # segmentation pictures on disk differ in size, and are not cropped for a test
+    # segmentation images on disk differ in size, and are not cropped for a test
     batch = BATCH if isinstance(data, InMemory) else 1 if data.task == "segmentation" else 16
     batches: DataLoader[Any] = DataLoader(data, batch, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
     count = 0
     with frozen(*trained):
-        for pictures_and_targets in batches:
-            if pictures_and_targets is None:  # none could be read
+        for images_and_targets in batches:
+            if images_and_targets is None:  # none could be read
                 continue
-            pictures, targets = pictures_and_targets
+            images, targets = images_and_targets
             recognition.check(targets)
-            hr, targets = on_grid(pictures, targets, multiple)
+            hr, targets = on_grid(images, targets, multiple)
             hr = to_device(hr, device)
             lr = degrade(hr, count)
             count += len(hr)
@@ -167,7 +167,7 @@ def evaluate(
 
 
 class _Likeness:
-    """How like HR the pictures are: means over pictures."""
+    """How like HR the images are: means over images."""
 
     def __init__(self, judge: nn.Module | None) -> None:
         self.features = None if judge is None else features_of(judge)
@@ -195,21 +195,21 @@ class _Likeness:
 
 
 class _Sheet:
-    """The first pictures, of one size, to be looked at."""
+    """The first images, of one size, to be looked at."""
 
     def __init__(self) -> None:
-        self.pictures: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.images: list[tuple[Tensor, Tensor, Tensor]] = []
         self.words: list[tuple[str, str]] = []
 
     def update(self, lr: Any, seen: Any, hr: Any, captions: list[str], truth: list[str]) -> None:
         for number, words in enumerate(zip(captions, truth, strict=True)):
-            picture = tuple(images[number].cpu() for images in (lr, seen, hr))
-            same = not self.pictures or picture[2].shape == self.pictures[0][2].shape
-            if same and len(self.pictures) < SAMPLES:
-                self.pictures.append(picture)
+            image = tuple(images[number].cpu() for images in (lr, seen, hr))
+            same = not self.images or image[2].shape == self.images[0][2].shape
+            if same and len(self.images) < SAMPLES:
+                self.images.append(image)
                 self.words.append(words)
 
     def samples(self) -> dict[str, Any]:
-        lr, seen, hr = (torch.stack(images) for images in zip(*self.pictures, strict=True))
+        lr, seen, hr = (torch.stack(images) for images in zip(*self.images, strict=True))
         predictions, truth = (list(words) for words in zip(*self.words, strict=True))
         return {"lr": lr, "restored": seen, "hr": hr, "predictions": predictions, "truth": truth}

@@ -17,17 +17,17 @@ class RunOptions:
     """How a run goes.
 
     Attributes:
-        out: the run directory; a killed run goes on there.
-        steps: of every phase. A finished run goes on if there are more than before: its learning rate, which has
-            fallen, then jumps to where the longer schedule is at that step.
-        batch: pictures a step, of all processes together.
-        max_norm: clip the gradients to this norm.
-        seed: of everything.
-        precision: of accelerate's autocast.
-        cpu: keep off the accelerator.
-        workers: processes that read pictures.
+        out: run directory; the same command resumes a run that was killed.
+        steps: steps of every phase. A finished run of one stage goes on if there are more than before: its learning
+            rate, which has fallen, then jumps to where the longer schedule is at that step.
+        batch: images in a step, of all processes together.
+        max_norm: norm that gradients are clipped to; they are not clipped by default.
+        seed: seed of all randomness.
+        precision: precision of accelerate's autocast.
+        cpu: train on the CPU even where there is an accelerator.
+        workers: processes that read images.
         save_every: steps between checkpoints.
-        eval_every: steps between evaluations on the test pictures; 0 for the end only.
+        eval_every: steps between evaluations on the test images; 0 evaluates at the end alone.
     """
 
     out: Path
@@ -51,8 +51,8 @@ class TrainerOptions(RunOptions):
     """How a run of a recipe goes, which can also be that of a finished one's evaluation.
 
     Attributes:
-        evaluate: the directory of a finished run, which is evaluated on the data of the other options instead of
-            being trained. On the command line all options that are not given are those of that run.
+        evaluate: directory of a finished run, which is evaluated on the data of the other options instead of being
+            trained. On the command line all options that are not given are those of that run.
     """
 
     evaluate: Path | None = None
@@ -67,23 +67,23 @@ class TrainerOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Which pictures, and what happened to them.
+    """Which images, and what happened to them.
 
     Attributes:
-        task: what is read in the pictures.
+        task: what is read in the images.
         data: "generated" and "photos" are made on the spot; the others are read from ``root``.
-        root: of the data set on disk.
-        size: of the training pictures, in pixels; the default is the data set's own.
-        train_count: training pictures of "generated" and "photos".
-        test_count: test pictures of "generated" and "photos".
-        data_seed: of "generated" and "photos"; the default is ``seed``.
-        contrast: of the textures of "generated", lowest and highest amplitude.
+        root: folder of the data set on disk.
+        size: side of the training images in pixels; the default is the data set's own.
+        train_count: number of training images of "generated" and "photos".
+        test_count: number of test images of "generated" and "photos".
+        data_seed: seed of the images of "generated" and "photos"; the default is ``seed``.
+        contrast: lowest and highest amplitude of the textures of "generated".
         degradation: "bicubic" reduction by ``scale``, or what keeps the size: the mixtures of EDTR, one of the 15
             corruptions of ImageNet-C, or one of the four that it keeps for validation ("unseen_corruptions").
-        scale: of the super-resolution.
+        scale: scale of the super-resolution.
         blur: standard deviation of a Gaussian blur before a bicubic reduction (SR4IR, Table S5).
-        mixture_extent: of the mixtures' blur and reduction, as a fraction of what the paper does to 512 pixels.
-        severities: of the corruptions, any of 1 to 5.
+        mixture_extent: extent of the mixtures' blur and reduction, as a fraction of what the paper does to 512 pixels.
+        severities: severities of the corruptions, any of 1 to 5.
     """
 
     task: Task = "classification"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from examples.common.data.folder import check_folder
 from examples.common.data.pairs import PairOptions
 from examples.common.data.tasks import TaskData
-from examples.common.engine.batches import Batches, chance, loader
+from examples.common.engine.batches import Batches, derive_seed, loader
 from examples.common.engine.options import DataOptions, RunOptions, TrainerOptions, check_numbers
 from examples.common.engine.run_directory import RunDirectory, finished_run
 from examples.common.networks.weights import load_saved
@@ -84,7 +84,7 @@ class Recipe(ABC, Generic[Batch]):
         self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.cpu, kwargs_handlers=[patience])
         self.device = self.accelerator.device
         self.main = self.accelerator.is_main_process
-        torch.manual_seed(chance(config.seed))
+        torch.manual_seed(derive_seed(config.seed))
 
     def begin(self, stages: list[Stage[Batch]]) -> None:
         """Open the run directory; last, so that what is refused leaves no folder.
@@ -122,12 +122,12 @@ class Recipe(ABC, Generic[Batch]):
             self.try_evaluation()
 
     @abstractmethod
-    def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
-        """What the phases see. All chance in a step comes from the seed and the step."""
+    def batch(self, images: Any, targets: Any, step: int, steps: int) -> Batch:
+        """What the phases see. All randomness of a step comes from the seed and the step."""
 
     @abstractmethod
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
-        """Figures, and tensors for samples.pt: rows of pictures for a grid under "lr", "restored", "hr"."""
+        """Figures, and tensors for samples.pt: rows of images for a grid under "lr", "restored", "hr"."""
 
     @abstractmethod
     def try_evaluation(self) -> None:
@@ -145,12 +145,12 @@ class Recipe(ABC, Generic[Batch]):
         """What a recipe does with an evaluation, on the way and at the end: nothing."""
 
     def first_number(self, step: int) -> int:
-        """Of the pictures of a step, that of the first one of this process: what a picture's own chance comes from."""
+        """The number of the first image of a step in this process; an image's own randomness comes from its number."""
         rank, processes = int(self.accelerator.process_index), int(self.accelerator.num_processes)
         return step * self.options.batch + rank * self.options.batch // processes
 
     def read(self, first: int, last: int, stage: int = 0) -> Iterator[Any]:
-        """(pictures, targets) of steps ``first`` to ``last`` of a stage; None where none could be read."""
+        """(images, targets) of steps ``first`` to ``last`` of a stage; None where none could be read."""
         return self.load(self.train_data, first, last)
 
     def load(self, data: TaskData, first: int, last: int) -> Iterator[Any]:
@@ -246,9 +246,9 @@ class Recipe(ABC, Generic[Batch]):
         ) as progress:
             for step, read in enumerate(self.read(first_step, stage.steps, number), start=first_step + 1):
                 if read is None:
-                    raise ValueError(f"Of the batch of step {step} no picture could be read.")
-                pictures, targets = read
-                batch = self.batch(pictures, targets, step - 1, stage.steps)
+                    raise ValueError(f"Of the batch of step {step} no image could be read.")
+                images, targets = read
+                batch = self.batch(images, targets, step - 1, stage.steps)
                 started = time.perf_counter()
                 try:
                     logs = stage.alternation.step(batch)

@@ -1,4 +1,4 @@
-"""How is a task network trained and judged, whatever its task?"""
+"""The loss, the predictions and the score of a task network, whatever its task."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,14 +23,14 @@ def statistics(network: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
 
 
 def features_of(network: nn.Module, layers: Sequence[str] | None = None) -> FeatureExtractor:
-    """What a network sees in images in [0, 1], normalised as it is trained here."""
+    """What a network sees in images in [0, 1], normalized as it is trained here."""
     return FeatureExtractor(network, layers, normalize="imagenet" if statistics(network) is IMAGENET else "model")
 
 
 class Recognition:
     """What a task asks of its network: a loss, predictions, a score in percent.
 
-    Images are float in [0, 1], (N, 3, H, W), or a list of (3, H, W) for detection; they are normalised here, unless the
+    Images are float in [0, 1], (N, 3, H, W), or a list of (3, H, W) for detection; they are normalized here, unless the
     network does it (torchvision's detectors).
     """
 

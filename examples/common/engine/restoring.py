@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from examples.common.data.folder import check_folder, restore_folder
-from examples.common.engine.batches import chance
+from examples.common.engine.batches import derive_seed
 from examples.common.engine.command_line import device
 from restoreloss.restorers.tiling import tiled
 
@@ -61,7 +61,7 @@ def restore_command(
 
         @torch.no_grad()
         def restored(image: Tensor, number: int) -> Tensor:
-            generator = torch.Generator().manual_seed(chance(given.seed, number))
+            generator = torch.Generator().manual_seed(derive_seed(given.seed, number))
             return restore(image.to(given.device), generator)
 
         restore_folder(given.images, given.out, restored)

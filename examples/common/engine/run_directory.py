@@ -14,7 +14,7 @@ config.yaml    what decides the result; a run of another config is refused
 lock           locked by the process that writes here, and who that is: pid, host, since
 metrics.jsonl  one JSON object per logged step
 tb/            the same for TensorBoard, where that is installed
-samples/       picture grids
+samples/       image grids
 checkpoint.pt  the last state that was saved
 results.json   written last: where it exists, the run is done
 ============== =========================================================================

@@ -16,7 +16,7 @@ class EDSR(nn.Module):
         scale: 1, 2, 3, 4 or 8.
         features: channels of the body.
         blocks: residual blocks.
-        light: enlarge by one PixelShuffle straight to the picture and add the bilinearly enlarged input: a small one
+        light: enlarge by one PixelShuffle straight to the image and add the bilinearly enlarged input: a small one
             is fast and need only learn the detail.
     """
 
@@ -38,11 +38,11 @@ class EDSR(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(N, 3, H, W) in [0, 1] to (N, 3, scale H, scale W)."""
-        centred = image - 0.5
-        features = self.head(centred)
+        centerd = image - 0.5
+        features = self.head(centerd)
         features = features + self.after_body(self.body(features))
         restored: Tensor = self.tail(self.upsample(features))
-        base = F.interpolate(centred, scale_factor=float(self.scale), mode="bilinear") if self.light else 0
+        base = F.interpolate(centerd, scale_factor=float(self.scale), mode="bilinear") if self.light else 0
         return restored + base + 0.5
 
 

@@ -1,4 +1,4 @@
-"""The restoration networks that the recipes train: those of the papers, any that spandrel reads, and small ones for two cores."""
+"""The restoration networks that the recipes train: those of the papers, any of spandrel, and small ones."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What is a Restormer, small enough to be trained on two cores and as large as the paper's?"""
+"""Restormer, from a size for two cores to that of its paper."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""How is a small latent diffusion model trained on two cores, for recipes that want Stable Diffusion?"""
+"""The training of a small latent diffusion model, for recipes that want Stable Diffusion, on two cores."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from examples.common.data.task_data import datasets
 from examples.common.data.tasks import TaskData, collate, to_device
-from examples.common.engine.batches import chance
+from examples.common.engine.batches import derive_seed
 from examples.common.engine.options import DataOptions, Degradation, RunOptions
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.networks.latent_diffusion import scheduler
@@ -25,14 +25,14 @@ from restoreloss.restorers.tiling import together
 
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig(DataOptions, RunOptions):
-    """A small latent diffusion model, trained on HQ pictures.
+    """A small latent diffusion model, trained on HQ images.
 
     Attributes:
         steps: of the autoencoder; the diffusion model takes twice as many.
         width: of the narrowest layers of the diffusion model; those of the autoencoder are half as wide.
         levels: of the autoencoder; each but the first halves the resolution.
         lr: of both (AdamW).
-        of: what the pictures are, where they are given, so that a folder says what its model was trained on.
+        of: what the images are, where they are given, so that a folder says what its model was trained on.
     """
 
     steps: int = 1000
@@ -46,10 +46,10 @@ class PriorConfig(DataOptions, RunOptions):
 
 @dataclass(frozen=True)
 class Batch:
-    """HQ pictures and the chance of the step."""
+    """HQ images and the randomness of the step."""
 
     hq: Tensor
-    chance: torch.Generator
+    generator: torch.Generator
 
 
 class PriorTrainer(Recipe[Batch]):
@@ -57,7 +57,7 @@ class PriorTrainer(Recipe[Batch]):
 
     Args:
         config: its options.
-        data: training and test pictures; the default is what the options say.
+        data: training and test images; the default is what the options say.
     """
 
     def __init__(self, config: PriorConfig, data: tuple[TaskData, TaskData] | None = None) -> None:
@@ -79,10 +79,10 @@ class PriorTrainer(Recipe[Batch]):
             ]
         )
 
-    def batch(self, pictures: Any, targets: Any, step: int, steps: int) -> Batch:
-        """HQ pictures of one size."""
-        generator = torch.Generator().manual_seed(chance(self.options.seed, step, self.accelerator.process_index))
-        return Batch(to_device(together(pictures, self.multiple), self.device), generator)
+    def batch(self, images: Any, targets: Any, step: int, steps: int) -> Batch:
+        """HQ images of one size."""
+        generator = torch.Generator().manual_seed(derive_seed(self.options.seed, step, self.accelerator.process_index))
+        return Batch(to_device(together(images, self.multiple), self.device), generator)
 
     def _stage(self, name: str, trains: nn.Module, rests: nn.Module, objective: Any, steps: int) -> Stage[Batch]:
         optimizer = torch.optim.AdamW(trains.parameters(), lr=self.options.lr)  # type: ignore[attr-defined]
@@ -93,21 +93,21 @@ class PriorTrainer(Recipe[Batch]):
         return Stage(name, Alternation([phase], accelerator=self.accelerator), steps)
 
     def _reconstruction(self, batch: Batch) -> dict[str, Tensor]:
-        found, divergence = self.vae(2 * batch.hq - 1, batch.chance)
+        found, divergence = self.vae(2 * batch.hq - 1, batch.generator)
         return {"pixel": F.l1_loss(found, 2 * batch.hq - 1), "kl": 1e-6 * divergence}
 
     def _noise(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
             autoencoder: Any = unwrap(self.vae)
             latents = autoencoder.scaled(2 * batch.hq - 1)
-        noise = torch.randn(latents.shape, generator=batch.chance).to(self.device)
-        t = torch.randint(self.schedule.num_timesteps, (len(latents),), generator=batch.chance).to(self.device)
+        noise = torch.randn(latents.shape, generator=batch.generator).to(self.device)
+        t = torch.randint(self.schedule.num_timesteps, (len(latents),), generator=batch.generator).to(self.device)
         noisy = self.schedule.add_noise(latents, noise, t)
         found = self.unet(noisy, t, self.prompt.expand(len(latents), -1, -1)).sample
         return {"noise": F.mse_loss(found, noise)}
 
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
-        """PSNR of test pictures through the autoencoder, and the loss of the diffusion model."""
+        """PSNR of test images through the autoencoder, and the loss of the diffusion model."""
         return self._evaluate([self.test_data[number] for number in range(min(50, len(self.test_data)))])
 
     def try_evaluation(self) -> None:
@@ -165,17 +165,17 @@ class _Autoencoder(nn.Module):
         self.vae = vae
         self.register_buffer("deviation", torch.ones(()))
 
-    def forward(self, pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Pictures through a sample of the latents, and the divergence of these from a standard normal."""
-        posterior = self.vae.encode(pictures).latent_dist
+    def forward(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images through a sample of the latents, and the divergence of these from a standard normal."""
+        posterior = self.vae.encode(images).latent_dist
         if self.training:
             self.deviation.lerp_(posterior.mean.detach().float().std(), 0.1)
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(pictures)
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(images)
         return self.vae.decode(posterior.mean + posterior.std * noise).sample, posterior.kl().mean()
 
-    def scaled(self, pictures: Tensor) -> Tensor:
+    def scaled(self, images: Tensor) -> Tensor:
         """Latents of unit variance."""
-        latents: Tensor = self.vae.encode(pictures).latent_dist.mode() / self.deviation
+        latents: Tensor = self.vae.encode(images).latent_dist.mode() / self.deviation
         return latents
 
     def finished(self) -> AutoencoderKL:

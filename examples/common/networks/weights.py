@@ -49,9 +49,9 @@ def load_saved(network: nn.Module, path: Path) -> None:
 
 
 def _freeze_norms(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Frozen normalisation where the weights come from it: torchvision's detectors have it if they began with ImageNet.
+    """Frozen normalization where the weights come from it: torchvision's detectors have it if they began with ImageNet.
 
-    Batch normalisation would load such weights without a word, and then count on.
+    Batch normalization would load such weights without a word, and then count on.
     """
     for name, module in list(network.named_modules()):
         counts = f"{name}.num_batches_tracked" in state or f"{name}.running_mean" not in state

@@ -29,7 +29,7 @@ OWN = {
         "--weights=nowhere.pth": "nowhere.pth", "--diff.weight=-1": "`diff` should have a weight", "--diff.weight=x": "diff.weight", "--diff.distance=L1": "diff.distance",
         "--diff.wieght=1": "wieght", "--pixel.distance=l2": "pixel.distance", "--accumulate=0": "`accumulate`", "--accumulate=3": "`accumulate`",
         "--diff.compare=x0": "diff.compare", "--diff.timesteps=[5,1] --diff.weight=1": "`timesteps`", "--perceptual.layers=[a] --perceptual.weight=-1": "`perceptual` should have a weight",
-        "--adversarial.width=0 --adversarial.weight=1": "`adversarial.width`", "--places={rainy: lol} --data=folders": "`places`",
+        "--adversarial.width=0 --adversarial.weight=1": "`adversarial.width`", "--pairs={rainy: lol} --data=folders": "`pairs`",
     },
     "examples.dtp.train": {
         "--method=gef2": "method", "--order=up": "order", "--timesteps=best": "timesteps", "--num_timesteps=0": "`num_timesteps`", "--experts=0": "`experts`",
@@ -37,7 +37,7 @@ OWN = {
         "--aggregator=Sum": "aggregator", "--normalize=max": "normalize", "--orthogonality_every=0": "`orthogonality_every`", "--pretrained=nowhere --method=gef": "`pretrained`",
     },
     "examples.sr4ir.train": {
-        "--method=sr": "method", "--task=depth": "task", "--restorer=unet --train_count=20 --test_count=4": "`restorer`", "--recogniser=huge --train_count=20 --test_count=4": "`recogniser`", "--grid=0": "`grid`", "--mix=2": "`mix`",
+        "--method=sr": "method", "--task=depth": "task", "--restorer=unet --train_count=20 --test_count=4": "`restorer`", "--recognizer=huge --train_count=20 --test_count=4": "`recognizer`", "--grid=0": "`grid`", "--mix=2": "`mix`",
         "--start=cold": "start", "--tdp_weight=-1": "`tdp_weight`", "--h_optimizer=lion": "h_optimizer", "--severities=[6]": "`severities`", "--severities=[]": "`severities`",
         "--scale=0": "`scale`", "--degradation=rain": "degradation", "--data=imagenet": "data", "--data=cub200": "`root`", "--size=0": "`size`", "--contrast=[1]": "contrast",
         "--restart=-1": "`restart`", "--layers=[nothing] --train_count=20 --test_count=4": "`layers`", "--s_weights=nowhere.pth --train_count=20 --test_count=4": "nowhere.pth",
@@ -52,7 +52,7 @@ OWN = {
         "--prompt_lr=-1": "`prompt_lr`", "--restored_too=-1": "`restored_too`", "--cfrm=perhaps": "cfrm",
     },
     "examples.edtr.prepare": {"--tasks=[]": "`tasks`", "--pre_lr=-1": "`pre_lr`"},
-    "examples.unirestore.prepare": {"--pictures=nowhere": "`pictures`"},
+    "examples.unirestore.prepare": {"--images=nowhere": "`images`"},
 }  # fmt: skip
 RESTORING = {
     "": "images", "run in": "out", "nowhere in out": "`run`", "run in out --tile=x": "tile", "run in out --tile=1": "`tile`", "run in out --tile=-1": "`tile`",
@@ -120,7 +120,7 @@ def _arguments(line: str) -> list[str]:
     found: list[str] = []
     for part in _words(line):
         option, separator, rest = part.partition(" ")
-        # "--timesteps 5 1" are several arguments, "--places={rainy: lol}" is one
+        # "--timesteps 5 1" are several arguments, "--pairs={rainy: lol}" is one
         found += [option, *rest.split()] if separator and "=" not in option else [part]
     return found
 

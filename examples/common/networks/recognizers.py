@@ -1,4 +1,4 @@
-"""The task networks that the recipes train: those of the papers, classifiers of timm, and small ones for two cores."""
+"""The task networks that the recipes train: those of the papers, classifiers of timm, and small ones."""
 
 import logging
 from collections import OrderedDict
@@ -79,7 +79,7 @@ class SmallSegmenter(nn.Module):
 
 
 def small_detector(num_classes: int) -> FasterRCNN:
-    """Faster R-CNN of torchvision on :class:`SmallBackbone`, for pictures of about 48 pixels with a few objects."""
+    """Faster R-CNN of torchvision on :class:`SmallBackbone`, for images of about 48 pixels with a few objects."""
     return FasterRCNN(
         SmallBackbone(),
         min_size=48,
@@ -110,7 +110,7 @@ class _BoxPredictor(nn.Module):
         return self.cls_score(x), self.bbox_pred(x)
 
 
-def recogniser(name: str, task: Task, num_classes: int, *, pretrained: bool = True) -> nn.Module:
+def recognizer(name: str, task: Task, num_classes: int, *, pretrained: bool = True) -> nn.Module:
     """A task network; those of torchvision and timm start from ImageNet where its weights can be had, and it says so.
 
     Args:
@@ -134,7 +134,7 @@ def recogniser(name: str, task: Task, num_classes: int, *, pretrained: bool = Tr
         import timm
 
         if not timm.is_model(name.removeprefix("timm/")):
-            raise ValueError(f"`recogniser` should be a model of timm, found {name!r}.")
+            raise ValueError(f"`recognizer` should be a model of timm, found {name!r}.")
 
         def build(weights: bool) -> nn.Module:
             network: nn.Module = timm.create_model(
@@ -143,7 +143,7 @@ def recogniser(name: str, task: Task, num_classes: int, *, pretrained: bool = Tr
             return network
 
         return _with_weights_if_possible(name, build, pretrained)
-    raise ValueError(f"`recogniser` should be 'small', 'paper' or, for classification, 'timm/NAME', found {name!r}.")
+    raise ValueError(f"`recognizer` should be 'small', 'paper' or, for classification, 'timm/NAME', found {name!r}.")
 
 
 def _of_the_paper(task: Task, num_classes: int, weights: bool) -> nn.Module:
