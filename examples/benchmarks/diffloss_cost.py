@@ -13,17 +13,12 @@ have the sizes of the published ones and random weights.
 
 import argparse
 import copy
-import multiprocessing
-import os
-import resource
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +26,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 from tqdm import tqdm
 
+from examples.benchmarks.measure import peak_of_each, seconds
 from restoreloss import DiffLoss, LatentPrior, NoiseSchedule, Objective, Subsampled
 from restoreloss.diffusion.latents import normalize_latents
 
@@ -45,6 +41,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "ours, compiled": {},
 }
 """Options of :meth:`Subject.loss`."""
+
 TIMESTEP = 300
 
 
@@ -162,16 +159,6 @@ def make_step(variant: str, prior: Subject, restored: Tensor, clean: Tensor) -> 
     return step
 
 
-def seconds(step: Callable[[], object], device: str) -> float:
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    started = time.perf_counter()
-    step()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - started
-
-
 def floor(prior: Subject, restored: Tensor, clean: Tensor, device: str) -> float:
     """Seconds of two forward passes without a graph and of one backward pass to the input."""
     with torch.no_grad():
@@ -181,38 +168,13 @@ def floor(prior: Subject, restored: Tensor, clean: Tensor, device: str) -> float
     return forward + seconds(value.backward, device)
 
 
-def peak(variant: str, name: str, batch: int, size: int, device: str, answer: "multiprocessing.Queue[float]") -> None:
-    """MiB by which two steps raise the peak of this process."""
+def step_alone(variant: str, name: str, batch: int, size: int, device: str) -> Callable[[], None]:
+    """The step of a variant in a process of its own."""
     restored, clean = images(batch, size, device)
     prior = subject(name, device)
     with torch.no_grad():
         prior.look(restored[:1, :, :32, :32])  # what is loaded at the first call is not the step's
-    step = make_step(variant, prior, restored, clean)
-    if device == "cpu":
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        step()
-        step()
-        answer.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-    else:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        step()
-        answer.put((torch.cuda.max_memory_allocated() - before) / 2**20)
-
-
-def memory_of_each(variants: Sequence[str], name: str, batch: int, size: int, device: str) -> dict[str, float]:
-    """MiB by variant. To be called while this process is small: a child's peak starts from its parent's."""
-    context, memory = multiprocessing.get_context("spawn"), {}
-    # glibc then gives freed tensors back at once, so that the peak is theirs and not the heap's fragmentation
-    with patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": "65536"}):
-        for variant in tqdm(variants, desc="memory"):
-            answer: multiprocessing.Queue[float] = context.Queue()
-            process = context.Process(target=peak, args=(variant, name, batch, size, device, answer))
-            process.start()
-            memory[variant] = answer.get(timeout=600)
-            process.join()
-    return memory
+    return make_step(variant, prior, restored, clean)
 
 
 def import_ratio(rounds: int) -> float:
@@ -238,7 +200,9 @@ def main() -> None:
     args = parser.parse_args()
 
     variants = [variant for variant in VARIANTS if args.compile or variant != "ours, compiled"]
-    memory = memory_of_each(variants, args.prior, args.batch, args.size, args.device)
+    memory = peak_of_each(
+        step_alone, variants, args.prior, args.batch, args.size, args.device, device=args.device
+    )  # fmt: skip
     prior = subject(args.prior, args.device)
     restored, clean = images(args.batch, args.size, args.device)
     ratios: dict[str, list[float]] = {variant: [] for variant in variants}

@@ -11,8 +11,6 @@ On a small U-Net of convolutions (diffusers, 70 thousand parameters and up), in 
 """
 
 import argparse
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 
@@ -21,8 +19,8 @@ import torch.nn.functional as F
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
+from examples.benchmarks.measure import median_seconds
 from examples.dtp.networks import timed_network
 from restoreloss import GradientOrthogonality, ParameterImportance
 from restoreloss.blocks.time_moe import count_parameters
@@ -49,19 +47,6 @@ def batch(count: int, size: int) -> tuple[Tensor, ...]:
     """Images with noise, timesteps, noise."""
     noise = torch.randn(count, 3, size, size)
     return torch.rand(count, 3, size, size) + 0.04 * noise, torch.randint(1, 50, (count,)), noise
-
-
-def median_seconds(functions: dict[str, Callable[[], object]], rounds: int, title: str) -> dict[str, float]:
-    """In turn, round after round."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        function()
-    for _ in tqdm(range(rounds), desc=title, leave=False):
-        for name, function in functions.items():
-            started = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def importance(size: int, samples: int, rounds: int) -> float:

@@ -11,13 +11,8 @@ iterations, each variant in a process of its own. The gradients must be equal, o
 """
 
 import argparse
-import multiprocessing
-import os
-import resource
 import statistics
-import time
 from collections.abc import Callable
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +21,7 @@ from torchvision.models import resnet18
 from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
 
+from examples.benchmarks.measure import peak_of_each, seconds
 from restoreloss import FeatureExtractor, FeatureMatchingLoss, HLFLoss
 from restoreloss.normalization import IMAGENET
 from restoreloss.restorers.edtr import EDTR, Hint
@@ -109,28 +105,10 @@ def iteration(variant: str, batch: int, size: int) -> Iteration:
     return ours if variant == "ours" else plain
 
 
-def peak(variant: str, batch: int, size: int, answer: "multiprocessing.Queue[float]") -> None:
-    """MiB by which two iterations raise the peak of this process."""
+def iteration_alone(variant: str, batch: int, size: int) -> Iteration:
+    """The iteration of a variant in a process of its own."""
     torch.set_num_threads(1)
-    step = iteration(variant, batch, size)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step()
-    step()
-    answer.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-
-
-def memory_of_each(batch: int, size: int) -> dict[str, float]:
-    """MiB by variant. To be called while this process is small: a child's peak starts from its parent's."""
-    context, memory = multiprocessing.get_context("spawn"), {}
-    # glibc then gives freed tensors back at once, so that the peak is theirs and not the heap's fragmentation
-    with patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": "65536"}):
-        for variant in tqdm(VARIANTS, desc="memory"):
-            answer: multiprocessing.Queue[float] = context.Queue()
-            process = context.Process(target=peak, args=(variant, batch, size, answer))
-            process.start()
-            memory[variant] = answer.get(timeout=600)
-            process.join()
-    return memory
+    return iteration(variant, batch, size)
 
 
 def restoring(batch: int, size: int, rounds: int) -> None:
@@ -141,9 +119,7 @@ def restoring(batch: int, size: int, rounds: int) -> None:
     times: dict[int, list[float]] = {1: [], 4: [], 50: []}
     for _ in tqdm(range(rounds), desc="restoring"):
         for n, found in times.items():
-            started = time.perf_counter()
-            edtr.restore(degraded, n=n)
-            found.append(time.perf_counter() - started)
+            found.append(seconds(lambda n=n: edtr.restore(degraded, n=n)))  # type: ignore[misc]
     long, few, one = (statistics.median(times[n]) for n in (50, 4, 1))
     print(f"restoring, 1 / 50 and 4 / 50 steps {one / long:.3f}, {few / long:.3f}")
     trained = sum(p.numel() for p in edtr.parameters())
@@ -158,7 +134,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="half of it is restored (default: %(default)s)")
     parser.add_argument("--size", type=int, default=64, help="of the images (default: %(default)s)")
     args = parser.parse_args()
-    memory = memory_of_each(args.batch, args.size)
+    memory = peak_of_each(iteration_alone, VARIANTS, args.batch, args.size)
     steps = {variant: iteration(variant, args.batch, args.size) for variant in VARIANTS}
     found = {variant: [[g.clone() for g in part] for part in step()] for variant, step in steps.items()}
     gaps = []
@@ -167,11 +143,7 @@ def main() -> None:
         gaps.append(float((one - other).norm() / other.norm()))
     ratios = []
     for _ in tqdm(range(args.rounds), desc="rounds"):
-        times = []
-        for variant in VARIANTS:
-            started = time.perf_counter()
-            steps[variant]()
-            times.append(time.perf_counter() - started)
+        times = [seconds(steps[variant]) for variant in VARIANTS]
         ratios.append(times[1] / times[0])
     print(f"{args.batch} images of {args.size}x{args.size}, ResNet18, small prior; {args.rounds} rounds\n")
     print(f"time, ours / plain                {statistics.median(ratios):.2f}")

@@ -12,7 +12,6 @@ the benchmark fails.
 import argparse
 import copy
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,7 @@ from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn
 from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
 
+from examples.benchmarks.measure import seconds
 from examples.common.data.degrade import low_resolution
 from examples.common.networks.edsr import EDSR
 from restoreloss import CQMix, TDPLoss
@@ -87,14 +87,6 @@ def our_step(network: nn.Module, restorer: nn.Module, hr: Tensor, lr: Tensor) ->
     return step
 
 
-def seconds(step: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def gradient(restorer: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in restorer.parameters() if p.grad is not None])
 
@@ -131,10 +123,10 @@ def main() -> None:
             gap = max(float((gradients[key] - gradients["plain"]).norm() / size) for key in ("ours", "published"))
             ratios: dict[str, list[float]] = {"plain": [], "published": [], "mix": []}
             for _ in tqdm(range(args.rounds), desc=f"{name}, {title}", leave=False):
-                times = {key: seconds(step) for key, step in steps.items()}
+                times = {key: seconds(step, args.device) for key, step in steps.items()}
                 ratios["plain"].append(times["ours"] / times["plain"])
                 ratios["published"].append(times["ours"] / times["published"])
-                ratios["mix"].append(seconds(lambda: mix(restored, hr)) / times["ours"])  # noqa: B023 - called at once
+                ratios["mix"].append(seconds(lambda: mix(restored, hr), args.device) / times["ours"])  # noqa: B023 - called at once
             row = f"{name}, {title}" if title == "EDSR-baseline" else f"{name}, TDP alone"
             plain, published, share = (statistics.median(values) for values in ratios.values())
             print(f"{row:<34}{plain:>14.2f}{published:>18.2f}{share:>14.2%}{gap:>22.1e}")
