@@ -10,8 +10,8 @@ resumes a killed run. Several processes: ``python -m torch.distributed.run --npr
 """
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,49 +36,11 @@ from examples.edtr.config import Config
 from examples.edtr.methods import METHODS, Method
 from examples.edtr.no_prior import NoPrior
 from examples.edtr.prepared import with_prepared
-from restoreloss import Alternation, FeatureExtractor, FeatureMatchingLoss, HLFLoss, Objective, Phase, TDPLoss
-from restoreloss.frozen import unwrap
-from restoreloss.restorers.edtr import EDTR, Hint
+from examples.edtr.readers import ALPHA, TASKS, Batch, InTurn, Reader
+from restoreloss import Alternation, FeatureMatchingLoss, HLFLoss, Objective, Phase, TDPLoss
+from restoreloss.frozen import bare
+from restoreloss.restorers.edtr import EDTR
 from restoreloss.restorers.tiling import apart, together
-
-TASKS: tuple[Task, ...] = ("classification", "segmentation", "detection")
-ALPHA: dict[Task, float] = {"classification": 1.0, "segmentation": 0.5, "detection": 0.2}
-"""Weight of the FM loss (Section S2)."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """HQ images in two halves, and what became of the first one.
-
-    Attributes:
-        task: whose turn it is.
-        first: (N/2, 3, H, W), or a list of (3, H, W) for detection: what the restorer trains on, and H reads restored.
-        second: the others, which H reads as they are.
-        targets: of the first half, then of the second.
-        hint: of the first half, padded to one size.
-        generators: one for each image of the first half.
-    """
-
-    task: Task
-    first: Any
-    second: Any
-    targets: Any
-    hint: Hint
-    generators: list[torch.Generator]
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A task and its network: in training (H) and as it was on HQ images (H_HQ)."""
-
-    recognition: Recognition
-    network: nn.Module
-    reference: FeatureExtractor
-    hlf: Objective | None
-    matching: FeatureMatchingLoss
-    alpha: float
-    train_data: TaskData
-    test_data: TaskData
 
 
 class Trainer(Recipe[Batch]):
@@ -106,7 +68,7 @@ class Trainer(Recipe[Batch]):
         if self.evaluated is not None:
             self.begin([])
         else:
-            steps = _InTurn(self._alternations(), self.readers)
+            steps = InTurn(self._alternations(), self.readers)
             self.begin([Stage(" + ".join(("edtr", *tasks)), steps, config.steps)])
 
     def sources(self) -> list[TaskData]:
@@ -279,24 +241,6 @@ class Trainer(Recipe[Batch]):
             workers=config.workers,
         )  # fmt: skip
         return {**figures, "num_classes": len(reader.recognition.class_names)}, samples
-
-
-class _InTurn:
-    """The alternations of several tasks: each batch goes to that of its task."""
-
-    def __init__(self, alternations: dict[Task, Alternation[Batch]], readers: dict[Task, Reader]) -> None:
-        self.alternations, self.readers = alternations, readers
-
-    def step(self, batch: Batch) -> dict[str, Tensor]:
-        with self.readers[batch.task].reference.shared():  # H_HQ sees every image once
-            return self.alternations[batch.task].step(batch)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {task: alternation.state_dict() for task, alternation in self.alternations.items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for task, alternation in self.alternations.items():
-            alternation.load_state_dict(state[task])
 
 
 def main() -> None:

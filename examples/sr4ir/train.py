@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.common.data.degrade import degradation
@@ -30,6 +29,7 @@ from examples.common.networks.recognizers import recognizer
 from examples.common.networks.restorers import restorer
 from examples.common.networks.weights import load_weights
 from examples.sr4ir.config import Config
+from examples.sr4ir.images import bilinear, pixel_loss, restore, unit
 from examples.sr4ir.methods import METHODS, Method
 from restoreloss import Alternation, CQMix, Phase, TDPLoss
 from restoreloss.frozen import unwrap
@@ -168,7 +168,7 @@ class Trainer(Recipe[Batch]):
     def _restorer_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Phase 1 (Eq. 3): the pixels, and what the recognizer sees in them."""
         restored = restore(self.s, batch.lr)
-        terms = {"pixel": _pixel(restored, batch.hr)}
+        terms = {"pixel": pixel_loss(restored, batch.hr)}
         if self._active("tdp", batch) and self.tdp is not None:
             seen = map_images(Tensor.detach, restored) if self.method.features == "detached" else restored
             terms["tdp"] = self.method.restorer_terms["tdp"] * self.config.tdp_weight * self.tdp(seen, batch.hr)
@@ -185,13 +185,13 @@ class Trainer(Recipe[Batch]):
             made["bilinear"] = bilinear(batch.lr, self.config.scale)
         if "sr" in inputs or "mix" in inputs:
             with torch.no_grad():
-                made["sr"] = map_images(_unit, restore(bare(self.s), batch.lr))
+                made["sr"] = map_images(unit, restore(bare(self.s), batch.lr))
         return {"task": self._task_loss(made, batch)}
 
     def _joint_terms(self, batch: Batch) -> dict[str, Tensor]:
         """S and H by one loss."""
         restored = restore(self.s, batch.lr)
-        terms = {"pixel": _pixel(restored, batch.hr)}
+        terms = {"pixel": pixel_loss(restored, batch.hr)}
         if self._active("tdp", batch) and self.tdp is not None:
             # unlike TDPLoss, with gradient into H from both sides: the mistake that this ablation is about
             distances = self.tdp.compare(self.tdp.features(restored), self.tdp.features(batch.hr))
@@ -240,7 +240,7 @@ class Trainer(Recipe[Batch]):
             return hr
         if self.method.reads == "bilinear":
             return bilinear(lr, self.config.scale)
-        return map_images(_unit, restore(bare(self.s), lr))
+        return map_images(unit, restore(bare(self.s), lr))
 
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """All figures on the test images, and some of these."""
@@ -262,36 +262,11 @@ class Trainer(Recipe[Batch]):
         return {**figures, "num_classes": len(self.recognition.class_names)}, samples
 
 
-def restore(network: nn.Module, lr: Any) -> Any:
-    """S on a batch, or on a list of images, at once where they are of one size."""
-    if isinstance(lr, Tensor):
-        return network(lr)
-    if len({image.shape for image in lr}) == 1:
-        return list(network(torch.stack(list(lr))))
-    return [network(image[None])[0] for image in lr]
-
-
-def bilinear(lr: Any, scale: int) -> Any:
-    """LR images enlarged without a network."""
-    return map_images(lambda image: F.interpolate(image, scale_factor=float(scale), mode="bilinear"), lr)
-
-
 def rate(step: int, steps: int, restart: float, warm_up: int) -> float:
     """Factor of the learning rate: a cosine to 0, begun anew after the fraction ``restart``; a linear rise first."""
     first = round(restart * steps)
     begun, length = (0, first) if step < first else (first, steps - first)
     return cosine(step - begun, length) * min(1.0, (step + 1) / warm_up if warm_up else 1.0)
-
-
-def _pixel(restored: Any, hr: Any) -> Tensor:
-    """L1, each image of a list counting alike."""
-    if isinstance(restored, Tensor):
-        return F.l1_loss(restored, hr)
-    return torch.stack([F.l1_loss(z, x) for z, x in zip(restored, hr, strict=True)]).mean()
-
-
-def _unit(image: Tensor) -> Tensor:
-    return image.clamp(0, 1)
 
 
 def main() -> None:

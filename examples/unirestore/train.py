@@ -33,6 +33,7 @@ from examples.common.engine.schedules import cosine_schedule
 from examples.common.networks.latent_diffusion import load_latent_diffusion
 from examples.common.networks.restorers import restorer
 from examples.unirestore.adapters import build_adapters
+from examples.unirestore.batch import Batch, Part
 from examples.unirestore.checks import check
 from examples.unirestore.config import FILE, TASKS, WEIGHTS, Config, StageName
 from examples.unirestore.data import data_of, test_data_of
@@ -43,39 +44,8 @@ from restoreloss.frozen import bare
 from restoreloss.restorers import UniRestore
 
 logger = logging.getLogger(__name__)
-
 TIMESTEPS = (249, 499, 749, 999, 999, 999)
 """That the noise of stage 1 is drawn from, of 1000: the authors'."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """The images of one task in a batch."""
-
-    task: str
-    clean: Any
-    """(N, 3, H, W), or a list of (3, H, W) for detection."""
-    degraded: Any
-    targets: Any
-    generators: list[torch.Generator]
-    """Of each image."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images of all tasks."""
-
-    parts: list[Part]
-
-    @property
-    def tasks(self) -> list[str]:
-        """Of each image."""
-        return [part.task for part in self.parts for _ in part.degraded]
-
-    @property
-    def generators(self) -> list[torch.Generator]:
-        """Of each image."""
-        return [generator for part in self.parts for generator in part.generators]
 
 
 @dataclass(frozen=True)
