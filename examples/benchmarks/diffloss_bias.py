@@ -19,7 +19,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
-from examples.benchmarks.diffloss_cost import Subject, floor, seconds
+from examples.benchmarks.diffloss_cost import Subject, floor
+from examples.benchmarks.measure import seconds
 from examples.common.data.photos import HELD_OUT, grid_crops, load_photo
 from restoreloss import DiffLoss, Subsampled, small_prior
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from examples.common.data.pairs import Pairs
+from examples.common.data.tasks import TaskData
 from examples.common.engine.batches import derive_seed
 from examples.diffloss.comparisons import constrained, perceptual_loss
 from examples.diffloss.config import Config, Diff
@@ -36,7 +36,7 @@ def terms_of(config: Config) -> list[str]:
     return [name for name, weight in weights.items() if weight]
 
 
-def objectives_of(config: Config, train_data: Pairs, device: torch.device) -> WeightedSum:
+def objectives_of(config: Config, train_data: TaskData, device: torch.device) -> WeightedSum:
     """The weighted sum of all terms but the adversarial one; DiffLoss is ``sum["diff"]``.
 
     Raises:
@@ -93,7 +93,7 @@ def diff_loss(options: Diff) -> Subsampled:
 
 
 def _calibrated(
-    config: Config, share: float, objectives: dict[str, Any], train_data: Pairs, device: torch.device
+    config: Config, share: float, objectives: dict[str, Any], train_data: TaskData, device: torch.device
 ) -> dict[str, float]:
     """The weights with which DiffLoss has its share of the gradient on the first training images."""
     if list(objectives) != ["pixel", "diff"]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ class FineTuning(GenerativeRecipe[Batch]):
         count = len(replay.clean) * self.accelerator.num_processes
         return float(self.config.replay_weight * count / self.config.batch)
 
-    def pool(self, keys: list[Key]) -> Tensor:
+    def pool(self, keys: Sequence[Key]) -> Tensor:
         """Clean images of the pre-training pool, which the keys decide."""
         found: list[Tensor] = []
         assert self.clean is not None

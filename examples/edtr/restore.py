@@ -7,6 +7,7 @@ python -m examples.edtr.restore runs/edtr IMAGES OUT --n 4 --seed 7
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -63,7 +64,7 @@ def load(given: argparse.Namespace) -> Restore:
     return restore
 
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "--n": {"type": int, "help": "denoising steps; the default is what it was trained for"},
     "--smallest": {"type": int, "help": "pad smaller sides to this; the default is that of the run"},
 }

@@ -7,6 +7,7 @@ python -m examples.unirestore.restore runs/stage2 IMAGES OUT --prompts runs/det/
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def load(given: argparse.Namespace) -> Restore:
     return restore
 
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "--task": {"default": "restoration", "help": "what the images are for (restoration)"},
     "--prompts": {
         "type": Path, "action": "append", "default": [], "help": "prompts.safetensors of a task that was added"

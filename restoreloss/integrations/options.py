@@ -103,6 +103,9 @@ class DiffLoss(Criterion):
         if self.head_channels is not None:
             check_integer("head_channels", self.head_channels)
         if self.prior == "small":
+            for name in ("revision", "head_channels", "grouped_heads"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(f"`{name}` should be left out for the prior 'small', found {value!r}.")
             prior = small_prior()
         else:
             with named("source", "prior"):

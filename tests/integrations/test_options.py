@@ -208,6 +208,8 @@ TDP = {"type": "TDPLoss", "task": "torchvision/resnet18", "weights": "random"}
         ({"type": "DiffLoss", "prior": None}, "`prior` should be text, found None"),
         ({"type": "DiffLoss", "prior": ["small"]}, r"`prior` should be text, found \['small'\]"),
         ({"type": "DiffLoss", "revision": 3}, "`revision` should be text, found 3"),
+        ({"type": "DiffLoss", "revision": "main"}, "`revision` should be left out for the prior 'small', found 'main'"),
+        ({"type": "DiffLoss", "head_channels": 8}, "`head_channels` should be left out for the prior 'small', found 8"),
         ({"type": "DiffLoss", "dtype": 16}, "`dtype` should be text, found 16"),
         ({"type": "DiffLoss", "timesteps": 600}, "`timesteps` should be a list, found 600"),
         ({"type": "DiffLoss", "timesteps": [None, 600]}, "`timesteps` should be a whole number, found None"),

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from examples.common.data.tasks import IGNORED, InMemory
 from examples.common.engine.evaluation import first_usable
+from examples.common.engine.recipe import naming
 from examples.common.engine.run_directory import RunDirectory
+from examples.common.engine.schedules import cosine, cosine_schedule
 from examples.common.networks.restorers import restorer
 from examples.diffloss.config import Config
 from examples.diffloss.train import Trainer
@@ -237,7 +239,7 @@ def test_test_images_that_cannot_be_read_are_found_before_the_first_step(tmp_pat
     for name, (build, message) in builds.items():
         with pytest.raises(ValueError, match=message):
             build(tmp_path / name)
-        assert not (tmp_path / name / "config.yaml").exists()
+        assert not (tmp_path / name).exists()
 
 
 def test_unirestore_finds_them_too(tmp_path: Path) -> None:
@@ -338,3 +340,28 @@ def test_a_report_names_figures_that_are_not_finite(tmp_path: Path, caplog: pyte
     *_, run = read_run(tmp_path / "run")
     assert run.numbers == {"score": 1.0}
     assert "psnr is inf, and left out" in caplog.text and "ssim is nan, and left out" in caplog.text
+
+
+def test_memory_that_runs_out_is_no_wrong_option() -> None:
+    allocator = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), allocator):
+        with pytest.raises(type(error)), naming("`network` should take test images of (4, 4)"):
+            raise error
+    wrong = pytest.raises(ValueError, match="of \\(4, 4\\), found RuntimeError: sizes differ")
+    with wrong, naming("`network` should take test images of (4, 4)"):
+        raise RuntimeError("sizes differ")
+
+
+def test_a_schedule_goes_on_where_a_longer_one_is() -> None:
+    weights = [nn.Parameter(torch.zeros(1))]
+    short = cosine_schedule(adam := torch.optim.Adam(weights, lr=2.0), 4, lowest=0.1)
+    for _ in range(4):
+        adam.step()
+        short.step()
+    assert short.get_last_lr() == pytest.approx([0.2])
+    for steps, expected in ((4, 0.2), (8, 2 * (0.1 + 0.9 * 0.5))):
+        optimizer = torch.optim.Adam(weights, lr=2.0)
+        schedule = cosine_schedule(optimizer, steps, lowest=0.1)
+        schedule.load_state_dict(short.state_dict())
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+    assert [cosine(step, 2) for step in (0, 1, 2, 3)] == pytest.approx([1, 0.5, 0, 0])

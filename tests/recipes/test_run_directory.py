@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 from examples.common.engine import run_directory
-from examples.common.engine.run_directory import RunDirectory
+from examples.common.engine.run_directory import RunDirectory, read_json
 from tests.helpers.processes import ROOT
 
 CONFIG: dict[str, Any] = {"lr": 1e-5, "layers": (1, 2), "name": "ü", "weights": {"tdp": 1.0}, "start": None}
@@ -82,6 +82,19 @@ def test_an_ignored_key_takes_its_new_value(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"lr": 0.5, "steps": 20}
     with pytest.raises(ValueError, match="`steps` was 20 and is 10"):
         RunDirectory(tmp_path, {"lr": 0.5, "steps": 10})
+
+
+def test_a_key_that_may_grow_takes_a_larger_value_and_keeps_the_results(tmp_path: Path) -> None:
+    RunDirectory(tmp_path, {"lr": 0.5, "steps": 10}).finish({"psnr": 20.0})
+    with pytest.raises(ValueError, match="`steps` was 10 and is 9"):
+        RunDirectory(tmp_path, {"lr": 0.5, "steps": 9}, grow=["steps"])
+    with pytest.raises(ValueError, match="`lr` was 0.5 and is 1.0"):
+        RunDirectory(tmp_path, {"lr": 1.0, "steps": 20}, grow=["steps"])
+    assert RunDirectory(tmp_path, {"lr": 0.5, "steps": 10}, grow=["steps"]).results == {"psnr": 20.0}
+    assert RunDirectory(tmp_path, {"lr": 0.5, "steps": 20}, grow=["steps"], main=False).results == {"psnr": 20.0}
+    assert RunDirectory(tmp_path, {"lr": 0.5, "steps": 20}, grow=["steps"]).results is None
+    assert read_json((tmp_path / "results_10.json").read_text()) == {"psnr": 20.0}
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"lr": 0.5, "steps": 20}
 
 
 def test_an_emptied_config_is_another_config(tmp_path: Path) -> None:

@@ -16,6 +16,11 @@ def test_tiles_of_a_pointwise_function_are_its_whole() -> None:
     for tile, overlap in ((16, 0), (16, 4), (16, 8), (40, 10), (64, 16)):
         torch.testing.assert_close(tiled(torch.square, image, tile=tile, overlap=overlap), image.square())
 
+        def twice(part: Tensor) -> Tensor:
+            return part.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+        torch.testing.assert_close(tiled(twice, image, tile=tile, overlap=overlap, scale=2), twice(image))
+
 
 def test_tiles_fade_into_each_other() -> None:
     count = [0.0]
