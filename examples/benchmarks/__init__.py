@@ -1,1 +1,1 @@
-"""What things cost, as ratios measured in one run."""
+"""The costs of the library, as ratios measured in one run."""

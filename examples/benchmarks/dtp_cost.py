@@ -50,7 +50,7 @@ def batch(count: int, size: int) -> tuple[Tensor, ...]:
 
 
 def importance(size: int, samples: int, rounds: int) -> float:
-    """How many times faster than the loop."""
+    """The factor by which it is faster than the loop."""
     network, data = small_unet(), [batch(samples, size)]
     found: dict[bool, dict[str, Tensor]] = {}
 

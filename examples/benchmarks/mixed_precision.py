@@ -152,7 +152,7 @@ def value_and_gradients(
 
 
 def cosine(one: Iterable[Tensor], other: Iterable[Tensor]) -> float:
-    """Of two gradients, all their tensors together."""
+    """The cosine of two gradients, all their tensors together."""
     flat = [torch.cat([tensor.flatten().double() for tensor in tensors]) for tensors in (one, other)]
     return float(torch.cosine_similarity(flat[0], flat[1], dim=0, eps=1e-300))
 
@@ -196,7 +196,7 @@ def measure(
 
 
 def others(network: nn.Module, batch: Batch) -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
-    """What else is differentiated: a loss, and the tensors that learn from it."""
+    """The other losses, and the tensors that learn from them."""
     student, prior, mix = copy.deepcopy(reader()), small_prior(), CQMix()
     matching, denoising = FeatureMatchingLoss(student, reader(1)), DenoisingLoss(prior, NoiseSchedule.linear())
     restored = network(batch.degraded).detach()

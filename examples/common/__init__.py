@@ -1,1 +1,1 @@
-"""What several examples share: photographs, small networks, the run directory."""
+"""The parts that several examples share: data, networks, and the engine that runs a training."""

@@ -101,7 +101,7 @@ def constrained(prior: Any, options: Diff) -> Denoiser:
 
 
 class Constrained(nn.Module):
-    """What a denoiser makes of a noisy image: the clean one, or the mean of the one a step less noisy."""
+    """A denoiser that returns an image: the clean one, or the mean of the one a step less noisy."""
 
     def __init__(self, denoiser: Denoiser, kind: str) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from examples.common.networks.weights import load_weights
 
 
 def load(given: argparse.Namespace) -> Restore:
-    """What restores an image.
+    """Load the run, as a function that restores an image.
 
     Raises:
         ValueError: If the run is none.

@@ -48,7 +48,7 @@ class Batch:
     generators: list[torch.Generator]
 
     def split(self, parts: int) -> list["Batch"]:
-        """As so many batches of one size."""
+        """The batch as so many parts of one size."""
         generators = iter(self.generators)
         pairs = zip(self.degraded.chunk(parts), self.clean.chunk(parts), strict=True)
         return [
@@ -155,7 +155,7 @@ class Trainer(Recipe[Batch]):
         return {**means, **figures, **{f"share/{row.name}": row.share for row in report}}, samples
 
     def try_evaluation(self) -> None:
-        """Of one test image of each size."""
+        """Evaluate one test image of each size."""
         sizes = {clean.shape: name for name, found in self.tests.items() for _, clean in found}
         one = {size: next(pair for pair in self.tests[name] if pair[1].shape == size) for size, name in sizes.items()}
         for size, pair in one.items():

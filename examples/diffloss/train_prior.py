@@ -45,7 +45,7 @@ ARCHITECTURE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the result. A checkpoint of another recipe is refused."""
+    """The options that decide the result. A checkpoint of others is refused."""
 
     steps: int = 10_000
     batch: int = 16

@@ -89,7 +89,7 @@ class FineTuning(GenerativeRecipe[Batch]):
         return Batch(degraded.to(self.device), clean.to(self.device), numbers[targets].to(self.device), replay)
 
     def _replayed(self, step: int) -> list[Key]:
-        """Which generative images a step has: few, and in so many steps none that their share is right."""
+        """The keys of the generative images of a step: few, and in so many steps none that their share is right."""
         if not self.method.replay:
             return []
         config, processes = self.config, self.accelerator.num_processes

@@ -1,4 +1,4 @@
-"""What keeps fine-tuning from forgetting: each method is one line."""
+"""The methods of fine-tuning, each one line that says what keeps it from forgetting."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

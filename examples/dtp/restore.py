@@ -18,7 +18,7 @@ from examples.dtp.networks import timed_network
 
 
 def load(given: argparse.Namespace) -> Restore:
-    """What restores an image.
+    """Load the run, as a function that restores an image.
 
     Raises:
         ValueError: If the run is none, or does not restore the degradation.

@@ -8,7 +8,7 @@ Features = Literal["both", "task", "reference"]
 
 @dataclass(frozen=True)
 class Method:
-    """What a run has and has not.
+    """The parts that a run has.
 
     Attributes:
         hlf: in whose features the restorer is trained; None trains it to predict the noise in HQ latents (Eq. 2), as

@@ -11,7 +11,7 @@ from examples.edtr.config import Config
 
 
 def with_prepared(config: Config, tasks: Sequence[str]) -> Config:
-    """What ``prepared`` holds, where the config names nothing else.
+    """The config with what ``prepared`` holds, where it names nothing else.
 
     Raises:
         ValueError: If it is not what examples.edtr.prepare leaves behind, or was trained on other data than those of

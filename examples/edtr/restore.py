@@ -49,7 +49,7 @@ def load_run(run: Path) -> tuple[EDTR, int]:
 
 
 def load(given: argparse.Namespace) -> Restore:
-    """What restores an image."""
+    """Load the run, as a function that restores an image."""
     edtr, smallest = load_run(given.run)
     edtr = edtr.to(given.device)
     edtr.timesteps(given.n)

@@ -72,7 +72,7 @@ class Trainer(Recipe[Batch]):
             self.begin([Stage(" + ".join(("edtr", *tasks)), steps, config.steps)])
 
     def sources(self) -> list[TaskData]:
-        """Of all tasks."""
+        """The training data of all tasks."""
         return [reader.train_data for reader in self.readers.values()]
 
     def read(self, first: int, last: int, stage: int = 0) -> Iterator[Any]:
@@ -217,7 +217,7 @@ class Trainer(Recipe[Batch]):
         return every, sheets[0]
 
     def try_evaluation(self) -> None:
-        """Of each task, of the first test image with a label."""
+        """Evaluate the first test image with a label, of each task."""
         for task, reader in self.readers.items():
             self.evaluate_task(task, data=first_usable(reader.test_data, task, f"the test data of {task}"))
 

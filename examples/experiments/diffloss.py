@@ -68,7 +68,7 @@ class Experiment:
                 yield kind, Diff(share=0.2, h_space_weight=0.0, constrain=found, timesteps=(100, 600))
 
     def run(self, study: str, seeds: list[int], names: list[str] | None = None) -> None:
-        """What is not finished, one after the other, the first seed of all runs first."""
+        """Run what is not finished, one after the other, the first seed of all runs first."""
         for seed in seeds:
             for name, config in self.configs(study, seed):
                 if names is not None and name.split("/")[1] not in names:

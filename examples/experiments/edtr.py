@@ -90,7 +90,7 @@ class Experiment:
         logger.info("%s seed %d: %s", name, seed, {key: round(value, 2) for key, value in results.items()})
 
     def steps(self, seed: int, numbers: list[int], noises: int) -> dict[str, Any]:
-        """Of trained networks: the score by denoising steps (Table 3), and over several draws of noise (Table S4)."""
+        """The scores of trained networks by denoising steps (Table 3), and over several draws of noise (Table S4)."""
         found: dict[str, Any] = {}
         for name, changes in MAIN.items():
             out = self.out / "table" / setting(self.base) / name / f"seed{seed}"
@@ -107,7 +107,7 @@ class Experiment:
 
 
 def setting(config: Config) -> str:
-    """What is compared with what: the name of a folder."""
+    """The name of a folder of runs that are compared."""
     return f"{config.task}_{config.data}_{config.degradation}_extent{config.mixture_extent:g}"
 
 

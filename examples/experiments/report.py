@@ -107,7 +107,7 @@ class Sample:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Sample":
-        """Of any numbers."""
+        """Summarize numbers."""
         return cls(tuple(values))
 
     @property

@@ -80,7 +80,7 @@ def table(out: Path, base: Config, seeds: list[int], starts: list[str], methods:
 
 
 def cqmix(out: Path, base: Config, seeds: list[int], starts: list[str], names: list[str] | None) -> None:
-    """Where CQMix pays: length of the training, cells of the grid, share of the loss."""
+    """CQMix by length of the training, cells of the grid, and share of the loss."""
     experiment = Experiment(out, base)
     for seed, start in itertools.product(seeds, starts):
         for name, method, changes in _cqmix_grid():

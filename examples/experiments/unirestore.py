@@ -89,7 +89,7 @@ class Experiment:
     _prepared: set[Path] = field(default_factory=set, repr=False)
 
     def config(self, study: str, name: str, seed: int, /, **changes: Any) -> Config:
-        """Of a run by the name of its folder."""
+        """The options of a run by the name of its folder."""
         out = self.out / study / name / f"seed{seed}"
         return replace(self.base, seed=seed, out=out, prior=self.prior(), prepared=self.prepared(seed), **changes)
 
@@ -195,7 +195,7 @@ class Experiment:
         return markdown(["", "degraded", "restored"], rows)
 
     def sheet(self, seed: int = 1) -> Path:
-        """What the rows of the table look like: photographs for people, textures for the classifier."""
+        """Images of the rows of the table: photographs for people, textures for the classifier."""
         from matplotlib.figure import Figure
 
         tasks = ("restoration", "classification")

@@ -14,7 +14,7 @@ Stages = tuple[tuple[PhaseName, ...], ...]
 
 @dataclass(frozen=True)
 class Method:
-    """How the restorer S and the recognizer H are trained.
+    """A way to train the restorer S and the recognizer H.
 
     Attributes:
         stages: who trains: "restorer", "recognizer", or "both" by one loss.

@@ -16,7 +16,7 @@ from examples.sr4ir.methods import METHODS
 
 
 def load(given: argparse.Namespace) -> Restore:
-    """What restores an image.
+    """Load the run, as a function that restores an image.
 
     Raises:
         ValueError: If the run is none, or one that trains no restorer.

@@ -46,9 +46,9 @@ class Batch:
     lr: Any
     targets: Any
     progress: float
-    """Of this stage, from 0 to 1."""
+    """The fraction of this stage that is done, from 0 to 1."""
     generators: list[torch.Generator]
-    """For each mixture that the recognizer reads."""
+    """One for each mixture that the recognizer reads."""
 
 
 class Trainer(Recipe[Batch]):
@@ -235,7 +235,7 @@ class Trainer(Recipe[Batch]):
         return TDPLoss(features_of(self.h, config.layers))
 
     def _read(self, hr: Any, lr: Any) -> Any:
-        """What H reads in the end; what S made, in [0, 1]."""
+        """The images that H reads in the end; those of S in [0, 1]."""
         if self.method.reads == "hr":
             return hr
         if self.method.reads == "bilinear":
@@ -247,7 +247,7 @@ class Trainer(Recipe[Batch]):
         return self._evaluate(self.test_data)
 
     def try_evaluation(self) -> None:
-        """Of the first test image with a label."""
+        """Evaluate the first test image with a label."""
         judges = self.judges.fixed_hr or self.judges.judge
         read = bool(self.method.recognizer_inputs) or judges is not None
         self._evaluate(first_usable(self.test_data, self.config.task, labels=read))

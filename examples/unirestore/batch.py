@@ -16,7 +16,7 @@ class Part:
     degraded: Any
     targets: Any
     generators: list[torch.Generator]
-    """Of each image."""
+    """One for each image."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Batch:
 
     @property
     def tasks(self) -> list[str]:
-        """Of each image."""
+        """The task of each image."""
         return [part.task for part in self.parts for _ in part.degraded]
 
     @property
     def generators(self) -> list[torch.Generator]:
-        """Of each image."""
+        """The generator of each image."""
         return [generator for part in self.parts for generator in part.generators]

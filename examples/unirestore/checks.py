@@ -1,4 +1,4 @@
-"""What is wrong with the options of a stage, before anything is read."""
+"""Checks of the options of a stage, before anything is read."""
 
 from pathlib import Path
 from typing import get_args

@@ -10,7 +10,7 @@ from examples.unirestore.adapters import AdapterName
 StageName = Literal["stage1", "stage2", "add-task"]
 TASKS = ("restoration", "classification", "segmentation", "detection")
 FILE = "unirestore"
-"""Of the weights of a run."""
+"""The name of the file of a run's weights."""
 WEIGHTS = {"restoration": 10.0, "classification": 0.1, "segmentation": 0.1, "detection": 0.1}
 """Beta of Eq. (6), those of the authors' code."""
 

@@ -1,4 +1,4 @@
-"""What a stage trains: UniRestore by both losses of stage 1, and another restoration network in its place."""
+"""The networks of the stages: UniRestore with both losses of stage 1, and another restoration network in its place."""
 
 from typing import Any
 

@@ -49,7 +49,7 @@ def load_run(run: Path, prior: Path | str | None = None) -> tuple[UniRestore, in
 
 
 def load(given: argparse.Namespace) -> Restore:
-    """What restores an image for the task."""
+    """Load the run, as a function that restores an image for the task."""
     model, smallest = load_run(given.run, given.prior)
     for file in given.prompts:
         model.load_prompts(file)

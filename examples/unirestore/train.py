@@ -45,7 +45,7 @@ from restoreloss.restorers import UniRestore
 
 logger = logging.getLogger(__name__)
 TIMESTEPS = (249, 499, 749, 999, 999, 999)
-"""That the noise of stage 1 is drawn from, of 1000: the authors'."""
+"""The timesteps that the noise of stage 1 is drawn from, of 1000: the authors'."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Trainer(Recipe[Batch]):
         self.begin([Stage(" + ".join(self.trained), self._alternation(first), config.steps)])
 
     def sources(self) -> list[TaskData]:
-        """Of all tasks that are trained on."""
+        """The data of all tasks that are trained on."""
         return [self.readers[task].train_data for task in self.trained]
 
     def read(self, first: int, last: int, stage: int = 0) -> Iterator[Any]:
@@ -125,7 +125,7 @@ class Trainer(Recipe[Batch]):
         )  # fmt: skip
 
     def _unirestore(self) -> UniRestore:
-        """With what the stage before has learned, and a gradient for what this one learns."""
+        """The model with the weights of the stage before, and a gradient for what this one learns."""
         config = self.config
         prior = config.prior if config.prepared is None or config.prior is not None else config.prepared / "prior"
         if prior is None:
@@ -251,13 +251,13 @@ class Trainer(Recipe[Batch]):
         return lambda _, degraded: map_images(restored, degraded)
 
     def try_evaluation(self) -> None:
-        """Of each task, of the first test image with a label."""
+        """Evaluate the first test image with a label, of each task."""
         for task, reader in self.readers.items():
             found = first_usable(reader.test_data, reader.recognition.task, f"the test data of {task}")
             self._evaluate(task, found, self.restores(task), self.config.degradation)
 
     def figures(self, read: Callable[[str], Callable[[Any, Any], Any]]) -> tuple[dict[str, float], dict[str, Any]]:
-        """What :func:`examples.common.engine.evaluation.evaluate` finds of each task.
+        """The figures of :func:`examples.common.engine.evaluation.evaluate` for each task.
 
         Args:
             read: task -> (clean, degraded) -> the images that are read.
@@ -285,7 +285,7 @@ class Trainer(Recipe[Batch]):
         )  # fmt: skip
 
     def _hashes(self) -> dict[str, str]:
-        """Of all weights but prompts, and of each prompt."""
+        """Hashes of all weights but prompts, and of each prompt."""
         if self.config.stage != "add-task":
             return {}
         prompts = self.model.tfa.prompts

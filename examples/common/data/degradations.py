@@ -18,7 +18,7 @@ from restoreloss.augmentations.mixtures import blur, gaussian_kernel, jpeg
 
 
 class Harshness(NamedTuple):
-    """How hard a degradation strikes, and in which direction; each function below reads it in its own way."""
+    """The strength of a degradation, and its direction; each function below reads it in its own way."""
 
     low: float
     high: float

@@ -20,7 +20,7 @@ Degrade = Callable[[Any, int], Any]
 
 
 def degradation(options: DataOptions, *seed: int) -> Degrade:
-    """What the options do to images.
+    """The degradation that the options describe.
 
     Raises:
         ValueError: For a mixture with a scale: it keeps the size.

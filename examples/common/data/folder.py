@@ -25,7 +25,7 @@ UNREADABLE = (
     UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError, LookupError, RuntimeError, struct.error,
     Image.DecompressionBombError,
 )  # fmt: skip
-"""What Pillow and ElementTree raise for a damaged file."""
+"""The errors of Pillow and ElementTree for a damaged file."""
 
 
 def image_files(folder: Path, pattern: str = "**/*") -> list[Path]:
@@ -276,7 +276,7 @@ def _deep(path: Path, file: Image.Image) -> Tensor:
 
 
 def _bits(file: Any) -> int:
-    """Of each color, in the file; Pillow reads 8 of them."""
+    """The bits of each color in the file, of which Pillow reads 8."""
     if file.format == "TIFF":
         return int(max(file.tag_v2.get(258, (8,))))
     args: Any = file.tile[0].args if file.tile else ""
@@ -287,7 +287,7 @@ def _bits(file: Any) -> int:
 
 @functools.cache
 def _suffixes() -> frozenset[str]:
-    """Of the formats that Pillow reads."""
+    """The suffixes of the formats that Pillow reads."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN)
 
 

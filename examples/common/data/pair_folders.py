@@ -66,7 +66,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "universal": Layout("train/{name}/LQ/*", "val/{name}/LQ/*", "LQ", "GT"),
 }
 _UNIVERSAL = {"raindrop": _RAINDROP, "rainy": _RAIN100H, "shadowed": _SRD}
-"""How the data sets that went into "universal" call their clean files, by the name of the degradation."""
+"""The names of clean files in the data sets that went into "universal", by the name of the degradation."""
 
 
 def pairs(layout: str, root: Path, split: str, name: str) -> list[tuple[Path | None, Path]]:

@@ -20,7 +20,7 @@ from examples.common.engine.batches import derive_seed
 
 @dataclass(frozen=True, kw_only=True)
 class PairOptions:
-    """Which pairs.
+    """The pairs of degraded and clean images.
 
     Attributes:
         degradations: degradations to restore, of examples/common/data/degradations.py.
@@ -113,7 +113,7 @@ class FolderPairs(Pairs):
         self._skipped = Skipped()
 
     def __len__(self) -> int:
-        """As many of each degradation as the largest data set has."""
+        """The number of samples: as many of each degradation as the largest data set has."""
         return len(self.files) * max(map(len, self.files))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None:

@@ -33,7 +33,7 @@ TRAIN = (
 )
 HELD_OUT = ("camera", "chelsea", "coffee", "rocket")
 SCALES = (1.0, 0.75, 0.5)
-"""Of :func:`pyramid`."""
+"""The sizes of :func:`pyramid`."""
 
 
 def load_photo(name: str) -> Tensor:

@@ -1,1 +1,1 @@
-"""What every trainer does: its command line and config, the run directory, the loop, evaluation."""
+"""The engine of every trainer: command line and options, run directory, loop, evaluation, restoration of folders."""

@@ -43,7 +43,7 @@ def run(
     from jsonargparse import ArgumentParser
 
     class Parser(ArgumentParser):
-        """Whose errors are one line."""
+        """A parser whose errors are one line."""
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             super().error(" ".join(message.split()), ex)

@@ -167,7 +167,7 @@ def evaluate(
 
 
 class _Likeness:
-    """How like HR the images are: means over images."""
+    """The similarity of restored images to HR: means over images."""
 
     def __init__(self, judge: nn.Module | None) -> None:
         self.features = None if judge is None else features_of(judge)

@@ -14,7 +14,7 @@ DataName = Literal["generated", "photos", "cub200", "cars", "voc2012"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a run goes.
+    """The course of a run.
 
     Attributes:
         out: run directory; the same command resumes a run that was killed.
@@ -42,13 +42,13 @@ class RunOptions:
     eval_every: int = 0
 
     def plain(self) -> dict[str, Any]:
-        """What decides the result, as plain values for config.yaml."""
+        """The options that decide the result, as plain values for config.yaml."""
         return {**plain_values(asdict(self)), "out": self.out.name}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerOptions(RunOptions):
-    """How a run of a recipe goes, which can also be that of a finished one's evaluation.
+    """The course of a run of a recipe, which may be the evaluation of a finished one.
 
     Attributes:
         evaluate: directory of a finished run, which is evaluated on the data of the other options instead of being
@@ -58,7 +58,7 @@ class TrainerOptions(RunOptions):
     evaluate: Path | None = None
 
     def plain(self) -> dict[str, Any]:
-        """What decides the result, as plain values for config.yaml."""
+        """The options that decide the result, as plain values for config.yaml."""
         values = super().plain()
         if self.evaluate is None:
             del values["evaluate"]
@@ -67,7 +67,7 @@ class TrainerOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Which images, and what happened to them.
+    """The images, and their degradation.
 
     Attributes:
         task: what is read in the images.
@@ -148,7 +148,7 @@ def shared(config: Any) -> dict[str, Any]:
 
 
 def plain_values(value: Any) -> Any:
-    """As a YAML file holds it; a path that exists in full, so that the run can be used from elsewhere."""
+    """A value as a YAML file holds it; paths that exist are absolute, so that the run can be used from elsewhere."""
     if isinstance(value, dict):
         return {key: plain_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

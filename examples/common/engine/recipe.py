@@ -1,4 +1,4 @@
-"""What all recipes do alike: steps with checkpoints, resume, logs, and an evaluation at the end.
+"""The loop of all recipes: steps with checkpoints, resumption, logs, and an evaluation at the end.
 
 A recipe builds its networks and stages, says what a batch is and how to evaluate; this base runs them on accelerate.
 """
@@ -38,7 +38,7 @@ LOWER = "A lower learning rate, or `max_norm`, may prevent it."
 
 
 class Steps(Protocol[AnyBatch]):
-    """What trains: an :class:`~restoreloss.Alternation`, or several."""
+    """Something that trains: an :class:`~restoreloss.Alternation`, or several."""
 
     def step(self, batch: AnyBatch, /) -> dict[str, Tensor]: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -123,7 +123,7 @@ class Recipe(ABC, Generic[Batch]):
 
     @abstractmethod
     def batch(self, images: Any, targets: Any, step: int, steps: int) -> Batch:
-        """What the phases see. All randomness of a step comes from the seed and the step."""
+        """The batch that the phases see. All randomness of a step comes from the seed and the step."""
 
     @abstractmethod
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
@@ -139,10 +139,10 @@ class Recipe(ABC, Generic[Batch]):
         """
 
     def saved(self) -> None:
-        """What a recipe writes beside a checkpoint, before the first step as well: nothing."""
+        """Write files beside a checkpoint, also before the first step. By default there are none."""
 
     def keep(self, step: int, figures: Mapping[str, float], samples: Mapping[str, Any]) -> None:
-        """What a recipe does with an evaluation, on the way and at the end: nothing."""
+        """Keep the results of an evaluation, on the way and at the end. By default nothing is kept."""
 
     def first_number(self, step: int) -> int:
         """The number of the first image of a step in this process; an image's own randomness comes from its number."""
@@ -154,7 +154,7 @@ class Recipe(ABC, Generic[Batch]):
         return self.load(self.train_data, first, last)
 
     def load(self, data: TaskData, first: int, last: int) -> Iterator[Any]:
-        """Of the batches ``first`` to ``last`` of a data set, the part of this process."""
+        """The part of this process of the batches ``first`` to ``last`` of a data set."""
         return iter(loader(data, self._batches(data, first, last), workers=self.options.workers))
 
     def sources(self) -> Sequence[TaskData]:

@@ -23,12 +23,12 @@ def statistics(network: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
 
 
 def features_of(network: nn.Module, layers: Sequence[str] | None = None) -> FeatureExtractor:
-    """What a network sees in images in [0, 1], normalized as it is trained here."""
+    """The features of a network of images in [0, 1], normalized as it is trained here."""
     return FeatureExtractor(network, layers, normalize="imagenet" if statistics(network) is IMAGENET else "model")
 
 
 class Recognition:
-    """What a task asks of its network: a loss, predictions, a score in percent.
+    """A task: the loss, the predictions and the score in percent of its network.
 
     Images are float in [0, 1], (N, 3, H, W), or a list of (3, H, W) for detection; they are normalized here, unless the
     network does it (torchvision's detectors).
@@ -81,7 +81,7 @@ class Recognition:
 
     @staticmethod
     def score(metric: Metric) -> float:
-        """What the metric has seen, in percent."""
+        """The score of all that the metric has seen, in percent."""
         value = metric.compute()
         return 100 * float(value["map"] if isinstance(value, dict) else value)
 

@@ -86,7 +86,7 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def plain_network(network: Callable[[Tensor], Tensor], given: argparse.Namespace, scale: int = 1) -> Restore:
-    """What restores an image with a network that has no randomness and enlarges by ``scale``."""
+    """A function that restores an image by a network that has no randomness and enlarges by ``scale``."""
 
     def restore(image: Tensor, _: torch.Generator) -> Tensor:
         if not given.tile:

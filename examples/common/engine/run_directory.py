@@ -117,7 +117,7 @@ class RunDirectory:
                 self._writer.add_scalar(name, number, step)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """What was logged, without a last line that was cut off while it was written."""
+        """The lines that were logged, without a last one that was cut off while it was written."""
         file = self.path / "metrics.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         rows = []
@@ -203,7 +203,7 @@ class RunDirectory:
 
     @property
     def results(self) -> dict[str, Any] | None:
-        """What :meth:`finish` was given; None if the run is not done."""
+        """The results that :meth:`finish` was given; None if the run is not done."""
         file = self.path / "results.json"
         return dict(read_json(file.read_text(encoding="utf-8"))) if file.exists() else None
 
@@ -250,7 +250,7 @@ def own(folder: Path) -> "Lock":
 
 
 def read_json(text: str) -> Any:
-    """What :class:`RunDirectory` wrote: "nan", "inf" and "-inf" are floats again."""
+    """Read what :class:`RunDirectory` wrote: "nan", "inf" and "-inf" are floats again."""
 
     def numbers(value: Any) -> Any:
         if isinstance(value, dict):
@@ -287,7 +287,7 @@ class Lock:
 
     @classmethod
     def of(cls, folder: Path) -> "Lock":
-        """That of this process, or a new one."""
+        """The lock of this process, or a new one."""
         lock = _held.get(folder.resolve())
         if lock is None:
             lock = _held[folder.resolve()] = cls(folder)
@@ -299,7 +299,7 @@ _held: "weakref.WeakValueDictionary[Path, Lock]" = weakref.WeakValueDictionary()
 
 
 def _partial(path: Path) -> Path:
-    """Where this process writes a file until it is whole."""
+    """The path at which this process writes a file until it is whole."""
     return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 

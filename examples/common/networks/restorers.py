@@ -83,7 +83,7 @@ def _of_spandrel(name: str) -> nn.Module:
 
 
 def _requirements(network: nn.Module) -> Any:
-    """Which sizes spandrel says that one of its networks takes; None where it does not recognize it."""
+    """The sizes that a network takes, as spandrel says; None where spandrel does not recognize it."""
     from spandrel import MAIN_REGISTRY
 
     try:

@@ -111,7 +111,7 @@ class PriorTrainer(Recipe[Batch]):
         return self._evaluate([self.test_data[number] for number in range(min(50, len(self.test_data)))])
 
     def try_evaluation(self) -> None:
-        """Of the first test image."""
+        """Evaluate the first test image."""
         samples = (self.test_data[number] for number in range(min(50, len(self.test_data))))
         self._evaluate([next((sample for sample in samples if sample is not None), None)])
 
@@ -179,6 +179,6 @@ class _Autoencoder(nn.Module):
         return latents
 
     def finished(self) -> AutoencoderKL:
-        """With what scales its latents in its config."""
+        """The autoencoder, with the factor that scales its latents in its config."""
         self.vae.register_to_config(scaling_factor=1 / float(self.deviation))
         return self.vae
