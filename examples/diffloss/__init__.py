@@ -1,1 +1,1 @@
-"""DiffLoss: training the small prior that ships."""
+"""DiffLoss: restoration networks that train with a diffusion prior, and the training of the small one that ships."""
