@@ -300,3 +300,12 @@ def test_what_cannot_be_evaluated_is_named_and_leaves_no_folder(
         with pytest.raises(ValueError, match=message):
             start(name, tmp_path / "run", **changes)
         assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_another_recipe_is_not_evaluated(
+    whole: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        command(case_of("sr4ir").train, f"--evaluate={whole('diffloss')}", f"--out={tmp_path / 'run'}")
+    assert re.search("`[a-z_]+` should be None, as in .*diffloss, found", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 import argparse
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -55,7 +56,9 @@ def run(
     for name, options in (positional or {}).items():
         parser.add_argument(name, **options)
     parser.add_class_arguments(config_class, skip=set(positional or ()))
-    parser.set_defaults(_of_the_run_to_evaluate(set(positional or ())))
+    known = {option.name for option in fields(config_class)}  # type: ignore[arg-type]
+    if "evaluate" in known:
+        parser.set_defaults(_of_the_run_to_evaluate(known - {"out", *(positional or ())}))
     arguments = parser.instantiate(parser.parse_args())
     arguments.pop("config", None)
     try:
@@ -71,7 +74,7 @@ def run(
         print(f"in {arguments.out}")
 
 
-def _of_the_run_to_evaluate(positional: set[str]) -> dict[str, Any]:
+def _of_the_run_to_evaluate(options: set[str]) -> dict[str, Any]:
     """The options of the run that ``--evaluate`` names, where there is one; the recipe says what is wrong with it."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--evaluate", type=Path)
@@ -80,4 +83,4 @@ def _of_the_run_to_evaluate(positional: set[str]) -> dict[str, Any]:
     if file is None or not file.is_file():
         return {}
     settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return {name: value for name, value in settings.items() if name not in {"out", *positional}}
+    return {name: value for name, value in settings.items() if name in options}
