@@ -33,7 +33,7 @@ from examples.diffloss.comparisons import AdversarialLoss
 from examples.diffloss.config import Config
 from examples.diffloss.objectives import objectives_of, terms_of
 from restoreloss import Alternation, Phase, Subsampled, WeightedSum, audit
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 
 logger = logging.getLogger(__name__)
 

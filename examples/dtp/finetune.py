@@ -20,7 +20,7 @@ from examples.dtp.generation import GenerativeRecipe, Key, Noisy
 from examples.dtp.methods import METHODS
 from examples.dtp.networks import timed_network
 from restoreloss import TimestepMatch, match_timestep, order_by_timestep
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 from restoreloss.training.matching import plot_matches
 
 
@@ -156,7 +156,7 @@ class FineTuning(GenerativeRecipe[Batch]):
             if not found:
                 raise ValueError(f"Of the first images of {name!r} none could be read.")
             degraded, clean = torch.stack(found).to(self.device).unbind(dim=1)
-            self.matches[name] = match_timestep(bare(self.net), self.levels, degraded, clean)
+            self.matches[name] = match_timestep(unwrap(self.net), self.levels, degraded, clean)
         return {
             name: max(1, round(PAPER[name] * last)) if match.degenerate else match.best
             for name, match in self.matches.items()
@@ -164,7 +164,7 @@ class FineTuning(GenerativeRecipe[Batch]):
 
     def restore(self, degraded: Tensor, name: str) -> Tensor:
         """Restored images in [0, 1]."""
-        restored: Tensor = bare(self.net)(degraded, self.t_star[name])
+        restored: Tensor = unwrap(self.net)(degraded, self.t_star[name])
         return restored.clamp(0, 1)
 
     def _tests(self) -> Iterator[tuple[str, bool, Tensor, Tensor]]:
@@ -176,7 +176,7 @@ class FineTuning(GenerativeRecipe[Batch]):
 
     def try_evaluation(self) -> None:
         """Evaluate one test image of each size."""
-        config, network, sizes = self.config, bare(self.net).eval(), set()
+        config, network, sizes = self.config, unwrap(self.net).eval(), set()
         read: set[tuple[str, bool]] = set()
         for name, shifted, degraded, clean in self._tests():
             read.add((name, shifted))
@@ -194,7 +194,7 @@ class FineTuning(GenerativeRecipe[Batch]):
     @torch.no_grad()
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """PSNR and SSIM of each degradation, as in training and shifted; the generative loss on held-out images."""
-        config, network = self.config, bare(self.net).eval()
+        config, network = self.config, unwrap(self.net).eval()
         figures: dict[str, list[float]] = {}
         rows: dict[str, list[Tensor]] = {"lr": [], "restored": [], "hr": []}
         for name, shifted, degraded, clean in self._tests():

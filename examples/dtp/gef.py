@@ -13,7 +13,7 @@ from examples.dtp.generation import Noisy, Steps
 from examples.dtp.methods import aggregator
 from restoreloss import GradientOrthogonality, ParameterImportance
 from restoreloss.blocks.time_moe import TimeMoE
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 from restoreloss.integrations.torchjd import aggregate
 from restoreloss.regularizers.layer_decay import add_gradients, execution_order, layer_of, layer_weights, shallow
 
@@ -55,7 +55,7 @@ class GEF(Steps):
         self.names, self.steps, self.last = names, steps, last
         self.importance: ParameterImportance | None = None
         self.begun, self.count = False, 0
-        config, method, network = recipe.config, recipe.method, bare(recipe.net)
+        config, method, network = recipe.config, recipe.method, unwrap(recipe.net)
         image = torch.zeros(1, 3, config.patch, config.patch, device=recipe.device)
         order = execution_order(network, image, 1)
         t = sum(recipe.t_star[name] for name in names) / len(names) * 50 / config.num_timesteps  # a is for T = 50
@@ -91,7 +91,7 @@ class GEF(Steps):
 
     def _projected_gradients(self, batch: Batch, replay: Noisy) -> dict[str, Tensor]:
         """Free one gradient of what opposes the other. The network is the one inside DDP: the projection averages."""
-        recipe, network = self.recipe, bare(self.recipe.net)
+        recipe, network = self.recipe, unwrap(self.recipe.net)
         with recipe.accelerator.autocast():
             terms = {
                 "restoration": self._restoration(network, batch) + self._balance(),
@@ -120,7 +120,7 @@ class GEF(Steps):
         recipe.accelerator.backward(loss)
         if replay is not None:
             with recipe.accelerator.autocast():
-                found = recipe.generative_loss(bare(recipe.net), replay)
+                found = recipe.generative_loss(unwrap(recipe.net), replay)
                 terms["generative"] = recipe.replay_weight(replay) * found
             self._add_shallow(terms["generative"])
         return terms
@@ -129,7 +129,7 @@ class GEF(Steps):
         return F.l1_loss(network(batch.degraded, batch.t), batch.clean)
 
     def _balance(self) -> Tensor | float:
-        network: Any = bare(self.recipe.net)
+        network: Any = unwrap(self.recipe.net)
         sparse = any(isinstance(module, TimeMoE) and module.top_k is not None for module in network.modules())
         return 0.01 * network.balance_loss() if sparse else 0.0
 
@@ -139,7 +139,7 @@ class GEF(Steps):
 
     def _penalty(self, batch: Batch, noisy: Noisy) -> Tensor:
         """L_orth of two micro-batches of each objective."""
-        network, half = bare(self.recipe.net), max(1, len(noisy.clean) // 2)
+        network, half = unwrap(self.recipe.net), max(1, len(noisy.clean) // 2)
         parts = [slice(0, half), slice(half, 2 * half)]
         images = [Noisy(noisy.clean[p], noisy.noise[p], noisy.t[p]) for p in parts]
         generation = [self.recipe.generative_loss(network, part) for part in images]
@@ -151,7 +151,7 @@ class GEF(Steps):
         """The generative gradient, weighted by depth, averaged over the processes."""
         accelerator = self.recipe.accelerator
         before = {p: None if p.grad is None else p.grad.clone() for p in self.shallow}
-        add_gradients(loss, bare(self.recipe.net), self.shallow_weights)
+        add_gradients(loss, unwrap(self.recipe.net), self.shallow_weights)
         if accelerator.num_processes > 1:
             for parameter, old in before.items():
                 if parameter.grad is not None:
@@ -163,7 +163,7 @@ class GEF(Steps):
         """Measure the importance where the stage begins, on pre-training data (Algorithm 6)."""
         self.begun = True
         recipe = self.recipe
-        penalty, network = recipe.method.penalty, bare(recipe.net)
+        penalty, network = recipe.method.penalty, unwrap(recipe.net)
         if penalty is None:
             return
         # adapters that have learned nothing yet have nothing to hold on to
@@ -200,7 +200,7 @@ class GEF(Steps):
         config, penalty = self.recipe.config, self.recipe.method.penalty
         assert penalty is not None
         return ParameterImportance(
-            bare(self.recipe.net), estimator=penalty, strength=config.penalty_weight, normalize=config.normalize,
+            unwrap(self.recipe.net), estimator=penalty, strength=config.penalty_weight, normalize=config.normalize,
             layer_weights=self.weights,
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ from examples.common.engine.schedules import cosine_schedule
 from examples.dtp.config import Config
 from examples.dtp.data import clean_images, held_out_images
 from restoreloss import DenoisingLoss, NoiseLevels
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 
 Batch = TypeVar("Batch")
 Key = tuple[int, ...]
@@ -65,13 +65,13 @@ class GenerativeRecipe(Recipe[Batch]):
         if not images:
             raise ValueError("`clean` should hold test images that can be read, found none.")
         with naming(f"`network` {self.config.network} should take test images of {tuple(images[0].shape[2:])}"):
-            self.generative_loss(bare(self.net), self.noisy(images[0], [(2, 0)]))
+            self.generative_loss(unwrap(self.net), self.noisy(images[0], [(2, 0)]))
 
     @torch.no_grad()
     def generative_figure(self) -> float:
         """The mean generative loss on held-out images, in 8-bit gray levels."""
         images = enumerate(held_out_images(self.config))
-        losses = [float(self.generative_loss(bare(self.net), self.noisy(clean, [(2, key)]))) for key, clean in images]
+        losses = [float(self.generative_loss(unwrap(self.net), self.noisy(clean, [(2, key)]))) for key, clean in images]
         return 255 * math.fsum(losses) / len(losses)
 
 

@@ -8,7 +8,7 @@ from examples.common.engine.recipe import Stage
 from examples.dtp.config import Config
 from examples.dtp.generation import GenerativeRecipe, Noisy, Steps
 from examples.dtp.networks import timed_network
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 
 
 class Pretraining(GenerativeRecipe[Noisy]):
@@ -31,15 +31,15 @@ class Pretraining(GenerativeRecipe[Noisy]):
 
     def try_evaluation(self) -> None:
         """Evaluate one test image."""
-        bare(self.net).eval()
+        unwrap(self.net).eval()
         self.try_generation()
-        bare(self.net).train()
+        unwrap(self.net).train()
 
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """The generative loss on held-out images."""
-        bare(self.net).eval()
+        unwrap(self.net).eval()
         figures = {"generative": self.generative_figure()}
-        bare(self.net).train()
+        unwrap(self.net).train()
         return figures, {}
 
 

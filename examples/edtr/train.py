@@ -38,7 +38,7 @@ from examples.edtr.no_prior import NoPrior
 from examples.edtr.prepared import with_prepared
 from examples.edtr.readers import ALPHA, TASKS, Batch, InTurn, Reader
 from restoreloss import Alternation, FeatureMatchingLoss, HLFLoss, Objective, Phase, TDPLoss
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 from restoreloss.restorers.edtr import EDTR
 from restoreloss.restorers.tiling import apart, together
 
@@ -236,8 +236,8 @@ class Trainer(Recipe[Batch]):
         judge = self.judge if len(self.readers) == 1 else None
         figures, samples = evaluate(
             reader.test_data if data is None else data, reader.recognition, read=read,
-            degrade=degradation(config, config.seed, TEST_SEED), trained=[edtr, bare(reader.network)],
-            recognizer=bare(reader.network), judges=Judges(bare(reader.reference.network), judge),
+            degrade=degradation(config, config.seed, TEST_SEED), trained=[edtr, unwrap(reader.network)],
+            recognizer=unwrap(reader.network), judges=Judges(unwrap(reader.reference.network), judge),
             workers=config.workers,
         )  # fmt: skip
         return {**figures, "num_classes": len(reader.recognition.class_names)}, samples

@@ -186,7 +186,7 @@ class Trainer(Recipe[Batch]):
             made["bilinear"] = bilinear(batch.lr, self.config.scale)
         if "sr" in inputs or "mix" in inputs:
             with torch.no_grad():
-                made["sr"] = map_images(unit, restore(bare(self.s), batch.lr))
+                made["sr"] = map_images(unit, restore(unwrap(self.s), batch.lr))
         return {"task": self._task_loss(made, batch)}
 
     def _joint_terms(self, batch: Batch) -> dict[str, Tensor]:
@@ -241,7 +241,7 @@ class Trainer(Recipe[Batch]):
             return hr
         if self.method.reads == "bilinear":
             return bilinear(lr, self.config.scale)
-        return map_images(unit, restore(bare(self.s), lr))
+        return map_images(unit, restore(unwrap(self.s), lr))
 
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """All figures on the test images, and some of these."""

@@ -40,7 +40,7 @@ from examples.unirestore.data import data_of, test_data_of
 from examples.unirestore.networks import FirstStage, PlainNetwork
 from examples.unirestore.restore import load_run
 from restoreloss import Alternation, Phase
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 from restoreloss.restorers import UniRestore
 
 logger = logging.getLogger(__name__)

@@ -139,7 +139,7 @@ def test_default_layers_of_transformers_are_what_the_model_says(name):
 def test_a_network_by_its_name_and_a_file(name, options, tmp_path):
     one = task_network(name, weights="random", **options)
     assert not one.training
-    files = [tmp_path / "bare.pth", tmp_path / "nested.pt", tmp_path / "weights.safetensors"]
+    files = [tmp_path / "unwrap.pth", tmp_path / "nested.pt", tmp_path / "weights.safetensors"]
     torch.save(one.state_dict(), files[0])
     torch.save({"epoch": 3, "model": {f"module.{key}": value for key, value in one.state_dict().items()}}, files[1])
     save_file({key: value.clone() for key, value in one.state_dict().items()}, files[2])

@@ -21,7 +21,7 @@ from examples.dtp.methods import METHODS
 from examples.dtp.networks import NETWORKS, add_experts, timed_network
 from examples.dtp.train import trainer as build
 from examples.experiments import dtp as experiment
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 from tests.recipes import cases
 
 TINY = replace(cases.DTP, steps=2, save_every=1)
@@ -62,7 +62,7 @@ def test_method_names_are_those_of_the_config() -> None:
 def test_pretraining_is_the_loss_written_out_and_lowers_it(tmp_path: Path) -> None:
     run: Any = build(replace(TINY, method="pretrain", out=tmp_path / "run", steps=30))
     batch = first_batch(run)
-    noisy, network = batch, bare(run.net)
+    noisy, network = batch, unwrap(run.net)
     sigma = run.levels.sigma[noisy.t].view(-1, 1, 1, 1)
     x_t = noisy.clean + sigma * noisy.noise
     expected = (x_t - (x_t - network(x_t, noisy.t)) - noisy.clean).abs().mean().item()
@@ -96,7 +96,7 @@ def test_generation_reaches_shallow_layers_alone(method: str, tmp_path: Path, pr
         kept: dict[str, Tensor] = {}
 
         def keep(steps: Any = steps, run: FineTuning = run, kept: dict[str, Tensor] = kept) -> None:
-            kept.update({n: p.grad.clone() for n, p in bare(run.net).named_parameters() if p.grad is not None})
+            kept.update({n: p.grad.clone() for n, p in unwrap(run.net).named_parameters() if p.grad is not None})
 
         steps.update = keep
         steps.step(first_batch(run))
@@ -130,7 +130,7 @@ def test_generation_has_less_to_say_in_deeper_layers(tmp_path: Path, pretrained:
         run = trainer(tmp_path / f"{decay}", pretrained, method="gef_project", decay=decay, penalty_weight=0.0)
         steps: Any = run.stages[0].alternation
         steps.update = lambda run=run, decay=decay: kept.__setitem__(
-            decay, {n: p.grad.clone() for n, p in bare(run.net).named_parameters()}
+            decay, {n: p.grad.clone() for n, p in unwrap(run.net).named_parameters()}
         )
         steps.step(first_batch(run))
         assert max(steps.factors) == 1.0 and (min(steps.factors) < 1e-3) == (decay > 0)

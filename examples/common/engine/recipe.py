@@ -26,7 +26,7 @@ from examples.common.engine.batches import Batches, derive_seed, loader
 from examples.common.engine.options import DataOptions, RunOptions, TrainerOptions, check_numbers
 from examples.common.engine.run_directory import RunDirectory, finished_run
 from examples.common.networks.weights import load_saved
-from restoreloss.frozen import bare
+from restoreloss.frozen import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class Recipe(ABC, Generic[Batch]):
             seconds = self._train(number, first_step if number == first_stage else 0, seconds)
         if self.main:
             for name, network in self.networks.items():
-                self.run_directory.save_weights(name, bare(network))
+                self.run_directory.save_weights(name, unwrap(network))
         return self._finish({"seconds": seconds})
 
     def load_finished(self) -> None:
@@ -210,7 +210,7 @@ class Recipe(ABC, Generic[Batch]):
     def _load(self, run: Path) -> None:
         """The weights of a finished run."""
         for name, network in self.networks.items():
-            load_saved(bare(network), run / f"{name}.safetensors")
+            load_saved(unwrap(network), run / f"{name}.safetensors")
 
     def check_classes(self, count: int, figure: str = "num_classes") -> None:
         """Raise ``ValueError`` if the data have another number of classes than those of the run that is evaluated."""
