@@ -240,6 +240,7 @@ class DiffLoss(Objective):
         t = denoiser.schedule.expand_timestep(self._timestep(z, generator) if timestep is None else timestep, z)
         noise = standard_normal(z, generator) if noise is None else self._fit_noise(noise, z, size)
 
+        # Eq. 7: both images under the same noise at the same timestep
         with torch.no_grad():
             seen_in_target = self._look(denoiser, denoiser.schedule.add_noise(x, noise, t), t)
         noisy = denoiser.schedule.add_noise(z, noise, t)

@@ -1,4 +1,4 @@
-"""Which term of the loss moves the image, and by how much?
+"""audit and calibrate: which term of a loss moves the image, by how much, and weights by their share.
 
 :func:`audit` measures every term's gradient at the restored image on one batch and flags those that do nothing, break,
 drown the others or fight them. :func:`calibrate` finds the weights that give each term a chosen share.
