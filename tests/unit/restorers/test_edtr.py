@@ -180,6 +180,7 @@ def test_stable_diffusion_has_its_shapes() -> None:
     assert (edtr.multiple, edtr.latent_factor, edtr.timesteps(4)) == (64, 8, [200, 150, 100, 50])
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in edtr.named_children()}
     assert counts["decoder"] == 49_490_199 and counts["_unet"] == counts["_pre"] == counts["_encoder"] == 0
+    assert edtr.restore(torch.empty(1, 3, 500, 700, device="meta")).shape == (1, 3, 500, 700)
 
 
 def test_a_copy_restores_alike_and_is_independent() -> None:

@@ -479,6 +479,7 @@ def test_the_default_sizes_are_those_of_the_authors() -> None:
     assert [len(cfrm.blocks) for cfrm in model.cfrm] == [1, 1, 9]
     assert [level for _, level in model.skips] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert (model.latent_factor, model.multiple, model.timesteps()) == (8, 64, [999])
+    assert model.restore(torch.empty(1, 3, 300, 500, device="meta"), "look", smallest=512).shape == (1, 3, 300, 500)
     vae, unet = networks(model)
     assert sum(p.numel() for p in vae.parameters()) == 83_653_863
     assert sum(p.numel() for p in unet.parameters()) == 865_910_724
