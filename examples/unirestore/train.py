@@ -37,15 +37,14 @@ from examples.unirestore.batch import Batch, Part
 from examples.unirestore.checks import check
 from examples.unirestore.config import FILE, TASKS, WEIGHTS, Config, StageName
 from examples.unirestore.data import data_of, test_data_of
-from examples.unirestore.networks import FirstStage, PlainNetwork
+from examples.unirestore.networks import PlainNetwork
 from examples.unirestore.restore import load_run
 from restoreloss import Alternation, Phase
 from restoreloss.frozen import unwrap
 from restoreloss.restorers import UniRestore
+from restoreloss.restorers.first_stage import TIMESTEPS, UniRestoreFirstStage
 
 logger = logging.getLogger(__name__)
-TIMESTEPS = (249, 499, 749, 999, 999, 999)
-"""The timesteps that the noise of stage 1 is drawn from, of 1000: the authors'."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Trainer(Recipe[Batch]):
             self.net: nn.Module = self.model
             self.begin([])
             return
-        wrapped = FirstStage(model, config) if first and isinstance(model, UniRestore) else model
+        wrapped = UniRestoreFirstStage(model, config.cfrm_weights) if first and isinstance(model, UniRestore) else model
         self.net = self.accelerator.prepare(wrapped)
         self.before = self._hashes()
         self.begin([Stage(" + ".join(self.trained), self._alternation(first), config.steps)])

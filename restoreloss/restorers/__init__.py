@@ -7,7 +7,8 @@ torch.Size([1, 3, 30, 21])
 """
 
 from restoreloss.restorers.edtr import EDTR
+from restoreloss.restorers.first_stage import UniRestoreFirstStage
 from restoreloss.restorers.shapes import small_latent_prior, stable_diffusion_prior
 from restoreloss.restorers.unirestore import UniRestore
 
-__all__ = ["EDTR", "UniRestore", "small_latent_prior", "stable_diffusion_prior"]
+__all__ = ["EDTR", "UniRestore", "UniRestoreFirstStage", "small_latent_prior", "stable_diffusion_prior"]

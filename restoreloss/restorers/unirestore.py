@@ -49,7 +49,7 @@ class UniRestore(nn.Module):
     ===== ======================================= =========================================================
     stage trains                                  on
     ===== ======================================= =========================================================
-    1     ``cfrm``, ``controller``, ``tuners``    :meth:`encode` and :meth:`predict`: Eqs. 2 and 3
+    1     ``cfrm``, ``controller``, ``tuners``    :class:`UniRestoreFirstStage`: Eqs. 2 and 3
     2     ``tfa`` with its prompts                calling the module, one task for each image: Eq. 6
     3     the prompt that :meth:`add_task` makes  the same; all other tasks stay as they are to the bit
     ===== ======================================= =========================================================
