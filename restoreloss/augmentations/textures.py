@@ -56,11 +56,11 @@ def ice(x: Tensor, generator: Generator) -> Tensor:
     texture = _frozen_pane(x.device)
     height, width = x.shape[2:]
     pane, top, left, *mirrored = uniform(x.new_empty(x.shape[0], 5, dtype=torch.float32), generator).unbind(dim=1)
-    places = []
+    positions = []
     for start, flip, side in ((top, mirrored[0], height), (left, mirrored[1], width)):
         step = torch.where(flip < 0.5, 1, -1)[:, None]
-        places.append(((_SIDE * start).long()[:, None] + step * torch.arange(side, device=x.device)) % _SIDE)
-    window = _standard(texture[places[0][:, :, None], places[1][:, None, :]][:, None]).to(x.dtype)
+        positions.append(((_SIDE * start).long()[:, None] + step * torch.arange(side, device=x.device)) % _SIDE)
+    window = _standard(texture[positions[0][:, :, None], positions[1][:, None, :]][:, None]).to(x.dtype)
     color = x.new_tensor(_PANES)[(len(_PANES) * pane).long(), :, None, None]
     return (color[:, :3] + color[:, 3:] * window).clamp(0, 1)
 
