@@ -46,7 +46,7 @@ class Criterion(Objective):
     def __post_init__(self) -> None:
         super().__init__()
         for option in fields(self):
-            if option.name != "objectives":  # Its parts are checked when they are built.
+            if option.name not in ("objectives", "shares"):  # Its parts are checked when they are built.
                 check_kind(option.name, getattr(self, option.name), option.type)
         self.objective = self.build()
 
@@ -94,6 +94,7 @@ class DiffLoss(Criterion):
     subset: int | float | None = None
     every: int = 1
     dtype: str | None = None
+    jacobian: bool = True
     checkpointing: bool = False
     input_range: Sequence[float] = (0.0, 1.0)
 
@@ -123,7 +124,7 @@ class DiffLoss(Criterion):
             timesteps=None if self.timesteps is None else _pair("timesteps", self.timesteps),
             distance=self.distance, input_range=_pair("input_range", self.input_range), size=self.size,
             compare=self.compare, snr_power=self.snr_power, crop=self.crop,
-            checkpointing=self.checkpointing,
+            jacobian=self.jacobian, checkpointing=self.checkpointing,
         )  # fmt: skip
         if self.every == 1 and self.subset is None:
             return loss
@@ -196,6 +197,7 @@ class WeightedSum(Criterion):
     Attributes:
         objectives: by name, each a mapping with a ``type``: one of these classes, or a loss of torch.nn ("L1Loss").
             Their ``loss_weight`` weighs them.
+        shares: of the gradient, by name, of those whose ``loss_weight`` is left out.
 
     Example:
         >>> parts = {"pixel": {"type": "L1Loss"}, "diff": {"type": "DiffLoss", "loss_weight": 0.1}}
@@ -205,6 +207,7 @@ class WeightedSum(Criterion):
     """
 
     objectives: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    shares: Mapping[str, float] | None = None
 
     def build(self) -> Objective:
         """The sum."""
@@ -213,8 +216,13 @@ class WeightedSum(Criterion):
         parts = {name: criterion(options) for name, options in self.objectives.items()}
         if all(part.loss_weight == 0 for part in parts.values()):
             raise ValueError("`objectives` should leave at least one a `loss_weight` other than 0, found all 0.")
+        if self.shares is not None and not isinstance(self.shares, Mapping):
+            raise ValueError(f"`shares` should be a mapping by name, found {self.shares!r}.")
+        if twice := [name for name in self.shares or () if name in parts and parts[name].loss_weight != 1]:
+            raise ValueError(f"`loss_weight` should be left out of what has a share, found one for {twice}.")
         # An objective of weight 0 is not computed.
-        return restoreloss.WeightedSum(parts, {name: 0.0 for name, part in parts.items() if part.loss_weight == 0})
+        without = {name: 0.0 for name, part in parts.items() if part.loss_weight == 0}
+        return restoreloss.WeightedSum(parts, without, shares=self.shares)
 
 
 TYPES: Mapping[str, type[Criterion]] = {cls.__name__: cls for cls in (DiffLoss, TDPLoss, WeightedSum)}

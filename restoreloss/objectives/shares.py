@@ -7,14 +7,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 _AVERAGED_CALLS = 100
+FIRST_DRAWS = 8
+"""How often losses that draw at random are measured in the first call."""
 
 
 class RunningNorms(nn.Module):
     r"""Running means of the norms :math:`\|\partial L_k / \partial z\|` at the restored image z.
 
     They are read where the training's own backward pass goes through: a call costs one norm for each objective, and
-    nothing waits for the device. The first call measures directly, as no backward pass has been yet. The mean is over
-    all calls so far, and from the hundredth on over the last hundred or so (an exponential average). With
+    nothing waits for the device. The first call is measured directly, as no backward pass has been yet. The mean is
+    over all calls so far, and from the hundredth on over the last hundred or so (an exponential average). With
     ``torch.distributed`` the norms are those of the whole batch over all processes, each of which has to call.
 
     Args:

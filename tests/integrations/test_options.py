@@ -40,7 +40,7 @@ class Recorder(nn.Module):
 
 OTHER = {  # than the defaults
     "noise_weight": 0.5, "h_space_weight": 0.2, "timesteps": (100, 600), "distance": "rms", "size": "resize",
-    "compare": "native", "snr_power": 0.5, "crop": 16, "checkpointing": True,
+    "compare": "native", "snr_power": 0.5, "crop": 16, "jacobian": True, "checkpointing": True,
     "input_range": (-1.0, 1.0),
 }  # fmt: skip
 

@@ -64,6 +64,21 @@ def test_they_follow_the_mean_norm_that_training_shows():
     assert loss.current_weights()["other"] == pytest.approx(expected[-1], rel=1e-3)
 
 
+def test_the_first_call_looks_at_several_draws_of_a_random_loss():
+    drawn = iter([1.0, 9.0, 2.0, 8.0, 3.0, 7.0, 4.0, 6.0])
+    seen = []
+
+    def other(restored, target):
+        seen.append(next(drawn))
+        return scaled(seen[-1])(restored, target)
+
+    loss = WeightedSum({"pixel": scaled(2.0), "other": other}, shares={"other": 0.5})
+    restored, target = images()
+    value = loss.terms(restored, target)["other"]
+    assert len(seen) == 8 and loss.current_weights()["other"] == pytest.approx(2.0 / 5.0)
+    torch.testing.assert_close(value, 2.0 / 5.0 * scaled(1.0)(restored, target))  # of the first draw
+
+
 def test_what_multiplies_the_loss_does_not_count():
     def weights(factor):
         loss = WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, shares={"other": 0.5})
