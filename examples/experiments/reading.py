@@ -54,6 +54,7 @@ TITLES = {
     "l1_double": "L1, twice the learning rate",
     "tdp": "L1 + TDP",
     "untrained": "L1 + TDP, untrained reader",
+    "squared": "L1 + squared error",
     "gradients": "L1 + squared error of image gradients",
     "diffloss": "L1 + DiffLoss",
     "retrained": "degraded, the fixed reader retrained on such words",
@@ -167,6 +168,8 @@ class Experiment:
     def _loss(self, name: str, seed: int) -> nn.Module:
         if name == "diffloss":
             return DiffLoss(small_prior(), timesteps=(100, 600))
+        if name == "squared":
+            return nn.MSELoss()
         if name == "gradients":
             return ImageGradients()
         torch.manual_seed(seed)
