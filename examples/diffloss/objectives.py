@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from examples.common.data.tasks import TaskData
-from examples.common.engine.batches import derive_seed
+from examples.common.seeds import derive_seed
 from examples.diffloss.comparisons import constrained, perceptual_loss
 from examples.diffloss.config import Config, Diff
 from restoreloss import DiffLoss, Subsampled, WeightedSum, calibrate, load_prior, small_prior

@@ -25,10 +25,10 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from examples.common.data.degradations import DEGRADATIONS
 from examples.common.data.pairs import test_pairs, training_pairs
 from examples.common.engine import command_line
-from examples.common.engine.batches import derive_seed
 from examples.common.engine.recipe import Recipe, Stage, naming
 from examples.common.engine.schedules import cosine_schedule
 from examples.common.networks.restorers import restorer
+from examples.common.seeds import derive_seed
 from examples.diffloss.comparisons import AdversarialLoss
 from examples.diffloss.config import Config
 from examples.diffloss.objectives import objectives_of, terms_of

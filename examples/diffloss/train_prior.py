@@ -26,7 +26,7 @@ from tqdm import tqdm
 from examples.common.data.folder import Images, check_folder
 from examples.common.data.photos import levels, photographs, random_crops
 from examples.common.engine.run_directory import own
-from examples.experiments.prior_report import report
+from examples.diffloss.prior_report import report
 from restoreloss import NoiseSchedule
 
 # No attention: convolutions alone carry over to images larger than the training crops.

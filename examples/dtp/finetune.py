@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from examples.common.data.pairs import test_pairs, training_pairs
-from examples.common.engine.batches import derive_seed
 from examples.common.engine.recipe import Stage, naming
+from examples.common.seeds import derive_seed
 from examples.dtp.config import PAPER, Config
 from examples.dtp.gef import GEF, Batch
 from examples.dtp.generation import GenerativeRecipe, Key, Noisy

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.common.engine.batches import derive_seed
+from examples.common.seeds import derive_seed
 from examples.dtp.generation import Noisy, Steps
 from examples.dtp.methods import aggregator
 from restoreloss import GradientOrthogonality, ParameterImportance

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from examples.common.engine.batches import derive_seed
 from examples.common.engine.recipe import Recipe, naming
 from examples.common.engine.schedules import cosine_schedule
+from examples.common.seeds import derive_seed
 from examples.dtp.config import Config
 from examples.dtp.data import clean_images, held_out_images
 from restoreloss import DenoisingLoss, NoiseLevels

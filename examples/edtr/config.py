@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from examples.common.engine.options import DataOptions, Degradation, TrainerOptions
+from examples.common.data.options import DataOptions, Degradation
+from examples.common.engine.options import TrainerOptions
 
 MethodName = Literal[
     "edtr", "conventional", "hlf_long", "hlf_from_noise", "no_pre", "no_hlf", "no_fm", "no_prior", "only_task",

@@ -17,10 +17,11 @@ On large images the prior is Stable Diffusion: ``--train_prior false`` here, and
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from examples.common.data.options import DataOptions, Degradation
 from examples.common.data.tasks import Task
 from examples.common.engine import command_line
-from examples.common.engine.options import DataOptions, Degradation, RunOptions, shared
-from examples.common.networks.train_prior import PriorConfig, train_prior
+from examples.common.engine.options import RunOptions, shared
+from examples.common.engine.train_prior import PriorConfig, train_prior
 from examples.sr4ir.config import Config as TaskConfig
 from examples.sr4ir.oracles import check_preparation, train_oracles
 from examples.sr4ir.train import Trainer as TaskTrainer

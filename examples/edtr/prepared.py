@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
-from examples.common.engine.options import DataOptions, plain_values
+from examples.common.data.options import DataOptions
+from examples.common.engine.options import plain_values
 from examples.edtr.config import Config
 
 

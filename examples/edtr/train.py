@@ -24,7 +24,6 @@ from examples.common.data.degrade import degradation
 from examples.common.data.task_data import TEST_SEED, dataset
 from examples.common.data.tasks import Task, TaskData, to_device
 from examples.common.engine import command_line
-from examples.common.engine.batches import derive_seed
 from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recognizer
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition, features_of
@@ -32,6 +31,7 @@ from examples.common.engine.run_directory import file_in
 from examples.common.engine.schedules import cosine_schedule
 from examples.common.networks.latent_diffusion import load_latent_diffusion
 from examples.common.networks.restorers import restorer
+from examples.common.seeds import derive_seed
 from examples.edtr.config import Config
 from examples.edtr.methods import METHODS, Method
 from examples.edtr.no_prior import NoPrior

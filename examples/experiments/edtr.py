@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from examples.common.engine.options import shared
-from examples.common.networks.train_prior import PriorConfig, train_prior
+from examples.common.engine.train_prior import PriorConfig, train_prior
 from examples.edtr.config import Config
 from examples.edtr.prepare import Config as PrepareConfig
 from examples.edtr.prepare import prepare

@@ -49,7 +49,7 @@ METRICS = {
 }
 """Decimals in the tables; of other numbers, three."""
 NO_METRICS = ("num_classes",)
-PICTURES = 5
+IMAGES = 5
 
 logger = logging.getLogger(__name__)
 
@@ -350,7 +350,7 @@ def save_sheet(path: Path, samples: Mapping[str, Mapping[str, Any]]) -> None:
     """Test images by row: LR, every method's restored image with what the task network read in it, HR."""
     first = next(iter(samples.values()))
     columns = {"LR": first["lr"], **{method: found["restored"] for method, found in samples.items()}, "HR": first["hr"]}
-    rows = min(PICTURES, len(first["truth"]))
+    rows = min(IMAGES, len(first["truth"]))
     figure = Figure(figsize=(1.3 * len(columns), 1.5 * rows + 0.3), layout="constrained")
     grid = figure.subplots(rows, len(columns), squeeze=False)
     for row, panels in enumerate(grid):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from examples.common.data.degrade import degradation
-from examples.common.data.folder import read_picture
+from examples.common.data.folder import read_image
 from examples.common.data.task_data import TEST_SEED
 from examples.common.data.tasks import collate
 from examples.common.engine.options import shared
@@ -203,7 +203,7 @@ class Experiment:
         axes = figure.subplots(len(SHEET), len(tasks))
         for row, (title, (name, part)) in enumerate(SHEET.items()):
             for column, task in enumerate(tasks):
-                grid = read_picture(self.out / "table" / name / f"seed{seed}" / "samples" / f"{task}.png")
+                grid = read_image(self.out / "table" / name / f"seed{seed}" / "samples" / f"{task}.png")
                 side = (grid.shape[1] - 2) // 3  # degraded, restored, clean
                 axis = axes[row, column]
                 axis.imshow(grid[:, part * side + 2 : (part + 1) * side].permute(1, 2, 0), interpolation="nearest")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.common.data.folder import UNREADABLE, read_picture
+from examples.common.data.folder import UNREADABLE, read_image
 from examples.reading.readers import as_compared
 from examples.reading.words import HEIGHT, Split
 
@@ -106,7 +106,7 @@ def read_labels(folder: Path, characters: Collection[str]) -> dict[str, str]:
 def _read(folder: Path, name: str, text: str, longest: int) -> Tensor | None:
     """A line, (1, 64, W), or None where it is named as skipped."""
     try:
-        gray = read_picture(folder / name).mean(dim=0)[None, None]
+        gray = read_image(folder / name).mean(dim=0)[None, None]
     except UNREADABLE as error:
         logger.warning("%s skipped: %s", name, error)
         return None

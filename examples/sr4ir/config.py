@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from examples.common.engine.options import DataOptions, TrainerOptions
+from examples.common.data.options import DataOptions
+from examples.common.engine.options import TrainerOptions
 
 MethodName = Literal[
     "oracle", "l_to_t", "s_to_t", "t_to_s", "joint", "sr4ir", "no_tdp", "sr_only", "hr_only", "no_cqmix",

@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from examples.common.data.folder import check_folder
-from examples.common.engine.options import DataOptions, check_numbers
+from examples.common.data.options import DataOptions
+from examples.common.engine.options import check_numbers
 from examples.sr4ir.config import Config
 from examples.sr4ir.train import Trainer
 

@@ -20,7 +20,6 @@ from examples.common.data.degrade import degradation
 from examples.common.data.task_data import TEST_SEED, dataset, on_grid
 from examples.common.data.tasks import TaskData, map_images, to_device
 from examples.common.engine import command_line
-from examples.common.engine.batches import derive_seed
 from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recognizer
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition, features_of
@@ -29,6 +28,7 @@ from examples.common.engine.schedules import StepSchedule, cosine
 from examples.common.networks.recognizers import recognizer
 from examples.common.networks.restorers import restorer
 from examples.common.networks.weights import load_weights
+from examples.common.seeds import derive_seed
 from examples.sr4ir.config import Config
 from examples.sr4ir.images import bilinear, pixel_loss, restore, unit
 from examples.sr4ir.methods import METHODS, Method

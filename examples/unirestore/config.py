@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from examples.common.engine.options import DataOptions, Degradation, TrainerOptions
+from examples.common.data.options import DataOptions, Degradation
+from examples.common.engine.options import TrainerOptions
 from examples.unirestore.adapters import AdapterName
 
 StageName = Literal["stage1", "stage2", "add-task"]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from examples.common.data.clean_images import CleanImages, training_photographs
-from examples.common.data.folder import UNREADABLE, Skipped, image_files, read_picture
+from examples.common.data.folder import UNREADABLE, Skipped, image_files, read_image
+from examples.common.data.options import DataOptions
 from examples.common.data.photos import HELD_OUT, grid_crops, load_photo
 from examples.common.data.task_data import dataset, datasets
 from examples.common.data.tasks import InMemory, Task, TaskData
-from examples.common.engine.options import DataOptions
 from examples.unirestore.config import TASKS
 
 
@@ -92,7 +92,7 @@ class FileCrops:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None:
         file, number = self.crops[index]
         try:
-            image = read_picture(file)
+            image = read_image(file)
         except UNREADABLE as error:
             self._skipped(file, error)
             return None

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from examples.common.data.options import DataOptions, Degradation
 from examples.common.engine import command_line
-from examples.common.engine.options import DataOptions, Degradation, RunOptions, shared
+from examples.common.engine.options import RunOptions, shared
+from examples.common.engine.train_prior import PriorConfig, train_prior
 from examples.common.networks.recognizers import recognizer
-from examples.common.networks.train_prior import PriorConfig, train_prior
 from examples.sr4ir.config import Config as TaskConfig
 from examples.sr4ir.oracles import check_preparation, train_oracles
 from examples.unirestore.data import data_of, mixed

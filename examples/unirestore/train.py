@@ -25,13 +25,13 @@ from examples.common.data.degrade import Degrade, degradation
 from examples.common.data.task_data import TEST_SEED
 from examples.common.data.tasks import TaskData, map_images, to_device
 from examples.common.engine import command_line
-from examples.common.engine.batches import derive_seed
 from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recognizer
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition
 from examples.common.engine.schedules import cosine_schedule
 from examples.common.networks.latent_diffusion import load_latent_diffusion
 from examples.common.networks.restorers import restorer
+from examples.common.seeds import derive_seed
 from examples.unirestore.adapters import build_adapters
 from examples.unirestore.batch import Batch, Part
 from examples.unirestore.checks import check
@@ -199,7 +199,8 @@ class Trainer(Recipe[Batch]):
             others = [part for part in batch.parts if part.task != "restoration"]
             terms["restored_too"] = self.config.restored_too * self._restored_too(Batch(others))
         if self.accelerator.num_processes > 1:  # DDP waits for every prompt, also of a task that this process lacks
-            terms["nothing"] = 0.0 * torch.stack([p.sum() for p in self.model.parameters() if p.requires_grad]).sum()
+            first = next(iter(terms))
+            terms[first] = terms[first] + 0.0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad)
         return terms
 
     def _restored_too(self, batch: Batch) -> Tensor:

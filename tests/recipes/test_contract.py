@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
-from examples.common.data.folder import read_picture
+from examples.common.data.folder import read_image
 from examples.common.engine.recipe import Recipe
 from tests.recipes import cases
 from tests.recipes.cases import CASES, MORE, SIZES, Case, Prepared, assert_same_weights, command, logged, results_of
@@ -214,7 +214,7 @@ def test_a_folder_of_images_is_restored(
     def restored(out: str, *options: str) -> list[torch.Tensor]:
         arguments = (str(whole(name)), str(images), str(tmp_path / out), "--device=cpu", *case.more, *options)
         command(case.restore, *arguments)
-        return [read_picture(tmp_path / out / file) for file in SIZES]
+        return [read_image(tmp_path / out / file) for file in SIZES]
 
     with caplog.at_level("INFO"):
         found = restored("out")
@@ -234,7 +234,7 @@ def test_a_folder_of_images_is_restored(
             network.eval()
         with torch.no_grad():
             for image, file in zip(found, ("cat.jpg", "cat.png", "deep/part.png"), strict=True):
-                wanted = case.restored(run, read_picture(images / file)[None])[0].clamp(0, 1)
+                wanted = case.restored(run, read_image(images / file)[None])[0].clamp(0, 1)
                 torch.testing.assert_close(image, wanted, atol=0.51 / 255, rtol=0)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from examples.common.data.datasets import VOC_CLASSES, cub200, stanford_cars, voc2012
-from examples.common.data.folder import read_picture
+from examples.common.data.folder import read_image
 from examples.common.data.task_data import datasets
 from examples.common.data.tasks import IGNORED, collate
 from examples.common.engine.batches import Batches, loader
@@ -135,7 +135,7 @@ def noise(path: Path, size: tuple[int, int]) -> Tensor:
     """An image of (width, height) in which every part is another, as it is read back."""
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, quality=100)
-    return read_picture(path)
+    return read_image(path)
 
 
 def place(image: Tensor, whole: Tensor) -> tuple[int, int, bool]:
@@ -170,7 +170,7 @@ def test_test_images_are_the_middle(name: str, index: int, tmp_path: Path) -> No
     data = load(tmp_path, "test", size=21)  # the short side becomes 24
     path, _ = data.samples[index]
     draw(path, size=(60, 40), box=(20, 10, 45, 25))
-    whole = F.interpolate(read_picture(path)[None], (24, 36), mode="bilinear", antialias=True)[0]
+    whole = F.interpolate(read_image(path)[None], (24, 36), mode="bilinear", antialias=True)[0]
     top, left = 2, 8  # round(1.5), round(7.5)
     image, _ = drawn(data, index, 0)
     torch.testing.assert_close(image, whole[:, top : top + 21, left : left + 21], atol=1e-6, rtol=0)
@@ -202,7 +202,7 @@ def test_test_masks_stay_whole(size: tuple[int, int], shape: tuple[int, int], tm
     values[9] = IGNORED  # VOC's border
     make_mask(folder / "SegmentationClass/v.png", values)
     image, mask = drawn(voc2012(tmp_path, "test", "segmentation", size=24), 0, 0)  # the short side becomes 26
-    whole = read_picture(folder / "JPEGImages/v.jpg")[None]
+    whole = read_image(folder / "JPEGImages/v.jpg")[None]
     torch.testing.assert_close(image, F.interpolate(whole, shape, mode="bilinear", antialias=True)[0])
     labels = F.interpolate(torch.from_numpy(values).float()[None, None], shape, mode="nearest")[0, 0]
     assert mask.dtype == torch.int64 and torch.equal(mask, labels.long())

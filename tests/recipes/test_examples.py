@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from examples import quickstart
-from examples.common.data.folder import load_folder, read_picture
+from examples.common.data.folder import load_folder, read_image
 from examples.common.data.photos import HELD_OUT, TRAIN, grid_crops, load_photo, pyramid, random_crops
 from examples.diffloss import photos_run
+from examples.diffloss.prior_report import linear_errors, noise_errors
 from examples.diffloss.train_prior import Recipe, Trainer
-from examples.experiments.prior_report import linear_errors, noise_errors
 from restoreloss import NoiseSchedule
 from tests.helpers.processes import ROOT
 
@@ -64,7 +64,7 @@ def test_every_kind_of_picture_becomes_rgb_in_the_unit_range(mode: str, tmp_path
         picture = Image.fromarray(pixels).convert(mode)
     path = tmp_path / f"picture.{'tif' if mode in ('CMYK', 'F') else 'png'}"
     picture.save(path)
-    tensor = read_picture(path)
+    tensor = read_image(path)
     assert tensor.shape == (3, 100, 120)
     assert tensor.dtype == torch.float32
     if mode in ("I;16", "F"):
@@ -76,7 +76,7 @@ def test_every_kind_of_picture_becomes_rgb_in_the_unit_range(mode: str, tmp_path
 
 def test_transparency_lies_on_white(tmp_path: Path) -> None:
     Image.new("RGBA", (100, 100), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert torch.equal(read_picture(tmp_path / "clear.png"), torch.ones(3, 100, 100))
+    assert torch.equal(read_image(tmp_path / "clear.png"), torch.ones(3, 100, 100))
 
 
 def test_unusable_files_are_named_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from examples.common.data.folder import AtNeed, image_files, load_folder, read_picture, restore_folder
+from examples.common.data.folder import AtNeed, image_files, load_folder, read_image, restore_folder
 from examples.common.data.pair_folders import pairs
 from examples.common.data.pairs import FolderPairs
 from examples.common.data.photos import grid_crops, levels, photographs, pyramid, random_crops
@@ -170,13 +170,13 @@ def test_a_png_of_16_bits_keeps_them(channels: int, deep: np.ndarray, tmp_path: 
     if channels in (2, 4):
         colors = values[..., -1:] * colors + 1 - values[..., -1:]
     expected = torch.from_numpy(np.broadcast_to(colors, (5, 7, 3)).copy()).permute(2, 0, 1).float()
-    torch.testing.assert_close(read_picture(tmp_path / "x.png"), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(read_image(tmp_path / "x.png"), expected, rtol=0, atol=1e-6)
 
 
 def test_a_transparent_color_of_16_bits_is_white(deep: np.ndarray, tmp_path: Path) -> None:
     pixels = deep[..., :3]
     deep_png(tmp_path / "x.png", pixels, (b"tRNS", struct.pack(">HHH", *map(int, pixels[2, 3]))))
-    found = read_picture(tmp_path / "x.png")
+    found = read_image(tmp_path / "x.png")
     assert (found[:, 2, 3] == 1).all()
     assert float(found[0, 0, 0]) == pytest.approx(pixels[0, 0, 0] / 65535, abs=1e-6)
 
@@ -186,7 +186,7 @@ def test_a_tiff_of_16_bits_keeps_them(planar: Any, deep: np.ndarray, tmp_path: P
     pixels = deep[..., :3] if planar == "contig" else np.moveaxis(deep[..., :3], -1, 0)
     tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="rgb", planarconfig=planar)
     expected = torch.from_numpy(deep[..., :3].astype(np.float32) / 65535).permute(2, 0, 1)
-    torch.testing.assert_close(read_picture(tmp_path / "x.tif"), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(read_image(tmp_path / "x.tif"), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -196,14 +196,14 @@ def test_an_image_of_16_bits_is_turned_as_one_of_8(orientation: int, deep: np.nd
     exif[0x0112] = orientation
     Image.fromarray(high).save(tmp_path / "8.png", exif=exif)
     deep_png(tmp_path / "16.png", high.astype(np.uint16) * 257, (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
-    eight, sixteen = read_picture(tmp_path / "8.png"), read_picture(tmp_path / "16.png")
+    eight, sixteen = read_image(tmp_path / "8.png"), read_image(tmp_path / "16.png")
     assert eight.shape == ((3, 7, 5) if orientation > 4 else (3, 5, 7))
     torch.testing.assert_close(sixteen, eight, rtol=0, atol=1e-6)
 
 
 def test_a_ppm_of_16_bits_says_that_it_is_read_with_8(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "x.ppm").write_bytes(b"P6 2 1 65535\n" + np.full(6, 30000, ">u2").tobytes())
-    assert float(read_picture(tmp_path / "x.ppm")[0, 0, 0]) == pytest.approx(30000 / 65535, abs=1 / 255)
+    assert float(read_image(tmp_path / "x.ppm")[0, 0, 0]) == pytest.approx(30000 / 65535, abs=1 / 255)
     assert "8 bits" in caplog.text
 
 
@@ -216,7 +216,7 @@ def test_photographs_of_a_folder_are_kept_as_bytes_and_give_the_same_crops(tmp_p
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     train, held_out = photographs(tmp_path, smallest=16)
     assert {image.dtype for image in (*train.values(), *held_out.values())} == {torch.uint8}
-    floats = [read_picture(tmp_path / name) for name in train]
+    floats = [read_image(tmp_path / name) for name in train]
 
     def crops(photos: Any) -> Tensor:
         return random_crops(photos, 6, 12, torch.Generator().manual_seed(3))

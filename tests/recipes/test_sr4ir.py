@@ -16,9 +16,9 @@ from torchvision.transforms.v2.functional import normalize
 
 from examples.common.data.degrade import low_resolution
 from examples.common.data.task_data import datasets
-from examples.common.engine.batches import derive_seed
 from examples.common.engine.recognition import Recognition
 from examples.common.networks.edsr import EDSR
+from examples.common.seeds import derive_seed
 from examples.experiments import sr4ir as experiment
 from examples.sr4ir import train
 from examples.sr4ir.config import Config, MethodName

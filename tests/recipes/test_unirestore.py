@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.utils import save_image
 
-from examples.common.data.folder import read_picture
+from examples.common.data.folder import read_image
 from examples.common.data.photos import HELD_OUT, load_photo
-from examples.common.engine.batches import derive_seed
 from examples.common.engine.evaluation import Judges, load_recognizer
+from examples.common.seeds import derive_seed
 from examples.unirestore import restore as restoring
 from examples.unirestore import train as training
 from examples.unirestore.adapters import AdapterName
@@ -264,7 +264,7 @@ def test_figures_have_an_unseen_recognizer_and_unseen_corruptions(tmp_path: Path
     assert results["classification_judge_distance"] > 0
     assert logged(tmp_path / "run")["test/detection_score"] == results["detection_score"]
     for task in TASKS:  # a grid for each
-        assert read_picture(tmp_path / "run" / "samples" / f"{task}.png").shape[0] == 3
+        assert read_image(tmp_path / "run" / "samples" / f"{task}.png").shape[0] == 3
 
 
 def test_what_is_read_is_the_image_restored_for_its_task(tmp_path: Path, folder: Path) -> None:

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.utils import save_image
 
-from examples.common.data.folder import read_picture
-from examples.common.engine.batches import derive_seed
+from examples.common.data.folder import read_image
 from examples.common.engine.evaluation import load_recognizer
+from examples.common.seeds import derive_seed
 from examples.experiments import unirestore as experiment
 from examples.unirestore import prepare as preparing
 from examples.unirestore import restore as restoring
@@ -40,7 +40,7 @@ def test_a_folder_is_restored_for_a_task(tmp_path: Path, folder: Path, caplog: p
 
     def restore(run: str, out: str, *options: str) -> list[Tensor]:
         restoring.main([str(folder / run), str(images), str(tmp_path / out), "--device", "cpu", *options])
-        return [read_picture(tmp_path / out / name) for name in ("a.png", "deep/b.png")]
+        return [read_image(tmp_path / out / name) for name in ("a.png", "deep/b.png")]
 
     with caplog.at_level("INFO"):
         plain = restore("stage2", "plain")
@@ -49,7 +49,7 @@ def test_a_folder_is_restored_for_a_task(tmp_path: Path, folder: Path, caplog: p
     model, smallest = restoring.load_run(folder / "stage2")
     assert smallest == 0
     generator = torch.Generator().manual_seed(derive_seed(0, zlib.crc32(b"a.png")))
-    wanted = model.restore(read_picture(images / "a.png")[None], "restoration", generator=generator, smallest=0)[0]
+    wanted = model.restore(read_image(images / "a.png")[None], "restoration", generator=generator, smallest=0)[0]
     torch.testing.assert_close(plain[0], wanted, atol=0.51 / 255, rtol=0)
 
     # the prompt that came later, on the run that it was trained on
@@ -64,7 +64,7 @@ def test_a_folder_is_restored_for_a_task(tmp_path: Path, folder: Path, caplog: p
     # the noise of an image is its own, whatever lies beside it
     shutil.copy(images / "a.png", images / "0.png")
     assert all(map(torch.equal, plain, restore("stage2", "more")))
-    assert not torch.equal(read_picture(tmp_path / "more" / "0.png"), plain[0])
+    assert not torch.equal(read_image(tmp_path / "more" / "0.png"), plain[0])
     shutil.copytree(folder / "prepared" / "prior", tmp_path / "prior")
     assert all(map(torch.equal, plain, restore("stage2", "moved", "--prior", str(tmp_path / "prior"))))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.common.data.folder import UNREADABLE, Skipped, read_picture
+from examples.common.data.folder import UNREADABLE, Skipped, read_image
 from examples.common.data.photos import photographs, pyramid, random_crops
 from examples.common.data.tasks import Task
 
@@ -39,7 +39,7 @@ class CleanImages:
         if isinstance(source, Tensor):
             return random_crops(self.sources, 1, self.size, generator)[0], torch.tensor(0)
         try:
-            image = read_picture(source)
+            image = read_image(source)
         except UNREADABLE as error:
             self._skipped(source, error)
             return None

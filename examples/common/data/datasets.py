@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from examples.common.data.folder import UNREADABLE, Skipped, read_picture
+from examples.common.data.folder import UNREADABLE, Skipped, read_image
 from examples.common.data.tasks import IGNORED, Task
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class FolderData:
         path, annotation = self.samples[index]
         reading = path
         try:
-            image = read_picture(path)
+            image = read_image(path)
             reading = annotation if isinstance(annotation, Path) else path
             target = self.annotate(annotation, (image.shape[1], image.shape[2]))
         except UNREADABLE as error:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from examples.common.data.options import DataOptions
 from examples.common.data.tasks import map_images
-from examples.common.engine.batches import derive_seed
-from examples.common.engine.options import DataOptions
+from examples.common.seeds import derive_seed
 from restoreloss import MixtureA, MixtureB
 from restoreloss.augmentations.corruptions import CORRUPTIONS, Corruptions
 

@@ -215,7 +215,7 @@ def check_folder(path: Path, name: str = "out") -> None:
         raise ValueError(f"`{name}` should be a folder, found the file {there}.")
 
 
-def read_picture(path: Path) -> Tensor:
+def read_image(path: Path) -> Tensor:
     """One file as a (3, H, W) float tensor in [0, 1]."""
     return unit(read_pixels(path))
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from examples.common.data.clean_images import training_photographs
 from examples.common.data.degradations import degrade
-from examples.common.data.folder import UNREADABLE, Skipped, read_picture
+from examples.common.data.folder import UNREADABLE, Skipped, read_image
 from examples.common.data.pair_folders import LAYOUTS, pairs
 from examples.common.data.photos import grid_crops, photographs, pyramid, random_crops
 from examples.common.data.tasks import Task
-from examples.common.engine.batches import derive_seed
+from examples.common.seeds import derive_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +122,9 @@ class FolderPairs(Pairs):
         degraded_file, clean_file = files[place % len(files)]
         reading = clean_file
         try:
-            clean = read_picture(clean_file)
+            clean = read_image(clean_file)
             reading = degraded_file or clean_file
-            degraded = None if degraded_file is None else read_picture(degraded_file)
+            degraded = None if degraded_file is None else read_image(degraded_file)
         except UNREADABLE as error:
             self._skipped(reading, error)
             return None

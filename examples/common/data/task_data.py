@@ -5,8 +5,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from examples.common.data.options import DataOptions
 from examples.common.data.tasks import TaskData
-from examples.common.engine.options import DataOptions
 
 TEST_SEED = 1_000_003
 """Added to a seed for test images."""

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from examples.common.data.tasks import InMemory, TaskData, collate
+from examples.common.seeds import derive_seed
 
 
 class Batches(Sampler[list[tuple[int, int]]]):
@@ -62,10 +63,3 @@ class _Seeded(Dataset[Any]):
 def loader(data: TaskData, batches: Batches, *, workers: int = 0) -> DataLoader[Any]:
     """The batches as (images, targets), read by ``workers`` processes."""
     return DataLoader(_Seeded(data), batch_sampler=batches, collate_fn=collate, num_workers=workers)
-
-
-def derive_seed(*numbers: int) -> int:
-    """One seed of several numbers, which shares nothing with that of neighboring numbers."""
-    import numpy as np
-
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -2,14 +2,11 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from examples.common.data.tasks import Task
-
-Degradation = Literal["bicubic", "mixture_a", "mixture_b", "corruptions", "unseen_corruptions"]
-DataName = Literal["generated", "photos", "cub200", "cars", "voc2012"]
+from examples.common.data.options import DataOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,42 +60,6 @@ class TrainerOptions(RunOptions):
         if self.evaluate is None:
             del values["evaluate"]
         return values
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """The images, and their degradation.
-
-    Attributes:
-        task: what is read in the images.
-        data: "generated" and "photos" are made on the spot; the others are read from ``root``.
-        root: folder of the data set on disk.
-        size: side of the training images in pixels; the default is the data set's own.
-        train_count: number of training images of "generated" and "photos".
-        test_count: number of test images of "generated" and "photos".
-        data_seed: seed of the images of "generated" and "photos"; the default is ``seed``.
-        contrast: lowest and highest amplitude of the textures of "generated".
-        degradation: "bicubic" reduction by ``scale``, or what keeps the size: the mixtures of EDTR, one of the 15
-            corruptions of ImageNet-C, or one of the four that it keeps for validation ("unseen_corruptions").
-        scale: scale of the super-resolution.
-        blur: standard deviation of a Gaussian blur before a bicubic reduction (SR4IR, Table S5).
-        mixture_extent: extent of the mixtures' blur and reduction, as a fraction of what the paper does to 512 pixels.
-        severities: severities of the corruptions, any of 1 to 5.
-    """
-
-    task: Task = "classification"
-    data: DataName = "generated"
-    root: Path | None = None
-    size: int | None = None
-    train_count: int = 1500
-    test_count: int = 1000
-    data_seed: int | None = None
-    contrast: tuple[float, float] = (0.035, 0.1)
-    degradation: Degradation = "bicubic"
-    scale: int = 4
-    blur: float = 0.0
-    mixture_extent: float = 1.0
-    severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
 
 
 _AT_LEAST_1 = (

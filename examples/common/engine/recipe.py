@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.common.data.folder import check_folder
+from examples.common.data.options import DataOptions
 from examples.common.data.pairs import PairOptions
 from examples.common.data.tasks import TaskData
-from examples.common.engine.batches import Batches, derive_seed, loader
-from examples.common.engine.options import DataOptions, RunOptions, TrainerOptions, check_numbers
+from examples.common.engine.batches import Batches, loader
+from examples.common.engine.options import RunOptions, TrainerOptions, check_numbers
 from examples.common.engine.run_directory import RunDirectory, finished_run
 from examples.common.networks.weights import load_saved
+from examples.common.seeds import derive_seed
 from restoreloss.frozen import unwrap
 
 logger = logging.getLogger(__name__)

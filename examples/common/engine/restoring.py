@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from examples.common.data.folder import check_folder, restore_folder
-from examples.common.engine.batches import derive_seed
 from examples.common.engine.command_line import device
+from examples.common.seeds import derive_seed
 from restoreloss.restorers.tiling import tiled
 
 Restore = Callable[[Tensor, torch.Generator], Tensor]

@@ -73,7 +73,7 @@ SCRIPTS = {
         "--out=run --steps=0": "--steps", "--out=run --tdp-steps=0": "--tdp-steps", "--out=run --pool=0": "--pool", "--out=run --test-words=0": "--test-words", "--out=run --share=0": "--share",
     },
     "examples.diffloss.train_prior": {"--steps=x": "steps", "--steps=0": "steps", "--images=nowhere": "images", "--save-every=0": "save-every", "--sed=1": "sed", "--seed=x": "seed"},
-    "examples.experiments.prior_report": {"--prior=nowhere": "prior", "--images=nowhere": "images", "--prio=x --out": "out"},
+    "examples.diffloss.prior_report": {"--prior=nowhere": "prior", "--images=nowhere": "images", "--prio=x --out": "out"},
     "examples.experiments.diffloss": {"": "study", "nothing --out=x": "study", "gamma": "out", "gamma --out=x --steps=x": "steps", "gamma --out=x --seeds": "seeds"},
     "examples.experiments.report": {"": "RUNS", "nowhere": "nowhere", "nowhere --by=size": "by"},
     "examples.experiments.contact_sheet": {"--photo=dog": "photo", "--seed=x": "seed"},

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from examples.common.data.photos import photographs
-from examples.experiments.prior_report import crops_of, linear_errors, noise_errors
+from examples.diffloss.prior_report import crops_of, linear_errors, noise_errors
 from restoreloss import DiffLoss, NoiseSchedule, as_denoiser, small_prior
 
 FOLDER = files("restoreloss") / "data" / "small_prior"

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
+from examples.common.data.options import DataOptions, Degradation
 from examples.common.data.task_data import datasets
 from examples.common.data.tasks import TaskData, collate, to_device
-from examples.common.engine.batches import derive_seed
-from examples.common.engine.options import DataOptions, Degradation, RunOptions
+from examples.common.engine.options import RunOptions
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.networks.latent_diffusion import scheduler
+from examples.common.seeds import derive_seed
 from restoreloss import Alternation, NoiseSchedule, Phase
 from restoreloss.frozen import unwrap
 from restoreloss.restorers.shapes import small_autoencoder, small_prompt, small_unet

@@ -1,7 +1,7 @@
 """The error of a prior by timestep, next to that of the best linear filter.
 
-    python -m examples.experiments.prior_report                       # the prior that ships
-    python -m examples.experiments.prior_report --prior runs/prior    # yours
+    python -m examples.diffloss.prior_report                       # the prior that ships
+    python -m examples.diffloss.prior_report --prior runs/prior    # yours
 
 On crops of the held-out photographs it measures how well the noise is predicted at several timesteps, against the same
 network untrained and against the best linear denoiser, and draws what the prior removes and what it dreams.
