@@ -75,12 +75,13 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     check_options(vars(args))
     check_folder(args.out, "--out")
     degrade = Degradation(noise=args.noise)
+    # before the weights: what is wrong with own lines is told also where a package is missing
+    own = None if args.words is None else own_lines(args.words, ENGLISH_G2_CHARACTERS, multiple=degrade.scale)
     network = english_g2().to(args.device)
     readers = {"fixed": reads_with(network), "judge": pp_ocr()}
-    if args.words is None:
+    if own is None:
         pool, (clean, texts) = lines(args.pool, "train", args.seed)[0], lines(args.test_words, "test", TEST_SEED)
     else:
-        own = own_lines(args.words, ENGLISH_G2_CHARACTERS, multiple=degrade.scale)
         pool, (clean, texts) = own["train"][0], own["test"]
         clean, texts = clean[: args.test_words], texts[: args.test_words]
     training = Training(pool, degrade, args.device)

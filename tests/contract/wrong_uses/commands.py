@@ -137,7 +137,7 @@ WRONG = [
         for line, told in lines.items()
     ),
     *(
-        _entry(module, line, told, *given)
+        _entry(module, " ".join([*given, line]), told)
         for (module, *given), lines in ((script.split(), lines) for script, lines in SCRIPTS.items())
         for line, told in lines.items()
     ),
