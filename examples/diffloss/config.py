@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from examples.common.data.pairs import PairOptions
+from examples.common.data.options import PairOptions
 from examples.common.engine.options import TrainerOptions
 
 

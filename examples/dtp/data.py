@@ -6,7 +6,7 @@ from torch import Tensor
 
 from examples.common.data.clean_images import CleanImages, training_photographs
 from examples.common.data.pair_folders import pairs
-from examples.common.data.pairs import FolderPairs, test_pairs
+from examples.common.data.pairs import FolderPairs, layout_and_root, test_pairs
 
 
 def clean_images(config: Any) -> CleanImages:
@@ -14,10 +14,10 @@ def clean_images(config: Any) -> CleanImages:
     if config.data == "photos":
         return CleanImages(training_photographs(config.patch), config.train_count, config.patch)
     if config.clean is not None:
-        layout, root = config.layout_and_root("clean", {"clean": config.clean})
+        layout, root = layout_and_root(config, "clean", {"clean": config.clean})
         files = [clean for _, clean in pairs(layout, root, "train", "clean")]
     else:
-        roots = [(name, *config.layout_and_root(name)) for name in config.degradations]
+        roots = [(name, *layout_and_root(config, name)) for name in config.degradations]
         files = [clean for name, layout, root in roots for _, clean in pairs(layout, root, "train", name)]
     return CleanImages(files, len(files), config.patch)
 
@@ -26,6 +26,6 @@ def held_out_images(config: Any) -> list[Tensor]:
     """Clean test images (1, 3, H, W), for the generative loss."""
     if config.data == "photos" or config.clean is None:
         return [clean for _, clean in test_pairs(config, config.degradations[0], shifted=False)]
-    data = FolderPairs({"noisy": config.layout_and_root("clean", {"clean": config.clean})}, "test", config.patch)
+    data = FolderPairs({"noisy": layout_and_root(config, "clean", {"clean": config.clean})}, "test", config.patch)
     read = [data[index] for index in range(min(len(data), config.test_count))]
     return [sample[0][1:] for sample in read if sample is not None]

@@ -1,4 +1,4 @@
-"""DataOptions: which labeled images a recipe reads, and how they are degraded."""
+"""Which images a recipe reads: DataOptions for labeled ones, PairOptions for degraded and clean ones."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,3 +44,29 @@ class DataOptions:
     blur: float = 0.0
     mixture_extent: float = 1.0
     severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions:
+    """The pairs of degraded and clean images.
+
+    Attributes:
+        degradations: degradations to restore, of examples/common/data/degradations.py.
+        data: "photos" are available without a download; "folders" are read from disk.
+        pairs: for "folders", where the pairs of each degradation are, as LAYOUT:ROOT by its name; layouts are in
+            examples/common/data/pair_folders.py.
+        shifted_pairs: likewise, other data to test on: REVIDE, Rain100H, ...
+        patch: side of the training crops.
+        train_count: crops in an epoch of "photos".
+        test_size: side of the test images of "photos".
+        test_count: number of test images of each degradation.
+    """
+
+    degradations: list[str] = field(default_factory=lambda: ["rainy"])
+    data: Literal["photos", "folders"] = "photos"
+    pairs: dict[str, str] = field(default_factory=dict)
+    shifted_pairs: dict[str, str] = field(default_factory=dict)
+    patch: int = 48
+    train_count: int = 4096
+    test_size: int = 96
+    test_count: int = 24

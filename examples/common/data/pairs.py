@@ -2,9 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,50 +10,26 @@ from torch import Tensor
 from examples.common.data.clean_images import training_photographs
 from examples.common.data.degradations import degrade
 from examples.common.data.folder import UNREADABLE, Skipped, read_image
+from examples.common.data.options import PairOptions
 from examples.common.data.pair_folders import LAYOUTS, pairs
 from examples.common.data.photos import grid_crops, photographs, pyramid, random_crops
 from examples.common.data.tasks import Task
 from examples.common.seeds import derive_seed
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairOptions:
-    """The pairs of degraded and clean images.
+def layout_and_root(options: PairOptions, name: str, pairs: dict[str, str] | None = None) -> tuple[str, Path]:
+    """Layout and root of the data set of a degradation.
 
-    Attributes:
-        degradations: degradations to restore, of examples/common/data/degradations.py.
-        data: "photos" are available without a download; "folders" are read from disk.
-        pairs: for "folders", where the pairs of each degradation are, as LAYOUT:ROOT by its name; layouts are in
-            examples/common/data/pair_folders.py.
-        shifted_pairs: likewise, other data to test on: REVIDE, Rain100H, ...
-        patch: side of the training crops.
-        train_count: crops in an epoch of "photos".
-        test_size: side of the test images of "photos".
-        test_count: number of test images of each degradation.
+    Raises:
+        ValueError: If it is not named, or not as "LAYOUT:ROOT".
     """
-
-    degradations: list[str] = field(default_factory=lambda: ["rainy"])
-    data: Literal["photos", "folders"] = "photos"
-    pairs: dict[str, str] = field(default_factory=dict)
-    shifted_pairs: dict[str, str] = field(default_factory=dict)
-    patch: int = 48
-    train_count: int = 4096
-    test_size: int = 96
-    test_count: int = 24
-
-    def layout_and_root(self, name: str, pairs: dict[str, str] | None = None) -> tuple[str, Path]:
-        """Layout and root of the data set of a degradation.
-
-        Raises:
-            ValueError: If it is not named, or not as "LAYOUT:ROOT".
-        """
-        pairs = self.pairs if pairs is None else pairs
-        if name not in pairs:
-            raise ValueError(f"`pairs` should name the data of {name!r} as LAYOUT:ROOT, found {pairs}.")
-        layout, _, root = pairs[name].partition(":")
-        if layout not in LAYOUTS or not root:
-            raise ValueError(f"`pairs` should be LAYOUT:ROOT with one of {', '.join(LAYOUTS)}, found {pairs[name]!r}.")
-        return layout, Path(root)
+    pairs = options.pairs if pairs is None else pairs
+    if name not in pairs:
+        raise ValueError(f"`pairs` should name the data of {name!r} as LAYOUT:ROOT, found {pairs}.")
+    layout, _, root = pairs[name].partition(":")
+    if layout not in LAYOUTS or not root:
+        raise ValueError(f"`pairs` should be LAYOUT:ROOT with one of {', '.join(LAYOUTS)}, found {pairs[name]!r}.")
+    return layout, Path(root)
 
 
 class Pairs(ABC):
@@ -151,7 +125,7 @@ def training_pairs(config: PairOptions, names: Sequence[str]) -> Pairs:
         if not training_photographs(config.patch):
             raise ValueError(f"`patch` should fit into the photographs, found {config.patch}.")
         return PhotoPairs(training_photographs(config.patch), names, config.train_count, config.patch)
-    return FolderPairs({name: config.layout_and_root(name) for name in names}, "train", config.patch)
+    return FolderPairs({name: layout_and_root(config, name) for name in names}, "train", config.patch)
 
 
 def test_pairs(config: PairOptions, name: str, *, shifted: bool) -> list[tuple[Tensor, Tensor]]:
@@ -171,9 +145,9 @@ def test_pairs(config: PairOptions, name: str, *, shifted: bool) -> list[tuple[T
     if shifted:
         if name not in config.shifted_pairs:
             return []
-        data = FolderPairs({name: config.layout_and_root(name, config.shifted_pairs)}, "test", config.patch)
+        data = FolderPairs({name: layout_and_root(config, name, config.shifted_pairs)}, "test", config.patch)
     else:
-        data = FolderPairs({name: config.layout_and_root(name)}, "test", config.patch)
+        data = FolderPairs({name: layout_and_root(config, name)}, "test", config.patch)
     read = [data[index] for index in range(min(len(data), config.test_count))]
     return [(sample[0][:1], sample[0][1:]) for sample in read if sample is not None]
 

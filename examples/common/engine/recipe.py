@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.common.data.folder import check_folder
-from examples.common.data.options import DataOptions
-from examples.common.data.pairs import PairOptions
+from examples.common.data.options import DataOptions, PairOptions
 from examples.common.data.tasks import TaskData
 from examples.common.engine.batches import Batches, loader
 from examples.common.engine.options import RunOptions, TrainerOptions, check_numbers
