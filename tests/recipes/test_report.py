@@ -297,7 +297,7 @@ def test_sheet_shows_what_was_predicted_in_what(tmp_path: Path, drawn: list[Any]
     found = torch.load(tmp_path / "samples.pt", weights_only=True)
     module.save_sheet(tmp_path / "sheet.png", {"joint": found, "sr4ir": {**found, "predictions": truth}})
     (grid,) = drawn
-    assert len(grid) == module.PICTURES < len(truth)
+    assert len(grid) == module.IMAGES < len(truth)
     assert [axes.get_title() for axes in grid[0]] == ["LR", "joint", "sr4ir", "HR"]
     labels = [[(axes.get_xlabel(), axes.xaxis.label.get_color()) for axes in row] for row in grid[:3]]
     assert labels[0] == [("", "black"), ("✓ class 0", "green"), ("✓ class 0", "green"), ("class 0", "black")]
