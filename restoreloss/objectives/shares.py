@@ -52,8 +52,8 @@ class RunningNorms(nn.Module):
         self._reset()
 
     @torch.no_grad()
-    def update(self, measured: Mapping[str, Tensor]) -> None:
-        """Take the norms of one call into the mean, unless one is not finite or all are zero. What is absent is 0."""
+    def over_processes(self, measured: Mapping[str, Tensor]) -> Tensor:
+        """The norms of one call over all processes, the same numbers in each of them. What is absent is 0."""
         found = torch.stack(
             [measured[name].to(self.mean) if name in measured else 0 * self.mean[0] for name in self.names]
         )
@@ -62,6 +62,11 @@ class RunningNorms(nn.Module):
             squares = (found / dist.get_world_size()).square()
             dist.all_reduce(squares)
             found = squares.sqrt()
+        return found
+
+    @torch.no_grad()
+    def update(self, found: Tensor) -> None:
+        """Take the norms of one call into the mean, unless one is not finite or all are zero."""
         usable = found.isfinite().all() & (found > 0).any()
         self.count += usable
         step = 1 / self.count.clamp(1, _AVERAGED_CALLS)
@@ -70,7 +75,7 @@ class RunningNorms(nn.Module):
     def begin(self) -> "BackwardPass":
         """The hooks of a call whose backward pass will tell the norms. Takes in those of the call before."""
         if self._last is not None and self._last.norms:
-            self.update(self._last.norms)
+            self.update(self.over_processes(self._last.norms))
         self._last = BackwardPass()
         return self._last
 

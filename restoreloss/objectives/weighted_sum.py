@@ -179,14 +179,14 @@ class WeightedSum(Objective):
         if norms.known:
             return self._weighted_terms(restored, target, generator, norms.begin())
         values = self._values(restored, target, generator, None)
-        measured = self._measured(restored, values)
+        measured = norms.over_processes(self._measured(restored, values))
         norms.update(measured)
         for _ in range(FIRST_DRAWS - 1):  # A loss that draws timesteps may be far from its mean in one draw.
-            again = self._measured(restored, self._values(restored, target, generator, None))
-            if all(torch.equal(again[name], measured[name]) for name in measured):
+            again = norms.over_processes(self._measured(restored, self._values(restored, target, generator, None)))
+            if torch.equal(again, measured):  # decided alike by all processes, which would wait for each other else
                 break
             norms.update(again)
-        found = {name: float(norm) for name, norm in measured.items()}
+        found = dict(zip(norms.names, measured.tolist(), strict=True))
         # where all are zero (the image is its target) there is nothing to measure yet
         if any(found.values()) and not all(0 < found[name] < math.inf for name in self.shares):
             raise ValueError(
