@@ -1,4 +1,4 @@
-"""What do two readers gain from TDPLoss, and why? The seeds and controls of docs/results/reading.md.
+"""What two readers gain from TDPLoss, and why: the seeds and controls of docs/results/reading.md.
 
     python -m examples.experiments.reading --out runs/reading --seeds 0 1 2 3 4
     python -m examples.experiments.reading --out runs/reading --seeds 0 1 2 --methods gradients untrained

@@ -1,6 +1,7 @@
 """Corruptions and mixtures as torchvision v2 transforms, of PIL, uint8, float and numpy images, one or a batch."""
 
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from restoreloss.generators import uniform
 from restoreloss.images import RangeWatch
 
 
-class _OnImages(v2.Transform):  # type: ignore[misc]
+class _OnImages(v2.Transform, ABC):  # type: ignore[misc]
     """What both transforms share: which parts of a sample are images, and what an image is.
 
     Args:
@@ -49,13 +50,13 @@ class _OnImages(v2.Transform):  # type: ignore[misc]
         self.return_drawn = return_drawn
         self._range = RangeWatch((0.0, 1.0))
 
+    @abstractmethod
     def draw(self, count: int, side: int) -> list[Any]:
         """What to do to ``count`` images whose shorter side has ``side`` pixels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def change(self, image: Tensor, drawn: Any) -> Tensor:
         """One image (1, C, H, W), float in [0, 1] or uint8, after what was drawn."""
-        raise NotImplementedError
 
     def forward(self, *inputs: Any) -> Any:
         """The sample with its images changed: an image, a tuple, a list or a dict, of any depth.
