@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from examples.common.data.words import TEST_SEED, Degradation, Split, lines
+from examples.common.engine.reading import words_read
 from examples.common.engine.run_directory import own, to_json
 from examples.common.networks.restorers import restorer
+from examples.common.networks.text_readers import PPOCR, EnglishG2, Read, english_g2
 from examples.reading.figure import save_comparison
-from examples.reading.readers import EnglishG2, Read, english_g2, pp_ocr, reads_with, words_read
 from examples.reading.retraining import retrained
 from examples.reading.scores import FIDELITY, READING, measure
 from examples.reading.training import (
@@ -40,7 +42,6 @@ from examples.reading.training import (
     restore,
     tdp_loss,
 )
-from examples.reading.words import TEST_SEED, Degradation, Split, lines
 from restoreloss import DiffLoss, WeightedSum, small_prior
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class Experiment:
 
     @cached_property
     def readers(self) -> dict[str, Read]:
-        return {"fixed": reads_with(self.network), "judge": pp_ocr()}
+        return {"fixed": self.network.read, "judge": PPOCR().read}
 
     @cached_property
     def test(self) -> tuple[Tensor, list[str], Tensor]:
@@ -183,7 +184,7 @@ class Experiment:
         l1 = self._cost("l1", training, partial(training.seconds, self._net(), nn.L1Loss(), size=BATCH))
         cost = self._cost("retrained", training, lambda: learn(steps=3)[1])
         steps = max(1, round((self.steps * l1 + self.tdp_steps) / cost))
-        reader = reads_with(learn(steps=steps)[0])
+        reader = learn(steps=steps)[0].read
         clean, expected, degraded = self.test
         still = float(words_read(reader(clean), expected).mean())
         readers = self.readers | {"fixed": reader}

@@ -1,6 +1,7 @@
 """The claims of SR4IR that two cores can test: all runs of docs/sr4ir.md.
 
     python -m examples.experiments.sr4ir table --out runs/sr4ir --data generated --seeds 1 2 3 4 5
+    python -m examples.experiments.sr4ir table --out runs/sr4ir --task reading --seeds 1 2 3
     python -m examples.experiments.report runs/sr4ir/table
 
 Every run is one of ``examples.sr4ir.train``. Finished ones are not done again: the same command goes on after a stop.
@@ -24,6 +25,10 @@ ALL: tuple[MethodName, ...] = (
     "hr_only", "fixed_task", "t_to_s", "tdsr", "l_to_t_3x", "s_to_t_3x", "fixed_foreign",
 )  # fmt: skip
 MAIN: tuple[MethodName, ...] = ("oracle", "l_to_t", "s_to_t", "joint", "no_tdp", "no_cqmix", "sr4ir")
+READING: tuple[MethodName, ...] = (
+    "l_to_t", "pretrain", "h_fixed", "s_to_t", "joint", "sr4ir", "no_tdp", "no_cqmix", "sr_only", "hr_only", "t_to_s",
+    "fixed_task", "tdp_joint", "l_to_t_3x", "s_to_t_3x",
+)  # fmt: skip
 WARM: tuple[MethodName, ...] = (*MAIN, "t_to_s", "l_to_t_3x", "s_to_t_3x")
 OTHER = {"generated": "photos", "photos": "generated"}
 
@@ -37,6 +42,8 @@ class Experiment:
 
     def prepare(self, seed: int, method: MethodName) -> dict[str, Path]:
         """The networks that a run needs: S trained on pixels, H on HR, a judge of another seed, one of other data."""
+        if self.base.task == "reading":
+            return self._prepare_reading(seed)
         base = replace(self.base, steps=Config(out=self.out).steps)
         plan = {
             "pretrained": replace(base, method="pretrain", seed=seed),
@@ -50,12 +57,28 @@ class Experiment:
             Trainer(replace(config, out=folder / name)).run()
         return {name: folder / name for name in plan}
 
+    def _prepare_reading(self, seed: int) -> dict[str, Path]:
+        """S trained on the pixels of words; H is what EasyOCR has, and the judge is of another make."""
+        out = self.out / "prepared" / _setting(self.base) / f"seed{seed}" / "pretrained"
+        pixels = replace(
+            self.base,
+            method="pretrain",
+            seed=seed,
+            steps=800,
+            batch=16,
+            s_lr=2e-3,
+            fixed_hr=Path("english_g2"),
+            out=out,
+        )
+        Trainer(pixels).run()
+        return {"pretrained": out, "hr": Path("english_g2"), "judge": Path("pp_ocr")}
+
     def run(self, name: str, seed: int, method: MethodName, **changes: Any) -> None:
         """One run, from the prepared networks."""
         ready = self.prepare(seed, method)
         config = replace(
             self.base, method=method, seed=seed, out=self.out / name / f"seed{seed}", s_weights=ready["pretrained"],
-            h_weights=ready["hr"], fixed_hr=ready["hr"], judge=ready["judge"], foreign=ready.get("foreign"), **changes,
+            h_weights=ready["hr"] if changes["start"] == "hr" else None, fixed_hr=ready["hr"], judge=ready["judge"], foreign=ready.get("foreign"), **changes,
         )  # fmt: skip
         results = Trainer(config).run()
         logging.info("%s seed %d: %s", name, seed, {key: round(value, 2) for key, value in results.items()})
@@ -67,7 +90,8 @@ def _setting(config: Config) -> str:
     contrast = "" if config.contrast == plain.contrast else "_contrast{:g}-{:g}".format(*config.contrast)
     blur = f"_blur{config.blur:g}" if config.blur else ""
     steps = "" if config.steps == plain.steps else f"_{config.steps}steps"
-    return f"{config.task}_{config.data}_x{config.scale}{contrast}{blur}{steps}"
+    noise = f"_noise{config.noise:g}" if config.noise else ""
+    return f"{config.task}_{config.data}_x{config.scale}{contrast}{blur}{noise}{steps}"
 
 
 def table(out: Path, base: Config, seeds: list[int], starts: list[str], methods: list[MethodName] | None) -> None:
@@ -75,6 +99,7 @@ def table(out: Path, base: Config, seeds: list[int], starts: list[str], methods:
     experiment = Experiment(out, base)
     for seed, start in itertools.product(seeds, starts):
         usual = MAIN if base.task != "classification" else ALL if start == "scratch" else WARM
+        usual = READING if base.task == "reading" else usual
         for method in methods or usual:
             experiment.run(f"table/{_setting(base)}_{start}/{method}", seed, method, start=start)
 
@@ -105,9 +130,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("study", choices=["table", "cqmix"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--task", default="classification", choices=["classification", "segmentation", "detection"])
+    parser.add_argument(
+        "--task", default="classification", choices=["classification", "segmentation", "detection", "reading"]
+    )
     parser.add_argument("--data", default="generated", choices=list(OTHER))
     parser.add_argument("--scale", type=int, default=4)
+    parser.add_argument("--noise", type=float, default=40.0, help="of words, after the reduction, in 1/255")
     parser.add_argument("--blur", type=float, default=0.0, help="before the reduction, in pixels")
     parser.add_argument("--contrast", type=float, nargs=2, default=[0.035, 0.1], help="of the generated textures")
     parser.add_argument("--steps", type=int, default=500, help="of the methods that are compared")
@@ -120,6 +148,12 @@ def main() -> None:
         out=arguments.out, task=arguments.task, data=arguments.data, scale=arguments.scale, blur=arguments.blur,
         contrast=tuple(arguments.contrast), steps=arguments.steps, cpu=True,
     )  # fmt: skip
+    if arguments.task == "reading":
+        arguments.starts = ["scratch"]  # H is trained already
+        base = replace(
+            base, data="words", noise=arguments.noise, recognizer="english_g2", train_count=3000, test_count=300,
+            data_seed=None, batch=4, h_lr=3e-4, tdp_weight=0.5, max_norm=5.0, precision="bf16",
+        )  # fmt: skip
     study = table if arguments.study == "table" else cqmix
     study(arguments.out, base, arguments.seeds, arguments.starts, arguments.methods)
 

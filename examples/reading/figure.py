@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from examples.reading.readers import as_compared, words_read
+from examples.common.engine.reading import as_compared, words_read
 
 TITLES = {"degraded": "degraded", "l1": "L1", "tdp": "L1 + TDP", "clean": "clean"}
 RIGHT, WRONG = "#118a2e", "#d4111b"

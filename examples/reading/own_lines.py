@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples.common.data.folder import UNREADABLE, read_image
-from examples.reading.readers import as_compared
-from examples.reading.words import HEIGHT, Split
+from examples.common.data.words import HEIGHT, Split
+from examples.common.engine.reading import as_compared
 
 logger = logging.getLogger(__name__)
 

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.reading.readers import ENGLISH_G2_CHARACTERS, EnglishG2, to_english_g2
+from examples.common.data.tasks import ENGLISH_G2_CHARACTERS
+from examples.common.data.words import Degradation, encoded
+from examples.common.engine.reading import ctc
+from examples.common.networks.text_readers import EnglishG2, to_english_g2
 from examples.reading.training import enlarged
-from examples.reading.words import Degradation
 
 BATCH, LR = 8, 3e-4
 
@@ -34,6 +35,7 @@ def retrained(
     optimizer = torch.optim.AdamW(reader.parameters(), lr=LR)
     generator = torch.Generator().manual_seed(seed)
     clean, texts = lines
+    targets = encoded(texts, ENGLISH_G2_CHARACTERS)
     seconds = []
     for step in tqdm(range(steps), desc="retraining", unit="step"):
         started = clock()
@@ -41,19 +43,10 @@ def retrained(
             group["lr"] = LR * (1 - step / steps)
         chosen = torch.randint(len(texts), (BATCH,), generator=generator)
         degraded = degrade(clean[chosen], int(torch.randint(2**31, (), generator=generator)))
-        loss = ctc(reader(to_english_g2(enlarged(degraded, degrade.scale))), [texts[i] for i in chosen])
+        loss = ctc(reader(to_english_g2(enlarged(degraded, degrade.scale))), targets[chosen])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(reader.parameters(), 5.0)
         optimizer.step()
         seconds.append(clock() - started)
     return reader.requires_grad_(False), statistics.median(seconds)
-
-
-def ctc(scores: Tensor, texts: Sequence[str]) -> Tensor:
-    """CTC loss of scores (N, T, 97)."""
-    classes = [[1 + ENGLISH_G2_CHARACTERS.index(letter) for letter in text] for text in texts]
-    lengths = torch.tensor([len(row) for row in classes])
-    flat = torch.tensor([letter for row in classes for letter in row])
-    steps = torch.full((len(texts),), scores.shape[1])
-    return F.ctc_loss(scores.log_softmax(dim=2).transpose(0, 1), flat, steps, lengths)

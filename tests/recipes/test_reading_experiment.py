@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.common.data import words
+from examples.common.engine.reading import ctc
+from examples.common.networks import text_readers as readers
 from examples.experiments import reading
-from examples.reading import readers, retraining, words
+from examples.reading import retraining
 from examples.reading.training import Training
 from tests.recipes.test_reading import needs_reading
 
@@ -84,7 +87,9 @@ def test_ctc_is_the_sum_over_all_alignments() -> None:
             if readers.decode(torch.tensor([path]), readers.ENGLISH_G2_CHARACTERS) == [text]
         ]
         losses.append(-math.log(sum(right)) / len(text))
-    assert float(retraining.ctc(scores, ["ab", "B"])) == pytest.approx(sum(losses) / 2)
+    assert float(ctc(scores, words.encoded(["ab", "B"], readers.ENGLISH_G2_CHARACTERS))) == pytest.approx(
+        sum(losses) / 2
+    )
 
 
 def test_the_reader_that_learns_is_a_copy() -> None:
@@ -98,3 +103,13 @@ def test_the_reader_that_learns_is_a_copy() -> None:
     assert not torch.equal(after["Prediction.weight"], before["Prediction.weight"])
     assert all(torch.equal(after[name], before[name]) for name in before if "running" in name)
     assert not any(parameter.requires_grad for parameter in learned.parameters())
+
+
+def test_ctc_refuses_texts_that_do_not_fit() -> None:
+    scores = torch.randn(1, 4, 97)
+    characters = readers.ENGLISH_G2_CHARACTERS
+    assert math.isfinite(float(ctc(scores, words.encoded(["abab"], characters))))
+    with pytest.raises(ValueError, match="should fit into 4 time steps, found one that needs 5"):
+        ctc(scores, words.encoded(["abaa"], characters))
+    with pytest.raises(ValueError, match=r"letters that the reader knows, found \['ß'\] in 'aß'"):
+        words.encoded(["aß"], characters)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import gaussian_blur
+from torchvision.transforms.v2.functional import gaussian_blur, jpeg
 
 from examples.common.data.options import DataOptions
 from examples.common.data.tasks import map_images
@@ -26,7 +26,7 @@ def degradation(options: DataOptions, *seed: int) -> Degrade:
         ValueError: For a mixture with a scale: it keeps the size.
     """
     if options.degradation == "bicubic":
-        return lambda images, _: map_images(lambda x: low_resolution(x, options.scale, blur=options.blur), images)
+        return _bicubic(options, *seed)
     if options.scale != 1:
         raise ValueError(f"`scale` should be 1 for {options.degradation}, which keeps the size, found {options.scale}.")
     extent = options.mixture_extent
@@ -48,6 +48,37 @@ def degradation(options: DataOptions, *seed: int) -> Degrade:
         return torch.stack(degraded) if isinstance(images, Tensor) else degraded
 
     return degrade
+
+
+def _bicubic(options: DataOptions, *seed: int) -> Degrade:
+    """Blur, reduction, and, with a number of each image, noise; then 8 bits and JPEG."""
+    if options.noise < 0:
+        raise ValueError(f"`noise` should be at least 0, found {options.noise}.")
+    if options.jpeg is not None and not 1 <= options.jpeg <= 100:
+        raise ValueError(f"`jpeg` should be from 1 to 100, found {options.jpeg}.")
+
+    def degrade(images: Any, first: int) -> Any:
+        small = map_images(lambda x: low_resolution(x, options.scale, blur=options.blur), images)
+        if options.noise:
+            noisy = [add_noise(image, options.noise, derive_seed(*seed, first + n)) for n, image in enumerate(small)]
+            small = torch.stack(noisy) if isinstance(small, Tensor) else noisy
+        quality = options.jpeg
+        return small if quality is None else map_images(lambda x: compressed(x, quality), small)
+
+    return degrade
+
+
+def add_noise(image: Tensor, sigma: float, seed: int) -> Tensor:
+    """Gaussian noise of ``sigma``/255, rounding to 8 bits; a gray image, of equal channels, stays gray."""
+    gray = bool((image == image[:1]).all())
+    shape = (1 if gray else len(image), *image.shape[1:])
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(image)
+    return (255 * image + sigma * noise).round().clamp(0, 255) / 255
+
+
+def compressed(images: Tensor, quality: int) -> Tensor:
+    """JPEG of images (N, 3, H, W) in [0, 1]."""
+    return torch.stack([jpeg((255 * x).round().to(torch.uint8), quality) for x in images.cpu()]).to(images) / 255
 
 
 def low_resolution(image: Tensor, scale: int, *, blur: float = 0.0) -> Tensor:

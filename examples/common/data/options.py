@@ -7,7 +7,7 @@ from typing import Literal
 from examples.common.data.tasks import Task
 
 Degradation = Literal["bicubic", "mixture_a", "mixture_b", "corruptions", "unseen_corruptions"]
-DataName = Literal["generated", "photos", "cub200", "cars", "voc2012"]
+DataName = Literal["generated", "photos", "words", "cub200", "cars", "voc2012"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,17 +16,19 @@ class DataOptions:
 
     Attributes:
         task: what is read in the images.
-        data: "generated" and "photos" are made on the spot; the others are read from ``root``.
+        data: "generated", "photos" and, for reading, "words" are made on the spot; the others are read from ``root``.
         root: folder of the data set on disk.
         size: side of the training images in pixels; the default is the data set's own.
-        train_count: number of training images of "generated" and "photos".
-        test_count: number of test images of "generated" and "photos".
-        data_seed: seed of the images of "generated" and "photos"; the default is ``seed``.
+        train_count: number of training images that are made on the spot.
+        test_count: number of test images that are made on the spot.
+        data_seed: seed of the images that are made on the spot; the default is ``seed``.
         contrast: lowest and highest amplitude of the textures of "generated".
         degradation: "bicubic" reduction by ``scale``, or what keeps the size: the mixtures of EDTR, one of the 15
             corruptions of ImageNet-C, or one of the four that it keeps for validation ("unseen_corruptions").
         scale: scale of the super-resolution.
         blur: standard deviation of a Gaussian blur before a bicubic reduction (SR4IR, Table S5).
+        noise: standard deviation of Gaussian noise after a bicubic reduction, in 1/255.
+        jpeg: quality of a JPEG compression at last, of a bicubic reduction; the default is none.
         mixture_extent: extent of the mixtures' blur and reduction, as a fraction of what the paper does to 512 pixels.
         severities: severities of the corruptions, any of 1 to 5.
     """
@@ -42,6 +44,8 @@ class DataOptions:
     degradation: Degradation = "bicubic"
     scale: int = 4
     blur: float = 0.0
+    noise: float = 0.0
+    jpeg: int | None = None
     mixture_extent: float = 1.0
     severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
 

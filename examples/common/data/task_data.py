@@ -27,6 +27,10 @@ def dataset(config: DataOptions, split: Literal["train", "test"], seed: int) -> 
     count = config.train_count
     if split == "test":
         seed, count = seed + TEST_SEED, config.test_count
+    if (config.task == "reading") != (config.data == "words"):
+        raise ValueError(
+            f"`data` should be 'words' for the task 'reading' alone, found {config.data!r} for {config.task!r}."
+        )
     if config.data == "generated":
         from examples.common.data.generated import generated
 
@@ -35,14 +39,18 @@ def dataset(config: DataOptions, split: Literal["train", "test"], seed: int) -> 
         from examples.common.data.photo_textures import photo_textures
 
         return photo_textures(config.task, split, count, seed, size=config.size or 48)
+    if config.data == "words":
+        from examples.common.data.words import word_data
+
+        return word_data(split, count, seed)
     from examples.common.data.datasets import cub200, stanford_cars, voc2012
 
     if config.root is None:
         raise ValueError(f"`root` should be the folder of the data set {config.data!r}, found None.")
     size = config.size or {"classification": 224, "segmentation": 480, "detection": 500}[config.task]
     if config.data == "voc2012":
-        if config.task == "classification":
-            raise ValueError("`task` should be 'segmentation' or 'detection' for voc2012, found 'classification'.")
+        if config.task == "classification" or config.task == "reading":
+            raise ValueError(f"`task` should be 'segmentation' or 'detection' for voc2012, found {config.task!r}.")
         return voc2012(config.root, split, config.task, size=size)
     if config.task != "classification":
         raise ValueError(f"`task` should be 'classification' for {config.data}, found {config.task!r}.")

@@ -6,6 +6,7 @@ A sample is (image, target): the image a float (3, H, W) tensor in [0, 1], the t
 classification the class, an int64 tensor of shape ()
 segmentation   the class of every pixel, int64 (H, W); ``IGNORED`` is counted nowhere
 detection      {"boxes": float (M, 4), x1 y1 x2 y2 in pixels, "labels": int64 (M,), from 1; 0 is background}
+reading        the characters of a line of text, int64 (L,), from 1; 0, CTC's blank, fills up the shorter lines
 ============== ==============================================================================================
 """
 
@@ -15,8 +16,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-Task = Literal["classification", "segmentation", "detection"]
+Task = Literal["classification", "segmentation", "detection", "reading"]
 IGNORED = 255
+ENGLISH_G2_CHARACTERS = (
+    "0123456789!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ €ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+)
+"""The classes 1 to 96 of EasyOCR's recognizer of English, and of the task "reading"."""
 
 
 class TaskData(Protocol):
@@ -24,7 +29,7 @@ class TaskData(Protocol):
 
     task: Task
     class_names: tuple[str, ...]
-    """By label; of detection, the first is "background"."""
+    """By label; of detection, the first is "background", and of reading it is "", the blank."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> tuple[Tensor, Any] | None: ...
@@ -76,9 +81,11 @@ def map_images(function: Callable[[Tensor], Tensor], images: Any) -> Any:
 
 
 def to_device(value: Any, device: torch.device | str) -> Any:
-    """Tensors, also in lists, tuples and mappings, on a device."""
+    """Tensors, also in lists, tuples and mappings, on a device; strings are what they are."""
     if isinstance(value, Tensor):
         return value.to(device)
+    if isinstance(value, str):
+        return value
     if isinstance(value, dict):
         return {key: to_device(item, device) for key, item in value.items()}
     return type(value)(to_device(item, device) for item in value)

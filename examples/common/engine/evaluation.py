@@ -18,10 +18,12 @@ from examples.common.engine.recipe import naming
 from examples.common.engine.recognition import Recognition, features_of
 from examples.common.engine.run_directory import RunDirectory
 from examples.common.networks.recognizers import recognizer
+from examples.common.networks.text_readers import PPOCR, english_g2
 from examples.common.networks.weights import load_weights
 from restoreloss import frozen
 
 BATCH, SAMPLES = 50, 8
+TEXT_READERS: dict[str, Callable[[], nn.Module]] = {"english_g2": english_g2, "pp_ocr": PPOCR}
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Judges:
 
     @classmethod
     def load(cls, fixed_hr: Path | None, judge: Path | None, device: torch.device) -> "Judges":
-        """Read them from their run directories."""
+        """Read them from their run directories, or take readers of text by their names."""
         return cls(*(None if path is None else load_recognizer(path).to(device) for path in (fixed_hr, judge)))
 
 
@@ -84,11 +86,13 @@ class _One:
 
 
 def load_recognizer(run: Path) -> nn.Module:
-    """The recognizer of a finished run, frozen, in eval mode.
+    """The recognizer of a finished run, frozen, in eval mode; "english_g2" and "pp_ocr" are those of their packages.
 
     Raises:
         ValueError: If there is no finished run.
     """
+    if str(run) in TEXT_READERS:
+        return TEXT_READERS[str(run)]()
     config, results = run / "config.yaml", run / "results.json"
     if not config.exists() or not results.exists():
         raise ValueError(f"{run} should be the directory of a finished run, found no results.json in it.")
@@ -162,7 +166,8 @@ def evaluate(
             truth = [recognition.describe(target) for target in targets[:SAMPLES]]
             captions = [""] * len(truth) if first is None else [recognition.describe(one) for one in first[:SAMPLES]]
             sheet.update(lr, seen, hr, captions, truth)
-    figures = {name: recognition.score(metric) for name, metric in metrics.items()}
+    scores = {name: recognition.score(metric) for name, metric in metrics.items()}
+    figures = {name + part: value for name, parts in scores.items() for part, value in parts.items()}
     return figures | likeness.figures(), sheet.samples()
 
 
@@ -170,7 +175,7 @@ class _Likeness:
     """The similarity of restored images to HR: means over images."""
 
     def __init__(self, judge: nn.Module | None) -> None:
-        self.features = None if judge is None else features_of(judge)
+        self.features = None if judge is None or isinstance(judge, PPOCR) else features_of(judge)
         self.values: dict[str, list[Tensor]] = {}
 
     def update(self, seen: Any, hr: Any) -> None:

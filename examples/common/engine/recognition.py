@@ -11,6 +11,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 from torchvision.transforms.v2.functional import normalize
 
 from examples.common.data.tasks import IGNORED, Task
+from examples.common.engine.reading import WordsRead, ctc
+from examples.common.networks.text_readers import TDP_LAYERS, EnglishG2, to_english_g2
 from restoreloss.features import FeatureExtractor
 from restoreloss.frozen import unwrap
 from restoreloss.normalization import IMAGENET
@@ -24,6 +26,8 @@ def statistics(network: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
 
 def features_of(network: nn.Module, layers: Sequence[str] | None = None) -> FeatureExtractor:
     """The features of a network of images in [0, 1], normalized as it is trained here."""
+    if isinstance(unwrap(network), EnglishG2):
+        return FeatureExtractor(network, layers or TDP_LAYERS, normalize=to_english_g2)
     return FeatureExtractor(network, layers, normalize="imagenet" if statistics(network) is IMAGENET else "model")
 
 
@@ -41,6 +45,8 @@ class Recognition:
     def check(self, targets: Any) -> None:
         """Raise ``ValueError`` for a label that is no class."""
         labels = [target["labels"] for target in targets] if self.task == "detection" else [targets]
+        if self.task == "reading" and not bool((targets > 0).any(dim=1).all()):
+            raise ValueError("Lines of text should have a letter each, found one without.")
         lowest = 1 if self.task == "detection" else 0
         for values in labels:
             known = values[values != IGNORED] if self.task == "segmentation" else values
@@ -59,34 +65,44 @@ class Recognition:
             if not isinstance(losses, dict):
                 raise ValueError("A detector should be in train mode to give its losses, found eval mode.")
             return torch.stack(list(losses.values())).sum()
+        if self.task == "reading":
+            return ctc(network(to_english_g2(images)), targets)
         logits = self._logits(network, images)
         return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED if self.task == "segmentation" else -100)
 
     @torch.no_grad()
     def predict(self, network: nn.Module, images: Any) -> Any:
-        """Classes (N,) or (N, H, W), or a list of {"boxes", "labels", "scores"}. The network should be in eval mode."""
+        """Classes (N,) or (N, H, W), a list of {"boxes", "labels", "scores"}, or texts, by a network in eval mode."""
         if self.task == "detection":
             return network(list(images))
+        if self.task == "reading":
+            return network.read(images)  # type: ignore[operator]
         return self._logits(network, images).argmax(dim=1)
 
     def metric(self) -> Metric:
-        """An empty metric of torchmetrics: accuracy, mean IoU or the mAP of COCO, of this process alone."""
+        """An empty metric of torchmetrics: accuracy, mean IoU, the mAP of COCO or words, of this process alone."""
         if self.task == "classification":
             return MulticlassAccuracy(len(self.class_names), average="micro", sync_on_compute=False)
         if self.task == "segmentation":
             return MulticlassJaccardIndex(len(self.class_names), ignore_index=IGNORED, sync_on_compute=False)
+        if self.task == "reading":
+            return _Texts(self.class_names)
         from torchmetrics.detection import MeanAveragePrecision
 
         return MeanAveragePrecision(sync_on_compute=False)
 
     @staticmethod
-    def score(metric: Metric) -> float:
-        """The score of all that the metric has seen, in percent."""
+    def score(metric: Metric) -> dict[str, float]:
+        """The score of all that the metric has seen, in percent, as ""; of texts, "_errors" of characters as well."""
         value = metric.compute()
-        return 100 * float(value["map"] if isinstance(value, dict) else value)
+        if isinstance(metric, WordsRead):
+            return {"": float(value["words"]), "_errors": float(value["character_errors"])}
+        return {"": 100 * float(value["map"] if isinstance(value, dict) else value)}
 
     def describe(self, prediction: Any) -> str:
-        """A few words for a caption: the class, the classes of a map, or the surest box."""
+        """A few words for a caption: the class, the classes of a map, the surest box, or the text."""
+        if self.task == "reading":
+            return prediction if isinstance(prediction, str) else _text(prediction, self.class_names)
         if self.task == "classification":
             return self.class_names[int(prediction)]
         if self.task == "segmentation":
@@ -102,3 +118,18 @@ class Recognition:
         output = network(normalize(images, list(mean), list(std)))
         logits: Tensor = output["out"] if isinstance(output, dict) else output
         return logits
+
+
+class _Texts(WordsRead):
+    """:class:`WordsRead` whose targets are classes of characters."""
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        super().__init__()
+        self.class_names = tuple(class_names)
+
+    def update(self, read: Sequence[str], targets: Tensor) -> None:  # type: ignore[override]
+        super().update(read, [_text(target, self.class_names) for target in targets])
+
+
+def _text(target: Tensor, class_names: Sequence[str]) -> str:
+    return "".join(class_names[number] for number in target.tolist())

@@ -12,6 +12,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 from examples.common.data.tasks import Task
+from examples.common.networks.text_readers import EnglishG2, english_g2
 
 logger = logging.getLogger(__name__)
 
@@ -114,11 +115,16 @@ def recognizer(name: str, task: Task, num_classes: int, *, pretrained: bool = Tr
     """A task network; those of torchvision and timm start from ImageNet where its weights can be had, and it says so.
 
     Args:
-        name: "small" | "paper" (ResNet18, DeepLabV3 or Faster R-CNN on MobileNetV3) | "timm/NAME" for classifiers.
+        name: "small" | "paper" (ResNet18, DeepLabV3 or Faster R-CNN on MobileNetV3) | "timm/NAME" for classifiers;
+            "english_g2", with EasyOCR's weights, for reading.
         task: what it reads.
         num_classes: of detection and segmentation with the background.
         pretrained: False where other weights will follow.
     """
+    if (name == "english_g2") != (task == "reading"):
+        raise ValueError(f"`recognizer` should be 'english_g2' for reading and for nothing else, found {name!r}.")
+    if name == "english_g2":
+        return english_g2().requires_grad_(True) if pretrained else EnglishG2()
     if name == "small":
         builders: dict[str, Callable[[int], nn.Module]] = {
             "classification": SmallClassifier,

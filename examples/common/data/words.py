@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from examples.common.data.tasks import ENGLISH_G2_CHARACTERS, InMemory
+
 Split = Literal["train", "validation", "test"]
 Kind = Literal["words", "codes"]
 
@@ -142,6 +144,25 @@ def lines(count: int, split: Split, seed: int, kind: Kind = "words") -> tuple[Te
     """Images and their texts, a pure function of the arguments."""
     texts = draw_texts(count, split, seed, kind)
     return render(texts, split, seed), texts
+
+
+def word_data(split: Literal["train", "test"], count: int, seed: int) -> InMemory:
+    """Lines as data of the task "reading", for readers that know the characters of english_g2."""
+    images, texts = lines(count, split, seed)
+    return InMemory("reading", ("", *ENGLISH_G2_CHARACTERS), images, encoded(texts, ENGLISH_G2_CHARACTERS))
+
+
+def encoded(texts: Sequence[str], characters: str) -> Tensor:
+    """Texts as classes from 1 in the order of the characters, (N, longest), filled up with 0.
+
+    Raises:
+        ValueError: For a letter that is none of the characters.
+    """
+    for text in texts:
+        if unknown := set(text) - set(characters):
+            raise ValueError(f"Texts should have letters that the reader knows, found {sorted(unknown)} in {text!r}.")
+    rows = [torch.tensor([1 + characters.index(letter) for letter in text]) for text in texts]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def _line(text: str, path: Path, generator: random.Random) -> Tensor:

@@ -1,4 +1,4 @@
-"""Readers of lines of text: EasyOCR's english_g2 as a module to train with, PP-OCRv4 as the judge, and their scores.
+"""Readers of lines of text: EasyOCR's english_g2 as a module to train with, and PP-OCRv4 as the judge.
 
 Both come from packages of the extra ``restoreloss[reading]`` and download nothing.
 """
@@ -14,14 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.common.data.tasks import ENGLISH_G2_CHARACTERS
 from restoreloss.weights import load_state, read_weights
 
 ENGLISH_G2_MD5 = "5864788e1821be9e454ec108d61b887d"
 """The sum that EasyOCR's own table of models states."""
-
-ENGLISH_G2_CHARACTERS = (
-    "0123456789!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ €ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-)
 TDP_LAYERS = ("FeatureExtraction", "SequenceModeling.1")
 
 Read = Callable[[Tensor], list[str]]
@@ -52,6 +49,21 @@ class EnglishG2(nn.Module):
         columns = self.FeatureExtraction(image).mean(dim=2).transpose(1, 2)
         scores: Tensor = self.Prediction(self.SequenceModeling(columns))
         return scores
+
+    def train(self, mode: bool = True) -> "EnglishG2":
+        """Set the mode of all but the batch norms: the statistics of the weights' many pictures stay."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    @torch.no_grad()
+    def read(self, images: Tensor) -> list[str]:
+        """What it reads in images (N, 3, H, W) in [0, 1], decoded greedily; it should be in eval mode."""
+        device = self.Prediction.weight.device
+        scores = torch.cat([self(to_english_g2(part.to(device))) for part in images.split(50)])
+        return decode(scores.argmax(dim=2), ENGLISH_G2_CHARACTERS)
 
 
 def _convolution(inputs: int, outputs: int, *, norm: bool = False) -> list[nn.Module]:
@@ -99,46 +111,36 @@ def to_english_g2(images: Tensor) -> Tensor:
     return 2 * gray - 1
 
 
-def reads_with(network: EnglishG2) -> Read:
-    """What the network reads, decoded greedily."""
-
-    @torch.no_grad()
-    def read(images: Tensor) -> list[str]:
-        device = network.Prediction.weight.device
-        scores = torch.cat([network(to_english_g2(part.to(device))) for part in images.split(50)])
-        return decode(scores.argmax(dim=2), ENGLISH_G2_CHARACTERS)
-
-    return read
-
-
-def pp_ocr() -> Read:
+class PPOCR(nn.Module):
     """PP-OCRv4, by onnxruntime: a reader of another make, which takes part in no training.
 
     Raises:
         ValueError: If rapidocr-onnxruntime, which has the network in its wheel, or onnxruntime is not installed.
     """
-    path = _file(
-        ("rapidocr_onnxruntime", "rapidocr"), "rapidocr-onnxruntime 1.4.4", "models/ch_PP-OCRv4_rec_infer.onnx"
-    )
-    if util.find_spec("onnxruntime") is None:
-        raise _missing("onnxruntime")
-    import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    # as in its own code: its characters, then the space
-    characters = [*session.get_modelmeta().custom_metadata_map["character"].splitlines(), " "]
-    name = session.get_inputs()[0].name
+    def __init__(self) -> None:
+        super().__init__()
+        path = _file(
+            ("rapidocr_onnxruntime", "rapidocr"), "rapidocr-onnxruntime 1.4.4", "models/ch_PP-OCRv4_rec_infer.onnx"
+        )
+        if util.find_spec("onnxruntime") is None:
+            raise _missing("onnxruntime")
+        import onnxruntime
 
-    def read(images: Tensor) -> list[str]:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        # as in its own code: its characters, then the space
+        self.characters = [*self.session.get_modelmeta().custom_metadata_map["character"].splitlines(), " "]
+
+    def read(self, images: Tensor) -> list[str]:
+        """What it reads in images (N, 3, H, W) in [0, 1], decoded greedily."""
+        name = self.session.get_inputs()[0].name
         height, width = 48, max(1, round(images.shape[3] * 48 / images.shape[2]))
         resized = F.interpolate(images.cpu(), size=(height, width), mode="bilinear", align_corners=False)
         padded = F.pad(2 * resized - 1, (0, max(0, 320 - width)))
-        best = [session.run(None, {name: part.numpy()})[0].argmax(axis=2) for part in padded.split(6)]
-        return decode(torch.from_numpy(np.concatenate(best)), characters)
-
-    return read
+        best = [self.session.run(None, {name: part.numpy()})[0].argmax(axis=2) for part in padded.split(6)]
+        return decode(torch.from_numpy(np.concatenate(best)), self.characters)
 
 
 def decode(best: Tensor, characters: Sequence[str]) -> list[str]:
@@ -148,45 +150,6 @@ def decode(best: Tensor, characters: Sequence[str]) -> list[str]:
         kept = [now for before, now in zip([0, *row], row, strict=False) if now not in (0, before)]
         texts.append("".join(characters[index - 1] for index in kept))
     return texts
-
-
-def as_compared(text: str) -> str:
-    """Upper and lower case are one, and spaces do not count, as is usual for readers of single words."""
-    return "".join(text.split()).lower()
-
-
-def words_read(read: Sequence[str], texts: Sequence[str]) -> Tensor:
-    """100 for each text that was read without a fault, else 0, (N,)."""
-    _check(read, texts)
-    return torch.tensor([100.0 * (as_compared(a) == as_compared(b)) for a, b in zip(read, texts, strict=True)])
-
-
-def character_errors(read: Sequence[str], texts: Sequence[str]) -> Tensor:
-    """Edit distance of each text in percent of its length, (N,)."""
-    _check(read, texts)
-    return torch.tensor(
-        [
-            100 * edit_distance(as_compared(a), as_compared(b)) / len(as_compared(b))
-            for a, b in zip(read, texts, strict=True)
-        ]
-    )
-
-
-def edit_distance(a: str, b: str) -> int:
-    """How many letters have to be put in, left out or exchanged (Levenshtein)."""
-    row = list(range(len(b) + 1))
-    for i, left in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, right in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
-    return row[-1]
-
-
-def _check(read: Sequence[str], texts: Sequence[str]) -> None:
-    if not texts or len(read) != len(texts):
-        raise ValueError(f"`read` and `texts` should have as many, at least one, found {len(read)} and {len(texts)}.")
-    if empty := [i for i, text in enumerate(texts) if not as_compared(text)]:
-        raise ValueError(f"`texts` should have a letter each, found none in number {empty[0]}.")
 
 
 def _file(modules: Sequence[str], package: str, name: str) -> Path:
