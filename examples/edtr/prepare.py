@@ -71,7 +71,7 @@ def prepare(config: Config) -> None:
         **shared(config), recognizer=config.recognizer, restorer=config.restorer, h_optimizer=config.h_optimizer,
         h_lr=config.h_lr, s_lr=config.pre_lr,
     )  # fmt: skip
-    train_oracles(settings, config.tasks)
+    train_oracles(settings, [task for task in config.tasks if task != "reading"])  # whose network is trained already
     pre = replace(
         settings, task=config.tasks[0], method="pretrain", out=config.out / "pre", patch=config.pre_patch,
         batch=config.pre_batch or config.batch, steps=config.pre_steps or config.steps,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
@@ -21,6 +22,10 @@ def with_prepared(config: Config, tasks: Sequence[str]) -> Config:
     if config.prepared is None:
         return config
     folder = config.prepared
+    if config.task == "reading":  # which nothing has to be trained for
+        config = replace(
+            config, references=config.references or [Path("english_g2")], judge=config.judge or Path("pp_ocr")
+        )
     found: dict[str, Any] = {
         "prior": config.prior or folder / "prior",
         "pre": config.pre or folder / "pre",

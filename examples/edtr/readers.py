@@ -13,8 +13,8 @@ from restoreloss import Alternation, FeatureExtractor, FeatureMatchingLoss, Obje
 from restoreloss.restorers.edtr import Hint
 
 TASKS: tuple[Task, ...] = ("classification", "segmentation", "detection")
-ALPHA: dict[Task, float] = {"classification": 1.0, "segmentation": 0.5, "detection": 0.2}
-"""Weight of the FM loss (Section S2)."""
+ALPHA: dict[Task, float] = {"classification": 1.0, "segmentation": 0.5, "detection": 0.2, "reading": 1.0}
+"""Weight of the FM loss (Section S2, which has no reading)."""
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import gaussian_blur, jpeg
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from examples.common.data.options import DataOptions
 from examples.common.data.tasks import map_images
 from examples.common.seeds import derive_seed
 from restoreloss import MixtureA, MixtureB
 from restoreloss.augmentations.corruptions import CORRUPTIONS, Corruptions
+from restoreloss.augmentations.mixtures import jpeg
 
 Degrade = Callable[[Any, int], Any]
 """(images, number of the first) -> degraded images, in which the number decides all randomness."""
@@ -63,7 +64,7 @@ def _bicubic(options: DataOptions, *seed: int) -> Degrade:
             noisy = [add_noise(image, options.noise, derive_seed(*seed, first + n)) for n, image in enumerate(small)]
             small = torch.stack(noisy) if isinstance(small, Tensor) else noisy
         quality = options.jpeg
-        return small if quality is None else map_images(lambda x: compressed(x, quality), small)
+        return small if quality is None else map_images(lambda x: jpeg(x, quality), small)
 
     return degrade
 
@@ -74,11 +75,6 @@ def add_noise(image: Tensor, sigma: float, seed: int) -> Tensor:
     shape = (1 if gray else len(image), *image.shape[1:])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(image)
     return (255 * image + sigma * noise).round().clamp(0, 255) / 255
-
-
-def compressed(images: Tensor, quality: int) -> Tensor:
-    """JPEG of images (N, 3, H, W) in [0, 1]."""
-    return torch.stack([jpeg((255 * x).round().to(torch.uint8), quality) for x in images.cpu()]).to(images) / 255
 
 
 def low_resolution(image: Tensor, scale: int, *, blur: float = 0.0) -> Tensor:
