@@ -34,6 +34,7 @@ from restoreloss.regularizers.orthogonality import GradientOrthogonality
 from restoreloss.training.audit import AuditReport, TermAudit, audit, calibrate
 from restoreloss.training.matching import TimestepMatch, match_timestep, order_by_timestep
 from restoreloss.training.phases import Alternation, Phase
+from restoreloss.training.timestep_audit import TimestepAudit, TimestepReport, audit_timesteps
 
 __version__ = "0.1.0"
 
@@ -68,11 +69,14 @@ __all__ = [
     "TermAudit",
     "TimeConditioned",
     "TimeMoE",
+    "TimestepAudit",
     "TimestepMatch",
+    "TimestepReport",
     "WaveletColorFix",
     "WeightedSum",
     "as_denoiser",
     "audit",
+    "audit_timesteps",
     "calibrate",
     "corrupt",
     "denoise",

@@ -65,8 +65,7 @@ class Tiles:
         for dim, size, starts, chosen in zip((2, 3), self.size, self.starts, self.chosen, strict=True):
             if len(starts) == 1:
                 continue
-            first = torch.tensor(starts, device=image.device)[chosen]
-            pixels = first[:, None] + torch.arange(size, device=image.device)
+            pixels = _positions(tuple(starts), size, image.device)[chosen]
             shape = [len(image), 1, 1, 1]
             shape[dim] = size
             target = list(image.shape)
@@ -97,19 +96,39 @@ class Tiles:
             pixels, rest = divmod(size, cells)
             if rest or any(start % pixels for start in starts):
                 return None
-            sides.append((_table(tuple(start // pixels for start in starts), cells, -(-valid // pixels)), chosen))
-        if all(bool((table == 1).all()) for table, _ in sides):
+            firsts = tuple(start // pixels for start in starts)
+            sides.append((firsts, cells, -(-valid // pixels), chosen))
+        if all(_alike(*side[:3]) for side in sides):
             return None
-        rows, columns = (table.to(features.device)[chosen] for table, chosen in sides)
+        rows, columns = (_table(*side[:3], features.device)[side[3]] for side in sides)
         return rows[:, None, :, None] * columns[:, None, None, :]
 
 
+# What does not depend on the draw is put on the device once: to copy it there waits for the device. It may serve inside
+# of inference mode first and in training later, which refuses tensors made there.
+
+
 @cache
-def _table(firsts: tuple[int, ...], cells: int, length: int) -> Tensor:
+@torch.inference_mode(False)
+def _positions(firsts: tuple[int, ...], cells: int, device: torch.device) -> Tensor:
+    """The cells of each tile along a side, (tiles, cells)."""
+    return torch.tensor(firsts, device=device)[:, None] + torch.arange(cells, device=device)
+
+
+@cache
+@torch.inference_mode(False)
+def _table(firsts: tuple[int, ...], cells: int, length: int, device: torch.device) -> Tensor:
     """The weight of each cell of each tile along a side, (tiles, cells); cells beyond ``length`` have 0."""
-    position = torch.tensor(firsts)[:, None] + torch.arange(cells)
+    position = _positions(firsts, cells, torch.device("cpu"))
     coverage = torch.bincount(position.flatten())
-    return torch.where(position < length, len(firsts) * cells / (length * coverage[position].double()), 0.0).float()
+    table = torch.where(position < length, len(firsts) * cells / (length * coverage[position].double()), 0.0)
+    return table.float().to(device)
+
+
+@cache
+def _alike(firsts: tuple[int, ...], cells: int, length: int) -> bool:
+    """Whether all cells of all tiles have the weight 1."""
+    return bool((_table(firsts, cells, length, torch.device("cpu")) == 1).all())
 
 
 def _starts(length: int, size: int, multiple: int) -> list[int]:

@@ -332,7 +332,7 @@ def _measure(objectives: Objectives, restored: Tensor, target: Tensor, draws: in
     for name, weight, objective in _weighed(objectives):
         for draw in range(draws):
             # images made in inference mode cannot be differentiated until they are copied outside of it
-            seeded = _seeded(seed + draw, restored.device)
+            seeded = seeded_draw(seed + draw, restored.device)
             with torch.inference_mode(False), torch.enable_grad(), seeded, _whole(objective):
                 image = restored.detach().clone().requires_grad_()
                 started = _now(image)
@@ -383,7 +383,7 @@ def _gradient(term: Tensor, image: Tensor) -> Tensor:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded_draw(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the CPU and ``device``, and no other device, for the length of the block."""
     on_cpu = device.type == "cpu"
     with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
