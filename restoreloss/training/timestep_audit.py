@@ -1,5 +1,6 @@
 """audit_timesteps: what DiffLoss says at each timestep, and how much of it a linear filter would say as well."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,7 @@ def _row(loss: DiffLoss, restored: Tensor, target: Tensor, t: int, bands: int, d
         of_gradient.index_add_(0, ring, (weight * found.abs().square()).sum(dim=(0, 1)).flatten())
     explained = torch.where(of_error > 0, cross.abs().square() / of_error.clamp_min(1e-300), 0.0)
     edges = torch.linspace(0, len_of_rings, bands + 1).round().long().tolist()
-    parts = [slice(low, high) for low, high in zip(edges, edges[1:], strict=False)]
+    parts = [slice(low, high) for low, high in itertools.pairwise(edges)]
     norm = torch.cat(norms)
     return TimestepAudit(
         timestep=t, gradient_norm=float(norm.mean()), spread=float(norm.std(correction=0) / norm.mean()),
