@@ -1,4 +1,4 @@
-"""The claims of UniRestore that two cores can test: all runs of docs/unirestore.md.
+"""The claims of UniRestore that two cores can test: all runs of docs/recipes/unirestore.md.
 
     python -m examples.experiments.unirestore table --out runs/unirestore        # Tables 1 to 5
     python -m examples.experiments.unirestore new_task --out runs/unirestore     # Table 6: detection by a prompt alone

@@ -148,7 +148,7 @@ def wrap(
     if type(inner).__name__.startswith("Flux"):
         raise ValueError(
             f"`{name}` should be wrapped in a function f(x_t, t) for {type(inner).__name__}, which wants packed tokens "
-            "and their positions: docs/priors.md has one."
+            "and their positions: docs/guides/priors.md has one."
         )
     if hasattr(inner, "encode") and hasattr(inner, "decode") and hasattr(inner, "config"):
         raise ValueError(

@@ -7,7 +7,7 @@ is the ``train.py`` of BasicSR with two lines above its imports, to which your o
     from restoreloss.integrations.basicsr import register
     register()
 
-docs/basicsr.md has the YAML. BasicSR is imported when ``register`` is called and not before.
+docs/integrations/basicsr.md has the YAML. BasicSR is imported when ``register`` is called and not before.
 """
 
 import logging

@@ -2,8 +2,8 @@
 
     python -m restoreloss.integrations.neosr PATH_TO_REPOSITORY
 
-writes the file that registers them; docs/trainner-neosr.md has the TOML. neosr itself is not imported: doing so reads
-the command line.
+writes the file that registers them; docs/integrations/trainner-neosr.md has the TOML. neosr itself is not imported:
+doing so reads the command line.
 """
 
 from typing import Any

@@ -2,9 +2,9 @@
 
     python -m restoreloss.integrations.trainner PATH_TO_REPOSITORY
 
-writes the file that registers them; docs/trainner-neosr.md has the YAML. traiNNer-redux multiplies what a loss returns
-by its ``loss_weight``, drops a term that is not above 0, and where the weight is below 0 compares with the enlarged
-input.
+writes the file that registers them; docs/integrations/trainner-neosr.md has the YAML. traiNNer-redux multiplies
+what a loss returns by its ``loss_weight``, drops a term that is not above 0, and where the weight is below 0 compares
+with the enlarged input.
 """
 
 import logging

@@ -85,7 +85,7 @@ class DiffLoss(Objective):
 
     ``crop`` applies where a gradient is asked for in training mode; ``loss.eval()`` and inputs without gradient get the
     whole. Its average is the whole but for what lies beyond the edge of a tile, which a network with a receptive field
-    sees; docs/diffloss.md has measurements. :class:`Subsampled` looks at fewer samples, or at fewer calls.
+    sees; docs/guides/diffloss.md has measurements. :class:`Subsampled` looks at fewer samples, or at fewer calls.
 
     NaN pixels give NaN, in their own sample with ``reduction="none"``. Images clearly outside ``input_range`` warn
     once, at the first call that is not compiled. Images of one pixel are continued by it.

@@ -170,7 +170,7 @@ def test_generators_are_one_for_each_picture(count: int) -> None:
 
 # the commands of the page
 
-PAGE = ROOT / "docs" / "distributed.md"
+PAGE = ROOT / "docs" / "guides" / "distributed.md"
 TINY = "--cpu true --steps 2 --batch 4 --train_count 20 --test_count 5"
 SHORT = {
     "examples.diffloss.train": f"{TINY} --patch 24 --test_size 32",

@@ -18,7 +18,7 @@ from restoreloss import ParameterImportance
 from restoreloss.integrations.basicsr import register
 from tests.helpers.processes import ROOT
 
-PAGE = (ROOT / "docs" / "basicsr.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "integrations" / "basicsr.md").read_text(encoding="utf-8")
 SIZE, SEED = 48, 3
 
 needs_basicsr = pytest.mark.skipif(

@@ -134,9 +134,10 @@ def test_the_page_trains_both(losses, monkeypatch):
     packages[0].models, packages[1].losses = packages[1:]
     for module in packages:
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(snippet("forks.md", "py"), {})
+    exec(snippet("integrations/forks.md", "py"), {})
     for number, model in enumerate((restormer, nafnet)):
-        train = yaml.safe_load(snippet("forks.md", "yaml", number).replace("pretrained", "random"))["train"]
+        options = snippet("integrations/forks.md", "yaml", number).replace("pretrained", "random")
+        train = yaml.safe_load(options)["train"]
         (pred,), gt = images()
         log = model(losses, train, pred, gt)
         assert all(isinstance(value, float) for value in log.values())

@@ -1,4 +1,4 @@
-"""docs/migration.md: every name on the right exists, and what it calls the same is the same.
+"""docs/guides/migration.md: every name on the right exists, and what it calls the same is the same.
 
 The left-hand sides are written out here from what the authors' code computes.
 """
@@ -43,7 +43,7 @@ RECIPES = ("diffloss", "sr4ir", "edtr", "unirestore", "dtp")
 
 def cells(column):
     """The cells of one column of the tables."""
-    lines = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "docs" / "guides" / "migration.md").read_text(encoding="utf-8").splitlines()
     rows = [line.strip("|").split(" | ") for line in lines if line.startswith("| ") and not line.startswith("| theirs")]
     assert len(rows) > 40 and {len(row) for row in rows} == {3}
     return [row[column] for row in rows]

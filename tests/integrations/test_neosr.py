@@ -75,7 +75,7 @@ def test_each_loss_weighs_itself_once(build_loss, tmp_path):
 
 def test_the_toml_of_the_page_trains(build_loss):
     tomllib = pytest.importorskip("tomllib")
-    train = tomllib.loads(snippet("trainner-neosr.md", "toml").replace("pretrained", "random"))["train"]
+    train = tomllib.loads(snippet("integrations/trainner-neosr.md", "toml").replace("pretrained", "random"))["train"]
     output, gt = images()
     _, log = closure(build_loss, train, output, gt, autocast=True, clamp=True)
     assert list(log) == ["pixel_opt", "perceptual_opt"]

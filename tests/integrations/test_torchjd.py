@@ -383,7 +383,7 @@ for call in (Projection, lambda: aggregate({"a": torch.ones(())}, [], torch.nn.I
 
 
 def test_the_page_runs() -> None:
-    page = (ROOT / "docs" / "torchjd.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "integrations" / "torchjd.md").read_text(encoding="utf-8")
     namespace: dict[str, Any] = {}
     written = []
     for snippet in re.findall(r"^```py\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL):

@@ -47,7 +47,7 @@ def test_is_short(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRINTED)
 def test_imports_public_names_only(name: str) -> None:
-    documented = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md") if page.stem != "minimal")
+    documented = "".join(page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md") if page.stem != "minimal")
     for node in ast.walk(ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))):
         modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -3,7 +3,7 @@
 A degradation is a function of an image and a generator: the same seed spoils it in the same way. ``shifted`` is the
 degradation as it is elsewhere (heavier rain at another angle, denser haze that is not even): what a network that
 learned the first one meets in the world. They are models of the paper's data sets, which need a download, and not these
-sets: see docs/dtp.md.
+sets: see docs/recipes/dtp.md.
 """
 
 import math

@@ -265,7 +265,7 @@ def test_conditioning_of_another_kind_or_width_is_refused(make, conditioning, me
 
 def test_flux_is_to_be_wrapped():
     flux = type("FluxTransformer2DModel", (Bare,), {})
-    with pytest.raises(ValueError, match="wrapped in a function .* docs/priors.md"):
+    with pytest.raises(ValueError, match="wrapped in a function .* docs/guides/priors.md"):
         as_denoiser(flux.__new__(flux))
 
 
