@@ -2,7 +2,7 @@
 
 The gradient of a mean over a batch of images is about 1e-7 in each element, which float16 rounds to zero. A pair of
 doors around the network multiplies it by a power of two where it enters half precision and divides it by the same
-number where it leaves: no digit is lost, no GradScaler is needed, and one that is there does no harm.
+number where it leaves: no digit is lost, no GradScaler is needed, and one that is there does no harm::
 
     (cast,), door = enter([image], torch.float16, network)
     noise, h = leave(door, *network(cast))

@@ -47,7 +47,7 @@ def corrupt(
     ``motion_blur``       half a Gaussian along a line within 45 degrees of the horizontal  sigma 3, 5, 8, 12, 15
     ``zoom_blur``         mean of enlargements of the middle                                to 1.11, 1.15, 1.2, 1.24,
                                                                                             1.3
-    ``snow``              flakes that fall aslant, the image below them whiter            flakes of 3, 2, 4, 4.5, 2.5
+    ``snow``              flakes that fall aslant, the image below them whiter              flakes of 3, 2, 4, 4.5, 2.5
     ``frost``             :math:`a x + b \cdot \text{ice}`                                  a 1, .8, .7, .65, .6 and
                                                                                             b .4, .6, .7, .7, .75
     ``fog``               :math:`(x + c f) m / (m + c)`, f a plasma fractal, m the maximum  c 1.5, 2, 2.5, 2.5, 3
@@ -55,7 +55,7 @@ def corrupt(
     ``contrast``          :math:`c (x - \bar x) + \bar x`, with the mean of each channel    c .4, .3, .2, .1, .05
     ``elastic_transform`` pixels moved by c times a smooth random field                     c 12.5, 16.25, 21.25, 25,
                                                                                             30
-    ``pixelate``          cells of one color                                               .6, .5, .4, .3, .25 of the
+    ``pixelate``          cells of one color                                                .6, .5, .4, .3, .25 of the
                                                                                             pixels of a side
     ``jpeg_compression``  through the codec                                                 quality 25, 18, 15, 10, 7
     ``speckle_noise``     :math:`x + c x n`                                                 c .15, .2, .35, .45, .6

@@ -32,7 +32,7 @@ def as_denoiser(
     ============================================ =================== ==========================================
     diffusers UNet2DModel                        ``mid_block``       class labels (1,) or (N,)
     diffusers UNet2DConditionModel               ``mid_block``       hidden states (1 or N, L, D), or keywords
-    guided-diffusion U-Net (or its (out, h) fork) ``middle_block``   ``y``, class labels (1,) or (N,)
+    guided-diffusion U-Net, or its (out, h) fork ``middle_block``    ``y``, class labels (1,) or (N,)
     diffusers DiTTransformer2DModel              middle of the       class labels (1,) or (N,)
     diffusers PixArtTransformer2DModel           middle of the       hidden states (1 or N, L, D), or keywords
     diffusers SD3Transformer2DModel              middle of the       keywords

@@ -1,8 +1,7 @@
 """Losses and a model for BasicSR, under their names in its registries.
 
-    python -m restoreloss.integrations.basicsr -opt train.yml [--auto_resume]
-
-is the ``train.py`` of BasicSR with two lines above its imports, to which your own ``train.py`` may be added as well:
+``python -m restoreloss.integrations.basicsr -opt train.yml [--auto_resume]`` is the ``train.py`` of BasicSR with two
+lines above its imports, to which your own ``train.py`` may be added as well::
 
     from restoreloss.integrations.basicsr import register
     register()

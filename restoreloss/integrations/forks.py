@@ -1,7 +1,7 @@
 """Losses for Restormer, NAFNet and other forks of the old BasicSR, by name in one of their modules.
 
 They build a loss as ``getattr(basicsr.models.losses, type)(**options)``. Two lines in their train.py, before the model
-is made (docs/integrations/forks.md):
+is made (docs/integrations/forks.md)::
 
     import basicsr.models.losses
     restoreloss.integrations.forks.install(basicsr.models.losses)

@@ -1,9 +1,7 @@
 """Losses for neosr: each one tensor with its own weight, in one of its slots.
 
-    python -m restoreloss.integrations.neosr PATH_TO_REPOSITORY
-
-writes the file that registers them; docs/integrations/trainner-neosr.md has the TOML. neosr itself is not imported:
-doing so reads the command line.
+``python -m restoreloss.integrations.neosr PATH_TO_REPOSITORY`` writes the file that registers them;
+docs/integrations/trainner-neosr.md has the TOML. neosr itself is not imported: doing so reads the command line.
 """
 
 from typing import Any

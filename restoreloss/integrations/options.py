@@ -1,5 +1,7 @@
 """Objectives in an options file: a type and plain values, which become a module.
 
+::
+
     type: DiffLoss
     prior: small             # or a folder, a file or a hub name, as load_prior reads them
     timesteps: [100, 600]

@@ -1,10 +1,8 @@
 """Losses for traiNNer-redux, which weights them itself and logs each term by its name.
 
-    python -m restoreloss.integrations.trainner PATH_TO_REPOSITORY
-
-writes the file that registers them; docs/integrations/trainner-neosr.md has the YAML. traiNNer-redux multiplies
-what a loss returns by its ``loss_weight``, drops a term that is not above 0, and where the weight is below 0 compares
-with the enlarged input.
+``python -m restoreloss.integrations.trainner PATH_TO_REPOSITORY`` writes the file that registers them;
+docs/integrations/trainner-neosr.md has the YAML. traiNNer-redux multiplies what a loss returns by its
+``loss_weight``, drops a term that is not above 0, and where the weight is below 0 compares with the enlarged input.
 """
 
 import logging

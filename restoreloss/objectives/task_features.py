@@ -243,7 +243,7 @@ class FeatureMatchingLoss(Objective):
     is borrowed: it runs in the mode it is in, and its batch-norm statistics stay what they are.
 
     The student usually reads the same images for its task loss. One pass then does for both (detach the images: what a
-    recorded pass may reach is the caller's business):
+    recorded pass may reach is the caller's business)::
 
         with matching.student.recording() as seen:
             logits = student(normalize(images))

@@ -1,5 +1,7 @@
 """UniRestore: one latent diffusion model restores images for people and for several task networks at once.
 
+::
+
     model = UniRestore(load_prior("stabilityai/sd-turbo"), tasks=["look", "classify"])
     restored = model.restore(images, ["look", "classify"])   # one task for each image
 

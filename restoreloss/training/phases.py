@@ -1,7 +1,7 @@
 """Phase and Alternation: which networks train, which are frozen, on which objective and in which order.
 
 A :class:`Phase` says so for one group of networks, an :class:`Alternation` runs its phases one after the other on the
-same batch. It does one step of YOUR loop:
+same batch. It does one step of YOUR loop::
 
     for batch in loader:
         logs = alternation.step(batch)

@@ -76,7 +76,7 @@ SCRIPTS = {
     "examples.diffloss.prior_report": {"--prior=nowhere": "prior", "--images=nowhere": "images", "--prio=x --out": "out"},
     "examples.experiments.diffloss": {"": "study", "nothing --out=x": "study", "gamma": "out", "gamma --out=x --steps=x": "steps", "gamma --out=x --seeds": "seeds"},
     "examples.experiments.report": {"": "RUNS", "nowhere": "nowhere", "nowhere --by=size": "by"},
-    "examples.experiments.contact_sheet": {"--photo=dog": "photo", "--seed=x": "seed"},
+    "examples.experiments.gallery": {"--photo=dog": "photo", "--seed=x": "seed", "--steps=0": "steps"},
     "examples.sr4ir.restore": RESTORING,
     "examples.dtp.restore": {**RESTORING, "run in out --degradation": "degradation"},
     "examples.diffloss.restore": {**RESTORING, "run in out --weights=first": "weights"},
