@@ -1,7 +1,22 @@
 """Import a package that is not needed for ``import restoreloss``, or say which one is missing."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
+
+
+@contextmanager
+def needed_by(purpose: str, *, install: str) -> Iterator[None]:
+    """For the imports of a module that is nothing without other packages.
+
+    Raises:
+        ImportError: Naming the first package that is missing, ``purpose`` and what to ``install``.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{purpose} needs `{error.name}`, which is not installed: pip install {install}") from error
 
 
 def require(module: str, *, purpose: str, install: str) -> Any:

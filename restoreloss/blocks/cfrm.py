@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch.nn.functional as F
-from einops import repeat
 from torch import Tensor, nn
 
 from restoreloss._optional import require
@@ -76,7 +75,7 @@ class CFRM(nn.Module):
         # Both attentions scale whole channels, and GAP(u w) = w GAP(u): u is read once and scaled once.
         pooled = u.mean(dim=(2, 3), keepdim=True)
         weight = self.intra(pooled)
-        inter = repeat(self.inter(pooled * weight), "n g 1 1 -> n (g c) 1 1", c=weight.shape[1] // self.groups)
+        inter = self.inter(pooled * weight).repeat_interleave(weight.shape[1] // self.groups, dim=1)
         restored: Tensor = h + self.merge(u * (weight * inter))
         return restored
 
@@ -90,7 +89,7 @@ def naf_blocks(channels: int, count: int) -> nn.Sequential:
     """
     if check_integer("blocks", count, low=0) == 0:
         return nn.Sequential()
-    spandrel: Any = require("spandrel.architectures.NAFNet", purpose="A NAFBlock", install="'restoreloss[blocks]'")
+    spandrel: Any = require("spandrel.architectures.NAFNet", purpose="A NAFBlock", install="spandrel")
     network = spandrel.NAFNet(width=channels, middle_blk_num=count, enc_blk_nums=[], dec_blk_nums=[])
     blocks: nn.Sequential = network.middle_blks
     return blocks

@@ -239,7 +239,7 @@ def _from_diffusers(
 
 
 def _empty_prompt(repository: _Repository) -> Tensor | dict[str, Any]:
-    require("transformers", purpose="the empty prompt of a pipeline", install="'restoreloss[examples]'")
+    require("transformers", purpose="the empty prompt of a pipeline", install="transformers")
     name: str = repository.index["_class_name"]
     if not name.startswith("StableDiffusion"):
         raise ValueError(f"`conditioning` should be given for a {name}, whose empty prompt is not known.")

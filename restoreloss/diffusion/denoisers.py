@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from restoreloss.checks import check_integer, describe, signature_of
@@ -208,7 +207,7 @@ class Denoiser(nn.Module):
         if self._patch is None or h.ndim != 3:
             return h
         rows, columns = (side // self._patch for side in noisy.shape[-2:])
-        return rearrange(h, "n (h w) c -> n c h w", h=rows, w=columns)
+        return h.transpose(1, 2).unflatten(2, (rows, columns))
 
     def _run(self, cast: Tensor, t: Tensor) -> Any:
         conditioning = _rows(self.conditioning, like=cast, dtype=cast.dtype)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from restoreloss._optional import require
@@ -306,7 +305,7 @@ def _guided_key(key: str, value: Tensor, per_level: int, head_channels: int | No
     if rest == "qkv":
         value = value.reshape(*value.shape[:2])
         if head_channels is not None:  # The queries, keys and values of each head lie together.
-            value = rearrange(value, "(heads three width) ... -> (three heads width) ...", three=3, width=head_channels)
+            value = value.unflatten(0, (-1, 3, head_channels)).transpose(0, 1).flatten(0, 2)
         return {f"{name}.{to}.{kind}": one for to, one in zip(("to_q", "to_k", "to_v"), value.chunk(3), strict=True)}
     return {f"{name}.conv.{kind}": value} if rest in ("op", "conv") else {key: value}
 

@@ -5,13 +5,16 @@ from restoreloss.integrations.imagecorruptions import corrupt, get_corruption_na
 
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
+from restoreloss._optional import needed_by
 from restoreloss.augmentations.corruptions import CORRUPTIONS, Corruption
 from restoreloss.checks import describe
 from restoreloss.integrations.transforms import ON_BYTES, corrupted
+
+with needed_by("restoreloss.integrations.imagecorruptions", install="numpy Pillow"):
+    import numpy as np
+    from PIL import Image
 
 _SUBSETS = {
     "common": CORRUPTIONS[:15],

@@ -5,15 +5,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torchvision import tv_tensors
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional
 
+from restoreloss._optional import needed_by
 from restoreloss.augmentations.corruptions import (
     CLEAN,
     CORRUPTIONS,
@@ -27,6 +23,13 @@ from restoreloss.augmentations.mixtures import MixtureA, MixtureB
 from restoreloss.checks import check_number, describe
 from restoreloss.generators import uniform
 from restoreloss.images import RangeWatch
+
+with needed_by("restoreloss.integrations.transforms", install="numpy Pillow torchvision"):
+    import numpy as np
+    from PIL import Image
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+    from torchvision.transforms.v2 import functional
 
 
 class _OnImages(v2.Transform, ABC):  # type: ignore[misc]

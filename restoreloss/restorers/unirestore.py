@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from restoreloss._optional import require
 from restoreloss.blocks.cfrm import CFRM
 from restoreloss.blocks.controller import Controller, SCTuner
 from restoreloss.blocks.tfa import TFA, Gate
@@ -72,7 +71,7 @@ class UniRestore(nn.Module):
 
     Raises:
         ValueError: For another kind of prior, ``cfrm_blocks`` that do not fit it, and ``tasks`` without adapters.
-        ImportError: Without spandrel, which has the NAFBlocks: pip install 'restoreloss[blocks]'.
+        ImportError: Without spandrel, which has the NAFBlocks: pip install spandrel.
 
     Example:
         >>> from restoreloss.restorers import UniRestore, small_latent_prior
@@ -368,7 +367,7 @@ class UniRestore(nn.Module):
 
     def save_trained(self, file: Path) -> None:
         """Write all that was trained, as safetensors."""
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, file)
+        _save({name: value.contiguous() for name, value in self.state_dict().items()}, file)
 
     def load_trained(self, file: Path, *, with_adapters: bool = True) -> None:
         """Load what :meth:`save_trained` wrote.
@@ -406,7 +405,7 @@ class UniRestore(nn.Module):
         adapters = self._prompts("save_prompts")
         chosen = adapters.tasks if tasks is None else tasks
         prompts = {name: adapters.prompt(name)[0].detach().clone() for name in chosen}
-        save_file(prompts, file, metadata={"fingerprint": self.fingerprint()})
+        _save(prompts, file, metadata={"fingerprint": self.fingerprint()})
 
     def load_prompts(self, file: Path) -> tuple[str, ...]:
         """Load what :meth:`save_prompts` wrote, for a model with the same weights.
@@ -418,10 +417,11 @@ class UniRestore(nn.Module):
             ValueError: If there is no such file, or it was written for other weights.
         """
         adapters, prompts = self._prompts("load_prompts"), _read(file)
+        safetensors = require("safetensors", purpose="load_prompts()", install="safetensors")
         try:
-            with safe_open(file, "pt") as opened:
+            with safetensors.safe_open(file, "pt") as opened:
                 written = (opened.metadata() or {}).get("fingerprint", "none")
-        except SafetensorError as error:
+        except safetensors.SafetensorError as error:
             raise ValueError(f"{file} should be a file of safetensors: {error}") from error
         if written != (own := self.fingerprint()):
             raise ValueError(
@@ -435,6 +435,12 @@ class UniRestore(nn.Module):
         if type(self.tfa) is not TFA:  # A subclass may have one prompt for all tasks.
             raise ValueError(f"`{who}` needs a UniRestore with a TFA, found {describe(self.tfa)} in its place.")
         return self.tfa
+
+
+def _save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    require("safetensors.torch", purpose=f"writing {file.name}", install="safetensors").save_file(
+        tensors, file, metadata
+    )
 
 
 def _read(file: Path) -> dict[str, Tensor]:

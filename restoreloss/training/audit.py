@@ -120,7 +120,7 @@ class AuditReport:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        require("matplotlib", purpose="AuditReport.plot", install="'restoreloss[examples]'")
+        require("matplotlib", purpose="AuditReport.plot", install="matplotlib")
         from matplotlib.figure import Figure
 
         names = [term.name for term in self.terms]
