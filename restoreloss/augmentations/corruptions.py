@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from restoreloss.augmentations.imagenet_c import APPLY
+from restoreloss.augmentations.imagenet_c import APPLY, WITH_LENGTHS
 from restoreloss.checks import check_integer, check_number
 from restoreloss.generators import Generators, check_generators, uniform
 from restoreloss.images import RangeWatch, check_images, check_range, into_range, warn_if_out_of_range
@@ -32,7 +32,12 @@ T = TypeVar("T")
 
 @torch.no_grad()
 def corrupt(
-    image: Tensor, name: str | Sequence[str], severity: int | Sequence[int], *, generator: Generators = None
+    image: Tensor,
+    name: str | Sequence[str],
+    severity: int | Sequence[int],
+    *,
+    extent: float = 1.0,
+    generator: Generators = None,
 ) -> Tensor:
     r"""A corruption of ImageNet-C, of every image with randomness of its own.
 
@@ -72,6 +77,9 @@ def corrupt(
         name: one of :data:`CORRUPTIONS`, or one for each sample.
         severity: 1 to 5, or one for each sample. Lengths are pixels of images of 224 and stay what they are on larger
             and smaller ones, but for ``zoom_blur``, ``fog`` and ``elastic_transform``, which follow the size.
+        extent: factor of these lengths, above 0: 48 / 224 does to images of 48 pixels what is done to those of 224.
+            It acts on the blurs but ``zoom_blur``, and on ``snow`` and ``spatter``; what moves pixels or smears along
+            a line does so by at least one pixel.
         generator: for all randomness, on any device; one, or one for each sample, so that what happens to an image does
             not depend on the others.
 
@@ -101,13 +109,14 @@ def corrupt(
     they are; JPEG alone rounds to 8 bits.
     """
     _check_image(image)
+    extent = check_number("extent", extent, low=0, above=True)
     if image.device.type == "cpu":  # Elsewhere it would synchronize with the device.
         warn_if_out_of_range({"image": image}, (0.0, 1.0))
-    return _corrupted(image, name, severity, generator)
+    return _corrupted(image, name, severity, generator, extent)
 
 
 def _corrupted(
-    image: Tensor, name: str | Sequence[str], severity: int | Sequence[int], generator: Generators
+    image: Tensor, name: str | Sequence[str], severity: int | Sequence[int], generator: Generators, extent: float
 ) -> Tensor:
     check_generators(generator, len(image))
     names, severities, generators = (
@@ -117,11 +126,17 @@ def _corrupted(
     _check_kinds(names, severities)
     unit = (image.float() if image.dtype in (torch.float16, torch.bfloat16) else image).clamp(0, 1)
     if isinstance(name, str) and isinstance(severity, int) and not isinstance(generator, Sequence):
-        corrupted = APPLY[name](unit, severity - 1, generator)
+        corrupted = _apply(name, unit, severity, generator, extent)
     else:
         samples = zip(unit.split(1), names, severities, generators, strict=True)
-        corrupted = torch.cat([APPLY[kind](x, level - 1, one) for x, kind, level, one in samples])
+        corrupted = torch.cat([_apply(kind, x, level, one, extent) for x, kind, level, one in samples])
     return corrupted.clamp(0, 1).to(image.dtype)
+
+
+def _apply(name: str, unit: Tensor, severity: int, generator: torch.Generator | None, extent: float) -> Tensor:
+    if extent != 1 and name in WITH_LENGTHS:
+        return WITH_LENGTHS[name](unit, severity - 1, generator, extent)
+    return APPLY[name](unit, severity - 1, generator)
 
 
 class Corruption(NamedTuple):
@@ -131,6 +146,8 @@ class Corruption(NamedTuple):
     severity: int
     scale: float = 1.0
     """By which the image is reduced before, and enlarged again after."""
+    extent: float = 1.0
+    """Factor of the lengths."""
 
 
 class Corruptions(nn.Module):
@@ -142,6 +159,7 @@ class Corruptions(nn.Module):
         severities: from 1 to 5; all equally likely, or each with its weight in a mapping.
         side: corrupt an image at a reduced size, whose shorter side is drawn uniformly from (lowest, highest) pixels,
             and enlarge it again (bilinear, both times). An image that is smaller than what was drawn keeps its size.
+        extent: factor of the corruptions' lengths, as of :func:`corrupt`.
         input_range: what YOUR images span.
 
     Raises:
@@ -165,6 +183,7 @@ class Corruptions(nn.Module):
         severities: Sequence[int] | Mapping[int, float] = (1, 2, 3, 4, 5),
         *,
         side: tuple[int, int] | None = None,
+        extent: float = 1.0,
         input_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         super().__init__()
@@ -172,6 +191,7 @@ class Corruptions(nn.Module):
         self.severities, self._severity_weights = _weighted("severities", severities)
         _check_kinds([name for name in self.names if name != CLEAN], self.severities, ("names", "severities"))
         self.side = None if side is None else _check_side(side)
+        self.extent = check_number("extent", extent, low=0, above=True)
         self.input_range = check_range(input_range)
         self._range = RangeWatch(self.input_range)
 
@@ -192,8 +212,8 @@ class Corruptions(nn.Module):
         drawn = self.draw(len(image), generator=generator, side=min(image.shape[2:]))
         unit = into_range(image, self.input_range, (0.0, 1.0))
         if all(what.name != CLEAN and what.scale == 1 for what in drawn):
-            names, severities, _ = zip(*drawn, strict=True)
-            corrupted = _corrupted(unit, names, severities, generator)
+            names, severities, *_ = zip(*drawn, strict=True)
+            corrupted = _corrupted(unit, names, severities, generator, self.extent)
         else:
             generators = _one_for_each("generator", generator, len(image))
             samples = zip(unit.split(1), drawn, generators, strict=True)
@@ -212,12 +232,12 @@ class Corruptions(nn.Module):
             if self.side is not None and side is not None:
                 low, high = self.side
                 scale = max(1.0, side / (low + int(numbers[2] * (high - low + 1))))
-            drawn.append(Corruption(name, severity, scale))
+            drawn.append(Corruption(name, severity, scale, self.extent))
         return drawn
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
-        return f"names={self.names}, severities={self.severities}, side={self.side}"
+        return f"names={self.names}, severities={self.severities}, side={self.side}, extent={self.extent}"
 
 
 def apply_corruption(unit: Tensor, what: Corruption, *, generator: torch.Generator | None = None) -> Tensor:
@@ -225,11 +245,11 @@ def apply_corruption(unit: Tensor, what: Corruption, *, generator: torch.Generat
     if what.name == CLEAN:
         return unit
     if what.scale == 1:
-        return _corrupted(unit, what.name, what.severity, generator)
+        return _corrupted(unit, what.name, what.severity, generator, what.extent)
     size = [max(_SMALLEST, round(side / what.scale)) for side in unit.shape[2:]]
     wide = unit.float() if unit.dtype in (torch.float16, torch.bfloat16) else unit
     small = F.interpolate(wide, size=size, mode="bilinear", antialias=True)
-    corrupted = _corrupted(small, what.name, what.severity, generator)
+    corrupted = _corrupted(small, what.name, what.severity, generator, what.extent)
     return F.interpolate(corrupted, size=unit.shape[2:], mode="bilinear").to(unit.dtype)
 
 

@@ -1,5 +1,6 @@
 """The corruptions of ImageNet-C one by one: functions of images in [0, 1], a level from 0 to 4 and a generator."""
 
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -35,16 +36,28 @@ def _impulse_noise(x: Tensor, level: int, generator: Generator) -> Tensor:
     return x.masked_fill(drawn < share / 2, 0).masked_fill(drawn >= 1 - share / 2, 1)
 
 
-def _defocus_blur(x: Tensor, level: int, _: Generator) -> Tensor:
+def _defocus_blur(x: Tensor, level: int, _: Generator, extent: float = 1.0) -> Tensor:
     radius, softness = ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))[level]
+    if extent != 1:
+        return blur(x, _disk(radius * extent, softness * extent).to(x.device, x.dtype))
     place = torch.arange(-max(radius, 8), max(radius, 8) + 1)
     disk = (place.square() + place.square()[:, None] <= radius**2).double()[None, None]
     soft = blur(disk / disk.sum(), gaussian_kernel(3 if radius <= 8 else 5, (softness, softness)))
     return blur(x, soft[0, 0].to(x.device, x.dtype))
 
 
-def _glass_blur(x: Tensor, level: int, generator: Generator) -> Tensor:
+def _disk(radius: float, softness: float) -> Tensor:
+    """The share of each pixel that lies within a radius of any length, softened; it sums to 1."""
+    reach, parts = math.ceil(radius + 3 * softness), 16
+    place = (torch.arange((2 * reach + 1) * parts, dtype=torch.float64) + 0.5) / parts - reach - 0.5
+    fine = (place.square() + place.square()[:, None] <= radius**2).double()[None, None]
+    shares = F.avg_pool2d(smooth(fine, (softness * parts, softness * parts)), parts)[0, 0]
+    return shares / shares.sum()
+
+
+def _glass_blur(x: Tensor, level: int, generator: Generator, extent: float = 1.0) -> Tensor:
     sigma, reach, passes = ((0.7, 1, 2), (0.9, 2, 1), (1.0, 2, 3), (1.1, 3, 2), (1.5, 4, 2))[level]
+    sigma, reach = sigma * extent, _pixels(reach * extent)
     seen = smooth(x, (sigma, sigma))
     for _ in range(passes):
         offsets = (2 * reach * uniform(seen[:, :2], generator)).long() - reach
@@ -78,9 +91,9 @@ def _copied_from(offsets: Tensor, reach: int) -> Tensor:
     return (follow - done).view(count, height, width)
 
 
-def _motion_blur(x: Tensor, level: int, generator: Generator) -> Tensor:
+def _motion_blur(x: Tensor, level: int, generator: Generator, extent: float = 1.0) -> Tensor:
     radius, sigma = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))[level]
-    return drag(x, radius, sigma, (-45, 45), generator)
+    return drag(x, _pixels(radius * extent), sigma * extent, (-45, 45), generator)
 
 
 def _zoom_blur(x: Tensor, level: int, _: Generator) -> Tensor:
@@ -90,7 +103,7 @@ def _zoom_blur(x: Tensor, level: int, _: Generator) -> Tensor:
     return sum(zoomed, x) / (count + 1)
 
 
-def _snow(x: Tensor, level: int, generator: Generator) -> Tensor:
+def _snow(x: Tensor, level: int, generator: Generator, extent: float = 1.0) -> Tensor:
     mean, spread, size, least, radius, sigma, keep = (
         (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
         (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
@@ -98,9 +111,9 @@ def _snow(x: Tensor, level: int, generator: Generator) -> Tensor:
         (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
         (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
     )[level]
-    flakes = zoom(mean + spread * standard_normal(x[:, :1], generator), size)
+    flakes = zoom(mean + spread * standard_normal(x[:, :1], generator), max(1.0, size * extent))
     flakes = flakes.masked_fill(flakes < least, 0).clamp(0, 1)
-    fallen = drag(flakes, radius, sigma, (-135, -45), generator)[..., : x.shape[2], : x.shape[3]]
+    fallen = drag(flakes, _pixels(radius * extent), sigma * extent, (-135, -45), generator)[..., : x.shape[2], : x.shape[3]]
     gray = (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
     white = keep * x + (1 - keep) * torch.maximum(x, 1.5 * gray + 0.5)
     return white + fallen + fallen.rot90(2, (2, 3))
@@ -163,12 +176,12 @@ def _speckle_noise(x: Tensor, level: int, generator: Generator) -> Tensor:
     return x + scale * x * standard_normal(x, generator)
 
 
-def _gaussian_blur(x: Tensor, level: int, _: Generator) -> Tensor:
-    sigma = (1, 2, 3, 4, 6)[level]
+def _gaussian_blur(x: Tensor, level: int, _: Generator, extent: float = 1.0) -> Tensor:
+    sigma = (1, 2, 3, 4, 6)[level] * extent
     return smooth(x, (sigma, sigma))
 
 
-def _spatter(x: Tensor, level: int, generator: Generator) -> Tensor:
+def _spatter(x: Tensor, level: int, generator: Generator, extent: float = 1.0) -> Tensor:
     mean, spread, sigma, least, strength = (
         (0.65, 0.3, 4, 0.69, 0.6),
         (0.65, 0.3, 3, 0.68, 0.6),
@@ -176,15 +189,16 @@ def _spatter(x: Tensor, level: int, generator: Generator) -> Tensor:
         (0.65, 0.3, 1, 0.65, 1.5),
         (0.67, 0.4, 1, 0.65, 1.5),
     )[level]
+    sigma, spread = sigma * extent, spread * extent  # Less is smoothed: the same share of the image gets wet.
     liquid = smooth(mean + spread * standard_normal(x[:, :1], generator), (sigma, sigma))
     wet = liquid >= least
     if level < 3:
         water = x.new_tensor([175, 238, 238]).view(3, 1, 1) / 255
         liquid = (255 * liquid * wet).floor()
-        shine = liquid * relief(liquid)
+        shine = liquid * relief(liquid, _pixels(20 * extent))
         return x + strength * shine / shine.amax(dim=(2, 3), keepdim=True).clamp(min=1e-6) * water
     mud = x.new_tensor([63, 42, 20]).view(3, 1, 1) / 255
-    cover = smooth(wet.to(x.dtype), (strength, strength))
+    cover = smooth(wet.to(x.dtype), (strength * extent, strength * extent))
     cover = cover.masked_fill(cover < 0.8, 0)
     return (1 - cover) * x + cover * mud
 
@@ -196,6 +210,11 @@ def _saturate(x: Tensor, level: int, _: Generator) -> Tensor:
     hue = torch.where(chroma > 0, (value - x) / chroma, red)
     saturation = torch.where(value > 0, chroma / value, 0)
     return value * (1 - (factor * saturation + add).clamp(max=1) * hue)
+
+
+def _pixels(length: float) -> int:
+    """The nearest whole number of pixels, at least one."""
+    return max(1, round(length))
 
 
 APPLY: dict[str, Callable[[Tensor, int, Generator], Tensor]] = {
@@ -219,3 +238,14 @@ APPLY: dict[str, Callable[[Tensor, int, Generator], Tensor]] = {
     "spatter": _spatter,
     "saturate": _saturate,
 }
+"""By name: (images, level, generator) -> images."""
+
+WITH_LENGTHS: dict[str, Callable[[Tensor, int, Generator, float], Tensor]] = {
+    "defocus_blur": _defocus_blur,
+    "glass_blur": _glass_blur,
+    "motion_blur": _motion_blur,
+    "snow": _snow,
+    "gaussian_blur": _gaussian_blur,
+    "spatter": _spatter,
+}
+"""Those whose lengths are pixels: the last argument is what these lengths are multiplied by."""

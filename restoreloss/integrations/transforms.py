@@ -112,6 +112,7 @@ class RandomCorruption(_OnImages):
         names: as :class:`Corruptions` takes them: a sequence, or weights in a mapping; "clean" is one of them.
         severities: from 1 to 5, a sequence, or weights in a mapping.
         side: (lowest, highest) of a reduced shorter side at which an image is corrupted (:class:`Corruptions`).
+        extent: factor of the corruptions' lengths (:class:`Corruptions`).
         keys: entries of a dict to change; all others stay as they are. Default: all images of the sample.
         return_drawn: return (sample, drawn), a :class:`Corruption` for each image, None where it stays.
 
@@ -140,11 +141,12 @@ class RandomCorruption(_OnImages):
         names: Sequence[str] | Mapping[str, float] = CORRUPTIONS[:15],
         severities: Sequence[int] | Mapping[int, float] = (1, 2, 3, 4, 5),
         side: tuple[int, int] | None = None,
+        extent: float = 1.0,
         keys: Sequence[str] | None = None,
         return_drawn: bool = False,
     ) -> None:
         super().__init__(p, keys, return_drawn)
-        self.corruptions = Corruptions(names, severities, side=side)
+        self.corruptions = Corruptions(names, severities, side=side, extent=extent)
 
     def draw(self, count: int, side: int) -> list[Corruption]:
         """What to do to ``count`` images."""

@@ -13,7 +13,7 @@ from examples.common.data.options import DataOptions
 from examples.common.data.tasks import map_images
 from examples.common.seeds import derive_seed
 from restoreloss import MixtureA, MixtureB
-from restoreloss.augmentations.corruptions import CORRUPTIONS, Corruptions
+from restoreloss.augmentations.corruptions import CLEAN, CORRUPTIONS, Corruptions
 from restoreloss.augmentations.mixtures import jpeg
 
 Degrade = Callable[[Any, int], Any]
@@ -24,7 +24,7 @@ def degradation(options: DataOptions, *seed: int) -> Degrade:
     """The degradation that the options describe.
 
     Raises:
-        ValueError: For a mixture with a scale: it keeps the size.
+        ValueError: For a scale of what keeps the size, and weights that are not as many as the severities.
     """
     if options.degradation == "bicubic":
         return _bicubic(options, *seed)
@@ -38,8 +38,11 @@ def degradation(options: DataOptions, *seed: int) -> Degrade:
     if options.degradation == "mixture_b":
         drawn = MixtureB(sigma=(min(0.1, 8 * extent), 8 * extent), scale=(1, 1 + 15 * extent))
     else:
-        seen = options.degradation == "corruptions"
-        drawn = Corruptions(CORRUPTIONS[:15] if seen else CORRUPTIONS[15:], options.severities)
+        names = CORRUPTIONS[:15] if options.degradation == "corruptions" else CORRUPTIONS[15:]
+        drawn = Corruptions(
+            [*names, CLEAN] if options.clean_too else names, _weighted(options),
+            side=options.corruption_side, extent=options.corruption_extent,
+        )  # fmt: skip
 
     def degrade(images: Any, first: int) -> Any:
         degraded = [
@@ -75,6 +78,18 @@ def add_noise(image: Tensor, sigma: float, seed: int) -> Tensor:
     shape = (1 if gray else len(image), *image.shape[1:])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(image)
     return (255 * image + sigma * noise).round().clamp(0, 255) / 255
+
+
+def _weighted(options: DataOptions) -> list[int] | dict[int, float]:
+    """The severities, with their weights where there are any."""
+    weights = options.severity_weights
+    if weights is None:
+        return options.severities
+    if len(weights) != len(options.severities):
+        raise ValueError(
+            f"`severity_weights` should be one for each of {len(options.severities)} `severities`, found {weights}."
+        )
+    return dict(zip(options.severities, weights, strict=True))
 
 
 def low_resolution(image: Tensor, scale: int, *, blur: float = 0.0) -> Tensor:

@@ -31,6 +31,13 @@ class DataOptions:
         jpeg: quality of a JPEG compression at last, of a bicubic reduction; the default is none.
         mixture_extent: extent of the mixtures' blur and reduction, as a fraction of what the paper does to 512 pixels.
         severities: severities of the corruptions, any of 1 to 5.
+        severity_weights: weight of each of ``severities``; the default is the same for all. UniRestore's code has 5,
+            25, 40, 25, 5.
+        clean_too: "clean" is one more corruption, which leaves an image as it is; UniRestore's code has it, and its
+            recipe in training alone.
+        corruption_side: (lowest, highest) of a reduced shorter side at which an image is corrupted; (128, 512) in
+            UniRestore's code.
+        corruption_extent: lengths of the corruptions, as a fraction of those for images of 224 pixels.
     """
 
     task: Task = "classification"
@@ -48,6 +55,10 @@ class DataOptions:
     jpeg: int | None = None
     mixture_extent: float = 1.0
     severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    severity_weights: list[float] | None = None
+    clean_too: bool = False
+    corruption_side: tuple[int, int] | None = None
+    corruption_extent: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
