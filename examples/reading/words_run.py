@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from examples.common.data.folder import check_folder
-from examples.common.data.words import TEST_SEED, Degradation, lines
 from examples.common.data.tasks import ENGLISH_G2_CHARACTERS
+from examples.common.data.words import TEST_SEED, Degradation, lines
 from examples.common.engine.reading import words_read
 from examples.common.engine.run_directory import to_json
 from examples.common.networks.restorers import restorer
