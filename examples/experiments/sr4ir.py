@@ -78,7 +78,8 @@ class Experiment:
         ready = self.prepare(seed, method)
         config = replace(
             self.base, method=method, seed=seed, out=self.out / name / f"seed{seed}", s_weights=ready["pretrained"],
-            h_weights=ready["hr"] if changes["start"] == "hr" else None, fixed_hr=ready["hr"], judge=ready["judge"], foreign=ready.get("foreign"), **changes,
+            h_weights=ready["hr"] if changes["start"] == "hr" else None, fixed_hr=ready["hr"], judge=ready["judge"],
+            foreign=ready.get("foreign"), **changes,
         )  # fmt: skip
         results = Trainer(config).run()
         logging.info("%s seed %d: %s", name, seed, {key: round(value, 2) for key, value in results.items()})
