@@ -1,16 +1,19 @@
 """The claims of UniRestore that two cores can test: all runs of docs/recipes/unirestore.md.
 
+    python -m examples.experiments.unirestore prior --out runs/unirestore        # epsilon, velocity, no diffusion
     python -m examples.experiments.unirestore table --out runs/unirestore        # Tables 1 to 5
     python -m examples.experiments.unirestore new_task --out runs/unirestore     # Table 6: detection by a prompt alone
     python -m examples.experiments.unirestore tables --out runs/unirestore
-    python -m examples.experiments.unirestore sheet --out runs/unirestore        # images of the first seed
+    python -m examples.experiments.unirestore sheet --out runs/unirestore        # held-out images of 96 pixels
     python -m examples.experiments.unirestore latents --out runs/unirestore      # how far from clean, of stage 1
 
 Finished runs are not done again: the same command goes on after a stop.
 """
 
 import argparse
+import itertools
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,11 +22,12 @@ from typing import Any
 import torch
 
 from examples.common.data.degrade import degradation
-from examples.common.data.folder import read_image
 from examples.common.data.task_data import TEST_SEED
 from examples.common.data.tasks import collate
+from examples.common.engine.evaluation import GAINS
 from examples.common.engine.options import shared
 from examples.common.engine.run_directory import read_json
+from examples.common.networks.latent_diffusion import Prediction
 from examples.experiments.report import Sample, markdown
 from examples.unirestore.config import TASKS, Config
 from examples.unirestore.data import data_of
@@ -31,15 +35,22 @@ from examples.unirestore.prepare import Config as PrepareConfig
 from examples.unirestore.prepare import prepare, train_prior_of_all
 from examples.unirestore.restore import load_run
 from examples.unirestore.train import Trainer
+from restoreloss import corrupt
 from restoreloss.generators import standard_normal
 
 logger = logging.getLogger(__name__)
 
 PRIOR_SEED = 100
-FIRST: Mapping[str, dict[str, Any]] = {"no_tfa": {}, "controller": {"cfrm": False}}
-"""Runs of stage 1, which are rows of Table 4 as they are."""
+READ_BY = ("classification", "segmentation")
+"""The tasks that UniRestore is trained for, beside restoration; detection comes later."""
+FIRST: Mapping[str, dict[str, Any]] = {"no_tfa": {}, "no_tfa_epsilon": {}, "controller": {"cfrm": False}}
+"""Runs of stage 1, rows of Table 4 as they are. What ends in "epsilon" has a prior that predicts the noise."""
+WITHOUT = {"no_tfa_no_diffusion": "no_tfa"}
+"""Runs of stage 1 that are evaluated without their diffusion model."""
 SECOND: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "unirestore": ("no_tfa", {}),
+    "unirestore": ("no_tfa", {"every_prompt": True}),
+    "epsilon": ("no_tfa_epsilon", {}),  # ours
+    "no_diffusion": ("no_tfa", {"steps_of_diffusion": 0}),  # ours
     "no_cfrm": ("controller", {"cfrm": False}),  # Table 4
     "convolutions": ("no_tfa", {"adapter": "convolutions"}),  # Table 5
     "several": ("no_tfa", {"adapter": "several"}),
@@ -52,10 +63,23 @@ PLAIN: Mapping[str, list[str]] = {
     "pir_tir": ["restoration", "classification", "segmentation"],
 }  # fmt: skip
 """A plain network in UniRestore's place, by what it trains on."""
+PRIOR = (
+    "lq",
+    "pir_tir",
+    "no_tfa_epsilon",
+    "no_tfa",
+    "no_tfa_no_diffusion",
+    "epsilon",
+    "unirestore",
+    "no_diffusion",
+    "hq",
+)
+"""The rows of the study of the prior."""
 READ: Mapping[str, Any] = {"lq": lambda _, lq: lq, "hq": lambda hq, _: hq}
 COLUMNS: Mapping[str, tuple[str, int]] = {
-    "restoration_psnr": ("PSNR", 2),
-    "restoration_unseen_psnr": ("unseen", 2),
+    "restoration_psnr_of_mse": ("PSNR of the mean error", 2),
+    "restoration_psnr": ("mean of PSNR", 2),
+    "restoration_unseen_psnr_of_mse": ("unseen", 2),
     "classification_score": ("accuracy", 1),
     "classification_judge": ("another network", 1),
     "classification_unseen_score": ("unseen", 1),
@@ -63,41 +87,58 @@ COLUMNS: Mapping[str, tuple[str, int]] = {
     "segmentation_judge": ("another network", 1),
     "segmentation_unseen_score": ("unseen", 1),
 }
-SHEET: Mapping[str, tuple[str, int]] = {
-    "degraded": ("unirestore", 0), "w/o TFA": ("no_tfa", 1), "UniRestore": ("unirestore", 1),
-    "plain, for all": ("pir_tir", 1), "plain, for people": ("pir", 1), "plain, for machines": ("tir", 1),
-    "clean": ("unirestore", 2),
+GAINED: Mapping[str, tuple[str, int]] = {
+    f"{task}_{name}": (f"{task}, {name.removeprefix('gain_').replace('_', ' ')}", 2)
+    for task in ("restoration", "classification") for name in GAINS
 }  # fmt: skip
-"""Rows of the sheet: the run, and which row of its grid."""
+"""PSNR that is gained, by the PSNR of the degraded image."""
+SHEET: Mapping[str, tuple[str, int]] = {
+    "epsilon": ("epsilon", 1), "velocity": ("unirestore", 1), "no diffusion": ("no_diffusion", 0),
+}  # fmt: skip
+"""Rows of the sheet between degraded and clean: the run, and its denoising steps."""
+SHOWN = ("gaussian_noise", "defocus_blur", "fog", "contrast", "snow", "jpeg_compression")
+"""Corruptions of the sheet."""
 DETECTION: Mapping[str, tuple[str, int]] = {
     "detection_score": ("mAP", 1),
     "detection_judge": ("another network", 1),
     "detection_unseen_score": ("unseen", 1),
-    "detection_psnr": ("PSNR", 2),
+    "detection_psnr_of_mse": ("PSNR of the mean error", 2),
 }
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Runs below one folder that share their images and their prior."""
+    """Runs below one folder that share their images and their priors."""
 
     out: Path
     base: Config
     prior_steps: int = 5000
     prior_images: int = 16000
     prepare_steps: int = 500
+    tasks: list[str] = field(default_factory=lambda: [*READ_BY])
     _prepared: set[Path] = field(default_factory=set, repr=False)
 
     def config(self, study: str, name: str, seed: int, /, **changes: Any) -> Config:
         """The options of a run by the name of its folder."""
         out = self.out / study / name / f"seed{seed}"
-        return replace(self.base, seed=seed, out=out, prior=self.prior(), prepared=self.prepared(seed), **changes)
+        prior = self.prior("epsilon" if name.endswith("epsilon") else "v_prediction")
+        return replace(self.base, seed=seed, out=out, prior=prior, prepared=self.prepared(seed), **changes)
 
-    def prior(self) -> Path:
-        """One diffusion model for all seeds, of images of its own, as a hub's would be."""
-        out = self.out / "prior"
-        options = {**shared(self.base), "seed": PRIOR_SEED, "train_count": self.prior_images, "batch": 16}
-        train_prior_of_all(PrepareConfig(**{**options, "out": out}, prior_steps=self.prior_steps), out)
+    def prior(self, prediction: Prediction = "v_prediction") -> Path:
+        """One diffusion model for all seeds, of images of its own, as a hub's would be; the autoencoder is the same."""
+        out = self.out / f"prior_{prediction}"
+        if out in self._prepared:
+            return out
+        first = None if prediction == "v_prediction" else self.prior()
+        options = {**shared(self.base), "out": out, "seed": PRIOR_SEED, "train_count": self.prior_images, "batch": 16}
+        known: dict[str, Any] = {
+            "prior_steps": self.prior_steps,
+            "tasks": [*READ_BY],
+            "prediction": prediction,
+            "autoencoder": first,
+        }
+        train_prior_of_all(PrepareConfig(**options, **known), out)
+        self._prepared.add(out)
         return out
 
     def prepared(self, seed: int) -> Path:
@@ -105,7 +146,7 @@ class Experiment:
         folder = self.out / "prepared" / f"seed{seed}"
         if folder not in self._prepared:
             options = {**shared(self.base), "out": folder, "seed": seed, "steps": self.prepare_steps, "batch": 16}
-            prepare(PrepareConfig(**options, train_prior=False))
+            prepare(PrepareConfig(**options, tasks=self.tasks, train_prior=False))
             self._prepared.add(folder)
         return folder
 
@@ -119,6 +160,9 @@ class Experiment:
             changes: dict[str, Any] = {
                 "stage": "stage2", "network": "edsr-small", "train_tasks": PLAIN[name], "steps": steps
             }  # fmt: skip
+        elif name in WITHOUT:
+            self.run(WITHOUT[name], seed)
+            changes = {"evaluate": self.out / "table" / WITHOUT[name] / f"seed{seed}", "steps_of_diffusion": 0}
         elif name in FIRST:
             changes = {"stage": "stage1", **FIRST[name]}
         else:
@@ -163,57 +207,77 @@ class Experiment:
     def tables(self) -> str:
         """Means, spreads and paired differences of all that is finished."""
         parts = []
-        for study, columns, reference in (("table", COLUMNS, "unirestore"), ("new_task", DETECTION, "prompt")):
+        prompts = {f"{task}_by_{prompt}_{key}": (f"{task}: {key} by {prompt}", 2) for task in TASKS[:3]
+                   for prompt in TASKS[:3] for key in ("psnr_of_mse", "score")}  # fmt: skip
+        studies = (
+            ("table", "", COLUMNS, "unirestore"), ("table", ", gain in PSNR", GAINED, "unirestore"),
+            ("table", ", prompts on the same images", prompts, "unirestore"), ("new_task", "", DETECTION, "prompt"),
+        )  # fmt: skip
+        for study, title, columns, reference in studies:
             folders = sorted((self.out / study).glob("*"))
             runs = {
                 folder.name: {run.parent.name: read_json(run.read_text()) for run in folder.glob("seed*/results.json")}
                 for folder in folders
             }
             runs = {name: seeds for name, seeds in runs.items() if seeds}
-            if reference in runs:
-                parts.append(f"### {study}\n\n{_tables(runs, columns, reference)}")
+            known = {key: column for key, column in columns.items() if key in str(runs.get(reference))}
+            if known:
+                parts.append(f"### {study}{title}\n\n{_tables(runs, known, reference)}")
         return "\n\n".join(parts)
 
     @torch.no_grad()
     def latents(self) -> str:
-        """Mean squared error to the clean latents, of those of degraded test photographs and of restored ones."""
+        """Mean squared error to the clean latents: of degraded images read by the encoder itself and with its CFRM
+        (where no diffusion follows), and of restored ones.
+        """
         rows = []
-        for task in ("restoration", "classification"):
-            errors: dict[str, list[float]] = {"degraded": [], "restored": []}
-            for run in sorted((self.out / "table" / "no_tfa").glob("seed*")):
-                config = replace(self.base, seed=int(run.name.removeprefix("seed")))
-                model, _ = load_run(run)
+        for task, name in itertools.product(("restoration", "classification"), ("no_tfa_epsilon", "no_tfa")):
+            errors: dict[str, list[float]] = {"degraded": [], "with CFRM": [], "restored": []}
+            for run in sorted((self.out / "table" / name).glob("seed*/results.json")):
+                config = replace(self.base, seed=int(run.parent.name.removeprefix("seed")))
+                model, _ = load_run(run.parent)
                 read = collate([data_of(task, config)[1][number] for number in range(min(50, config.test_count))])
                 assert read is not None
-                degrade = degradation(config, config.seed, TEST_SEED, TASKS.index(task))
-                degraded, _ = model.encode(degrade(read[0], 0))
+                degrade = degradation(replace(config, clean_too=False), config.seed, TEST_SEED, TASKS.index(task))
+                lq = degrade(read[0], 0)
                 clean, _ = model.encode(read[0], restored=False)
+                degraded, _ = model.encode(lq, restored=False)
+                mended, _ = model.encode(lq)
                 noise = standard_normal(clean, torch.Generator().manual_seed(config.seed))
-                for name, found in (("degraded", degraded), ("restored", model.denoise(degraded, noise))):
-                    errors[name].append(float((found - clean).square().mean()))
-            rows.append([task, *(Sample.of(values).spread(2) for values in errors.values())])
-        return markdown(["", "degraded", "restored"], rows)
+                found = (degraded, mended, model.denoise(mended, noise))
+                for values, latents in zip(errors.values(), found, strict=True):
+                    values.append(float((latents - clean).square().mean()))
+            rows.append([task, f"`{name}`", *(Sample.of(values).spread(3) for values in errors.values())])
+        return markdown(["images", "run", "degraded", "with CFRM", "restored"], rows)
 
+    @torch.no_grad()
     def sheet(self, seed: int = 1) -> Path:
-        """Images of the rows of the table: photographs for people, textures for the classifier."""
+        """Held-out photographs of 96 pixels, each with a corruption, restored for people by the runs of a seed."""
         from matplotlib.figure import Figure
 
-        tasks = ("restoration", "classification")
-        figure = Figure(figsize=(14, 0.9 * len(SHEET)))
-        axes = figure.subplots(len(SHEET), len(tasks))
-        for row, (title, (name, part)) in enumerate(SHEET.items()):
-            for column, task in enumerate(tasks):
-                grid = read_image(self.out / "table" / name / f"seed{seed}" / "samples" / f"{task}.png")
-                side = (grid.shape[1] - 2) // 3  # degraded, restored, clean
-                axis = axes[row, column]
-                axis.imshow(grid[:, part * side + 2 : (part + 1) * side].permute(1, 2, 0), interpolation="nearest")
+        _, data = data_of("restoration", replace(self.base, size=96, test_count=4 * len(SHOWN)))
+        clean = torch.stack([data[4 * number + number % 4][0] for number in range(len(SHOWN))])  # type: ignore[index]
+        generators = [torch.Generator().manual_seed(number) for number in range(len(SHOWN))]
+        lq = corrupt(clean, list(SHOWN), 2, extent=96 / 224, generator=generators)
+        rows = {"degraded": lq}
+        for title, (name, steps) in SHEET.items():
+            model, _ = load_run(self.out / "table" / name / f"seed{seed}")
+            rows[title] = model.restore(lq, "restoration", steps=steps, generator=torch.Generator().manual_seed(seed))
+        rows["clean"] = clean
+        figure = Figure(figsize=(1.6 * len(SHOWN) + 1, 1.65 * len(rows)))
+        for place, (title, images) in enumerate(rows.items()):
+            for column, (name, image) in enumerate(zip(SHOWN, images, strict=True)):
+                axis = figure.add_subplot(len(rows), len(SHOWN), place * len(SHOWN) + column + 1)
+                axis.imshow(image.permute(1, 2, 0))
                 axis.set(xticks=[], yticks=[])
+                error = float((image - clean[column]).square().mean())
+                axis.set_xlabel("" if error == 0 else f"{-10 * math.log10(error):.1f} dB", fontsize=8, labelpad=1)
                 if column == 0:
                     axis.set_ylabel(title, rotation=0, ha="right", va="center")
-                if row == 0:
-                    axis.set_title(task)
+                if place == 0:
+                    axis.set_title(name.replace("_", " "), fontsize=9)
         figure.tight_layout(pad=0.3)
-        figure.savefig(self.out / "sheet.png", dpi=80)
+        figure.savefig(self.out / "sheet.png", dpi=100)
         return self.out / "sheet.png"
 
 
@@ -239,11 +303,15 @@ def _tables(runs: Mapping[str, Any], columns: Mapping[str, tuple[str, int]], ref
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["table", "new_task", "tables", "sheet", "latents"])
+    parser.add_argument("study", choices=["prior", "table", "new_task", "tables", "sheet", "latents"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", default="generated", choices=["generated", "photos"])
     parser.add_argument("--contrast", type=float, nargs=2, default=[0.07, 0.18], help="of the generated textures")
-    parser.add_argument("--severities", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--size", type=int, default=48, help="side of all images")
+    parser.add_argument("--batch", type=int, default=16, help="of each task")
+    parser.add_argument("--prior_steps", type=int, default=5000, help="of the autoencoder; half of those of diffusion")
+    parser.add_argument("--prior_images", type=int, default=16000)
+    parser.add_argument("--prepare_steps", type=int, default=500)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--test_count", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -251,10 +319,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # runs side by side, and figures that do not depend on the number of cores
     base = Config(
-        out=arguments.out, data=arguments.data, contrast=tuple(arguments.contrast), severities=arguments.severities,
-        steps=arguments.steps, test_count=arguments.test_count, control_channels=16, lr=1e-3, cpu=True,
+        out=arguments.out, data=arguments.data, contrast=tuple(arguments.contrast), size=arguments.size,
+        severity_weights=[5, 25, 40, 25, 5], clean_too=True, corruption_extent=arguments.size / 224,
+        steps=arguments.steps, batch=arguments.batch, test_count=arguments.test_count, control_channels=16, lr=1e-3,
+        cpu=True,
     )  # fmt: skip
-    experiment = Experiment(arguments.out, base)
+    experiment = Experiment(
+        arguments.out, base, prior_steps=arguments.prior_steps, prior_images=arguments.prior_images,
+        prepare_steps=arguments.prepare_steps, tasks=[*READ_BY, *(["detection"] if arguments.study == "new_task" else [])],
+    )  # fmt: skip
     if arguments.study == "tables":
         print(experiment.tables())
         return
@@ -264,14 +337,14 @@ def main() -> None:
     if arguments.study == "sheet":
         print(experiment.sheet(arguments.seeds[0]))
         return
-    names = [*READ, *PLAIN, *FIRST, *SECOND]
+    names = [*READ, *PLAIN, *FIRST, *WITHOUT, *SECOND]
     if unknown := sorted(set(arguments.names or ()) - set(names)):
         parser.error(f"`names` should be of {', '.join(names)}, found {unknown[0]}.")
     for seed in arguments.seeds:
         if arguments.study == "new_task":
             experiment.new_task(seed)
             continue
-        for name in arguments.names or names:
+        for name in arguments.names or (PRIOR if arguments.study == "prior" else names):
             experiment.run(name, seed)
 
 

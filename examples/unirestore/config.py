@@ -43,12 +43,13 @@ class Config(DataOptions, TrainerOptions):
         network: restoration network in UniRestore's place, to compare it to; one of
             examples/common/networks/restorers.py.
         control_channels: channels of the Controller; the default is the authors' 256.
-        steps_of_diffusion: number of denoising steps, 1 to 4.
+        steps_of_diffusion: number of denoising steps, 1 to 4; 0 leaves the diffusion model out.
         lr: learning rate of all but prompts (AdamW).
         prompt_lr: learning rate of prompts.
         weight_decay: weight decay of all but prompts.
         smallest: side that smaller images are enlarged to before they are restored; 512 in the paper.
         unseen: test on corruptions that were not trained on as well.
+        every_prompt: test the images of each task as every prompt restores them, the same images for all.
     """
 
     stage: StageName = "stage1"
@@ -74,6 +75,7 @@ class Config(DataOptions, TrainerOptions):
     weight_decay: float = 1e-2
     smallest: int = 0
     unseen: bool = True
+    every_prompt: bool = False
     degradation: Degradation = "corruptions"
     scale: int = 1
     batch: int = 8

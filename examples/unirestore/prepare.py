@@ -23,6 +23,7 @@ from examples.common.data.options import DataOptions, Degradation
 from examples.common.engine import command_line
 from examples.common.engine.options import RunOptions, shared
 from examples.common.engine.train_prior import PriorConfig, train_prior
+from examples.common.networks.latent_diffusion import Prediction
 from examples.common.networks.recognizers import recognizer
 from examples.sr4ir.config import Config as TaskConfig
 from examples.sr4ir.oracles import check_preparation, train_oracles
@@ -38,6 +39,8 @@ class Config(DataOptions, RunOptions):
         images: folder of clean images for restoration.
         train_prior: also train a small latent diffusion model.
         prior_steps: steps of its autoencoder; the diffusion model takes twice as many.
+        prediction: what the diffusion model predicts; "epsilon" is too far from clean latents in a single step.
+        autoencoder: finished run of another prior, whose autoencoder is taken.
         recognizer: "small", "paper" or, for classification, "timm/NAME".
         judge: architecture of the recognizers for the evaluation.
         h_optimizer: optimizer of the task networks, "sgd" (momentum 0.9, weight decay 1e-4) or "adamw".
@@ -48,6 +51,8 @@ class Config(DataOptions, RunOptions):
     images: Path | None = None
     train_prior: bool = True
     prior_steps: int = 1000
+    prediction: Prediction = "v_prediction"
+    autoencoder: Path | None = None
     degradation: Degradation = "corruptions"
     scale: int = 1
     recognizer: str = "small"
@@ -82,7 +87,10 @@ def prepare(config: Config) -> None:
 def train_prior_of_all(config: Config, out: Path) -> None:
     """A small latent diffusion model of the images of all tasks, with two levels of features to restore."""
     tasks = ["restoration", *config.tasks]
-    options = {**shared(config), "out": out, "steps": config.prior_steps}
+    options = {
+        **shared(config), "out": out, "steps": config.prior_steps, "prediction": config.prediction,
+        "autoencoder": config.autoencoder,
+    }  # fmt: skip
     of = [*tasks, *([] if config.images is None else [str(config.images)])]
     train_prior(PriorConfig(**options, levels=3, of=of), mixed(tasks, config))
 

@@ -271,13 +271,16 @@ class Trainer(Recipe[Batch]):
                 every |= {f"{task}_{kind}{key}": value for key, value in found.items()}
                 sheets.append(sheet)
                 self.run_directory.grid(f"{kind}{task}", [sheet[name] for name in ("lr", "restored", "hr")])
+            for prompt in self.model.tasks if self.config.every_prompt else ():
+                found, sheet = self._evaluate(task, reader.test_data, read(prompt), kinds[""])
+                every |= {f"{task}_by_{prompt}_{key}": value for key, value in found.items()}
         return every, sheets[0]
 
     def _evaluate(
         self, task: str, data: TaskData, read: Callable[[Any, Any], Any], name: str
     ) -> tuple[dict[str, float], dict[str, Any]]:
         kind: Any = name
-        options, reader = replace(self.config, degradation=kind), self.readers[task]
+        options, reader = replace(self.config, degradation=kind, clean_too=False), self.readers[task]
         return evaluate(
             data, reader.recognition, read=read, trained=[unwrap(self.net)],
             degrade=degradation(options, self.config.seed, TEST_SEED, TASKS.index(task)),

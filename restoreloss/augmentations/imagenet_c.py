@@ -113,9 +113,8 @@ def _snow(x: Tensor, level: int, generator: Generator, extent: float = 1.0) -> T
     )[level]
     flakes = zoom(mean + spread * standard_normal(x[:, :1], generator), max(1.0, size * extent))
     flakes = flakes.masked_fill(flakes < least, 0).clamp(0, 1)
-    fallen = drag(flakes, _pixels(radius * extent), sigma * extent, (-135, -45), generator)[
-        ..., : x.shape[2], : x.shape[3]
-    ]
+    fallen = drag(flakes, _pixels(radius * extent), sigma * extent, (-135, -45), generator)
+    fallen = fallen[..., : x.shape[2], : x.shape[3]]
     gray = (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
     white = keep * x + (1 - keep) * torch.maximum(x, 1.5 * gray + 0.5)
     return white + fallen + fallen.rot90(2, (2, 3))

@@ -61,7 +61,7 @@ class UniRestore(nn.Module):
         prior: an ``AutoencoderKL`` and a ``UNet2DConditionModel`` with the empty prompt, as :func:`load_prior` reads
             them. They are taken over, not copied.
         tasks: names that have a prompt.
-        steps: the denoising steps, 1 to 4 in the paper.
+        steps: the denoising steps, 1 to 4 in the paper; 0 decodes the latents of the degraded images as they are.
         cfrm: restore the encoder's features; False leaves them as they are (Table 4, "w/o CFRM").
         cfrm_blocks: the NAFBlocks on each level of the encoder but the last; the default is 1, ..., 1, 9.
         adapters: mix the encoder's features into the decoder by a :class:`TFA`; False lets the decoder see the latents
@@ -144,9 +144,9 @@ class UniRestore(nn.Module):
         return names
 
     def timesteps(self, steps: int | None = None) -> list[int]:
-        """The timesteps of a restoration, from the noisiest down: 999, or 999, 749, 499 and 249."""
+        """The timesteps of a restoration, from the noisiest down: 999, or 999, 749, 499 and 249; of 0 steps none."""
         last = self.schedule.num_timesteps
-        steps = check_integer("steps", self.steps if steps is None else steps, high=last)
+        steps = check_integer("steps", self.steps if steps is None else steps, low=0, high=last)
         return [last * k // steps - 1 for k in range(steps, 0, -1)]
 
     def encode(self, images: Tensor, *, restored: bool = True) -> tuple[Tensor, list[Tensor]]:
@@ -227,8 +227,10 @@ class UniRestore(nn.Module):
 
     def denoise(self, latents: Tensor, noise: Tensor, steps: int | None = None) -> Tensor:
         """Restored latents: the noise is put on those of the degraded images and taken out again (DDIM)."""
+        if not (timesteps := self.timesteps(steps)):
+            return latents
         return partial_diffusion(
-            self.denoiser(latents), latents, self.timesteps(steps), self.schedule, sampler="deterministic", noise=noise
+            self.denoiser(latents), latents, timesteps, self.schedule, sampler="deterministic", noise=noise
         )
 
     def forward(
@@ -248,7 +250,7 @@ class UniRestore(nn.Module):
             tasks: one for each image, or one for all: a batch may mix them.
             noise: standard normal, in the shape of the latents; drawn by default.
             generator: for the noise: one, or one for each image.
-            steps: denoising steps. The default is this restorer's.
+            steps: denoising steps, 0 for none. The default is this restorer's.
             smallest: enlarge the images (bicubic) until the shorter side is this long, and reduce the result; 512 in
                 the paper.
 

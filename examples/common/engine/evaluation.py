@@ -1,5 +1,6 @@
 """Figures of restored images: how well networks read them, and how similar they are to the HR images."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,11 @@ from restoreloss import frozen
 
 BATCH, SAMPLES = 50, 8
 TEXT_READERS: dict[str, Callable[[], nn.Module]] = {"english_g2": english_g2, "pp_ocr": PPOCR}
+GAINS = {
+    "gain_below_15": (-math.inf, 15.0), "gain_15_to_20": (15.0, 20.0), "gain_20_to_25": (20.0, 25.0),
+    "gain_above_25": (25.0, math.inf),
+}  # fmt: skip
+"""Figures by the PSNR of the degraded image, from and below."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +137,12 @@ def evaluate(
 
     Returns:
         The figures: "score" and "score_on_hr" of the recognizer, "fixed_hr" and "judge" of the others, in percent;
-        "judge_distance", L1 between the judge's features of what was read and of HR, relative to HR's; "psnr" in dB and
-        "ssim", for what is not HR itself. And some images: "lr", "restored", "hr", "predictions", "truth".
+        "judge_distance", L1 between the judge's features of what was read and of HR, relative to HR's. For what is not
+        HR itself "psnr" in dB and "ssim", means over images, and "psnr_of_mse", that of the mean squared error, which
+        flat images with a PSNR above 40 do not rule. Where the degraded images have the size of HR, the first two of
+        them too as "lq_psnr" and "lq_psnr_of_mse", and "gain_below_15", "gain_15_to_20", "gain_20_to_25",
+        "gain_above_25": what was gained in PSNR, over the images whose degraded PSNR lies there. And some images: "lr",
+        "restored", "hr", "predictions", "truth".
     """
     readers = {"score": recognizer, "score_on_hr": recognizer, "fixed_hr": judges.fixed_hr, "judge": judges.judge}
     present = {name: network for name, network in readers.items() if network is not None}
@@ -161,7 +171,7 @@ def evaluate(
             }
             for name, predictions in found.items():
                 metrics[name].update(predictions, targets)
-            likeness.update(seen, hr)
+            likeness.update(seen, hr, lr)
             first = next(iter(found.values()), None)
             truth = [recognition.describe(target) for target in targets[:SAMPLES]]
             captions = [""] * len(truth) if first is None else [recognition.describe(one) for one in first[:SAMPLES]]
@@ -171,6 +181,11 @@ def evaluate(
     return figures | likeness.figures(), sheet.samples()
 
 
+def _decibels(error: Tensor) -> Tensor:
+    """PSNR of a squared error; of none at all, 100."""
+    return -10 * error.clamp(min=1e-10).log10()
+
+
 class _Likeness:
     """The similarity of restored images to HR: means over images."""
 
@@ -178,22 +193,38 @@ class _Likeness:
         self.features = None if judge is None or isinstance(judge, PPOCR) else features_of(judge)
         self.values: dict[str, list[Tensor]] = {}
 
-    def update(self, seen: Any, hr: Any) -> None:
+    def update(self, seen: Any, hr: Any, lr: Any) -> None:
         stacked = isinstance(hr, Tensor)
-        for z, x in [(seen, hr)] if stacked else zip(seen, hr, strict=True):
+        for z, x, y in [(seen, hr, lr)] if stacked else zip(seen, hr, lr, strict=True):
             if self.features is not None:
                 found, wanted = (self.features(images if stacked else [images]) for images in (z, x))
                 gaps = torch.stack([(found[name] - wanted[name]).abs().flatten(1).mean(1) for name in found])
                 sizes = torch.stack([wanted[name].abs().flatten(1).mean(1) for name in found])
                 self._keep("judge_distance", gaps.sum(0) / sizes.sum(0))
             if seen is not hr:
-                z, x = (images if stacked else images[None] for images in (z, x))
+                z, x, y = (images if stacked else images[None] for images in (z, x, y))
                 psnr = peak_signal_noise_ratio(z, x, data_range=1.0, reduction="none", dim=(1, 2, 3))
                 self._keep("psnr", psnr)
                 self._keep("ssim", structural_similarity_index_measure(z, x, data_range=1.0, reduction="none"))
+                self._keep("mse", (z - x).square().flatten(1).mean(1))
+                if y.shape == x.shape:
+                    self._keep("lq_mse", (y - x).square().flatten(1).mean(1))
 
     def figures(self) -> dict[str, float]:
-        return {name: float(torch.cat(values).mean()) for name, values in self.values.items()}
+        every = {name: torch.cat(values).cpu() for name, values in self.values.items()}
+        errors = {name: every.pop(name).double() for name in ("mse", "lq_mse") if name in every}
+        figures = {name: float(values.mean()) for name, values in every.items()}
+        if "mse" in errors:
+            figures["psnr_of_mse"] = float(_decibels(errors["mse"].mean()))
+        if "lq_mse" in errors:
+            before = _decibels(errors["lq_mse"])
+            figures["lq_psnr"] = float(before.mean())
+            figures["lq_psnr_of_mse"] = float(_decibels(errors["lq_mse"].mean()))
+            gained = _decibels(errors["mse"]) - before
+            for name, (low, high) in GAINS.items():
+                there = (low <= before) & (before < high)
+                figures |= {name: float(gained[there].mean())} if there.any() else {}
+        return figures
 
     def _keep(self, name: str, values: Any) -> None:
         self.values.setdefault(name, []).append(values.reshape(-1))

@@ -74,7 +74,8 @@ _AT_LEAST_0 = (
     "weight_decay", "cfrm_weights", "severity_weights", "corruption_extent", "steps_of_diffusion",
 )  # fmt: skip
 LOWEST: dict[str, float] = {
-    **dict.fromkeys(_AT_LEAST_1, 1), **dict.fromkeys(_AT_LEAST_0, 0), "test_size": 6, "corruption_side": 8, "num_timesteps": 2
+    **dict.fromkeys(_AT_LEAST_1, 1), **dict.fromkeys(_AT_LEAST_0, 0), "test_size": 6, "corruption_side": 8,
+    "num_timesteps": 2,
 }  # fmt: skip
 """The lowest value of an option; SSIM needs a side of 6 pixels."""
 HIGHEST: dict[str, float] = {"mix": 1, "restart": 1, "shallow": 1, "contrast": 1, "severities": 5}

@@ -1,6 +1,7 @@
 """The training of a small latent diffusion model, for recipes that want Stable Diffusion, on two cores."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from examples.common.data.task_data import datasets
 from examples.common.data.tasks import TaskData, collate, to_device
 from examples.common.engine.options import RunOptions
 from examples.common.engine.recipe import Recipe, Stage
-from examples.common.networks.latent_diffusion import scheduler
+from examples.common.networks.latent_diffusion import Prediction, scheduler
+from examples.common.networks.weights import load_saved
 from examples.common.seeds import derive_seed
-from restoreloss import Alternation, NoiseSchedule, Phase
+from restoreloss import Alternation, DenoisingLoss, NoiseSchedule, Phase
 from restoreloss.frozen import unwrap
 from restoreloss.restorers.shapes import small_autoencoder, small_prompt, small_unet
 from restoreloss.restorers.tiling import together
@@ -33,6 +35,9 @@ class PriorConfig(DataOptions, RunOptions):
         width: of the narrowest layers of the diffusion model; those of the autoencoder are half as wide.
         levels: of the autoencoder; each but the first halves the resolution.
         lr: of both (AdamW).
+        prediction: what the diffusion model predicts: "epsilon", the noise, as Stable Diffusion 2.1-base;
+            "v_prediction", whose error in one step from t = 999 is not multiplied by 15; or "sample".
+        autoencoder: finished run of another prior, whose autoencoder is taken; by default one is trained.
         of: what the images are, where they are given, so that a folder says what its model was trained on.
     """
 
@@ -40,6 +45,8 @@ class PriorConfig(DataOptions, RunOptions):
     width: int = 24
     levels: int = 2
     lr: float = 1e-3
+    prediction: Prediction = "epsilon"
+    autoencoder: Path | None = None
     degradation: Degradation = "mixture_b"
     scale: int = 1
     of: list[str] = field(default_factory=list)
@@ -54,7 +61,7 @@ class Batch:
 
 
 class PriorTrainer(Recipe[Batch]):
-    """An autoencoder by its pixels, then a diffusion model by the noise in its latents.
+    """An autoencoder by its pixels, then a diffusion model by :class:`~restoreloss.DenoisingLoss` in its latents.
 
     Args:
         config: its options.
@@ -71,14 +78,17 @@ class PriorTrainer(Recipe[Batch]):
         )
         self.unet: nn.Module = self.accelerator.prepare(small_unet(config.width))
         self.networks = {"autoencoder": self.vae, "unet": self.unet}
-        self.schedule = NoiseSchedule.from_diffusers(scheduler())
+        self.scheduler = scheduler(config.prediction)
         self.prompt = small_prompt().to(self.device)
-        self.begin(
-            [
-                self._stage("autoencoder", self.vae, self.unet, self._reconstruction, config.steps),
-                self._stage("diffusion", self.unet, self.vae, self._noise, 2 * config.steps),
-            ]
+        self.denoising = DenoisingLoss(
+            self._predict, NoiseSchedule.from_diffusers(self.scheduler), distance="mse", input_range=None
         )
+        stages = [self._stage("diffusion", self.unet, self.vae, self._denoising, 2 * config.steps)]
+        if config.autoencoder is None:
+            stages.insert(0, self._stage("autoencoder", self.vae, self.unet, self._reconstruction, config.steps))
+        else:
+            load_saved(unwrap(self.vae), config.autoencoder / "autoencoder.safetensors")
+        self.begin(stages)
 
     def batch(self, images: Any, targets: Any, step: int, steps: int) -> Batch:
         """HQ images of one size."""
@@ -97,15 +107,15 @@ class PriorTrainer(Recipe[Batch]):
         found, divergence = self.vae(2 * batch.hq - 1, batch.generator)
         return {"pixel": F.l1_loss(found, 2 * batch.hq - 1), "kl": 1e-6 * divergence}
 
-    def _noise(self, batch: Batch) -> dict[str, Tensor]:
+    def _predict(self, noisy: Tensor, t: Tensor) -> Tensor:
+        found: Tensor = self.unet(noisy, t, self.prompt.expand(len(noisy), -1, -1)).sample
+        return found
+
+    def _denoising(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
             autoencoder: Any = unwrap(self.vae)
             latents = autoencoder.scaled(2 * batch.hq - 1)
-        noise = torch.randn(latents.shape, generator=batch.generator).to(self.device)
-        t = torch.randint(self.schedule.num_timesteps, (len(latents),), generator=batch.generator).to(self.device)
-        noisy = self.schedule.add_noise(latents, noise, t)
-        found = self.unet(noisy, t, self.prompt.expand(len(latents), -1, -1)).sample
-        return {"noise": F.mse_loss(found, noise)}
+        return self.denoising.terms(latents, generator=batch.generator)
 
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """PSNR of test images through the autoencoder, and the loss of the diffusion model."""
@@ -125,8 +135,9 @@ class PriorTrainer(Recipe[Batch]):
         autoencoder: Any = unwrap(self.vae).eval()
         unwrap(self.unet).eval()
         decoded = (autoencoder.vae(2 * hq - 1, sample_posterior=False).sample / 2 + 0.5).clamp(0, 1)
-        terms = self._noise(Batch(hq, torch.Generator().manual_seed(0)))
-        figures = {"psnr": float(peak_signal_noise_ratio(decoded, hq, data_range=1.0)), "noise": float(terms["noise"])}
+        terms = self._denoising(Batch(hq, torch.Generator().manual_seed(0)))
+        figures = {"psnr": float(peak_signal_noise_ratio(decoded, hq, data_range=1.0))}
+        figures |= {name: float(value) for name, value in terms.items()}
         return figures, {"hr": hq[:8].cpu(), "restored": decoded[:8].cpu()}
 
     def save_pretrained(self) -> None:
@@ -136,7 +147,7 @@ class PriorTrainer(Recipe[Batch]):
             load_model(unwrap(network), out / f"{name}.safetensors")
         autoencoder: Any = unwrap(self.vae)
         parts: list[tuple[str, Any]] = [
-            ("vae", autoencoder.finished()), ("unet", unwrap(self.unet)), ("scheduler", scheduler())
+            ("vae", autoencoder.finished()), ("unet", unwrap(self.unet)), ("scheduler", self.scheduler)
         ]  # fmt: skip
         for name, part in parts:
             part.save_pretrained(out / name)

@@ -1,11 +1,14 @@
 """The latent diffusion model of a folder in the layout of Stable Diffusion, or of a name on the hub."""
 
 from pathlib import Path
+from typing import Literal
 
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
 from restoreloss import LatentPrior, load_prior
+
+Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 
 def load_latent_diffusion(path: Path | str) -> LatentPrior:
@@ -33,6 +36,8 @@ def load_latent_diffusion(path: Path | str) -> LatentPrior:
     return prior
 
 
-def scheduler() -> DDPMScheduler:
-    """The noise of Stable Diffusion."""
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+def scheduler(prediction: Prediction = "epsilon") -> DDPMScheduler:
+    """The noise of Stable Diffusion, for a model that predicts "epsilon", "v_prediction" or "sample"."""
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, prediction_type=prediction
+    )

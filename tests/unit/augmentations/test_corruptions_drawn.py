@@ -22,7 +22,7 @@ def test_names_and_severities_are_drawn_evenly() -> None:
     table = np.array([[names.count(name) for name in CORRUPTIONS[:15]]])
     assert scipy.stats.chisquare(table[0]).pvalue > 0.01
     pairs = np.zeros((15, 5))
-    for name, severity, _ in drawn:
+    for name, severity, *_ in drawn:
         pairs[CORRUPTIONS.index(name), severity - 1] += 1
     assert scipy.stats.chi2_contingency(pairs).pvalue > 0.01
     assert {what.severity for what in Corruptions(severities=[2, 4]).draw(50)} == {2, 4}

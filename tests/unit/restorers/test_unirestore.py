@@ -280,8 +280,9 @@ def test_timesteps_are_spread_from_the_last() -> None:
     model = small()
     assert [model.timesteps(n) for n in (1, 2, 4)] == [[999], [999, 499], [999, 749, 499, 249]]
     assert model.timesteps(3)[0] == 999 and len(model.timesteps(1000)) == 1000
-    for steps in (0, -1, 1001):
-        with pytest.raises(ValueError, match=f"whole number of at least 1 and at most 1000, found {steps}"):
+    assert model.timesteps(0) == []
+    for steps in (-1, 1001):
+        with pytest.raises(ValueError, match=f"whole number of at least 0 and at most 1000, found {steps}"):
             model.timesteps(steps)
 
 
@@ -350,8 +351,8 @@ def test_what_it_cannot_be_made_of_is_refused() -> None:
         EDTR(None, prior)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"`cfrm_blocks` should be one number .* first 2 levels .*, found \(1,\)"):
         small(cfrm_blocks=[1])
-    with pytest.raises(ValueError, match="`steps` should be a whole number of at least 1 .* found 0"):
-        small(steps=0)
+    with pytest.raises(ValueError, match="`steps` should be a whole number of at least 0 .* found -1"):
+        small(steps=-1)
     with pytest.raises(ValueError, match="`tasks` should be left out without adapters"):
         UniRestore(prior, tasks=["look"], adapters=False)
 
