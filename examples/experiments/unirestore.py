@@ -131,13 +131,10 @@ class Experiment:
             return out
         first = None if prediction == "v_prediction" else self.prior()
         options = {**shared(self.base), "out": out, "seed": PRIOR_SEED, "train_count": self.prior_images, "batch": 16}
-        known: dict[str, Any] = {
-            "prior_steps": self.prior_steps,
-            "tasks": [*READ_BY],
-            "prediction": prediction,
-            "autoencoder": first,
-        }
-        train_prior_of_all(PrepareConfig(**options, **known), out)
+        config = PrepareConfig(
+            **options, prior_steps=self.prior_steps, tasks=[*READ_BY], prediction=prediction, autoencoder=first
+        )
+        train_prior_of_all(config, out)
         self._prepared.add(out)
         return out
 
@@ -326,7 +323,8 @@ def main() -> None:
     )  # fmt: skip
     experiment = Experiment(
         arguments.out, base, prior_steps=arguments.prior_steps, prior_images=arguments.prior_images,
-        prepare_steps=arguments.prepare_steps, tasks=[*READ_BY, *(["detection"] if arguments.study == "new_task" else [])],
+        prepare_steps=arguments.prepare_steps,
+        tasks=[*READ_BY, "detection"] if arguments.study == "new_task" else [*READ_BY],
     )  # fmt: skip
     if arguments.study == "tables":
         print(experiment.tables())

@@ -190,8 +190,8 @@ def _spatter(x: Tensor, level: int, generator: Generator, extent: float = 1.0) -
         (0.65, 0.3, 1, 0.65, 1.5),
         (0.67, 0.4, 1, 0.65, 1.5),
     )[level]
-    sigma, spread = sigma * extent, spread * extent  # Less is smoothed: the same share of the image gets wet.
-    liquid = smooth(mean + spread * standard_normal(x[:, :1], generator), (sigma, sigma))
+    width, spread = sigma * extent, spread * extent  # Less is smoothed: the same share of the image gets wet.
+    liquid = smooth(mean + spread * standard_normal(x[:, :1], generator), (width, width))
     wet = liquid >= least
     if level < 3:
         water = x.new_tensor([175, 238, 238]).view(3, 1, 1) / 255
