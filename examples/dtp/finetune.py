@@ -1,27 +1,36 @@
 """Fine-tuning of DTP: the pre-trained network learns to restore, in one stage or one for each degradation (TIT)."""
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from examples.common.data.pairs import test_pairs, training_pairs
+from examples.common.engine.perceptual import lite0_distance
 from examples.common.engine.recipe import Stage, naming
+from examples.common.networks.weights import load_weights
 from examples.common.seeds import derive_seed
 from examples.dtp.config import PAPER, Config
 from examples.dtp.gef import GEF, Batch
 from examples.dtp.generation import GenerativeRecipe, Key, Noisy
 from examples.dtp.methods import METHODS
-from examples.dtp.networks import timed_network
+from examples.dtp.networks import add_experts, timed_network
+from examples.dtp.testing import figures as figures_of
+from examples.dtp.testing import over_flips
 from restoreloss import TimestepMatch, match_timestep, order_by_timestep
 from restoreloss.frozen import unwrap
 from restoreloss.training.matching import plot_matches
+
+logger = logging.getLogger(__name__)
+
+_LAST = math.sqrt(1 - 0.005**2)
+"""sigma_T / sigma_max of :meth:`~restoreloss.NoiseLevels.ir_sde`."""
 
 
 class FineTuning(GenerativeRecipe[Batch]):
@@ -43,23 +52,43 @@ class FineTuning(GenerativeRecipe[Batch]):
             )
         if self.method.penalty and config.importance_samples < processes:
             raise ValueError(f"`importance_samples` should be at least {processes}, found {config.importance_samples}.")
-        timed = timed_network(
-            config.network, num_timesteps=config.num_timesteps, moe=config.moe, experts=config.experts
-        )
-        begins_pretrained = self.method.pretrained and self.evaluated is None
-        self.new: list[str] = self._load_pretrained(timed) if begins_pretrained else []
+        timed = timed_network(config.network, num_timesteps=config.num_timesteps).to(self.device)
+        if self.method.pretrained and self.evaluated is None:
+            self._load_pretrained(timed)
+        self.matches: dict[str, TimestepMatch] = {}
+        self.t_star = self._timesteps(timed)
+        known = {id(parameter) for parameter in timed.parameters()}
+        if config.moe:
+            routed = sorted(set(self._all_timesteps().values()))
+            add_experts(timed, config.experts, form=config.experts_form, timesteps=routed)
+        self.new = [name for name, parameter in timed.named_parameters() if id(parameter) not in known]
         self.net = self.accelerator.prepare(timed)
         self.networks = {"network": self.net}
-        self.matches: dict[str, TimestepMatch] = {}
-        self.t_star = self._timesteps()
         self.turns = turns(self.t_star, config.order, config.seed)
         self.begin([] if self.evaluated is not None else self._stages())
-        if self.main and self.matches:
-            text = {
-                name: {"best": m.best, "gain": m.gain, "degenerate": m.degenerate} for name, m in self.matches.items()
-            }
-            (config.out / "timesteps.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
-            plot_matches(self.matches, config.out / "timesteps.png")
+        if self.main:
+            self._say_timesteps()
+
+    def _say_timesteps(self) -> None:
+        """The t* that are used, and where they come from: timesteps.json, the log, and the curves of those matched."""
+        source = self.config.timesteps if self.method.pretrained or self.config.timesteps == "first" else "paper"
+        text: dict[str, dict[str, Any]] = {}
+        for name, t in self.t_star.items():
+            match = self.matches.get(name)
+            found = {} if match is None else {"best": match.best, "gain": match.gain, "degenerate": match.degenerate}
+            of = "paper" if match is not None and match.degenerate else source
+            text[name] = {"used": t, "from": of, **found}
+            logger.info("%s: t* = %d of %d (%s)", name, t, self.config.num_timesteps, of)
+        if self.evaluated is None:
+            (self.config.out / "timesteps.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
+        if self.matches:
+            plot_matches(self.matches, self.config.out / "timesteps.png")
+
+    def _all_timesteps(self) -> dict[str, int]:
+        """The t* that the run was trained with; of an evaluation those of the run that is evaluated."""
+        if self.evaluated is None:
+            return self.t_star
+        return {key: int(t) for key, t in self.evaluated[1].items() if key.startswith("t_")}
 
     def _stages(self) -> list[Stage[Batch]]:
         """A stage for each turn, and as many steps for each order."""
@@ -85,7 +114,7 @@ class FineTuning(GenerativeRecipe[Batch]):
         numbers = torch.tensor([self.t_star[name] for name in self.data[self.stage].class_names])
         degraded, clean = images.unbind(dim=1)
         keys = self._replayed(step)
-        replay = self.noisy(self.pool(keys), keys) if keys else None
+        replay = None if not keys else self._replay(keys, degraded, clean)
         return Batch(degraded.to(self.device), clean.to(self.device), numbers[targets].to(self.device), replay)
 
     def _replayed(self, step: int) -> list[Key]:
@@ -99,6 +128,19 @@ class FineTuning(GenerativeRecipe[Batch]):
         if float(chosen) >= wanted / count:
             return []
         return [(1, step, self.accelerator.process_index * count + k) for k in range(count)]
+
+    def _replay(self, keys: list[Key], degraded: Tensor, clean: Tensor) -> Noisy:
+        """Noisy images of the pre-training pool; or, with the degraded image y as the mean, of the pairs of the batch.
+
+        There x_t = y + (x - y) exp(-Theta_t Delta) + sigma_t epsilon: the noise holds a part of y - x as well.
+        """
+        if not self.method.degraded_mean:
+            return self.noisy(self.pool(keys), keys)
+        noisy = self.noisy(clean[: len(keys)], keys[: len(clean)])
+        sigma = self.levels.sigma.double()
+        left = (1 - (sigma / sigma[-1] * _LAST).square()).sqrt()[noisy.t].view(-1, 1, 1, 1)
+        away = (degraded[: len(noisy.t)].to(noisy.clean) - noisy.clean) / sigma[noisy.t].view(-1, 1, 1, 1)
+        return Noisy(noisy.clean, (noisy.noise + (1 - left) * away).float(), noisy.t)
 
     def replay_weight(self, replay: Noisy) -> float:
         """The weight of the mean over these images: each counts as one of the batch."""
@@ -119,8 +161,8 @@ class FineTuning(GenerativeRecipe[Batch]):
             found.append(sample[0])
         return torch.stack(found)
 
-    def _load_pretrained(self, timed: nn.Module) -> list[str]:
-        """The pre-trained weights. Adapters, which it lacks, keep their own: the names of these are returned."""
+    def _load_pretrained(self, timed: nn.Module) -> None:
+        """The pre-trained weights."""
         config, run = self.config, self.config.pretrained
         if run is None or not (run / "network.safetensors").is_file():
             raise ValueError(f"`pretrained` should be a finished run of --method pretrain, found {run}.")
@@ -130,14 +172,13 @@ class FineTuning(GenerativeRecipe[Batch]):
         ):  # fmt: skip
             if before[name] != wanted:
                 raise ValueError(f"`pretrained` should be a run of {name} {wanted!r}, found {before[name]!r} in {run}.")
-        found = timed.load_state_dict(_renamed(load_file(run / "network.safetensors"), timed), strict=False)
-        return list(found.missing_keys)
+        load_weights(timed, run / "network.safetensors")
 
-    def _timesteps(self) -> dict[str, int]:
-        """t* of every degradation."""
+    def _timesteps(self, network: nn.Module) -> dict[str, int]:
+        """t* of every degradation, with the pre-trained network where they are matched."""
         config, last = self.config, self.config.num_timesteps
         if self.evaluated is not None:
-            known = {key.removeprefix("t_"): int(t) for key, t in self.evaluated[1].items() if key.startswith("t_")}
+            known = {key.removeprefix("t_"): t for key, t in self._all_timesteps().items()}
             if unknown := [name for name in config.degradations if name not in known]:
                 raise ValueError(f"`degradations` should be of {', '.join(known)}, found {unknown[0]!r}.")
             return {name: known[name] for name in config.degradations}
@@ -156,7 +197,7 @@ class FineTuning(GenerativeRecipe[Batch]):
             if not found:
                 raise ValueError(f"Of the first images of {name!r} none could be read.")
             degraded, clean = torch.stack(found).to(self.device).unbind(dim=1)
-            self.matches[name] = match_timestep(unwrap(self.net), self.levels, degraded, clean)
+            self.matches[name] = match_timestep(network, self.levels, degraded, clean)
         return {
             name: max(1, round(PAPER[name] * last)) if match.degenerate else match.best
             for name, match in self.matches.items()
@@ -164,7 +205,8 @@ class FineTuning(GenerativeRecipe[Batch]):
 
     def restore(self, degraded: Tensor, name: str) -> Tensor:
         """Restored images in [0, 1]."""
-        restored: Tensor = unwrap(self.net)(degraded, self.t_star[name])
+        network, t = unwrap(self.net), self.t_star[name]
+        restored: Tensor = over_flips(lambda x: network(x, t), degraded) if self.config.flips else network(degraded, t)
         return restored.clamp(0, 1)
 
     def _tests(self) -> Iterator[tuple[str, bool, Tensor, Tensor]]:
@@ -183,7 +225,7 @@ class FineTuning(GenerativeRecipe[Batch]):
             if clean.shape not in sizes:
                 sizes.add(clean.shape)
                 with naming(f"`network` {config.network} should take test images of {tuple(clean.shape[2:])}"):
-                    _figures(self.restore(degraded, name), clean)
+                    figures_of(self.restore(degraded, name), clean)
         for name in config.degradations:
             for option, shifted in (("pairs", False), ("shifted_pairs", True)):
                 if (name, shifted) not in read and not (shifted and name not in config.shifted_pairs):
@@ -195,13 +237,17 @@ class FineTuning(GenerativeRecipe[Batch]):
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """PSNR and SSIM of each degradation, as in training and shifted; the generative loss on held-out images."""
         config, network = self.config, unwrap(self.net).eval()
+        distance = lite0_distance(self.device) if config.lite0 else None
         figures: dict[str, list[float]] = {}
         rows: dict[str, list[Tensor]] = {"lr": [], "restored": [], "hr": []}
         for name, shifted, degraded, clean in self._tests():
             restored, start = self.restore(degraded, name), "shifted_" if shifted else ""
-            psnr, ssim = _figures(restored, clean)
+            psnr, ssim = figures_of(restored, clean)
             before = float(peak_signal_noise_ratio(degraded, clean, data_range=1.0))
-            for key, value in (("psnr", psnr), ("ssim", ssim), ("degraded_psnr", before)):
+            found = {"psnr": psnr, "ssim": ssim, "degraded_psnr": before}
+            if distance is not None:
+                found["lite0"] = float(distance(restored, clean))
+            for key, value in found.items():
                 figures.setdefault(start + key, []).append(value)
             if len(config.degradations) > 1 and not shifted:
                 figures.setdefault(f"psnr_{name}", []).append(psnr)
@@ -216,12 +262,6 @@ class FineTuning(GenerativeRecipe[Batch]):
         return means, {key: torch.cat([row[k] for k in same]) for key, row in rows.items() if same}
 
 
-def _figures(restored: Tensor, clean: Tensor) -> tuple[float, float]:
-    """PSNR and SSIM."""
-    ssim: Any = structural_similarity_index_measure(restored, clean, data_range=1.0)
-    return float(peak_signal_noise_ratio(restored, clean, data_range=1.0)), float(ssim)
-
-
 def turns(t_star: Mapping[str, int], order: str, seed: int) -> list[list[str]]:
     """The degradations of each stage: all at once, or the first, the first two, ... (TIT)."""
     names = order_by_timestep(t_star)
@@ -233,15 +273,3 @@ def turns(t_star: Mapping[str, int], order: str, seed: int) -> list[list[str]]:
         generator = torch.Generator().manual_seed(derive_seed(seed, 8))
         names = [names[k] for k in torch.randperm(len(names), generator=generator)]
     return [names[: k + 1] for k in range(len(names))]
-
-
-def _renamed(state: dict[str, Tensor], timed: nn.Module) -> dict[str, Tensor]:
-    """The weights by the names of a network with adapters, where the block of a layer is the first of a chain."""
-    own = timed.state_dict()
-    renamed = {}
-    for name, value in state.items():
-        if name not in own and name.startswith("blocks."):
-            layer, _, rest = name.removeprefix("blocks.").partition(".")
-            name = f"blocks.{layer}.steps.0.{rest}"
-        renamed[name] = value
-    return renamed

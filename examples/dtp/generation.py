@@ -40,7 +40,8 @@ class GenerativeRecipe(Recipe[Batch]):
         super().__init__(config)
         if config.lr == 0:
             raise ValueError("`lr` should be above 0, found 0.")
-        self.config, self.title = config, config.method
+        self.config = config
+        self.title = "generative pre-training" if config.method == "pretrain" else config.method
         # the network returns the image, and its residual is what is left
         self.levels = NoiseLevels.ir_sde(config.num_timesteps, prediction_type="sample").to(self.device)
         self.clean = clean_images(config) if self.evaluated is None else None
@@ -80,7 +81,7 @@ class Steps(ABC):
 
     def __init__(self, recipe: GenerativeRecipe[Any], steps: int) -> None:
         self.recipe, config = recipe, recipe.config
-        adam = torch.optim.Adam(recipe.net.parameters(), lr=config.lr)
+        adam = torch.optim.Adam(recipe.net.parameters(), lr=config.lr, betas=config.betas)
         self.scheduler = cosine_schedule(adam, steps, lowest=config.lr_min / config.lr)
         self.optimizer = recipe.accelerator.prepare(adam)
 

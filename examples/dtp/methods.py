@@ -24,6 +24,8 @@ class Method:
         replay: a tenth of the images goes on to train generation, in the shallow layers.
         conflict: what is done where the gradients of both objectives oppose each other.
         decay: penalty and replay fade towards the deep layers (w_l).
+        degraded_mean: noise is put on an image between the degraded and the clean one, the closer to the degraded one
+            the more there is of it, as in the code that the authors published first.
     """
 
     pretrained: bool = True
@@ -31,6 +33,7 @@ class Method:
     replay: bool = False
     conflict: Conflict | None = None
     decay: bool = False
+    degraded_mean: bool = False
 
 
 METHODS: Mapping[str, Method] = {
@@ -42,6 +45,7 @@ METHODS: Mapping[str, Method] = {
     "gn": Method(penalty="gn"),
     "taylor2": Method(penalty="taylor2"),
     "replay": Method(replay=True),
+    "replay_degraded": Method(replay=True, degraded_mean=True),
     "project": Method(replay=True, conflict="project"),
     "full": Method(replay=True, conflict="full"),
     "orthogonality": Method(replay=True, conflict="orthogonality"),

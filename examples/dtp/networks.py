@@ -23,8 +23,18 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def timed_network(name: str, *, num_timesteps: int, moe: bool = False, experts: int = 10) -> TimeConditioned:
-    """A network that is told the timestep behind each of its levels, and has a mixture of experts behind each decoder.
+def timed_network(
+    name: str, *, num_timesteps: int, moe: bool = False, experts: int = 10, **options: Any
+) -> TimeConditioned:
+    """A network that is told the timestep behind each of its levels, and may have a mixture of experts behind each
+    decoder.
+
+    Args:
+        name: of ``NETWORKS``.
+        num_timesteps: T.
+        moe: add the mixtures.
+        experts: of each.
+        options: of :class:`~restoreloss.TimeMoE`.
 
     Raises:
         ValueError: For an unknown name.
@@ -38,7 +48,7 @@ def timed_network(name: str, *, num_timesteps: int, moe: bool = False, experts: 
     channels = channels_of(network, layers, torch.zeros(1, 3, 32, 32))
     timed = TimeConditioned(network, {layer: FiLM(channels[layer]) for layer in layers}, num_timesteps=num_timesteps)
     if moe:
-        add_experts(timed, experts)
+        add_experts(timed, experts, **options)
     return timed
 
 

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from examples.common.engine.recipe import Stage
 from examples.dtp.config import Config
+from examples.dtp.data import held_out_images
 from examples.dtp.generation import GenerativeRecipe, Noisy, Steps
 from examples.dtp.networks import timed_network
 from restoreloss.frozen import unwrap
@@ -36,11 +38,23 @@ class Pretraining(GenerativeRecipe[Noisy]):
         unwrap(self.net).train()
 
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
-        """The generative loss on held-out images."""
+        """The generative loss on held-out images; some of them noisy, denoised and clean, the noise rising."""
         unwrap(self.net).eval()
         figures = {"generative": self.generative_figure()}
+        samples = self._samples()
         unwrap(self.net).train()
-        return figures, {}
+        return figures, samples
+
+    @torch.no_grad()
+    def _samples(self) -> dict[str, Tensor]:
+        images = held_out_images(self.config)
+        side = min(256, *(min(image.shape[2:]) for image in images))
+        clean = torch.cat([image[..., :side, :side] for image in images[:8]]).to(self.device)
+        noisy = self.noisy(clean, [(2, key) for key in range(len(clean))])
+        t = torch.linspace(1, self.config.num_timesteps, len(clean)).round().long().to(self.device)
+        seen = self.levels.add_noise(clean, noisy.noise, t)
+        restored = torch.cat([unwrap(self.net)(one, step) for one, step in zip(seen.split(1), t.split(1), strict=True)])
+        return {"lr": seen.clamp(0, 1).cpu(), "restored": restored.clamp(0, 1).cpu(), "hr": clean.cpu()}
 
 
 class Generation(Steps):

@@ -15,6 +15,7 @@ from examples.common.engine.restoring import Restore, plain_network, restore_com
 from examples.common.engine.run_directory import finished_run
 from examples.common.networks.weights import load_weights
 from examples.dtp.networks import timed_network
+from examples.dtp.testing import experts, over_flips
 
 
 def load(given: argparse.Namespace) -> Restore:
@@ -31,16 +32,13 @@ def load(given: argparse.Namespace) -> Restore:
         name = known[0]
     if name not in known:
         raise ValueError(f"`degradation` should be one of {', '.join(known)}, found {name!r}.")
-    network = timed_network(
-        settings["network"], num_timesteps=settings["num_timesteps"], moe=settings["moe"], experts=settings["experts"]
-    )
+    network = timed_network(settings["network"], num_timesteps=settings["num_timesteps"], **experts(settings, results))
     load_weights(network, given.run / "network.safetensors")
     network = network.to(given.device).eval()
     t = int(results[f"t_{name}"])
 
     def restored(image: Tensor) -> Tensor:
-        found: Tensor = network(image, t)
-        return found
+        return over_flips(lambda one: network(one, t), image) if settings["flips"] else network(image, t)
 
     return plain_network(restored, given)
 

@@ -94,6 +94,8 @@ class Recipe(ABC, Generic[Batch]):
             ValueError: If the test images cannot be evaluated, or the run directory cannot be that of this run.
         """
         self.stages, self.stage = stages, 0
+        self._sums: dict[str, tuple[Any, int]] = {}
+        """Sums and counts of the terms since the last line of the log, which has their means."""
         if self.run_to_evaluate is not None:
             self._load(self.run_to_evaluate)
         else:
@@ -189,6 +191,7 @@ class Recipe(ABC, Generic[Batch]):
                 unwrap(network).load_state_dict(state["networks"][name])
             first_stage, first_step, seconds = state["stage"], state["stage_step"], state["seconds"]
             self.stages[first_stage].alternation.load_state_dict(state["alternation"])
+            self._sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
             logger.info("goes on after step %d", state["step"])
             self._test(state["step"])
         for number in range(first_stage, len(self.stages)):
@@ -240,6 +243,7 @@ class Recipe(ABC, Generic[Batch]):
         config, stage = self.options, self.stages[number]
         self.stage = number
         before = sum(earlier.steps for earlier in self.stages[:number])
+        sums, self._sums = self._sums, {}  # of a run that goes on, what was summed since the last line of the log
         taken: list[tuple[int, dict[str, Tensor]]] = []
         """Steps whose terms have not been looked at: that would wait for the device."""
         with tqdm(
@@ -257,6 +261,9 @@ class Recipe(ABC, Generic[Batch]):
                     raise FloatingPointError(f"Step {before + step}: {error}") from error
                 seconds += time.perf_counter() - started
                 taken.append((before + step, logs))
+                for name, value in logs.items():
+                    total, count = sums.get(name, (0.0, 0))
+                    sums[name] = (total + value.detach().double(), count + 1)
                 progress.update()
                 last = step == stage.steps
                 evaluates = config.eval_every and (before + step) % config.eval_every == 0
@@ -265,10 +272,12 @@ class Recipe(ABC, Generic[Batch]):
                     self._check_terms(taken)
                     taken.clear()
                 if step % 50 == 0 or last:
-                    values = self._mean({name: float(value) for name, value in logs.items()})
+                    values = self._mean({name: float(total) / count for name, (total, count) in sums.items()})
+                    sums.clear()
                     self.run_directory.log(before + step, values)
                     progress.set_postfix({name.rpartition("/")[2]: f"{value:.3f}" for name, value in values.items()})
                 if saves:
+                    self._sums = {name: (float(total), count) for name, (total, count) in sums.items()}
                     self._save(number, step, before + step, seconds)
                 self._test(before + step)
         return seconds
@@ -312,6 +321,7 @@ class Recipe(ABC, Generic[Batch]):
         state = {
             "step": step, "stage": number, "stage_step": done, "seconds": seconds,
             "networks": {name: unwrap(network).state_dict() for name, network in self.networks.items()},
+            "sums": dict(self._sums),
             "alternation": self.stages[number].alternation.state_dict(),
         }  # fmt: skip
         for name, value in _not_finite({"networks": state["networks"], "alternation": state["alternation"]}):

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from restoreloss import FiLM, TimeConditioned, TimeMoE
 from restoreloss.blocks.time_moe import channels_of, count_parameters, time_features
 from tests.helpers.networks import live_recogniser
+
+CodeMoE = partial(TimeMoE, form="code")
+"""The form of the authors' code, whose gate reads the embedding; that of the paper is in test_time_moe_paper.py."""
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -37,7 +41,7 @@ def learned(module: nn.Module) -> Any:
 
 
 def timed(**options: Any) -> TimeConditioned:
-    blocks = {"0": FiLM(8, 16), "1.0": TimeMoE(8, 16, experts=3, **options)}
+    blocks = {"0": FiLM(8, 16), "1.0": CodeMoE(8, 16, experts=3, **options)}
     return learned(TimeConditioned(network(), blocks, time_dim=16))
 
 
@@ -72,7 +76,7 @@ def written_out(adapter: TimeMoE, h: Tensor, embedding: Tensor) -> tuple[Tensor,
 def test_the_experts_are_mixed_as_in_the_formula(
     shape: tuple[int, int, int, int], experts: tuple[int, int | None], time_dim: int
 ) -> None:
-    adapter = learned(TimeMoE(shape[1], time_dim, experts=experts[0], top_k=experts[1]))
+    adapter = learned(CodeMoE(shape[1], time_dim, experts=experts[0], top_k=experts[1]))
     h, embedding = normal(*shape), normal(shape[0], time_dim, seed=1)
     expected, weights, used = written_out(adapter, h, embedding)
     torch.testing.assert_close(adapter(h, embedding).double(), expected, rtol=1e-4, atol=1e-4)
@@ -86,7 +90,7 @@ def test_the_experts_are_mixed_as_in_the_formula(
 def test_an_adapter_is_the_identity_at_the_start_and_alpha_alone_begins_to_learn(
     top_k: int | None, dtype: torch.dtype
 ) -> None:
-    adapter = TimeMoE(8, 16, experts=4, top_k=top_k).to(dtype)
+    adapter = CodeMoE(8, 16, experts=4, top_k=top_k).to(dtype)
     h, embedding = normal(2, 8, 5, 6, dtype=dtype), normal(2, 16, dtype=dtype)
     result = adapter(h, embedding)
     assert torch.equal(result, h) and result.dtype == dtype
@@ -97,14 +101,14 @@ def test_an_adapter_is_the_identity_at_the_start_and_alpha_alone_begins_to_learn
 
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_when_alpha_has_left_zero_gate_and_experts_learn(top_k: int | None) -> None:
-    adapter = learned(TimeMoE(4, 8, experts=3, top_k=top_k))
+    adapter = learned(CodeMoE(4, 8, experts=3, top_k=top_k))
     adapter(normal(6, 4, 5, 5), normal(6, 8)).square().mean().backward()
     assert all(p.grad is not None and bool(p.grad.any()) and p.grad.isfinite().all() for p in adapter.parameters())
 
 
 def test_all_of_the_experts_sparse_are_all_of_them_dense() -> None:
-    dense = learned(TimeMoE(5, 8, experts=4))
-    sparse = TimeMoE(5, 8, experts=4, top_k=4)
+    dense = learned(CodeMoE(5, 8, experts=4))
+    sparse = CodeMoE(5, 8, experts=4, top_k=4)
     sparse.load_state_dict(dense.state_dict())
     h, embedding = normal(3, 5, 4, 4), normal(3, 8)
     torch.testing.assert_close(sparse(h, embedding), dense(h, embedding), rtol=1e-4, atol=1e-5)
@@ -114,7 +118,7 @@ def test_all_of_the_experts_sparse_are_all_of_them_dense() -> None:
 def test_the_balance_is_one_where_all_are_used_alike_and_their_number_where_one_does_all(
     top_k: int | None, spread: float, balance: float
 ) -> None:
-    adapter = TimeMoE(2, 3, experts=4, top_k=top_k)
+    adapter = CodeMoE(2, 3, experts=4, top_k=top_k)
     last = adapter.gate[2]
     nn.init.zeros_(last.weight)
     last.bias.data.copy_(torch.tensor([0.0, spread, 0.0, 0.0]))
@@ -137,10 +141,10 @@ def test_a_step_on_the_balance_evens_the_work() -> None:
 
 
 def test_the_balance_of_several_mixtures_is_their_mean() -> None:
-    model = TimeConditioned(network(), {"0": TimeMoE(8), "1": FiLM(8)})
+    model = TimeConditioned(network(), {"0": CodeMoE(8), "1": FiLM(8)})
     with pytest.raises(ValueError, match="`balance_loss` should follow a call of a network with a TimeMoE, found none"):
         model.balance_loss()
-    model.attach({"2": TimeMoE(3)})
+    model.attach({"2": CodeMoE(3)})
     learned(model)(normal(2, 3, 4, 4), 5)
     found = [model.blocks[key].balance for key in ("0", "2")]
     assert model.balance_loss().item() == pytest.approx((found[0].item() + found[1].item()) / 2)
@@ -151,7 +155,7 @@ def test_the_number_of_parameters_is_that_of_the_formula(channels: int, time_dim
     hidden = max(channels // 4, 16)
     gate = (channels + time_dim + 1) * hidden + (hidden + 1) * experts
     one = (9 * channels + 1) * hidden + (9 * hidden + 1) * hidden + (hidden + 1) * channels
-    adapter = TimeMoE(channels, time_dim, experts=experts)
+    adapter = CodeMoE(channels, time_dim, experts=experts)
     assert count_parameters(adapter) == gate + experts * one + 1
     adapter.gate.requires_grad_(False)
     assert count_parameters(adapter) == experts * one + 1
@@ -180,7 +184,7 @@ def test_film_scales_and_shifts_every_channel() -> None:
 def test_a_wrapped_network_computes_what_it_did_until_it_has_learned(size: tuple[int, int], t: Any) -> None:
     image, bare = normal(2, 3, *size), network()
     expected = bare(image)
-    model = TimeConditioned(bare, {"0": FiLM(8), "1": TimeMoE(8), "2": TimeMoE(3, top_k=2)})
+    model = TimeConditioned(bare, {"0": FiLM(8), "1": CodeMoE(8), "2": CodeMoE(3, top_k=2)})
     assert torch.equal(model(image, t), expected)
     assert not torch.allclose(learned(model)(image, t), bare(image))
 
@@ -225,7 +229,7 @@ def test_outside_of_the_wrapper_the_network_computes_as_before() -> None:
 def test_blocks_are_attached_one_after_the_other_and_detached() -> None:
     model, image = TimeConditioned(network(), time_dim=16), normal(2, 3, 4, 4)
     bare = model(image, 5)
-    first, second = learned(FiLM(8, 16)), learned(TimeMoE(8, 16, experts=2))
+    first, second = learned(FiLM(8, 16)), learned(CodeMoE(8, 16, experts=2))
     model.attach({"1.0": first})
     one = model(image, 5)
     model.attach({"1.0": second})
@@ -268,7 +272,7 @@ def pickled(module: Any) -> Any:
 
 
 def reloaded(module: TimeConditioned) -> TimeConditioned:
-    other = TimeConditioned(network(), {"0": FiLM(8, 16), "1.0": TimeMoE(8, 16, experts=3)}, time_dim=16)
+    other = TimeConditioned(network(), {"0": FiLM(8, 16), "1.0": CodeMoE(8, 16, experts=3)}, time_dim=16)
     result = other.load_state_dict(module.state_dict())
     assert result.missing_keys == result.unexpected_keys == []
     return other
@@ -348,13 +352,13 @@ class Unpack(nn.Module):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: TimeMoE(8, experts=0), "`experts` should be a whole number of at least 1, found 0"),
+        (lambda: CodeMoE(8, experts=0), "`experts` should be a whole number of at least 1, found 0"),
         (
-            lambda: TimeMoE(8, experts=3, top_k=4),
+            lambda: CodeMoE(8, experts=3, top_k=4),
             "`top_k` should be a whole number of at least 1 and at most 3, found 4",
         ),
         (
-            lambda: TimeMoE(8, experts=3, top_k=0),
+            lambda: CodeMoE(8, experts=3, top_k=0),
             "`top_k` should be a whole number of at least 1 and at most 3, found 0",
         ),
         (
@@ -383,7 +387,7 @@ def test_what_does_not_fit_is_refused(call: Any, message: str) -> None:
 
 
 def test_adapters_are_copied_after_a_call() -> None:
-    adapter = TimeMoE(8, 16)
+    adapter = CodeMoE(8, 16)
     adapter(torch.rand(2, 8, 4, 4), torch.rand(2, 16))
     assert copy.deepcopy(adapter).balance is None and adapter.balance is not None
 
@@ -419,7 +423,7 @@ def test_what_is_put_in_the_place_of_an_experts_layer_is_called() -> None:
             result: Tensor = 2 * self.layer(x)
             return result
 
-    adapter, h, embedding = TimeMoE(8, 16, experts=3), torch.rand(2, 8, 5, 5), torch.rand(2, 16)
+    adapter, h, embedding = CodeMoE(8, 16, experts=3), torch.rand(2, 8, 5, 5), torch.rand(2, 16)
     nn.init.ones_(adapter.alpha)
     plain = adapter(h, embedding)
     handle = adapter.experts[0][0].register_forward_hook(lambda *call: call[-1])  # type: ignore[index]

@@ -1,0 +1,98 @@
+"""The experts and routers of the paper's figure: bottlenecks, and a linear router for each timestep."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from restoreloss import FiLM, TimeConditioned, TimeMoE
+from restoreloss.blocks.time_moe import count_parameters
+
+NAFNET_64 = (512, 256, 128, 64)
+"""The channels behind the decoder levels of NAFNet of 64 channels."""
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def learned(module: nn.Module) -> Any:
+    for number, parameter in enumerate(module.parameters()):
+        parameter.data.copy_(0.4 * normal(*parameter.shape, seed=number))
+    return module
+
+
+def test_nafnet_has_the_parameters_that_the_paper_states() -> None:
+    one, ten = (
+        sum(count_parameters(TimeMoE(width, timesteps=steps)) for width in NAFNET_64) for steps in ([4], range(1, 11))
+    )
+    router = (ten - one) / 9
+    assert router == sum(10 * width + 10 for width in NAFNET_64) == 9640
+    assert one - router == 1_752_800 + len(NAFNET_64)  # and an alpha for each level
+    assert 1.8e6 < ten < 1.9e6
+    assert sum(count_parameters(TimeMoE(width, form="code")) for width in NAFNET_64) == pytest.approx(10.8e6, rel=0.02)
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_each_timestep_has_a_linear_router(top_k: int | None) -> None:
+    adapter = learned(TimeMoE(20, 8, experts=3, top_k=top_k, timesteps=[4, 12, 47]))
+    h, t = normal(3, 20, 5, 6), torch.tensor([12, 50, 0])
+    found = adapter(h, normal(3, 8), t)
+    for n, row in enumerate((1, 2, 0)):  # the nearest of those that have a router
+        means = torch.stack([channel.mean() for channel in h[n]])
+        logits = adapter.gate.weight[row] @ means + adapter.gate.bias[row]
+        weights = logits.exp() / logits.exp().sum()
+        order = sorted(range(3), key=lambda i: -weights[i].item())[: top_k or 3]
+        mixed = torch.zeros(20, 5, 6)
+        for i in order:
+            first, _, last = adapter.experts[i]
+            assert first.weight.shape == (16, 20, 1, 1) and last.weight.shape == (20, 16, 1, 1)
+            hidden = F.gelu(torch.einsum("oc,chw->ohw", first.weight[..., 0, 0], h[n]) + first.bias[:, None, None])
+            answer = torch.einsum("oc,chw->ohw", last.weight[..., 0, 0], hidden) + last.bias[:, None, None]
+            mixed = mixed + weights[i] / weights[order].sum() * answer
+        torch.testing.assert_close(found[n], h[n] + adapter.alpha * mixed, rtol=1e-4, atol=1e-4)
+
+
+def test_a_router_learns_from_its_timestep_alone() -> None:
+    adapter = learned(TimeMoE(6, 8, experts=3, timesteps=[4, 12, 47]))
+    adapter(normal(4, 6, 5, 5), normal(4, 8), torch.tensor([11, 12, 13, 47])).square().mean().backward()
+    assert [bool(row.any()) for row in adapter.gate.weight.grad] == [False, True, True]
+    assert all(p.grad is not None and bool(p.grad.any()) for p in adapter.experts.parameters())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_wrapped_network_tells_it_the_timestep(compiled: bool) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1))
+    model = TimeConditioned(network, {"0": FiLM(8), "1": TimeMoE(8, experts=2)})
+    model.attach({"0": TimeMoE(8, experts=2, timesteps=[1, 50])})
+    image = normal(2, 3, 6, 5)
+    assert torch.equal(model(image, 5), network(image))
+    learned(model)
+    call: Any = torch.compile(model, backend="aot_eager") if compiled else model
+    together = call(image, torch.tensor([3, 40]))
+    for n, t in enumerate((3, 40)):
+        torch.testing.assert_close(together[n : n + 1], model(image[n : n + 1], t), rtol=1e-4, atol=1e-5)
+    state = model.state_dict()
+    with torch.no_grad():
+        model.blocks["1"].gate.bias[2, 0] += 3.0  # of t = 3
+    moved = model(image, torch.tensor([3, 40]))
+    assert not torch.allclose(moved[0], together[0]) and torch.allclose(moved[1], together[1], rtol=1e-4, atol=1e-5)
+    assert not any(name.endswith("gate.steps") for name in state)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: TimeMoE(8, form="3x3"), "`form` should be .*found '3x3'"),
+        (lambda: TimeMoE(8, timesteps=[]), "`timesteps` should be at least one, found none"),
+        (lambda: TimeMoE(8, timesteps=0), "`timesteps` should be a whole number of at least 1, found 0"),
+        (lambda: TimeMoE(8, timesteps=[1.5]), "`timesteps` should be a whole number"),
+        (lambda: TimeMoE(8)(normal(2, 8, 3, 3), normal(2, 64)), "`t` should be the timestep of each of 2 samples"),
+        (lambda: TimeMoE(8)(normal(2, 8, 3, 3), normal(2, 64), torch.ones(3)), "`t` should be .* found"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
