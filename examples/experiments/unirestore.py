@@ -319,7 +319,7 @@ def main() -> None:
         out=arguments.out, data=arguments.data, contrast=tuple(arguments.contrast), size=arguments.size,
         severity_weights=[5, 25, 40, 25, 5], clean_too=True, corruption_extent=arguments.size / 224,
         steps=arguments.steps, batch=arguments.batch, test_count=arguments.test_count, control_channels=16, lr=1e-3,
-        cpu=True,
+        unseen=arguments.study != "prior", cpu=True,
     )  # fmt: skip
     experiment = Experiment(
         arguments.out, base, prior_steps=arguments.prior_steps, prior_images=arguments.prior_images,
