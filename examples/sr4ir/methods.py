@@ -68,8 +68,8 @@ METHODS: dict[str, Method] = {
     "tdsr": Method(_IN_TURN, {"pixel": 1.0, "task": 0.01}, ("sr",), begins={"task": 1 / 3}),
     # EDTR's baseline RSRSSN: end to end, features 0.1 and task 1
     "rsrssn": Method(_TOGETHER, {"pixel": 1.0, "tdp": 0.1, "task": 1.0}, ("sr",)),
-    # not in the paper: a restorer for the others to start from; TDP for a recognizer that never changes; the same number
-    # of images for H as SR4IR gives it; TDP without gradient; neither TDP nor CQMix; twice the share of CQMix
+    # not in the paper: a restorer for the others to start from; TDP for a recognizer that never changes; the same
+    # number of images for H as SR4IR gives it; TDP without gradient; neither TDP nor CQMix; twice the share of CQMix
     "pretrain": Method(_S, _PIXEL),
     "h_fixed": Method(_S, _TDP, features="task"),
     "l_to_t_3x": Method(_H, recognizer_inputs=("bilinear",), reads="bilinear", length=3),
