@@ -26,6 +26,8 @@ from restoreloss.frozen import frozen
 from restoreloss.objectives.base import Objective
 from restoreloss.objectives.denoising import DenoisingLoss
 from restoreloss.objectives.diffloss import DiffLoss
+from restoreloss.objectives.masked import Masked
+from restoreloss.objectives.outputs import MultiOutput, NoReference
 from restoreloss.objectives.subsampled import Subsampled
 from restoreloss.objectives.task_features import FeatureMatchingLoss, HLFLoss, TDPLoss
 from restoreloss.objectives.weighted_sum import WeightedSum
@@ -55,8 +57,11 @@ __all__ = [
     "GradientOrthogonality",
     "HLFLoss",
     "LatentPrior",
+    "Masked",
     "MixtureA",
     "MixtureB",
+    "MultiOutput",
+    "NoReference",
     "NoiseLevels",
     "NoiseSchedule",
     "Objective",

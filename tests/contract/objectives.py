@@ -30,7 +30,10 @@ from tests.helpers.networks import (
 )
 
 SHAPE = (4, 3, 8, 8)
-ELSEWHERE = "FeatureMatchingLoss"  # trains a network and not an image: its contract is in test_hlf_fm.py
+ELSEWHERE = {
+    "FeatureMatchingLoss",  # trains a network and not an image: its contract is in test_hlf_fm.py
+    "Masked", "MultiOutput", "NoReference",  # called otherwise: tests/unit/objectives/test_outputs_and_masks.py
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,80 @@
+"""Masked: any objective on a part of the image."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from restoreloss.checks import check_callable, describe
+from restoreloss.generators import Generators
+from restoreloss.images import check_pair
+from restoreloss.objectives.base import Objective, named_terms, total
+
+
+class Masked(Objective):
+    r"""Any objective on a part of the image: the hole of an inpainting, what is valid, what counts more.
+
+    .. math:: L_m(z, x) = \frac{1}{\bar m}\, L\big(m z + (1 - m)\, x,\; x\big)
+
+    where m is the mask and :math:`\bar m` its mean over the batch. Outside of the mask the objective is shown the
+    target twice, so that it sees no difference there, and has no gradient. This is right for any objective, also for
+    those that look through a network, which a weight for each pixel of its result is not. For L1 and squared error
+    with :math:`m \in \{0, 1\}` it is their mean over the masked pixels.
+
+    Args:
+        objective: anything called with (restored, target): a loss, a :class:`WeightedSum`, a function. It should be a
+            mean over pixels and samples.
+
+    Raises:
+        ValueError: At construction for what is no objective; at a call for a mask that is not (N, 1, H, W) or
+            (N, C, H, W), or has values outside [0, 1].
+
+    Example:
+        >>> mask = torch.zeros(1, 1, 16, 16)
+        >>> mask[..., 4:12, 4:12] = 1
+        >>> loss = Masked(WeightedSum({"pixel": nn.L1Loss(), "diff": DiffLoss(small_prior())}, weights={"diff": 0.1}))
+        >>> list(loss.terms(restored, clean, mask=mask))
+        ['objective/pixel', 'objective/diff/noise', 'objective/diff/h_space']
+    """
+
+    def __init__(self, objective: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        check_callable("objective", objective, "restored", "target")
+        self.objective = objective
+
+    def terms(  # type: ignore[override]
+        self, restored: Tensor, target: Tensor, *, mask: Tensor, generator: Generators = None
+    ) -> dict[str, Tensor]:
+        """The objective's terms, as "objective/term" or "objective". Arguments as in :meth:`forward`."""
+        check_pair(restored, target)
+        shape = tuple(restored.shape)
+        if not isinstance(mask, Tensor) or mask.shape not in (shape, (shape[0], 1, *shape[2:])):
+            raise ValueError(
+                f"`mask` should be of shape {(shape[0], 1, *shape[2:])} or {shape}, found {describe(mask)}."
+            )
+        if mask.device != restored.device:
+            raise ValueError(f"`mask` should be on {restored.device}, found {mask.device}.")
+        if mask.device.type == "cpu" and not (float(mask.min()) >= 0 and float(mask.max()) <= 1):
+            raise ValueError(
+                f"`mask` should have values in [0, 1], found {float(mask.min()):g} to {float(mask.max()):g}."
+            )
+        target, mask = target.detach(), mask.detach().to(restored.dtype)
+        seen = target + mask * (restored - target)
+        mean = mask.float().mean().clamp(min=1 / mask.numel())  # An empty mask has the loss 0.
+        terms = named_terms("objective", self.objective, seen, target, generator)
+        return {name: value / mean for name, value in terms.items()}
+
+    def forward(  # type: ignore[override]
+        self, restored: Tensor, target: Tensor, *, mask: Tensor, generator: Generators = None
+    ) -> Tensor:
+        """The loss.
+
+        Args:
+            restored: output of the restoration network, float (N, C, H, W).
+            target: the same shape.
+            mask: (N, 1, H, W) or (N, C, H, W) in [0, 1]: 1 where the objective looks, 0 where it does not.
+            generator: handed to an objective that takes one.
+
+        Returns:
+            A scalar; 0 for a mask of zeros.
+        """
+        return total(self.terms(restored, target, mask=mask, generator=generator))

@@ -1,0 +1,91 @@
+"""Objectives of several outputs, of the output alone, and of a part of the image, against closed forms."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from restoreloss import DiffLoss, Masked, MultiOutput, NoReference, TDPLoss, WeightedSum, audit
+from tests.contract.objectives import images, pointwise
+
+
+def test_outputs_of_several_sizes_meet_the_reduced_target():
+    target = images(torch.float64, (2, 3, 16, 24))[1].detach()
+    outputs = [torch.rand(2, 3, 16 // n, 24 // n, dtype=torch.float64, requires_grad=True) for n in (1, 2, 4)]
+    loss = MultiOutput(nn.L1Loss(), [1.0, 0.5, 0.25])
+    expected = sum(
+        w * (z - F.avg_pool2d(target, n)).abs().mean()
+        for w, z, n in zip([1, 0.5, 0.25], outputs, (1, 2, 4), strict=True)
+    )
+    torch.testing.assert_close(loss(outputs, target), expected)
+    torch.testing.assert_close(loss(outputs, [F.avg_pool2d(target, n) for n in (1, 2, 4)]), expected)
+    loss(outputs, target).backward()
+    assert all(output.grad.abs().sum() > 0 for output in outputs)
+
+
+def test_an_output_of_weight_0_is_not_looked_at_and_terms_keep_their_names():
+    restored, target = images()
+    loss = MultiOutput(DiffLoss(pointwise, h_space_weight=0), [0.0, 2.0])
+    assert list(loss.terms([restored * float("nan"), restored], target)) == ["1/noise"]
+    torch.manual_seed(0)
+    found = loss([restored * float("nan"), restored], target)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, 2 * DiffLoss(pointwise, h_space_weight=0)(restored, target))
+
+
+@pytest.mark.parametrize("objective", [nn.L1Loss(), nn.MSELoss()])
+def test_a_mask_leaves_the_mean_over_what_it_shows(objective):
+    restored, target = images(torch.float64)
+    mask = (torch.rand(len(target), 1, *target.shape[2:]) < 0.3).double()
+    chosen = mask.bool().expand_as(target)
+    found = Masked(objective)(restored, target, mask=mask)
+    torch.testing.assert_close(found, objective(restored[chosen], target[chosen]))
+    found.backward()
+    assert (restored.grad != 0).equal(chosen & (restored != target))
+
+
+def test_a_mask_of_ones_is_the_objective_and_one_of_zeros_is_0():
+    restored, target = images()
+    loss = DiffLoss(pointwise, h_space_weight=0)
+    whole = torch.ones_like(target)
+    torch.manual_seed(0)
+    found = Masked(loss)(restored, target, mask=whole)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, loss(restored, target))
+    empty = Masked(loss)(restored, target, mask=0 * whole)
+    empty.backward()
+    assert empty == 0 and not restored.grad.any()
+
+
+def test_what_a_network_sees_outside_of_the_mask_is_no_difference():
+    restored, target = images(shape=(1, 3, 32, 32))
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 2, 3, padding=1))
+    loss = Masked(TDPLoss(network, "0", normalize=None))
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., :8, :8] = 1
+    loss(restored, target, mask=mask).backward()
+    assert restored.grad[..., :8, :8].abs().min() > 0
+    assert not restored.grad[..., 8:, :].any() and not restored.grad[..., 8:].any()
+
+
+def variation(image):
+    return image.diff(dim=2).abs().mean() + image.diff(dim=3).abs().mean()
+
+
+def test_a_loss_of_the_output_alone_is_a_term_of_a_sum():
+    restored, target = images()
+    parts = {"pixel": nn.L1Loss(), "smooth": NoReference(variation), "quality": NoReference(variation, sign=-1)}
+    loss = WeightedSum(parts, weights={"smooth": 0.1})
+    terms = loss.terms(restored, target)
+    torch.testing.assert_close(terms["smooth/loss"], 0.1 * variation(restored))
+    torch.testing.assert_close(terms["quality/loss"], -variation(restored))
+    assert audit(WeightedSum({"pixel": nn.L1Loss(), "s": NoReference(variation)}, shares={"s": 0.2}), restored, target)
+
+
+def test_losses_of_piq_are_terms_of_a_sum():
+    piq = pytest.importorskip("piq")
+    restored, target = images()
+    loss = WeightedSum({"ssim": piq.SSIMLoss(), "tv": NoReference(piq.TVLoss())}, weights={"tv": 1e-3})
+    restored = restored.clamp(0, 1)
+    torch.testing.assert_close(loss.terms(restored, target)["tv/loss"], 1e-3 * piq.total_variation(restored))
