@@ -187,7 +187,14 @@ class FeatureExtractor:
             stack.enter_context(suppress(Reached))
             stack.callback(setattr, self, "_looking", self._looking)
             self._looking = True
-            network(*arguments)
+            try:
+                network(*arguments)
+            except AssertionError as error:  # Transformers of timm and torchvision raise it.
+                sizes = [tuple(part.shape[-2:]) for part in ([images] if isinstance(images, Tensor) else images)]
+                raise ValueError(
+                    f"The images should be of a size that {type(network).__name__} reads, found {sizes[0]}: {error} "
+                    "timm makes its transformers for a size (`img_size=`; `image_size` in an options file)."
+                ) from error
         self._check_ran(outputs)
         self._check_not_the_input(outputs, arguments)
         changed = {path for path in outputs if versions[path] != [_version(v) for v in outputs[path].values()]}
