@@ -1,100 +1,109 @@
-"""Losses and a model for BasicSR, under their names in its registries.
+"""Losses and a model for BasicSR and its forks, where each of them looks for its own.
 
-``python -m restoreloss.integrations.basicsr -opt train.yml [--auto_resume]`` is the ``train.py`` of BasicSR with two
-lines above its imports, to which your own ``train.py`` may be added as well::
+``python -m restoreloss.integrations.basicsr -opt train.yml [--auto_resume] [--import PACKAGE]`` is the ``train.py`` of
+BasicSR with two lines above its imports, to which your own ``train.py`` may be added as well::
 
     from restoreloss.integrations.basicsr import register
     register()
 
-docs/integrations/basicsr.md has the YAML. BasicSR is imported when ``register`` is called and not before.
+A ``train.py`` that should stay as it is has :mod:`restoreloss.integrations.launch`. docs/integrations/basicsr.md has the YAML.
+BasicSR is imported when ``register`` is called and not before.
 """
 
-import logging
+import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-import restoreloss
 from restoreloss._optional import require
-from restoreloss.distances import Distance
-from restoreloss.integrations import forks, options
-from restoreloss.integrations.calls import CallCounts
-from restoreloss.integrations.checks import build_from, check_numbers, did_you_mean
-from restoreloss.integrations.drop_in import register_all
-from restoreloss.integrations.task_networks import normalization, task_network
-from restoreloss.regularizers.per_sample import Estimator
+from restoreloss.integrations.basicsr_model import restoreloss_model
+from restoreloss.integrations.drop_in import install_all, register_all
+from restoreloss.integrations.options import OPTIONS, Criterion, registrable
 
-_log = logging.getLogger(__name__)
 _GONE = "torchvision.transforms.functional_tensor"
-_LOSSES = ("pixel_opt", "perceptual_opt")
-_OURS = ("task_opt", "importance_opt")
 
-Batch: TypeAlias = tuple[Tensor, Tensor, Sequence[str] | None]
-"""Degraded and clean images, and the paths of the clean ones."""
+
+class Pair(Criterion):
+    """A loss for a slot that takes two, ``perceptual_opt``: it returns (loss, None)."""
+
+    def forward(self, restored: Tensor, target: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """The weighted loss, from two float (N, C, H, W), and no style loss."""
+        return super().forward(restored, target), None
+
+
+def losses(own: Any) -> list[type[Criterion]]:
+    """Our losses, each for a slot of one and, with "Perceptual" before its name, for a slot of two.
+
+    Args:
+        own: the registry or the module with the framework's own losses, which a ``WeightedSum`` may name.
+    """
+    kinds = [registrable(kind, own=own) for kind in OPTIONS]
+    return kinds + [registrable(kind, own=own, base=Pair, prefix="Perceptual") for kind in OPTIONS]
+
+
+def register(where: Any = None) -> None:
+    """Add our losses where BasicSR or a fork of it looks for its own (idempotent).
+
+    ``DiffLoss``, ``TDPLoss``, ``HLFLoss`` and ``WeightedSum`` are for ``pixel_opt``, which takes one loss; the same
+    with "Perceptual" before their names are for ``perceptual_opt``, which takes two.
+
+    Args:
+        where: a registry, with ``register``, ``get`` and ``name in registry``; or the module whose attributes the
+            losses are, as ``basicsr.models.losses`` of Restormer and NAFNet. Default: of the ``basicsr`` that Python
+            finds, whatever its version, which of both it has; a registry of models is given ``RestorelossModel``.
+
+    Raises:
+        ImportError: If there is no ``basicsr``.
+        ValueError: If it has neither, or one of the names is taken.
+    """
+    if isinstance(where, ModuleType):
+        install_all(where, losses(where))
+        return
+    if where is not None:
+        register_all(where, losses(where))
+        return
+    found = import_basicsr()
+    if _exists("basicsr.utils.registry"):
+        registries = import_module("basicsr.utils.registry")
+        register_all(registries.LOSS_REGISTRY, losses(registries.LOSS_REGISTRY))
+        if _exists("basicsr.models.sr_model"):
+            register_all(registries.MODEL_REGISTRY, [restoreloss_model()])
+    elif _exists("basicsr.models.losses"):
+        register(import_module("basicsr.models.losses"))
+    else:
+        raise ValueError(
+            "`basicsr` should have a registry of losses (basicsr.utils.registry) or a module of them "
+            f"(basicsr.models.losses), found neither in {list(getattr(found, '__path__', []))}: give `register` the "
+            "one that it builds losses from."
+        )
 
 
 def import_basicsr() -> ModuleType:
-    """Import BasicSR 1.4 next to a torchvision of today.
+    """Import BasicSR, or the fork of its name, next to a torchvision of today.
 
     It imports ``rgb_to_grayscale`` from a module that torchvision has removed. Where that is missing, a module of its
     name with this one function is put in its place.
 
     Raises:
-        ImportError: If BasicSR is not installed, or what is found is another version or a fork of it.
+        ImportError: If there is none.
     """
     if _GONE not in sys.modules and find_spec(_GONE) is None:
         module: Any = ModuleType(_GONE, "rgb_to_grayscale where BasicSR looks for it.")
         module.rgb_to_grayscale = import_module("torchvision.transforms.functional").rgb_to_grayscale
         sys.modules[_GONE] = module
     found: ModuleType = require(
-        "basicsr", purpose="restoreloss.integrations.basicsr", install="--no-build-isolation basicsr==1.4.2"
+        "basicsr",
+        purpose="restoreloss.integrations.basicsr (run a fork in the folder that holds its `basicsr/`)",
+        install="--no-build-isolation basicsr, of the version that your code asks for",
     )
-    version = getattr(found, "__version__", None)
-    if version is None:
-        raise ImportError(
-            f"`basicsr` should be BasicSR 1.4, found one without a version, {list(getattr(found, '__path__', []))}: "
-            "for Restormer, NAFNet and forks like them there is restoreloss.integrations.forks."
-        )
-    if not version.startswith("1.4."):
-        raise ImportError(
-            f"`basicsr` should be BasicSR 1.4, found {version}: pip install --no-build-isolation basicsr==1.4.2"
-        )
     return found
-
-
-def register() -> None:
-    """Add our losses and ``RestorelossModel`` to the registries of BasicSR (idempotent).
-
-    ``DiffLoss``, ``TDPLoss`` and ``WeightedSum`` are for ``pixel_opt``, which takes one loss; the same with
-    "Perceptual" before their names are for ``perceptual_opt``, which takes two.
-
-    Raises:
-        ImportError: As :func:`import_basicsr`.
-        ValueError: If one of the names is taken.
-    """
-    import_basicsr()
-    registries = import_module("basicsr.utils.registry")
-    register_all(registries.LOSS_REGISTRY, forks.LOSSES)
-    register_all(registries.MODEL_REGISTRY, [_model()])
-
-
-def main() -> None:
-    """``train.py`` of BasicSR: its options, experiments below the working directory; resumes on a CPU as well."""
-    register()
-    train: Any = import_module("basicsr.train")
-    train.load_resume_state = load_resume_state  # That of BasicSR needs a CUDA device.
-    train.train_pipeline(str(Path.cwd()))
 
 
 def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
@@ -118,331 +127,45 @@ def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     return state
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskOptions:
-    """``train: task_opt``: what restorer and task network ``network_t`` learn from each other.
+def prepare(packages: Sequence[str] = ()) -> None:
+    """What both launchers do first: register ours, import own architectures, and let a run be resumed on a CPU.
 
-    Attributes:
-        labels: a text file with a line "name label" for each clean image, the name as below ``dataroot_gt``.
-        tdp_weight: of the TDP loss of the restorer, 0 for none.
-        layers: of the task network; the default is that of :class:`restoreloss.TDPLoss`.
-        distance: of the features.
-        layer_weights: by the layers' names.
-        grid: (rows, columns) of the cells of CQMix.
-        p: probability that a cell shows the restored image.
+    Args:
+        packages: modules to import, which register what they have.
     """
-
-    labels: str
-    tdp_weight: float = 1.0
-    layers: Sequence[str] | None = None
-    distance: Distance = "l1"
-    layer_weights: Mapping[str, float] | None = None
-    grid: Sequence[int] = (4, 4)
-    p: float = 0.5
+    register()
+    if _exists("basicsr.utils.registry") and _exists("basicsr.train"):
+        train: Any = import_module("basicsr.train")
+        train.load_resume_state = load_resume_state  # That of BasicSR needs a CUDA device.
+    for package in packages:
+        import_module(package)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImportanceOptions:
-    """``train: importance_opt``: what keeps the restorer near an earlier training.
-
-    Attributes:
-        path: of what ``torch.save(importance.state_dict(), path)`` wrote; in a resumed run the training state has it.
-        estimator: with which it was measured.
-        strength: of the penalty.
-        normalize: "sum" or "mean" over the parameters.
-        layer_weights: by the names of modules or parameters.
-    """
-
-    path: str
-    estimator: Estimator = "taylor2"
-    strength: float = 0.2
-    normalize: Literal["sum", "mean"] = "sum"
-    layer_weights: Mapping[str, float] | None = None
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``train.py`` of BasicSR: its options, experiments below the working directory; resumes on a CPU as well."""
+    parser = argparse.ArgumentParser(prog="python -m restoreloss.integrations.basicsr", add_help=False)
+    add_import(parser)
+    given, rest = parser.parse_known_args(arguments)
+    prepare(given.packages)
+    sys.argv[1:] = rest
+    train: Any = import_module("basicsr.train")
+    train.train_pipeline(str(Path.cwd()))
 
 
-class WithRestoreloss:
-    """What ``RestorelossModel`` adds to an ``SRModel``. Put it before a model of your own that trains as SRModel does.
-
-    - Each term of our losses has a line in the log: ``l_pix/diff/noise``, ``l_percep/layer4``.
-    - ``network_t`` with ``train: task_opt`` and ``train: optim_t``: a task network that learns, in a phase of its own
-      after the restorer's, from restored, clean and mixed images, and that the restorer is asked to serve (TDP loss).
-      It is saved as ``net_t_ITERATION.pth``.
-    - ``train: importance_opt``: :class:`restoreloss.ParameterImportance`.
-    - Training states hold also what our losses count and the importances. What an iteration draws follows from
-      ``manual_seed`` and its number, so that a resumed run draws what it would have drawn.
-
-    Raises:
-        ValueError: For an option that is unknown, missing or of no use, naming it.
-    """
-
-    opt: dict[str, Any]
-    device: torch.device
-    net_g: nn.Module
-    optimizer_g: Optimizer
-    optimizers: list[Optimizer]
-    schedulers: list[Any]
-    cri_pix: nn.Module | None
-    cri_perceptual: nn.Module | None
-    ema_decay: float
-    lq: Tensor
-    gt: Tensor
-    output: Tensor
-    log_dict: Mapping[str, float]
-
-    known_options: Sequence[str] = (*_LOSSES, *_OURS)
-    """The ``*_opt`` of ``train``; a model of your own adds its own to them."""
-    net_t: nn.Module | None = None
-    importance: restoreloss.ParameterImportance | None = None
-    gt_path: Sequence[str] | None = None
-
-    def init_training_settings(self) -> None:
-        """Networks, losses, optimizers and schedulers."""
-        this: Any = super()
-        train = self.opt["train"]
-        _check_options(self.opt, self.known_options)
-        if self.opt.get("network_t"):
-            self._build_task_network()
-        this.init_training_settings()
-        for key, loss in (("pixel_opt", self.cri_pix), ("perceptual_opt", self.cri_perceptual)):
-            _check_slot(key, loss)
-        if train.get("importance_opt"):
-            self._build_importance()
-        phases = [restoreloss.Phase("restorer", [self.net_g], self._restore, self.optimizer_g)]
-        if self.net_t is not None:
-            phases.append(restoreloss.Phase("task", [self.net_t], self._recognize, self.optimizer_t))
-        self.alternation = restoreloss.Alternation(phases, on_non_finite="ignore")
-
-    def setup_optimizers(self) -> None:
-        """Also that of the task network; the schedulers of BasicSR are for all."""
-        this: Any = super()
-        this.setup_optimizers()
-        if self.net_t is None:
-            return
-        given = dict(self.opt["train"]["optim_t"])
-        kind = getattr(torch.optim, str(given.pop("type", None)), None)
-        if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
-            found = self.opt["train"]["optim_t"].get("type")
-            raise ValueError(f"`type` of `optim_t` should be an optimizer of torch.optim, found {found!r}.")
-        learning = [parameter for parameter in self.net_t.parameters() if parameter.requires_grad]
-        self.optimizer_t: Optimizer = _call(partial(kind, learning), "optim_t", given)
-        self.optimizers.append(self.optimizer_t)
-
-    def feed_data(self, data: Mapping[str, Any]) -> None:
-        """The batch, and where its clean images come from."""
-        this: Any = super()
-        this.feed_data(data)
-        self.gt_path = data.get("gt_path")
-
-    def optimize_parameters(self, current_iter: int) -> None:
-        """One iteration: the restorer's phase, then that of the task network."""
-        this: Any = self
-        with self._draws(current_iter):
-            logs: dict[str, Tensor] = {}
-            if self.importance is not None:
-                with torch.no_grad():
-                    logs["l_importance"] = self.importance()
-            found = self.alternation.step((self.lq, self.gt, self.gt_path))
-        self.output = self.output.detach()
-        for key, value in found.items():
-            name = key.partition("/")[2]  # The name without that of the phase.
-            whole = name.partition("/")[0]
-            if name != whole:
-                logs[whole] = logs.get(whole, 0) + value
-            logs[name] = value
-        self.log_dict = this.reduce_loss_dict(logs)
-        if self.ema_decay > 0:
-            this.model_ema(decay=self.ema_decay)
-
-    def save(self, epoch: int, current_iter: int) -> None:
-        """The networks, and last the training state that stands for all."""
-        this: Any = super()
-        if self.net_t is not None:
-            this.save_network(self.net_t, "net_t", current_iter)
-        this.save(epoch, current_iter)
-
-    def save_training_state(self, epoch: int, current_iter: int) -> None:
-        """What BasicSR saves, and under "restoreloss" what our losses count and the importances; all or nothing."""
-        if current_iter == -1 or self.opt["rank"] != 0:
-            return
-        state = {
-            "epoch": epoch,
-            "iter": current_iter,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
-            "restoreloss": {
-                "calls": self._calls().state_dict(),
-                "importance": None if self.importance is None else self.importance.state_dict(),
-            },
-        }
-        path = Path(self.opt["path"]["training_states"]) / f"{current_iter}.state"
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(path)
-
-    def resume_training(self, resume_state: Mapping[str, Any]) -> None:
-        """What :meth:`save_training_state` saved, or a plain SRModel, whose losses then begin to count."""
-        this: Any = super()
-        if len(resume_state["optimizers"]) != len(self.optimizers):
-            raise ValueError(
-                f"The training state should have {len(self.optimizers)} optimizers, found "
-                f"{len(resume_state['optimizers'])}: was it saved with another choice of `network_t`? Begin from its "
-                "weights with `pretrain_network_g`."
-            )
-        this.resume_training(resume_state)
-        state = resume_state.get("restoreloss")
-        if state is None:
-            _log.warning("The training state is of another model: what our losses count begins at 0.")
-            return
-        self._calls().load_state_dict(state["calls"])
-        if self.importance is not None and state["importance"] is not None:
-            self.importance.load_state_dict(state["importance"])
-
-    def _build_task_network(self) -> None:
-        this: Any = self
-        given = self.opt["network_t"]
-        self.task: TaskOptions = _call(TaskOptions, "task_opt", self.opt["train"]["task_opt"])
-        self.labels = read_labels(self.task.labels)
-        network = _call(task_network, "network_t", given)
-        self.net_t = this.model_to_device(network.train())
-        load_path = self.opt["path"].get("pretrain_network_t")  # BasicSR sets it in a resumed run.
-        if load_path is not None:
-            this.load_network(self.net_t, load_path, self.opt["path"].get("strict_load_t", True))
-        self.mix = restoreloss.CQMix(self.task.grid, p=self.task.p)
-        self.normalize = normalization(given["name"])
-        self.tdp = restoreloss.TDPLoss(
-            this.get_bare_model(self.net_t), self.task.layers, normalize=self.normalize, distance=self.task.distance,
-            layer_weights=self.task.layer_weights,
-        )  # fmt: skip
-
-    def _build_importance(self) -> None:
-        given: ImportanceOptions = _call(ImportanceOptions, "importance_opt", self.opt["train"]["importance_opt"])
-        self.importance = restoreloss.ParameterImportance(
-            self.net_g, estimator=given.estimator, strength=given.strength, layer_weights=given.layer_weights,
-            normalize=given.normalize,
-        )  # fmt: skip
-        path = Path(given.path).expanduser()
-        if path.is_file():
-            self.importance.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-            with torch.no_grad():
-                self.importance()  # It raises if it was measured on another network.
-        elif not self.opt["path"].get("resume_state"):
-            raise ValueError(f"`path` of `importance_opt` should be a file, found none at {given.path}.")
-        self.importance.attach(self.optimizer_g)
-
-    def _restore(self, batch: Batch) -> dict[str, Tensor]:
-        lq, gt, _ = batch
-        self.output = self.net_g(lq)
-        terms: dict[str, Tensor] = {}
-        for label, loss in (("l_pix", self.cri_pix), ("l_percep", self.cri_perceptual)):
-            if isinstance(loss, options.Criterion):
-                terms |= {f"{label}/{name}": value for name, value in loss.terms(self.output, gt).items()}
-            elif loss is not None:
-                found = loss(self.output, gt)
-                pair = zip(("l_percep", "l_style"), found, strict=True) if label == "l_percep" else [(label, found)]
-                terms |= {name: value for name, value in pair if value is not None}
-        if self.net_t is not None and self.task.tdp_weight != 0:
-            seen = self.tdp.terms(self.output, gt)
-            terms |= {f"l_tdp/{name}": self.task.tdp_weight * value for name, value in seen.items()}
-        return terms
-
-    def _recognize(self, batch: Batch) -> dict[str, Tensor]:
-        lq, gt, paths = batch
-        assert self.net_t is not None
-        labels, restored = self._labels(paths), self.net_g(lq)
-        images = torch.cat([restored, gt, self.mix(restored, gt)])
-        if self.normalize is not None:
-            mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in self.normalize)
-            images = (images - mean) / std
-        logits = self.net_t(images)
-        logits = getattr(logits, "logits", logits)
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] <= int(labels.max()):
-            found = f"of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(
-                f"`network_t` should give a number for each class, (N, {int(labels.max()) + 1} or more), found {found}."
-            )
-        return {"l_task": nn.functional.cross_entropy(logits, labels.to(logits.device).repeat(3))}
-
-    def _labels(self, paths: Sequence[str] | None) -> Tensor:
-        if paths is None:
-            raise ValueError("`task_opt` needs a data set that gives `gt_path`, as PairedImageDataset does.")
-        root = str(self.opt["datasets"]["train"].get("dataroot_gt"))
-        names = [path.removeprefix(root).lstrip("/\\") for path in paths]
-        if unknown := [name for name in names if name not in self.labels]:
-            raise ValueError(f"`labels` should have a line for each clean image, found none for {unknown[0]!r}.")
-        return torch.tensor([self.labels[name] for name in names])
-
-    def _calls(self) -> CallCounts:
-        losses = {"pixel": self.cri_pix, "perceptual": self.cri_perceptual}
-        return CallCounts(nn.ModuleDict({name: loss for name, loss in losses.items() if loss is not None}))
-
-    @contextmanager
-    def _draws(self, current_iter: int) -> Iterator[None]:
-        """Noise, timesteps and masks by seed, rank and iteration, and the generators of torch left as they were."""
-        devices = [torch.cuda.current_device()] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(1_000_003 * (self.opt["manual_seed"] + self.opt["rank"]) + current_iter)
-            yield
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """The option ``--import``."""
+    parser.allow_abbrev = False
+    parser.add_argument(
+        "--import", dest="packages", action="append", default=[], metavar="PACKAGE",
+        help="a module of your own to import first, whose networks, data sets or models register themselves",
+    )  # fmt: skip
 
 
-def read_labels(path: str | Path) -> dict[str, int]:
-    """Labels by the names of images, from lines "name label".
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: For a line of another form, a name given twice, and no line at all.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"`labels` should be a text file, found none at {path}.")
-    labels: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        parts = line.rsplit(maxsplit=1)
-        if not parts:
-            continue
-        name, label = parts[0].strip(), parts[-1]
-        if len(parts) < 2 or not label.isdecimal() or name in labels:
-            raise ValueError(
-                f"`labels` should have lines of a name, once, and an integer from 0, found {line!r} in line {number} "
-                f"of {path}."
-            )
-        labels[name] = int(label)
-    if not labels:
-        raise ValueError(f"`labels` should have at least one line, found none in {path}.")
-    return labels
-
-
-@cache
-def _model() -> type:
-    """``RestorelossModel``, one class however often it is asked for."""
-    base: Any = import_module("basicsr.models.sr_model").SRModel
-    return type("RestorelossModel", (WithRestoreloss, base), {"__doc__": WithRestoreloss.__doc__})
-
-
-def _check_options(opt: Mapping[str, Any], known: Sequence[str]) -> None:
-    """BasicSR ignores what it does not know."""
-    train = opt["train"]
-    for key in train:
-        if key.endswith("_opt") and key not in known:
-            raise ValueError(f"`train` has no option {key!r}; {did_you_mean(key, known)}")
-    together = {"network_t": opt.get("network_t"), **{key: train.get(key) for key in ("task_opt", "optim_t")}}
-    missing = [key for key, value in together.items() if not value]
-    if 0 < len(missing) < len(together):
-        raise ValueError(f"{', '.join(f'`{key}`' for key in together)} should be given together, found no {missing}.")
-
-
-def _check_slot(key: str, loss: nn.Module | None) -> None:
-    name = type(loss).__name__
-    if isinstance(loss, options.Criterion) and name.startswith("Perceptual") != (key == "perceptual_opt"):
-        other = name.removeprefix("Perceptual") if name.startswith("Perceptual") else f"Perceptual{name}"
-        raise ValueError(f"`type` of `{key}` should be {other!r}, found {name!r}.")
-
-
-def _call(function: Callable[..., Any], where: str, given: Any) -> Any:
-    """What a function makes of its options, none of which is a number by name."""
-    for option, value in given.items() if isinstance(given, Mapping) else ():
-        if option not in ("layers", "weights"):
-            check_numbers(f"{option}` of `{where}", value)
-    return build_from(function, where, given)
+def _exists(name: str) -> bool:
+    try:
+        return name in sys.modules or find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 if __name__ == "__main__":

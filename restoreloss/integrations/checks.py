@@ -2,31 +2,34 @@
 
 import difflib
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin
-
-from restoreloss.checks import describe
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 Result = TypeVar("Result")
 
 
-def build_from(function: Callable[..., Result], where: str, given: Any) -> Result:
-    """Call a function or class with options by name.
-
-    Raises:
-        ValueError: For options that are no mapping, unknown or missing, naming similar ones.
-    """
+def check_options(where: str, given: Any, known: Mapping[str, inspect.Parameter]) -> None:
+    """Raise ``ValueError`` for options that are no mapping, unknown or missing, naming similar ones."""
     if not isinstance(given, Mapping):
         raise ValueError(f"`{where}` should be a mapping of options, found {given!r}.")
-    known = inspect.signature(function).parameters
     for option in given:
         if option not in known:
             raise ValueError(f"`{where}` has no option {option!r}; {did_you_mean(option, list(known))}")
     missing = [name for name, one in known.items() if one.default is inspect.Parameter.empty and name not in given]
     if missing:
         raise ValueError(f"`{where}` should be given {missing}, found {list(given)}.")
+
+
+def build_from(function: Callable[..., Result], where: str, given: Any) -> Result:
+    """Call a function or class with options by name; numbers that are text are told from the others.
+
+    Raises:
+        ValueError: As :func:`check_options`.
+    """
+    known = inspect.signature(function).parameters
+    if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values()):
+        check_options(where, given, known)
     return function(**given)
 
 
@@ -42,34 +45,19 @@ def check_numbers(name: str, value: Any) -> None:
 
 
 def check_kind(name: str, value: Any, kind: Any) -> None:
-    """Raise ``ValueError`` unless a plain value is of the kind that its option is annotated with.
+    """Raise ``ValueError`` for text where numbers belong, and what is no text or no truth value where those do.
 
     Args:
         name: of the option.
-        value: text passes for a list, and everything passes for choices: who takes these says more.
-        kind: str, bool, int, float, a sequence or mapping of them, or a union of one or both numbers and None.
+        value: everything else is left to the class that takes it, which says more.
+        kind: what the argument is annotated with.
     """
-    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    if value is None and type(None) in kinds:
-        return
-    if float in kinds or int in kinds:
+    kinds = get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is Union else (kind,)
+    if str not in kinds:
         check_numbers(name, value)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or (float not in kinds and not isinstance(value, int)):
-            wanted = "finite" if float in kinds else "whole"
-            raise ValueError(f"`{name}` should be a {wanted} number, found {value!r}.")
-    elif bool in kinds and not isinstance(value, bool):
-        raise ValueError(f"`{name}` should be true or false, found {value!r}.")
-    elif str in kinds and not isinstance(value, str):
-        raise ValueError(f"`{name}` should be text, found {value!r}.")
-    for origin, plural in ((Mapping, "a mapping"), (Sequence, "a list")):
-        for one in kinds:
-            if get_origin(one) is origin:
-                if not isinstance(value, origin):
-                    raise ValueError(f"`{name}` should be {plural}, found {describe(value)}.")
-                parts = value.values() if isinstance(value, Mapping) else () if isinstance(value, str) else value
-                for part in parts:
-                    check_kind(name, part, get_args(one)[-1])
+    for plain, wanted in ((bool, "true or false"), (str, "text")):
+        if set(kinds) <= {plain, type(None)} and not isinstance(value, kinds):
+            raise ValueError(f"`{name}` should be {wanted}, found {value!r}.")
 
 
 def did_you_mean(option: Any, known: Sequence[str]) -> str:

@@ -4,9 +4,10 @@ traiNNer-redux and neosr work like this: a registry, and every ``*_loss.py`` of 
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from restoreloss.checks import describe
@@ -80,21 +81,53 @@ class Framework:
         parser.exit(message=f"{path}\n")
 
 
-def register_all(registry: Any, losses: Iterable[type]) -> None:
-    """Register classes under their own names, all or none; those that are there already stay.
+def register_all(registry: Any, classes: Sequence[type]) -> None:
+    """Register classes under their own names, all or none; those of ours that are there already stay.
 
     Args:
         registry: with ``register(cls)``, ``get(name)`` and ``name in registry``.
-        losses: the classes.
+        classes: what to register.
 
     Raises:
         ValueError: If a name is taken by something else.
     """
-    if isinstance(registry, type) or not hasattr(registry, "register") or not hasattr(registry, "get"):
-        raise ValueError(f"`registry` should be the framework's LOSS_REGISTRY, found {describe(registry)}.")
-    missing = [loss for loss in losses if loss.__name__ not in registry]
-    for loss in losses:
-        if loss not in missing and registry.get(loss.__name__) is not loss:
-            raise ValueError(f"The name {loss.__name__!r} should be free, found {registry.get(loss.__name__)!r}.")
-    for loss in missing:
-        registry.register(loss)
+    methods = ("register", "get", "__contains__")
+    if isinstance(registry, type) or not all(callable(getattr(registry, name, None)) for name in methods):
+        raise ValueError(
+            "`registry` should be the framework's registry, with `register`, `get` and `in`, found "
+            f"{describe(registry)}."
+        )
+    found = {one.__name__: registry.get(one.__name__) for one in classes if one.__name__ in registry}
+    _check_free(found, classes, "")
+    for one in classes:
+        if one.__name__ not in found:
+            registry.register(one)
+
+
+def install_all(module: ModuleType, classes: Sequence[type]) -> None:
+    """Make classes attributes of a module, all or none; those of ours that are there already stay.
+
+    Args:
+        module: in which a framework looks for its losses by ``getattr``.
+        classes: what to add.
+
+    Raises:
+        ValueError: If this is no module of losses, or one of the names is taken by something else.
+    """
+    if not isinstance(module, ModuleType) or not hasattr(module, "L1Loss") or hasattr(module, "build_loss"):
+        raise ValueError(
+            "`where` should be the module with the framework's losses (with `L1Loss` and without a registry), found "
+            f"{module!r}."
+        )
+    found = {one.__name__: getattr(module, one.__name__) for one in classes if hasattr(module, one.__name__)}
+    _check_free(found, classes, f" in {module.__name__}")
+    for one in classes:
+        if one.__name__ not in found:
+            setattr(module, one.__name__, one)
+
+
+def _check_free(found: Mapping[str, Any], classes: Sequence[type], where: str) -> None:
+    ours = {one.__name__: one.__module__ for one in classes}
+    for name, one in found.items():
+        if getattr(one, "__module__", None) != ours[name]:
+            raise ValueError(f"The name {name!r} should be free{where}, found {one!r}.")

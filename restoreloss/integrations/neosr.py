@@ -6,19 +6,19 @@ docs/integrations/trainner-neosr.md has the TOML. neosr itself is not imported: 
 
 from typing import Any
 
-from restoreloss.integrations import options
 from restoreloss.integrations.drop_in import Framework, register_all
+from restoreloss.integrations.options import OPTIONS, registrable
 
 FRAMEWORK = Framework("neosr", "neosr", "neosr")
 
 
 def register(registry: Any) -> None:
-    """Add ``DiffLoss``, ``TDPLoss`` and ``WeightedSum`` to ``neosr.utils.registry.LOSS_REGISTRY``.
+    """Add ``DiffLoss``, ``TDPLoss``, ``HLFLoss`` and ``WeightedSum`` to ``neosr.utils.registry.LOSS_REGISTRY``.
 
     Raises:
         ValueError: If one of the names is taken.
     """
-    register_all(registry, options.TYPES.values())
+    register_all(registry, [registrable(kind, own=registry) for kind in OPTIONS])
 
 
 if __name__ == "__main__":

@@ -7,54 +7,47 @@
     timesteps: [100, 600]
     loss_weight: 0.1
 
-Frameworks that build their losses from YAML or TOML register these classes, each in its own way.
+The options are the arguments of the classes themselves, with their defaults; a network is given by its name. Frameworks
+that build their losses from YAML or TOML register the classes of :func:`registrable`, each in its own way.
 """
 
-from abc import abstractmethod
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from functools import partial
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import restoreloss
-from restoreloss.checks import check_integer, named
-from restoreloss.diffusion.checkpoints import load_prior
+from restoreloss.checks import check_number, describe, named
+from restoreloss.diffusion.checkpoints import FILES, load_prior, null_text
 from restoreloss.diffusion.prior import small_prior
-from restoreloss.distances import Distance
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.generators import Generators
-from restoreloss.integrations.checks import build_from, check_kind
+from restoreloss.integrations.checks import build_from, check_kind, check_options, did_you_mean
 from restoreloss.integrations.task_networks import normalization, task_network
 from restoreloss.objectives.base import Objective, named_terms, total
-from restoreloss.objectives.diffloss import Compare
-from restoreloss.objectives.sizes import SizePolicy
+from restoreloss.weights import read_weights
 
-Number = TypeVar("Number", int, float)
+PIXELS = ("L1Loss", "MSELoss", "SmoothL1Loss", "HuberLoss")
+"""Losses of torch.nn that need no package before their names."""
 
 
-@dataclass(kw_only=True, eq=False, repr=False)
 class Criterion(Objective):
-    """An objective that is built from plain values, times its weight.
+    """An objective that was built from plain values, times its weight.
 
-    Attributes:
-        loss_weight: multiplies the objective.
+    Args:
+        objective: anything called with (restored, target).
+        loss_weight: multiplies it.
     """
 
-    loss_weight: float = 1.0
-
-    def __post_init__(self) -> None:
+    def __init__(self, objective: Callable[[Tensor, Tensor], Tensor], loss_weight: float = 1.0) -> None:
         super().__init__()
-        for option in fields(self):
-            if option.name not in ("objectives", "shares"):  # Its parts are checked when they are built.
-                check_kind(option.name, getattr(self, option.name), option.type)
-        self.objective = self.build()
-
-    @abstractmethod
-    def build(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The objective that these values describe, with the weight 1."""
+        self.objective, self.loss_weight = objective, check_number("loss_weight", loss_weight)
 
     def terms(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> dict[str, Tensor]:
         """The weighted terms of the objective, from two float (N, C, H, W); ``generator`` for one that draws."""
@@ -66,218 +59,290 @@ class Criterion(Objective):
         return total(self.terms(restored, target, generator=generator))
 
 
-@dataclass(kw_only=True, eq=False, repr=False)
-class DiffLoss(Criterion):
-    """:class:`restoreloss.DiffLoss`, whose options these are, with the prior by name.
-
-    Attributes:
-        prior: "small" for the one that ships, or what :func:`restoreloss.load_prior` reads.
-        dtype: to convert the prior to, "bfloat16" or "float16".
-
-    Example:
-        >>> loss = criterion({"type": "DiffLoss", "timesteps": [100, 600], "loss_weight": 0.1})
-        >>> loss(restored, clean) > 0
-        tensor(True)
-    """
-
-    prior: str = "small"
-    revision: str | None = None
-    local_files_only: bool = False
-    head_channels: int | None = None
-    grouped_heads: bool | None = None
-    noise_weight: float = 1.0
-    h_space_weight: float = 0.01
-    timesteps: Sequence[int] | None = None
-    distance: Distance = "mse"
-    size: SizePolicy = "pad"
-    compare: Compare = "noise"
-    snr_power: float = 0.0
-    crop: int | float | None = None
-    subset: int | float | None = None
-    every: int = 1
-    dtype: str | None = None
-    jacobian: bool = True
-    checkpointing: bool = False
-    input_range: Sequence[float] = (0.0, 1.0)
-
-    def build(self) -> Objective:
-        """The loss."""
-        prior: Any
-        if self.head_channels is not None:
-            check_integer("head_channels", self.head_channels)
-        if self.prior == "small":
-            for name in ("revision", "head_channels", "grouped_heads"):
-                if (value := getattr(self, name)) is not None:
-                    raise ValueError(f"`{name}` should be left out for the prior 'small', found {value!r}.")
-            prior = small_prior()
-        else:
-            with named("source", "prior"):
-                prior = load_prior(
-                    self.prior, revision=self.revision, local_files_only=self.local_files_only,
-                    head_channels=self.head_channels, grouped_heads=self.grouped_heads,
-                )  # fmt: skip
-        dtype = None if self.dtype is None else getattr(torch, self.dtype.removeprefix("torch."), None)
-        if self.dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"`dtype` should be a floating-point dtype of torch, as 'bfloat16', found {self.dtype!r}.")
-        if dtype is not None:
-            prior.to(dtype)
-        loss = restoreloss.DiffLoss(
-            prior, noise_weight=self.noise_weight, h_space_weight=self.h_space_weight,
-            timesteps=None if self.timesteps is None else _pair("timesteps", self.timesteps),
-            distance=self.distance, input_range=_pair("input_range", self.input_range), size=self.size,
-            compare=self.compare, snr_power=self.snr_power, crop=self.crop,
-            jacobian=self.jacobian, checkpointing=self.checkpointing,
-        )  # fmt: skip
-        if self.every == 1 and self.subset is None:
-            return loss
-        return restoreloss.Subsampled(loss, every=self.every, subset=self.subset)
-
-
-@dataclass(kw_only=True, eq=False, repr=False)
-class TDPLoss(Criterion):
-    """:class:`restoreloss.TDPLoss`, whose options these are, with the task network by name and at rest.
-
-    Attributes:
-        task: "library/name", as :func:`~restoreloss.integrations.task_networks.task_network` takes it.
-        weights: "pretrained", a file, or "random".
-        num_classes: where the head is not that of the pretrained network.
-        image_size: for timm's transformers that read one size.
-        normalize: (mean, std); the default is what the network wants.
-
-    Example:
-        >>> loss = criterion({"type": "TDPLoss", "task": "torchvision/resnet18", "weights": "random"})
-        >>> loss(torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)) > 0
-        tensor(True)
-    """
-
-    task: str
-    weights: str
-    num_classes: int | None = None
-    image_size: int | None = None
-    layers: Sequence[str] | None = None
-    normalize: Sequence[Sequence[float]] | None = None
-    distance: Distance = "l1"
-    layer_weights: Mapping[str, float] | None = None
-    input_range: Sequence[float] = (0.0, 1.0)
-
-    def build(self) -> Objective:
-        """The loss."""
-        for name, size in (("num_classes", self.num_classes), ("image_size", self.image_size)):
-            if size is not None:
-                check_integer(name, size)
-        with named("name", "task"):
-            network = task_network(
-                self.task, weights=self.weights, num_classes=self.num_classes, image_size=self.image_size
-            )
-            normalize = normalization(self.task) if self.normalize is None else self.normalize
-        self.network = FrozenNetwork(network)  # The loss only borrows it; this one follows `.to()`.
-        return restoreloss.TDPLoss(
-            network, self.layers, normalize=normalize, distance=self.distance, layer_weights=self.layer_weights,
-            input_range=_pair("input_range", self.input_range),
-        )  # fmt: skip
-
-    def terms(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> dict[str, Tensor]:
-        """The weighted terms.
-
-        Raises:
-            ValueError: Also for images of a size that a transformer does not read.
-        """
-        try:
-            return super().terms(restored, target, generator=generator)
-        except AssertionError as error:  # timm and torchvision raise it.
-            size = "x".join(map(str, restored.shape[2:]))
-            raise ValueError(
-                f"`task` should read images of {size}, found that {self.task} does not: {error} Of timm's, "
-                "`image_size` makes one for a size."
-            ) from error
-
-
-@dataclass(kw_only=True, eq=False, repr=False)
-class WeightedSum(Criterion):
-    """:class:`restoreloss.WeightedSum` of objectives that are options themselves, for frameworks with one slot.
-
-    Attributes:
-        objectives: by name, each a mapping with a ``type``: one of these classes, or a loss of torch.nn ("L1Loss").
-            Their ``loss_weight`` weighs them.
-        shares: of the gradient, by name, of those whose ``loss_weight`` is left out.
-
-    Example:
-        >>> parts = {"pixel": {"type": "L1Loss"}, "diff": {"type": "DiffLoss", "loss_weight": 0.1}}
-        >>> loss = criterion({"type": "WeightedSum", "objectives": parts})
-        >>> sorted(loss.terms(restored, clean))
-        ['diff/h_space', 'diff/noise', 'pixel/loss']
-    """
-
-    objectives: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    shares: Mapping[str, float] | None = None
-
-    def build(self) -> Objective:
-        """The sum."""
-        if not isinstance(self.objectives, Mapping) or not self.objectives:
-            raise ValueError(f"`objectives` should be a mapping of names to options, found {self.objectives!r}.")
-        parts = {name: criterion(options) for name, options in self.objectives.items()}
-        if all(part.loss_weight == 0 for part in parts.values()):
-            raise ValueError("`objectives` should leave at least one a `loss_weight` other than 0, found all 0.")
-        if self.shares is not None and not isinstance(self.shares, Mapping):
-            raise ValueError(f"`shares` should be a mapping by name, found {self.shares!r}.")
-        if twice := [name for name in self.shares or () if name in parts and parts[name].loss_weight != 1]:
-            raise ValueError(f"`loss_weight` should be left out of what has a share, found one for {twice}.")
-        # An objective of weight 0 is not computed.
-        without = {name: 0.0 for name, part in parts.items() if part.loss_weight == 0}
-        return restoreloss.WeightedSum(parts, without, shares=self.shares)
-
-
-TYPES: Mapping[str, type[Criterion]] = {cls.__name__: cls for cls in (DiffLoss, TDPLoss, WeightedSum)}
-_PIXELS = ("L1Loss", "MSELoss", "SmoothL1Loss", "HuberLoss")
-
-
-def criterion(options: Mapping[str, Any]) -> Criterion:
+def criterion(options: Mapping[str, Any], *, own: Any = None) -> Criterion:
     """The objective that options describe.
 
     Args:
-        options: "type" and the options of that type: a class of this file, or "L1Loss", "MSELoss", "SmoothL1Loss" or
-            "HuberLoss" of torch, with a ``loss_weight``.
+        options: "type" and the options of that type, which is
+
+            - "DiffLoss", "TDPLoss", "HLFLoss" or "WeightedSum": the arguments of the class, ``every`` and ``subset`` of
+              :class:`~restoreloss.Subsampled`, ``loss_weight``, and instead of a network its name
+              (:data:`OPTIONS` lists them all);
+            - a name in ``own``; "L1Loss", "MSELoss", "SmoothL1Loss" or "HuberLoss" of torch; or "package.module.Class",
+              which is imported: the arguments of that class, and ``loss_weight``. One that is called with the restored
+              image alone is a :class:`~restoreloss.NoReference`.
+        own: the registry of a framework, or the module with its losses.
 
     Returns:
         A module called with (restored, target).
 
     Raises:
-        ValueError: For an unknown type or option, naming similar ones.
+        ValueError: For an unknown type or option, naming similar ones, and a value that the class refuses.
 
     Example:
         >>> criterion({"type": "DiffLoss", "prior": "small", "timestep": [100, 600]})
         Traceback (most recent call last):
         ValueError: `DiffLoss` has no option 'timestep'; did you mean 'timesteps'?
+        >>> parts = {"pixel": {"type": "torch.nn.L1Loss"}, "diff": {"type": "DiffLoss", "loss_weight": 0.1}}
+        >>> loss = criterion({"type": "WeightedSum", "objectives": parts})
+        >>> sorted(loss.terms(restored, clean))
+        ['diff/h_space', 'diff/noise', 'pixel/loss']
     """
     if not isinstance(options, Mapping) or "type" not in options:
         raise ValueError(f"An objective should be a mapping with a `type`, found {options!r}.")
-    given = {name: value for name, value in options.items() if name != "type"}
-    kind = options["type"]
+    given = dict(options)
+    kind = given.pop("type")
     if not isinstance(kind, str):
-        raise ValueError(f"`type` should be the name of one of {[*TYPES, *_PIXELS]}, found {kind!r}.")
-    if kind in _PIXELS:
-        return build_from(partial(Pixel, kind), kind, given)
-    if kind not in TYPES:
-        raise ValueError(f"`type` should be one of {[*TYPES, *_PIXELS]}, found {kind!r}.")
-    return build_from(TYPES[kind], kind, given)
+        raise ValueError(f"`type` should be the name of one of {[*OPTIONS, *PIXELS]}, found {kind!r}.")
+    build = build_ours if kind in OPTIONS else _build_other
+    return Criterion(*build(kind, given, own))
 
 
-class Pixel(Criterion):
-    """A loss of torch on the pixels, by its name in torch.nn."""
+def registrable(kind: str, *, own: Any = None, base: type[Criterion] = Criterion, prefix: str = "") -> type[Criterion]:
+    """One of our objectives as a class that a framework calls with the options, by name.
 
-    def __init__(self, kind: str, *, loss_weight: float = 1.0, reduction: Literal["mean", "sum"] = "mean") -> None:
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"`reduction` should be 'mean' or 'sum', found {reduction!r}.")
-        self.kind, self.reduction = kind, reduction
-        super().__init__(loss_weight=loss_weight)
+    Args:
+        kind: one of :data:`OPTIONS`.
+        own: the registry of the framework, or the module with its losses, in which a ``WeightedSum`` finds others.
+        base: what the framework's slot wants of a :class:`Criterion`.
+        prefix: of the name of the class.
+    """
 
-    def build(self) -> nn.Module:
-        """The loss."""
-        loss: nn.Module = getattr(nn, self.kind)(reduction=self.reduction)
-        return loss
+    def __init__(self: Criterion, **options: Any) -> None:  # noqa: N807
+        base.__init__(self, *build_ours(kind, options, own))
+
+    members = {
+        "__init__": __init__,
+        "__doc__": f":class:`restoreloss.{kind}`, built from options.",
+        "__module__": __name__,
+    }
+    made = type(prefix + kind, (base,), members)
+    made.__signature__ = inspect.Signature(list(OPTIONS[kind].values()))  # type: ignore[attr-defined]
+    return made
 
 
-def _pair(name: str, values: Sequence[Number]) -> tuple[Number, Number]:
-    if not isinstance(values, Sequence) or len(values) != 2:
-        raise ValueError(f"`{name}` should be (low, high), found {values!r}.")
-    return values[0], values[1]
+def build_ours(kind: str, options: Mapping[str, Any], own: Any = None) -> tuple[Objective, float]:
+    """An objective of this library and its ``loss_weight``."""
+    given, known = dict(options), OPTIONS[kind]
+    check_options(kind, given, known)
+    for name, value in given.items():
+        if name != "objectives":  # Its parts are checked when they are built.
+            check_kind(name, value, known[name].annotation)
+    _check_reduction(given)
+    weight = given.pop("loss_weight", 1.0)
+    less = {name: given.pop(name) for name in ("every", "subset") if name in given}
+    objective = _KINDS[kind].build(given, own)
+    return restoreloss.Subsampled(objective, **less) if less else objective, weight
+
+
+def _build_other(kind: str, given: dict[str, Any], own: Any) -> tuple[Callable[..., Any], float]:
+    """An objective that is not of this library and its ``loss_weight``, which is always applied outside of it."""
+    make = _find(kind, own)
+    _check_reduction(given)
+    weight = given.pop("loss_weight", 1.0)
+    if "loss_weight" in inspect.signature(make).parameters:
+        given["loss_weight"] = 1.0
+    loss = build_from(make, kind, given)
+    try:
+        inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).bind("restored", "target")
+    except TypeError:
+        return restoreloss.NoReference(loss), weight
+    return _Other(loss), weight
+
+
+def _check_reduction(given: Mapping[str, Any]) -> None:
+    """A framework wants one number."""
+    if (reduction := given.get("reduction", "mean")) not in ("mean", "sum"):
+        raise ValueError(f"`reduction` should be 'mean' or 'sum', which give one number, found {reduction!r}.")
+
+
+class _Other(Objective):
+    """A loss that is not of this library, whose result may be several."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def terms(self, restored: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The result as "loss"; of a mapping and of several, all that are tensors."""
+        found = self.loss(restored, target)
+        if isinstance(found, Mapping | tuple | list):
+            items = found.items() if isinstance(found, Mapping) else enumerate(found)
+            return {str(name): value for name, value in items if value is not None}
+        return {"loss": found}
+
+
+def _find(kind: str, own: Any) -> Callable[..., Any]:
+    """The class of this name: the framework's own, torch's, or what is imported."""
+    names: list[str] = [*OPTIONS, *PIXELS]
+    if isinstance(own, ModuleType):
+        mine = {name: one for name, one in vars(own).items() if isinstance(one, type) and issubclass(one, nn.Module)}
+        if kind in mine:
+            return mine[kind]
+        names += mine
+    elif own is not None:
+        if kind in own:
+            found: Callable[..., Any] = own.get(kind)
+            return found
+        names += map(str, getattr(own, "keys", list)())
+    if kind in PIXELS:
+        return getattr(nn, kind)  # type: ignore[no-any-return]
+    module, _, name = kind.rpartition(".")
+    if not module:
+        raise ValueError(
+            f"`type` should be one of {names} or package.module.Class, found {kind!r}; {did_you_mean(kind, names)}"
+        )
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"`type` should be something to import, found {kind!r}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"`type` should be a class or function that makes a loss, found {kind!r}: {describe(found)}.")
+    return found
+
+
+# --- one for each type: from the options to the objective
+
+
+def _diff_loss(given: dict[str, Any], _: Any) -> Objective:
+    return restoreloss.DiffLoss(_named_prior(**_take(given, _named_prior), reading=_take(given, load_prior)), **given)
+
+
+def _named_prior(
+    *, reading: Mapping[str, Any], prior: str = "small", conditioning: str | None = None, dtype: str | None = None
+) -> Any:
+    """A prior by its name, and what :func:`restoreloss.load_prior` should know to read it."""
+    if prior == "small":
+        for name, value in (*reading.items(), ("conditioning", conditioning)):
+            if value is not None and name != "local_files_only":
+                raise ValueError(f"`{name}` should be left out for the prior 'small', found {value!r}.")
+        loaded: Any = small_prior()
+    else:
+        fixed = {} if conditioning is None else {"conditioning": _named_conditioning(conditioning)}
+        with named("source", "prior"):
+            loaded = load_prior(prior, **fixed, **reading)
+    if dtype is None:
+        return loaded
+    kind = getattr(torch, dtype.removeprefix("torch."), None)
+    if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise ValueError(f"`dtype` should be a floating-point dtype of torch, as 'bfloat16', found {dtype!r}.")
+    return loaded.to(kind)
+
+
+def _named_conditioning(source: str) -> Any:
+    """A conditioning by its name: a file with a tensor or a mapping of tensors, or the empty prompt of a pipeline."""
+    path = Path(source).expanduser()
+    if path.suffix not in FILES:
+        with named("source", "conditioning"):
+            return null_text(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"`conditioning` should be a file or a pipeline, found none at {path}.")
+    if path.suffix == ".safetensors":
+        return read_weights(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _tdp_loss(given: dict[str, Any], _: Any) -> Objective:
+    found = _take(given, task_network)
+    network = _named_task(**found)
+    if "normalize" not in given:
+        given["normalize"] = normalization(found["task"])
+    return _Borrowed(restoreloss.TDPLoss(network, **given), network)
+
+
+def _hlf_loss(given: dict[str, Any], _: Any) -> Objective:
+    found = _take(given, task_network)
+    reference = given.pop("reference")
+    network = _named_task(**found)
+    with named("weights", "reference"):
+        other = _named_task(**{**found, "weights": reference})
+    if "normalize" not in given:
+        given["normalize"] = normalization(found["task"])
+    return _Borrowed(restoreloss.HLFLoss(network, other, **given), network)
+
+
+def _named_task(task: str, **given: Any) -> nn.Module:
+    with named("name", "task"):
+        return task_network(task, **given).requires_grad_(False)
+
+
+class _Borrowed(Objective):
+    """A loss with the task network that it only borrows, at rest, which follows ``.to()`` by this."""
+
+    def __init__(self, loss: restoreloss.TDPLoss | restoreloss.HLFLoss, network: nn.Module) -> None:
+        super().__init__()
+        self.loss, self.task, self.reduction = loss, FrozenNetwork(network), loss.reduction
+
+    def terms(self, restored: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Those of the loss."""
+        return self.loss.terms(restored, target)
+
+
+def _weighted_sum(given: dict[str, Any], own: Any) -> Objective:
+    given.pop("reduction", None)
+    objectives, weights, shares = given.pop("objectives"), given.pop("weights", None), given.pop("shares", None)
+    if not isinstance(objectives, Mapping) or not objectives:
+        raise ValueError(f"`objectives` should be a mapping of names to options, found {objectives!r}.")
+    for name, one in (("weights", weights), ("shares", shares)):
+        if not isinstance(one, Mapping | None):
+            raise ValueError(f"`{name}` should be a mapping by name, found {one!r}.")
+    parts = {name: criterion(options, own=own) for name, options in objectives.items()}
+    if all(part.loss_weight == 0 for part in parts.values()):
+        raise ValueError("`objectives` should leave at least one a `loss_weight` other than 0, found all 0.")
+    elsewhere = {**(weights or {}), **(shares or {})}
+    if twice := [name for name in elsewhere if name in parts and parts[name].loss_weight != 1]:
+        raise ValueError(f"`loss_weight` should be left out of what has a weight or share, found one for {twice}.")
+    # An objective of weight 0 is not computed.
+    without = {name: 0.0 for name, part in parts.items() if part.loss_weight == 0}
+    return restoreloss.WeightedSum(parts, {**(weights or {}), **without}, shares=shares)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a type is built, and whose arguments its options are."""
+
+    build: Callable[[dict[str, Any], Any], Objective]
+    signatures: Sequence[Callable[..., Any]]
+    made: Sequence[str]
+    """Arguments that are no options: the networks, which have names instead."""
+
+
+def _take(given: dict[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+    """The options that are arguments of a function, out of the others."""
+    names = [_NAMES.get(name, name) for name in inspect.signature(function).parameters]
+    return {name: given.pop(name) for name in names if name in given}
+
+
+def _every(*, every: int = 1, subset: int | float | None = None, loss_weight: float = 1.0) -> None:
+    """Whose arguments every type has."""
+
+
+def _reducing(*, reduction: str = "mean") -> None:
+    """What a WeightedSum says of its parts."""
+
+
+_NAMES = {"name": "task"}
+"""Arguments whose options have another name."""
+_KINDS = {
+    "DiffLoss": _Kind(
+        _diff_loss, (_named_prior, load_prior, restoreloss.DiffLoss),
+        ("reading", "source", "schedule", "denoiser", "encoder"),
+    ),
+    "TDPLoss": _Kind(_tdp_loss, (task_network, restoreloss.TDPLoss), ()),
+    "HLFLoss": _Kind(_hlf_loss, (task_network, restoreloss.HLFLoss), ()),
+    "WeightedSum": _Kind(_weighted_sum, (restoreloss.WeightedSum, _reducing), ()),
+}  # fmt: skip
+
+
+def _options_of(kind: _Kind) -> dict[str, inspect.Parameter]:
+    found: dict[str, inspect.Parameter] = {}
+    for function in (*kind.signatures, _every):
+        for parameter in inspect.signature(function).parameters.values():
+            name = _NAMES.get(parameter.name, parameter.name)
+            if name not in kind.made and name not in found:
+                found[name] = parameter.replace(name=name, kind=inspect.Parameter.KEYWORD_ONLY)
+    return found
+
+
+OPTIONS: Mapping[str, Mapping[str, inspect.Parameter]] = {name: _options_of(kind) for name, kind in _KINDS.items()}
+"""The options of each type: its arguments, with their defaults."""

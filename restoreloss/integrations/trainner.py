@@ -10,8 +10,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from restoreloss.integrations import options
 from restoreloss.integrations.drop_in import Framework, register_all
+from restoreloss.integrations.options import OPTIONS, Criterion, registrable
 from restoreloss.objectives.base import Objective
 
 _log = logging.getLogger(__name__)
@@ -19,8 +19,21 @@ _log = logging.getLogger(__name__)
 FRAMEWORK = Framework("traiNNer-redux", "traiNNer", "trainner")
 
 
-class _ByTerm(options.Criterion):
-    """A loss that returns its terms, and leaves its weight to the trainer."""
+class ByTerm(Criterion):
+    """A loss that returns its terms, and leaves its weight to the trainer.
+
+    Raises:
+        ValueError: At construction for a part of weight below 0, whose terms the trainer would drop.
+    """
+
+    def __init__(self, objective: Objective, loss_weight: float = 1.0) -> None:
+        super().__init__(objective, loss_weight)
+        for name, part in objective.named_modules():
+            if isinstance(part, Criterion) and part.loss_weight < 0:
+                inner = name.replace("objective_", "").replace(".objective.", "/")
+                raise ValueError(
+                    f"`loss_weight` of {inner!r} should be at least 0, found {part.loss_weight}: it would be dropped."
+                )
 
     def forward(self, restored: Tensor, target: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         """The unweighted terms by name, from two float (N, C, H, W)."""
@@ -37,43 +50,16 @@ class _ByTerm(options.Criterion):
         return value.new_full((), float("inf"))
 
 
-class DiffLoss(_ByTerm, options.DiffLoss):
-    """:class:`restoreloss.integrations.options.DiffLoss`, logged as ``l_g_diff_noise`` and ``l_g_diff_h_space``."""
-
-
-class TDPLoss(_ByTerm, options.TDPLoss):
-    """:class:`restoreloss.integrations.options.TDPLoss`, logged as ``l_g_tdp_LAYER``."""
-
-
-class WeightedSum(_ByTerm, options.WeightedSum):
-    """:class:`restoreloss.integrations.options.WeightedSum`, for two of one type: the trainer keeps only the last.
-
-    Raises:
-        ValueError: For an objective of a weight below 0, whose terms the trainer would drop.
-    """
-
-    def build(self) -> Objective:
-        """The sum."""
-        found = super().build()
-        weights = {
-            name: part.loss_weight for name, part in found.named_modules() if isinstance(part, options.Criterion)
-        }
-        for name, weight in weights.items():
-            if weight < 0:
-                inner = name.replace("objective_", "").replace(".objective.", "/")
-                raise ValueError(
-                    f"`loss_weight` of {inner!r} should be at least 0, found {weight}: it would be dropped."
-                )
-        return found
-
-
 def register(registry: Any) -> None:
-    """Add ``DiffLoss``, ``TDPLoss`` and ``WeightedSum`` to ``traiNNer.utils.registry.LOSS_REGISTRY``.
+    """Add ``DiffLoss``, ``TDPLoss``, ``HLFLoss`` and ``WeightedSum`` to the trainer's registry of losses.
+
+    Args:
+        registry: ``traiNNer.utils.registry.LOSS_REGISTRY``.
 
     Raises:
         ValueError: If one of the names is taken.
     """
-    register_all(registry, (DiffLoss, TDPLoss, WeightedSum))
+    register_all(registry, [registrable(kind, own=registry, base=ByTerm) for kind in OPTIONS])
 
 
 if __name__ == "__main__":

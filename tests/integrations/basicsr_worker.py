@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from restoreloss.integrations.basicsr import WithRestoreloss, register
+from restoreloss.integrations.basicsr import register
+from restoreloss.integrations.basicsr_model import WithRestoreloss
 
 STEPS, BATCH, RANKS = 3, 4, 2
 

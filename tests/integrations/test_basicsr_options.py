@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import restoreloss
-from restoreloss.integrations import basicsr as integration
-from restoreloss.integrations import options
-from restoreloss.integrations.basicsr import import_basicsr, load_resume_state, read_labels, register
+from restoreloss.integrations import basicsr_model, options
+from restoreloss.integrations.basicsr import load_resume_state, register
+from restoreloss.integrations.basicsr_model import read_labels
 from tests.helpers.basicsr import PAGE, batch, build, iterate, needs_basicsr, run, with_reader, write_importance
+from tests.integrations.frameworks import REGISTRY
 
 SHIM = "torchvision.transforms.functional_tensor"
 
@@ -83,7 +84,7 @@ def test_wrong_options_are_named_when_the_model_is_built(name, opt):
 
 def test_unknown_option_of_a_loss_is_named(opt):
     opt["train"]["pixel_opt"] = {"type": "DiffLoss", "timestep": [100, 600]}
-    with pytest.raises(TypeError, match="'timestep'"):
+    with pytest.raises(ValueError, match="no option 'timestep'; did you mean 'timesteps'"):
         build(opt)
 
 
@@ -172,7 +173,7 @@ def test_losses_return_what_their_slots_take():
     value, style = perceptual(restored, target)
     assert value.shape == () and style is None
     assert isinstance(perceptual, options.Criterion)
-    unweighted = restoreloss.TDPLoss(pixel.network.network, normalize="model")(restored, target)
+    unweighted = restoreloss.TDPLoss(pixel.objective.task.network, normalize="model")(restored, target)
     torch.testing.assert_close(pixel(restored, target), 0.5 * unweighted)
 
 
@@ -205,22 +206,51 @@ def test_absent_basicsr_is_told_with_what_to_install(monkeypatch):
                 raise ModuleNotFoundError("No module named 'basicsr'", name="basicsr")
 
     monkeypatch.setattr(sys, "meta_path", [Absent, *sys.meta_path])
-    with pytest.raises(ImportError, match="not installed: pip install --no-build-isolation basicsr==1.4.2"):
+    with pytest.raises(ImportError, match="not installed: pip install --no-build-isolation basicsr, of the version"):
         register()
 
 
-@pytest.mark.parametrize(
-    ("version", "message"), [("1.3.5", "should be BasicSR 1.4, found 1.3.5: pip install"), (None, "/fork.*forks")]
-)
-def test_other_versions_and_forks_are_told(version, message, monkeypatch):
+def vendored(monkeypatch, files):
+    """A `basicsr` without a version, as forks carry it, in the place of an installed one."""
     monkeypatch.setitem(sys.modules, SHIM, ModuleType(SHIM))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "basicsr"]:
+        monkeypatch.delitem(sys.modules, name)
     found = ModuleType("basicsr")
-    found.__path__ = ["/fork/basicsr"]
-    if version is not None:
-        found.__version__ = version
+    found.__path__ = [str(files)]
     monkeypatch.setitem(sys.modules, "basicsr", found)
-    with pytest.raises(ImportError, match=message):
-        import_basicsr()
+
+
+def write(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+        (folder / name).with_name("__init__.py").touch()
+
+
+def test_a_fork_with_a_registry_and_no_version_is_given_our_losses(monkeypatch, tmp_path):
+    write(tmp_path, {"utils/registry.py": REGISTRY.replace("NAME_OF_STRING", "name").replace("NAME", "cls.__name__")})
+    vendored(monkeypatch, tmp_path)
+    register()
+    registry = sys.modules["basicsr.utils.registry"].LOSS_REGISTRY
+    assert {"DiffLoss", "PerceptualDiffLoss", "HLFLoss", "WeightedSum"} <= set(registry.found)
+    before = dict(registry.found)
+    register()
+    assert registry.found == before
+
+
+def test_a_fork_with_a_module_of_losses_is_given_ours_as_attributes(monkeypatch, tmp_path):
+    write(tmp_path, {"utils/misc.py": "", "models/losses/losses.py": ""})
+    (tmp_path / "models/losses/__init__.py").write_text("from torch.nn import L1Loss\n")
+    vendored(monkeypatch, tmp_path)
+    register()
+    losses = sys.modules["basicsr.models.losses"]
+    assert losses.PerceptualTDPLoss and losses.WeightedSum
+
+
+def test_a_fork_with_neither_is_told(monkeypatch, tmp_path):
+    vendored(monkeypatch, tmp_path)
+    with pytest.raises(ValueError, match="`basicsr` should have a registry of losses .* or a module of them"):
+        register()
 
 
 @needs_basicsr
@@ -242,6 +272,6 @@ def test_latest_state_is_resumed_by_number(tmp_path):
 
 
 def test_page_names_every_option():
-    for given in (integration.TaskOptions, integration.ImportanceOptions):
+    for given in (basicsr_model.TaskOptions, basicsr_model.ImportanceOptions):
         for name in given.__dataclass_fields__:
             assert f"`{name}`" in PAGE or f"_opt: {name}`" in PAGE, name

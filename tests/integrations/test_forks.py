@@ -9,7 +9,7 @@ import yaml
 from torch import nn
 
 import restoreloss
-from restoreloss.integrations import forks
+from restoreloss.integrations.basicsr import register
 from tests.integrations.frameworks import snippet
 
 
@@ -81,7 +81,7 @@ def images(count=1):
 
 def test_restormer_adds_the_weighted_loss_of_each_prediction(losses, prior):
     network, folder = prior
-    forks.install(losses)
+    register(losses)
     preds, gt = images(2)
     torch.manual_seed(1)
     log = restormer(losses, {"pixel_opt": {"type": "DiffLoss", "prior": folder, "loss_weight": 0.1}}, preds, gt)
@@ -102,7 +102,7 @@ def test_the_perceptual_slot_of_nafnet_gets_the_same_loss_and_no_style(losses, p
         "WeightedSum": {"objectives": {"a": {"type": "L1Loss"}, "b": {"type": "DiffLoss", "prior": prior[1]}}},
         "TDPLoss": {"task": "torchvision/resnet18", "weights": "random"},
     }[kind] | {"loss_weight": 0.3}
-    forks.install(losses)
+    register(losses)
     found = []
     for train in (
         {"perceptual_opt": {"type": f"Perceptual{kind}"} | options},
@@ -117,8 +117,17 @@ def test_the_perceptual_slot_of_nafnet_gets_the_same_loss_and_no_style(losses, p
     torch.testing.assert_close(found[0][1], found[1][1])
 
 
+def test_a_sum_in_the_one_slot_may_name_losses_of_the_fork(losses):
+    register(losses)
+    parts = {"own": {"type": "PSNRLoss", "loss_weight": 0.1}, "l2": {"type": "MSELoss"}}
+    (pred,), gt = images()
+    log = restormer(losses, {"pixel_opt": {"type": "WeightedSum", "objectives": parts, "reduction": "mean"}}, pred, gt)
+    expected = 0.1 * PSNRLoss()(pred, gt) + nn.MSELoss()(pred, gt)
+    assert log["l_pix"] == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_nafnet_keeps_its_own_pixel_loss_beside_ours(losses, prior):
-    forks.install(losses)
+    register(losses)
     (first, last), gt = images(2)
     train = {
         "pixel_opt": {"type": "PSNRLoss", "loss_weight": 1, "reduction": "mean"},
@@ -146,20 +155,22 @@ def test_the_page_trains_both(losses, monkeypatch):
 
 
 def test_twice_is_once(losses):
-    forks.install(losses)
+    register(losses)
     before = dict(vars(losses))
-    forks.install(losses)
+    register(losses)
     assert vars(losses) == before
     assert set(vars(losses)) - set(vars(ModuleType("x"))) == {
-        "L1Loss", "PSNRLoss", "DiffLoss", "TDPLoss", "WeightedSum",
-        "PerceptualDiffLoss", "PerceptualTDPLoss", "PerceptualWeightedSum",
+        "L1Loss", "PSNRLoss", "DiffLoss", "TDPLoss", "HLFLoss", "WeightedSum",
+        "PerceptualDiffLoss", "PerceptualTDPLoss", "PerceptualHLFLoss", "PerceptualWeightedSum",
     }  # fmt: skip
 
 
 def test_a_name_that_is_taken_is_an_error_and_nothing_is_set(losses):
     losses.TDPLoss = L1Loss
-    with pytest.raises(ValueError, match=r"The name 'TDPLoss' should be free in `losses`, found <class .*L1Loss"):
-        forks.install(losses)
+    with pytest.raises(
+        ValueError, match=r"The name 'TDPLoss' should be free in basicsr.models.losses, found <class .*L1Loss"
+    ):
+        register(losses)
     assert losses.TDPLoss is L1Loss and not hasattr(losses, "DiffLoss")
 
 
@@ -169,22 +180,23 @@ def basicsr_itself():
     return module
 
 
-@pytest.mark.parametrize("wrong", [ModuleType("basicsr.models"), basicsr_itself(), L1Loss, {"L1Loss": L1Loss}, None])
+@pytest.mark.parametrize("wrong", [ModuleType("basicsr.models"), basicsr_itself(), L1Loss, {"L1Loss": L1Loss}])
 def test_another_module_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"`losses` should be the module `basicsr.models.losses` of Restormer, NAFNet"):
-        forks.install(wrong)
+    with pytest.raises(ValueError, match=r"`where` should be the module|`registry` should be the framework"):
+        register(wrong)
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"type": "DiffLoss", "reduction": "mean"}, TypeError, "unexpected keyword argument 'reduction'"),
+        ({"type": "DiffLoss", "reduction": "none"}, ValueError, "`reduction` should be 'mean' or 'sum'"),
+        ({"type": "DiffLoss", "timestep": 3}, ValueError, "no option 'timestep'; did you mean 'timesteps'"),
         ({"type": "PerceptualDiffLoss", "loss_weight": "1e-3"}, ValueError, "`loss_weight` should be a number"),
         ({"type": "PerceptualTDPLoss", "task": "resnet", "weights": "random"}, ValueError, "'library/name'"),
-        ({"type": "WeightedSum", "objectives": {"a": {"type": "PSNRLoss"}}}, ValueError, "found 'PSNRLoss'"),
+        ({"type": "WeightedSum", "objectives": {"a": {"type": "PSNRLos"}}}, ValueError, "did you mean 'PSNRLoss'"),
     ],
 )
 def test_bad_options_are_named(losses, options, error, message):
-    forks.install(losses)
+    register(losses)
     with pytest.raises(error, match=message):
         build(losses, options)

@@ -1,8 +1,9 @@
 """Objectives out of an options file are the objectives that Python code builds."""
 
 import copy
-from dataclasses import fields
+from functools import wraps
 from inspect import signature
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 import restoreloss
 from restoreloss import audit
 from restoreloss.integrations import options
-from restoreloss.integrations.options import criterion
+from restoreloss.integrations.options import OPTIONS, criterion, registrable
+from restoreloss.integrations.task_networks import task_network
 from tests.contract.objectives import images, pointwise
 
 
@@ -33,52 +35,147 @@ def test_diffloss_with_all_of_its_options(prior):
 class Recorder(nn.Module):
     """Stands for a loss, and remembers how it was made."""
 
+    reduction = "mean"
+
     def __init__(self, *arguments, **given):
         super().__init__()
         Recorder.found = arguments, given
+
+    def forward(self, restored, target):
+        return (restored - target).mean()
 
 
 OTHER = {  # than the defaults
     "noise_weight": 0.5, "h_space_weight": 0.2, "timesteps": (100, 600), "distance": "rms", "size": "resize",
     "compare": "native", "snr_power": 0.5, "crop": 16, "jacobian": True, "checkpointing": True,
-    "input_range": (-1.0, 1.0),
+    "input_range": (-1.0, 1.0), "reduction": "sum",
 }  # fmt: skip
 
 
-def test_every_option_of_diffloss_reaches_it(monkeypatch):
+def test_every_option_of_diffloss_reaches_it(monkeypatch, tmp_path):
     monkeypatch.setattr(restoreloss, "DiffLoss", Recorder)
     loads, network = [], nn.Conv2d(3, 3, 1)
-    monkeypatch.setattr(options, "load_prior", lambda *given, **named: loads.append((given, named)) or network)
+    reader = wraps(restoreloss.load_prior)(lambda *given, **named: loads.append((given, named)) or network)
+    monkeypatch.setattr(options, "load_prior", reader)
     prior = {"revision": "main", "local_files_only": True, "head_channels": 32, "grouped_heads": False}
+    prior |= {"prediction_type": "v_prediction"}
     less = {"subset": 0.5, "every": 3}
-    found = criterion({"type": "DiffLoss", "prior": "some/where", "dtype": "torch.bfloat16", **prior, **OTHER, **less})
-    assert loads == [(("some/where",), prior)]
+    prompt = {"encoder_hidden_states": torch.rand(1, 2, 3)}
+    torch.save(prompt, tmp_path / "prompt.pt")
+    named = {"prior": "some/where", "dtype": "torch.bfloat16", "conditioning": str(tmp_path / "prompt.pt")}
+    found = criterion({"type": "DiffLoss", **named, **prior, **OTHER, **less})
+    ((arguments, read),) = loads
+    assert arguments == ("some/where",)
+    torch.testing.assert_close(read.pop("conditioning"), prompt)
+    assert read == prior
     assert Recorder.found == ((network,), OTHER)
     assert network.weight.dtype == torch.bfloat16
     assert (found.objective.subset, found.objective.every) == (0.5, 3)
-    known = {option.name for option in fields(options.DiffLoss)}
-    assert known == {*OTHER, *prior, *less, "prior", "dtype", "loss_weight"}
+    assert set(OPTIONS["DiffLoss"]) == {*OTHER, *prior, *less, *named, "loss_weight"}
 
 
-def test_every_option_of_tdp_loss_reaches_it(monkeypatch):
-    monkeypatch.setattr(restoreloss, "TDPLoss", Recorder)
-    network, calls = nn.Conv2d(3, 3, 1), []
-    monkeypatch.setattr(options, "task_network", lambda *given, **named: calls.append((given, named)) or network)
+def test_every_option_of_the_losses_on_features_reaches_them(monkeypatch):
+    calls, network = [], nn.Conv2d(3, 3, 1)
+    monkeypatch.setattr(options, "task_network", wraps(task_network)(lambda *a, **k: calls.append((a, k)) or network))
     named = {"weights": "file.pth", "num_classes": 7, "image_size": 64}
     seen = {"distance": "mse", "layer_weights": {"0": 2.0}, "input_range": (-1, 1), "normalize": ((0.5,), (0.5,))}
-    criterion({"type": "TDPLoss", "task": "timm/some", "layers": ["0"], **named, **seen})
-    assert calls == [(("timm/some",), named)]
-    assert Recorder.found == ((network, ["0"]), seen)
-    known = {option.name for option in fields(options.TDPLoss)}
-    assert known == {*named, *seen, "task", "layers", "loss_weight"}
+    seen |= {"layers": ["0"], "reduction": "sum"}
+    for kind, networks in (("TDPLoss", 1), ("HLFLoss", 2)):
+        monkeypatch.setattr(restoreloss, kind, Recorder)
+        reference = {"reference": "clean.pth"} if networks == 2 else {}
+        found = criterion({"type": kind, "task": "timm/some", **named, **seen, **reference, "every": 2})
+        wanted = [(("timm/some",), named), (("timm/some",), named | {"weights": "clean.pth"})][:networks]
+        assert calls == wanted
+        assert Recorder.found == ((network,) * networks, seen)
+        assert found.objective.every == 2
+        known = {*named, *seen, *reference, "task", "loss_weight", "every", "subset"}
+        assert set(OPTIONS[kind]) == known
+        calls.clear()
 
 
-@pytest.mark.parametrize("name", options.TYPES)
-def test_defaults_are_those_of_the_losses(name):
-    theirs = signature(getattr(restoreloss, name)).parameters
-    for option in fields(options.TYPES[name]):
-        if option.name in theirs and option.name not in ("task", "normalize", "objectives"):  # ours are names
-            assert option.default == theirs[option.name].default, option.name
+def test_options_are_the_arguments_of_the_classes_with_their_defaults():
+    elsewhere = {"DiffLoss": {"denoiser", "schedule", "encoder", "conditioning"}, "TDPLoss": {"task"}}
+    elsewhere |= {"HLFLoss": {"task"}, "WeightedSum": set()}
+    assert set(elsewhere) == set(OPTIONS)
+    for kind, names in elsewhere.items():
+        theirs = signature(getattr(restoreloss, kind)).parameters
+        for name, parameter in theirs.items():
+            if name not in names:
+                assert OPTIONS[kind][name].default == parameter.default, name
+        assert signature(registrable(kind)).parameters == OPTIONS[kind]
+
+
+def test_hlf_looks_through_two_networks_at_rest(tmp_path):
+    torch.manual_seed(0)
+    weights = {}
+    for name in ("now", "clean"):
+        network = task_network("timm/test_resnet", weights="random", num_classes=2)
+        torch.save(network.state_dict(), tmp_path / f"{name}.pth")
+        weights[name] = network
+    given = {"task": "timm/test_resnet", "weights": str(tmp_path / "now.pth"), "num_classes": 2}
+    loss = criterion({"type": "HLFLoss", **given, "reference": str(tmp_path / "clean.pth"), "loss_weight": 0.5})
+    wanted = restoreloss.HLFLoss(weights["now"].requires_grad_(False), weights["clean"].requires_grad_(False))
+    restored, target = (torch.rand(1, 3, 32, 32) for _ in range(2))
+    torch.testing.assert_close(loss(restored, target), 0.5 * wanted(restored, target))
+    assert list(loss.parameters()) == []
+    with pytest.raises(FileNotFoundError, match="`reference` should be"):
+        criterion({"type": "HLFLoss", **given, "reference": str(tmp_path / "none.pth")})
+
+
+class Charbonnier(nn.Module):
+    """As frameworks have it."""
+
+    def __init__(self, loss_weight=1.0, reduction="mean", eps=1e-3):
+        super().__init__()
+        self.loss_weight, self.eps = loss_weight, eps
+
+    def forward(self, pred, target, weight=None, **kwargs):
+        return self.loss_weight * ((pred - target).square() + self.eps).sqrt().mean()
+
+
+class Variation(nn.Module):
+    def forward(self, image):
+        return image.diff(dim=2).abs().mean()
+
+
+class Two(Charbonnier):
+    def forward(self, pred, target):
+        return super().forward(pred, target), None
+
+
+def in_a_module():
+    module = ModuleType("basicsr.models.losses")
+    module.CharbonnierLoss = Charbonnier
+    return module
+
+
+@pytest.mark.parametrize("own", [{"CharbonnierLoss": Charbonnier}, in_a_module()], ids=["registry", "module"])
+def test_a_sum_may_name_what_the_framework_has_and_what_can_be_imported(own):
+    parts = {
+        "own": {"type": "CharbonnierLoss", "eps": 0.25, "loss_weight": 0.5, "reduction": "mean"},
+        "torch": {"type": "torch.nn.HuberLoss", "delta": 0.5},
+        "alone": {"type": f"{__name__}.Variation", "loss_weight": 0.1},
+        "two": {"type": f"{__name__}.Two", "loss_weight": 3},
+    }
+    loss = criterion({"type": "WeightedSum", "objectives": parts}, own=own)
+    restored, target = images()
+    terms = loss.terms(restored, target)
+    torch.testing.assert_close(terms["own/loss"], 0.5 * Charbonnier(eps=0.25)(restored, target))
+    torch.testing.assert_close(terms["torch/loss"], nn.HuberLoss(delta=0.5)(restored, target))
+    torch.testing.assert_close(terms["alone/loss"], 0.1 * Variation()(restored))
+    torch.testing.assert_close(terms["two/0"], 3 * Charbonnier()(restored, target))
+    assert list(terms) == ["own/loss", "torch/loss", "alone/loss", "two/0"]
+    with pytest.raises(ValueError, match=r"found 'CharbonierLoss'; did you mean 'CharbonnierLoss'\?"):
+        criterion({"type": "CharbonierLoss"}, own=own)
+
+
+def test_weights_of_a_sum_may_be_written_as_in_python():
+    parts = {"a": {"type": "L1Loss"}, "b": {"type": "MSELoss"}}
+    found = criterion({"type": "WeightedSum", "objectives": parts, "weights": {"b": 0.5}, "reduction": "mean"})
+    restored, target = images()
+    torch.testing.assert_close(
+        found(restored, target), nn.L1Loss()(restored, target) + 0.5 * nn.MSELoss()(restored, target)
+    )
 
 
 def test_a_generator_is_handed_on_also_through_a_sum_and_a_compiled_loss(prior):
@@ -107,19 +204,8 @@ def test_what_weighs_nothing_is_not_computed(monkeypatch):
 
 def test_a_transformer_of_another_size_says_so():
     loss = criterion({"type": "TDPLoss", "task": "timm/vit_tiny_patch16_224", "weights": "random", "image_size": 32})
-    with pytest.raises(ValueError, match=r"`task` should read images of 48x64, found that timm/vit.*`image_size`"):
+    with pytest.raises(ValueError, match=r"size that VisionTransformer reads, found \(48, 64\).*`image_size`"):
         loss(torch.rand(1, 3, 48, 64), torch.rand(1, 3, 48, 64))
-
-
-def test_every_option_of_the_losses_can_be_written():
-    elsewhere = {
-        "DiffLoss": {"denoiser", "schedule", "conditioning", "encoder", "reduction"},  # the prior by name has them
-        "TDPLoss": {"reduction"},  # a framework wants a scalar
-        "WeightedSum": {"weights"},  # each objective has a loss_weight
-    }
-    for name, absent in elsewhere.items():
-        known = set(signature(getattr(restoreloss, name)).parameters)
-        assert known - absent <= {option.name for option in fields(options.TYPES[name])}
 
 
 def test_tdp_loss_with_its_network_by_name():
@@ -131,7 +217,7 @@ def test_tdp_loss_with_its_network_by_name():
         "loss_weight": 2.0,
     }
     found = criterion(options_)
-    wanted = restoreloss.TDPLoss(found.network.network, ["layer2"])
+    wanted = restoreloss.TDPLoss(found.objective.task.network, ["layer2"])
     restored, target = (torch.rand(1, 3, 32, 32) for _ in range(2))
     torch.testing.assert_close(found(restored, target), 2 * wanted(restored, target))
 
@@ -174,7 +260,11 @@ TDP = {"type": "TDPLoss", "task": "torchvision/resnet18", "weights": "random"}
     ("given", "message"),
     [
         ({"prior": "small"}, r"should be a mapping with a `type`, found \{'prior'"),
-        ({"type": "DifLoss"}, r"`type` should be one of \['DiffLoss', .*found 'DifLoss'"),
+        ({"type": "DifLoss"}, r"`type` should be one of \['DiffLoss', .*found 'DifLoss'; did you mean 'DiffLoss'\?"),
+        ({"type": "torch.nn.L3Loss"}, r"`type` should be something to import, found 'torch.nn.L3Loss': .*L3Loss"),
+        ({"type": "nowhere.Loss"}, r"`type` should be something to import, found 'nowhere.Loss': .*nowhere"),
+        ({"type": "DiffLoss", "reduction": "none"}, r"`reduction` should be 'mean' or 'sum', .*found 'none'"),
+        ({"type": "WeightedSum", "objectives": {"a": {"type": "L1Loss"}}, "reduction": "none"}, "`reduction` should"),
         ({"type": "DiffLoss", "timestep": [1, 2]}, r"has no option 'timestep'; did you mean 'timesteps'\?"),
         ({"type": "L1Loss", "kind": "CrossEntropyLoss"}, r"`L1Loss` has no option 'kind'"),
         ({"type": "DiffLoss", "loss_weight": "1e-3"}, r"`loss_weight` should be a number, found the text '1e-3'"),
@@ -182,12 +272,12 @@ TDP = {"type": "TDPLoss", "task": "torchvision/resnet18", "weights": "random"}
         ({"type": "DiffLoss", "timesteps": ["1e2", 600]}, r"`timesteps` should be a number, found the text '1e2'"),
         ({"type": "DiffLoss", "loss_weight": None}, r"`loss_weight` should be a finite number, found None"),
         ({"type": "L1Loss", "loss_weight": float("nan")}, r"`loss_weight` should be a finite number, found nan"),
-        ({"type": "L1Loss", "reduction": "none"}, r"`reduction` should be 'mean' or 'sum', found 'none'"),
+        ({"type": "L1Loss", "reduction": "none"}, r"`reduction` should be 'mean' or 'sum', .*found 'none'"),
         (
             {"type": "DiffLoss", "dtype": "bf16"},
             "`dtype` should be a floating-point dtype of torch, as .*, found .bf16.",
         ),
-        ({"type": "DiffLoss", "timesteps": [100]}, r"`timesteps` should be \(low, high\), found \[100\]"),
+        ({"type": "DiffLoss", "timesteps": [100]}, r"`timesteps` should be two integers .*found \[100\]"),
         ({"type": "TDPLoss", "task": "timm/resnet18"}, r"`TDPLoss` should be given \['weights'\]"),
         (
             {"type": "WeightedSum", "objectives": []},
@@ -195,15 +285,21 @@ TDP = {"type": "TDPLoss", "task": "torchvision/resnet18", "weights": "random"}
         ),
         ({"type": "WeightedSum", "objectives": {"a": {"type": "L2"}}}, r"`type` should be one of"),
         ({"type": ["DiffLoss"]}, r"`type` should be the name of one of .* found \['DiffLoss'\]"),
-        ({"type": "L1Loss", 3: 4}, "`L1Loss` has no option 3; there is loss_weight, reduction"),
+        ({"type": "L1Loss", 3: 4}, "`L1Loss` has no option 3; there is .*reduction"),
         ({"type": "L1Loss", "loss_weight": True}, "`loss_weight` should be a finite number, found True"),
-        ({"type": "DiffLoss", "noise_weight": None}, "`noise_weight` should be a finite number, found None"),
-        ({"type": "DiffLoss", "noise_weight": "abc"}, "`noise_weight` should be a finite number, found 'abc'"),
+        (
+            {"type": "DiffLoss", "noise_weight": None},
+            "`noise_weight` should be a finite number of at least 0, found None",
+        ),
+        (
+            {"type": "DiffLoss", "noise_weight": "abc"},
+            "`noise_weight` should be a finite number of at least 0, found 'abc'",
+        ),
         ({"type": "DiffLoss", "snr_power": True}, "`snr_power` should be a finite number, found True"),
-        ({"type": "DiffLoss", "crop": "half"}, "`crop` should be a finite number, found 'half'"),
-        ({"type": "DiffLoss", "every": 1.5}, "`every` should be a whole number, found 1.5"),
+        ({"type": "DiffLoss", "crop": "half"}, "`crop` should be .*found 'half'"),
+        ({"type": "DiffLoss", "every": 1.5}, "`every` should be a whole number of at least 1, found 1.5"),
         ({"type": "DiffLoss", "every": "2"}, "`every` should be a number, found the text '2'"),
-        ({"type": "DiffLoss", "head_channels": 0}, "`head_channels` should be a whole number of at least 1, found 0"),
+        ({"type": "DiffLoss", "head_channels": 0}, "`head_channels` should be left out for the prior .small., found 0"),
         ({"type": "DiffLoss", "checkpointing": "false"}, "`checkpointing` should be true or false, found 'false'"),
         ({"type": "DiffLoss", "prior": None}, "`prior` should be text, found None"),
         ({"type": "DiffLoss", "prior": ["small"]}, r"`prior` should be text, found \['small'\]"),
@@ -211,20 +307,23 @@ TDP = {"type": "TDPLoss", "task": "torchvision/resnet18", "weights": "random"}
         ({"type": "DiffLoss", "revision": "main"}, "`revision` should be left out for the prior 'small', found 'main'"),
         ({"type": "DiffLoss", "head_channels": 8}, "`head_channels` should be left out for the prior 'small', found 8"),
         ({"type": "DiffLoss", "dtype": 16}, "`dtype` should be text, found 16"),
-        ({"type": "DiffLoss", "timesteps": 600}, "`timesteps` should be a list, found 600"),
-        ({"type": "DiffLoss", "timesteps": [None, 600]}, "`timesteps` should be a whole number, found None"),
-        ({"type": "DiffLoss", "input_range": None}, "`input_range` should be a list, found None"),
+        ({"type": "DiffLoss", "timesteps": 600}, "`timesteps` should be two integers .* found 600"),
+        ({"type": "DiffLoss", "timesteps": [None, 600]}, r"`timesteps` should be two integers .* found \[None, 600\]"),
+        ({"type": "DiffLoss", "input_range": None}, "`input_range` should be two numbers .* found None"),
         ({**TDP, "task": None}, "`task` should be text, found None"),
         ({**TDP, "task": "resnet18"}, "`task` should be 'library/name' .* found 'resnet18'"),
         ({**TDP, "task": "torchvision/resnet19"}, "`task` should be one of .* found 'resnet19'"),
-        ({**TDP, "weights": None}, "`weights` should be text, found None"),
+        ({**TDP, "weights": None}, "`weights` should be .*found None"),
         ({**TDP, "num_classes": 0}, "`num_classes` should be a whole number of at least 1, found 0"),
-        ({**TDP, "num_classes": True}, "`num_classes` should be a whole number, found True"),
-        ({**TDP, "layers": 3}, "`layers` should be a list, found 3"),
-        ({**TDP, "layers": [4]}, "`layers` should be text, found 4"),
-        ({**TDP, "layer_weights": ["layer4"]}, "`layer_weights` should be a mapping, found list"),
-        ({**TDP, "layer_weights": {"layer4": None}}, "`layer_weights` should be a finite number, found None"),
-        ({**TDP, "normalize": [0.5, 0.5]}, "`normalize` should be a list, found 0.5"),
+        ({**TDP, "num_classes": True}, "`num_classes` should be a whole number of at least 1, found True"),
+        ({**TDP, "layers": 3}, "`layers` should be a name or a list of names, found 3"),
+        ({**TDP, "layers": [4]}, r"`layers` should be a name or a list of names, found \[4\]"),
+        ({**TDP, "layer_weights": ["layer4"]}, "`layer_weights` should be a mapping of the layers .* found list"),
+        (
+            {**TDP, "layer_weights": {"layer4": None}},
+            "`layer_weights\\[.layer4.\\]` should be a finite number of at least 0, found None",
+        ),
+        ({**TDP, "normalize": [0.5, 0.5]}, r"`normalize` should be .* found \[0.5, 0.5\]"),
         (
             {"type": "WeightedSum", "objectives": {"a": {"type": "L1Loss", "loss_weight": 0}}},
             "`objectives` should leave at least one a `loss_weight` other than 0",

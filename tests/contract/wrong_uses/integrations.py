@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from restoreloss import DiffLoss, GradientOrthogonality, ParameterImportance, Subsampled
-from restoreloss.integrations import accelerate, forks, lightning, neosr, options, torchjd, trainner
-from restoreloss.integrations.basicsr import read_labels
+from restoreloss.integrations import accelerate, basicsr, lightning, neosr, options, torchjd, trainner
+from restoreloss.integrations.basicsr_model import read_labels
 from restoreloss.integrations.calls import CallCounts
 from restoreloss.integrations.drop_in import Framework
 from restoreloss.integrations.task_networks import normalization, task_network
@@ -118,7 +118,7 @@ WRONG = [
     wrong("options.Pixel", "an unknown reduction", lambda: options.criterion({**L1, "reduction": "none"}), "`reduction`"),
     wrong("options.Pixel", "exchanged images within a sum", lambda: summed(objectives={"a": made()})(clean(), restored()), "type"),
     wrong("options.DiffLoss", "exchanged images", lambda: made()(clean(), restored()), "`restored`", "exchanged"),
-    wrong("options.DiffLoss", "by place", lambda: options.DiffLoss("small"), "positional", by=TypeError),
+    wrong("options.DiffLoss", "by place", lambda: options.registrable("DiffLoss")("small"), "positional", by=TypeError),
     # --- task networks
     *(wrong("task_network", f"name={v!r}", partial(task_network, v, weights="random"), "`name`") for v in ("resnet18", "keras/resnet18", "torchvision/", "torchvision/resnet", "timm/nothing", None, 3, "", Path("torchvision/resnet18"))),
     wrong("task_network", "no weights", lambda: task_network("torchvision/resnet18"), "weights", by=TypeError),
@@ -139,9 +139,10 @@ WRONG = [
     *(wrong(f"{n}.main", "nothing", partial(m.FRAMEWORK.main, []), "repository", by=SystemExit) for n, m in {"neosr": neosr, "trainner": trainner}.items()),
     *(wrong(f"{n}.register", k, partial(m.register, v), "registry") for n, m in {"neosr": neosr, "trainner": trainner}.items() for k, v in {"None": None, "a list": [], "a mapping": {}}.items()),
     *(wrong(f"{n}.register", "a name that is taken", partial(m.register, Registry(DiffLoss=Other)), "DiffLoss") for n, m in {"neosr": neosr, "trainner": trainner}.items()),
-    wrong("trainner.WeightedSum", "a negative weight", lambda: trainner.WeightedSum(objectives={"a": {**L1, "loss_weight": -1.0}}), "`loss_weight`"),
-    *(wrong("forks.install", k, partial(forks.install, v), "`losses`") for k, v in {"None": None, "a class": nn.L1Loss, "text": "basicsr.models.losses", "another module": torch}.items()),
-    wrong("forks.install", "a name that is taken", lambda: forks.install(_fork(DiffLoss=Other)), "DiffLoss"),
+    wrong("trainner.WeightedSum", "a negative weight", lambda: options.registrable("WeightedSum", base=trainner.ByTerm)(objectives={"a": {**L1, "loss_weight": -1.0}}), "`loss_weight`"),
+    *(wrong("basicsr.register", k, partial(basicsr.register, v), "`registry`") for k, v in {"a class": nn.L1Loss, "text": "basicsr.models.losses", "a list": []}.items()),
+    wrong("basicsr.register", "another module", lambda: basicsr.register(torch), "`where`"),
+    wrong("basicsr.register", "a name that is taken", lambda: basicsr.register(_fork(DiffLoss=Other)), "DiffLoss"),
     *(wrong("basicsr.read_labels", k, partial(labels, v), "labels.txt") for k, v in {"nothing": "", "words": "a.png dog", "no label": "a.png", "twice": "a.png 1\na.png 2", "negative": "a.png -1", "a fraction": "a.png 1.5"}.items()),
     wrong("basicsr.read_labels", "a missing file", lambda: read_labels("/nowhere/labels.txt"), "/nowhere/labels.txt", by=FileNotFoundError),
     # --- counts and sizes
