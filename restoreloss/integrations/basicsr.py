@@ -6,8 +6,8 @@ BasicSR with two lines above its imports, to which your own ``train.py`` may be 
     from restoreloss.integrations.basicsr import register
     register()
 
-A ``train.py`` that should stay as it is has :mod:`restoreloss.integrations.launch`. docs/integrations/basicsr.md has the YAML.
-BasicSR is imported when ``register`` is called and not before.
+A ``train.py`` that should stay as it is has :mod:`restoreloss.integrations.launch`. docs/integrations/basicsr.md has
+the YAML. BasicSR is imported when ``register`` is called and not before.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """RestorelossModel: an SRModel of BasicSR with a task network, importances, and a line in the log for each term.
 
-:func:`restoreloss.integrations.basicsr.register` puts it into the registry; docs/basicsr.md has the YAML.
+:func:`restoreloss.integrations.basicsr.register` puts it into the registry; docs/integrations/basicsr.md has the YAML.
 """
 
 import logging
