@@ -54,6 +54,7 @@ class Recipe:
     ema: float = 0.999
     seed: int = 0
     bf16: bool = True
+    jitter: bool = True
 
 
 class Trainer:
@@ -85,7 +86,8 @@ class Trainer:
 
     def train_step(self, photos: Sequence[Tensor]) -> float:
         recipe, generator = self.recipe, self.generator
-        x = jitter(random_crops(photos, recipe.batch, recipe.crop, generator), generator) * 2 - 1
+        x = random_crops(photos, recipe.batch, recipe.crop, generator)
+        x = (jitter(x, generator) if recipe.jitter else x) * 2 - 1
         # one timestep from each of `batch` equal bins: far less spread between steps than independent draws
         bins = torch.arange(recipe.batch) + torch.rand(recipe.batch, generator=generator)
         t = (bins * self.schedule.num_timesteps / recipe.batch).long().clamp(max=self.schedule.num_timesteps - 1)

@@ -216,16 +216,17 @@ class Experiment:
     ) -> None:
         clean, texts, _ = self.test
         scores = measure(images, clean, texts, readers or self.readers)
-        found = {key: _lists(value) for key, value in asdict(scores).items()} | more
+        found = {key: plain(value) for key, value in asdict(scores).items()} | more
         partial = folder / f"{name}.json.partial"
         partial.write_text(to_json(found))
         partial.rename(folder / f"{name}.json")
         logger.info("seed %s, %s: %s", folder.name, TITLES[name], scores.means())
 
 
-def _lists(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Tensors as lists, also in mappings."""
     if isinstance(value, dict):
-        return {name: _lists(item) for name, item in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     return value.tolist() if isinstance(value, Tensor) else value
 
 
