@@ -24,6 +24,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "html"
 
 
+def test_every_module_is_described(site: Path) -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in (site / "reference").rglob("*.html"))
+    files = [path.relative_to(ROOT / "restoreloss").with_suffix("") for path in (ROOT / "restoreloss").rglob("*.py")]
+    modules = {".".join(("restoreloss", *path.parts)) for path in files if not path.name.startswith("_")}
+    modules.remove("restoreloss.frozen")  # has the name of a function: its page describes the members one by one
+    assert len(modules) > 55
+    assert {name for name in modules if f'id="module-{name}"' not in text} == set()
+
+
 @pytest.mark.parametrize("name", restoreloss.__all__)
 def test_an_exported_name_has_a_page(site: Path, name: str) -> None:
     page = (site / "reference" / "generated" / f"restoreloss.{name}.html").read_text(encoding="utf-8")
