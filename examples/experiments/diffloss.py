@@ -1,4 +1,4 @@
-"""The claims of DiffLoss that two cores can test: all runs of docs/recipes/diffloss.md.
+"""The claims of DiffLoss that two cores can test: all runs of docs/results/diffloss.md.
 
     python -m examples.experiments.diffloss gamma --out runs/diffloss       # Fig. 7: terms and weights
     python -m examples.experiments.diffloss constrain --out runs/diffloss   # Table 4: noise, x0-hat, x_{t-1}

@@ -1,4 +1,4 @@
-"""The claims of DTP that two cores can test: all runs of docs/recipes/dtp.md.
+"""The claims of DTP that two cores can test: all runs of docs/results/dtp.md.
 
     python -m examples.experiments.dtp pretrain --out runs/dtp
     python -m examples.experiments.dtp forgetting --out runs/dtp          # setting A: penalties, replay, projection

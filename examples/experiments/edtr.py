@@ -1,4 +1,4 @@
-"""The claims of EDTR that two cores can test: all runs of docs/recipes/edtr.md.
+"""The claims of EDTR that two cores can test: all runs of docs/results/edtr.md.
 
     python -m examples.experiments.edtr prior --out runs/edtr
     python -m examples.experiments.edtr table --out runs/edtr --seeds 1 2 3

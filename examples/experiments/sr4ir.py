@@ -1,4 +1,4 @@
-"""The claims of SR4IR that two cores can test: all runs of docs/recipes/sr4ir.md.
+"""The claims of SR4IR that two cores can test: all runs of docs/results/sr4ir.md.
 
     python -m examples.experiments.sr4ir table --out runs/sr4ir --data generated --seeds 1 2 3 4 5
     python -m examples.experiments.sr4ir table --out runs/sr4ir --task reading --seeds 1 2 3

@@ -1,4 +1,4 @@
-"""The claims of UniRestore that two cores can test: all runs of docs/recipes/unirestore.md.
+"""The claims of UniRestore that two cores can test: all runs of docs/results/unirestore.md.
 
     python -m examples.experiments.unirestore prior --out runs/unirestore        # epsilon, velocity, no diffusion
     python -m examples.experiments.unirestore table --out runs/unirestore        # Tables 1 to 5
