@@ -1,6 +1,6 @@
 """The options of DTP, in a YAML file and on the command line."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,8 @@ class Config(PairOptions, TrainerOptions):
             network, and takes the table where no timestep helps; "first" gives all the same small one.
         clean: for "folders", the clean images of "pretrain", replay and importance, as "clean:ROOT"; the default is
             the clean sides of ``pairs``.
-        network: restoration network, one of examples/dtp/networks.py.
+        network: restoration network, one of examples/dtp/networks.py, or "module:Class".
+        time_layers: of a network of your own, the layers that are told the timestep.
         moe: add a mixture of experts behind each decoder level.
         experts: number of experts of each mixture.
         experts_form: "paper": bottlenecks and a linear router for the t* of each degradation; "code": the 3x3 experts
@@ -66,6 +67,7 @@ class Config(PairOptions, TrainerOptions):
     timesteps: Literal["matched", "paper", "first"] = "matched"
     clean: str | None = None
     network: str = "restormer-small"
+    time_layers: list[str] = field(default_factory=list)
     moe: bool = False
     experts: int = 10
     experts_form: MoEForm = "paper"

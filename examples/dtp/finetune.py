@@ -52,7 +52,9 @@ class FineTuning(GenerativeRecipe[Batch]):
             )
         if self.method.penalty and config.importance_samples < processes:
             raise ValueError(f"`importance_samples` should be at least {processes}, found {config.importance_samples}.")
-        timed = timed_network(config.network, num_timesteps=config.num_timesteps).to(self.device)
+        timed = timed_network(config.network, num_timesteps=config.num_timesteps, time_layers=config.time_layers).to(
+            self.device
+        )
         if self.method.pretrained and self.evaluated is None:
             self._load_pretrained(timed)
         self.matches: dict[str, TimestepMatch] = {}

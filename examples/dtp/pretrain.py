@@ -20,7 +20,7 @@ class Pretraining(GenerativeRecipe[Noisy]):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        network = timed_network(config.network, num_timesteps=config.num_timesteps)
+        network = timed_network(config.network, num_timesteps=config.num_timesteps, time_layers=config.time_layers)
         self.net = self.accelerator.prepare(network)
         self.networks = {"network": self.net}
         if self.clean is not None:

@@ -32,7 +32,12 @@ def load(given: argparse.Namespace) -> Restore:
         name = known[0]
     if name not in known:
         raise ValueError(f"`degradation` should be one of {', '.join(known)}, found {name!r}.")
-    network = timed_network(settings["network"], num_timesteps=settings["num_timesteps"], **experts(settings, results))
+    network = timed_network(
+        settings["network"],
+        num_timesteps=settings["num_timesteps"],
+        time_layers=settings["time_layers"],
+        **experts(settings, results),
+    )
     load_weights(network, given.run / "network.safetensors")
     network = network.to(given.device).eval()
     t = int(results[f"t_{name}"])

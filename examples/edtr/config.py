@@ -8,8 +8,8 @@ from examples.common.data.options import DataOptions, Degradation
 from examples.common.engine.options import TrainerOptions
 
 MethodName = Literal[
-    "edtr", "conventional", "hlf_long", "hlf_from_noise", "no_pre", "no_hlf", "no_fm", "no_prior", "only_task",
-    "only_reference", "frozen_decoder", "no_color_fix",
+    "edtr", "conventional", "hlf_long", "hlf_from_noise", "no_pre", "no_hlf", "no_fm", "no_prior",
+    "no_prior_noise", "only_task", "only_reference", "frozen_decoder", "no_color_fix",
 ]  # fmt: skip
 
 
@@ -30,7 +30,14 @@ class Config(DataOptions, TrainerOptions):
         n: number of denoising steps.
         long_steps: number of denoising steps of the methods that are named after them.
         t_p: timestep up to which images are made noisy.
+        draws: number of draws of the noise that a score is the mean of; 4 in the paper.
+        color_levels: levels of the color fix; the default is what fits the size of the images, 5 for 512 pixels.
+        whole_batch: the restorer learns from the whole batch, as in the authors' code for segmentation and detection,
+            and not from the half that the task network reads restored.
+        clamp: the task network learns from restored images within [0, 1]; those of the authors' code are not clamped.
         lr: learning rate of the ControlNet and the decoder (AdamW).
+        weight_decay: weight decay of the ControlNet and the decoder.
+        lr_min: where the cosine of all learning rates ends.
         h_optimizer: optimizer of the task network, "sgd" (momentum 0.9, weight decay 1e-4) or "adamw".
         h_lr: learning rate of the task network.
         alpha: weight of the FM loss; the default is 1 for classification, 0.5 for segmentation, 0.2 for detection.
@@ -52,7 +59,13 @@ class Config(DataOptions, TrainerOptions):
     n: int = 1
     long_steps: int = 50
     t_p: int = 200
+    draws: int = 4
+    color_levels: int | None = None
+    whole_batch: bool = False
+    clamp: bool = True
     lr: float = 5e-4
+    weight_decay: float = 0.0
+    lr_min: float = 0.0
     h_optimizer: Literal["sgd", "adamw"] = "adamw"
     h_lr: float = 5e-4
     alpha: float | None = None

@@ -20,6 +20,7 @@ class Method:
         prior: the diffusion model; else the ControlNet alone.
         decoder: train the decoder.
         color_fix: take the low frequencies from the hint.
+        noise: make the latents noisy up to t_p; matters without a diffusion model, which is never without noise.
     """
 
     hlf: Features | None = "both"
@@ -30,6 +31,7 @@ class Method:
     prior: bool = True
     decoder: bool = True
     color_fix: bool = True
+    noise: bool = True
 
 
 METHODS: dict[str, Method] = {
@@ -41,7 +43,8 @@ METHODS: dict[str, Method] = {
     "no_pre": Method(pre=False),  # 4
     "no_hlf": Method(hlf=None),  # 5
     "no_fm": Method(matching=False),  # 6
-    "no_prior": Method(prior=False),  # 7
+    "no_prior": Method(prior=False, noise=False),  # 7
+    "no_prior_noise": Method(prior=False),  # ours: what the noise of t_p alone costs
     # Table S2: one feature space
     "only_task": Method(hlf="task"),
     "only_reference": Method(hlf="reference"),

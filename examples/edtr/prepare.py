@@ -39,6 +39,7 @@ class Config(DataOptions, RunOptions):
         h_optimizer: optimizer of the task networks, "sgd" (momentum 0.9, weight decay 1e-4) or "adamw".
         h_lr: learning rate of the task networks.
         restorer: pre-restoration network: "edsr-small", "swinir", ...
+        h_lr_min: where the cosine of the task networks' learning rate ends.
         pre_lr: learning rate of the pre-restoration network (AdamW).
         pre_patch: side of the squares that it trains on; the default is whole images.
         pre_batch: images in a step of its training; the default is ``batch``.
@@ -54,6 +55,7 @@ class Config(DataOptions, RunOptions):
     h_optimizer: Literal["sgd", "adamw"] = "adamw"
     h_lr: float = 2e-3
     restorer: str = "edsr-small"
+    h_lr_min: float = 0.0
     pre_lr: float = 1e-3
     pre_patch: int | None = None
     pre_batch: int | None = None
@@ -69,7 +71,7 @@ def prepare(config: Config) -> None:
     check_preparation(config)
     settings = TaskConfig(
         **shared(config), recognizer=config.recognizer, restorer=config.restorer, h_optimizer=config.h_optimizer,
-        h_lr=config.h_lr, s_lr=config.pre_lr,
+        h_lr=config.h_lr, h_lr_min=config.h_lr_min, s_lr=config.pre_lr,
     )  # fmt: skip
     train_oracles(settings, [task for task in config.tasks if task != "reading"])  # whose network is trained already
     pre = replace(

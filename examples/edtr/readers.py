@@ -26,8 +26,8 @@ class Batch:
         first: (N/2, 3, H, W), or a list of (3, H, W) for detection: what the restorer trains on, and H reads restored.
         second: the others, which H reads as they are.
         targets: of the first half, then of the second.
-        hint: of the first half, padded to one size.
-        generators: one for each image of the first half.
+        hint: of the first half, padded to one size; with ``whole_batch`` of the second too.
+        generators: one for each image of the hint.
     """
 
     task: Task

@@ -10,6 +10,7 @@ resumes a killed run. Several processes: ``python -m torch.distributed.run --npr
 """
 
 import copy
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from examples.common.data.degrade import degradation
-from examples.common.data.task_data import TEST_SEED, dataset
+from examples.common.data.task_data import TEST_SEED, dataset, image_side
 from examples.common.data.tasks import Task, TaskData, to_device
 from examples.common.engine import command_line
 from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recognizer
@@ -39,14 +40,14 @@ from examples.edtr.prepared import with_prepared
 from examples.edtr.readers import ALPHA, TASKS, Batch, InTurn, Reader
 from restoreloss import Alternation, FeatureMatchingLoss, HLFLoss, Objective, Phase, TDPLoss
 from restoreloss.frozen import unwrap
-from restoreloss.restorers.edtr import EDTR
+from restoreloss.restorers.edtr import EDTR, Hint, color_levels_of
 from restoreloss.restorers.tiling import apart, together
 
 
 class Trainer(Recipe[Batch]):
     """One run: networks, phases, evaluation."""
 
-    of_evaluation = ("n", "long_steps", "smallest", "judge")
+    of_evaluation = ("n", "long_steps", "smallest", "judge", "draws")
 
     def __init__(self, config: Config) -> None:
         config = with_prepared(config, TASKS if config.all_in_one else (config.task,))
@@ -99,8 +100,13 @@ class Trainer(Recipe[Batch]):
             torch.cat([targets[0::2], targets[1::2]]) if isinstance(targets, Tensor) else targets[0::2] + targets[1::2]
         )
         first, second, targets = to_device((first, second, targets), self.device)
-        numbers = [self.first_number(step) + 2 * place for place in range(len(first))]
-        degraded = [self.degrade(first[place : place + 1], number)[0] for place, number in enumerate(numbers)]
+        begin = self.first_number(step)
+        numbers = [begin + 2 * place for place in range(len(first))]
+        restored = [*first]
+        if config.whole_batch:
+            numbers += [begin + 2 * place + 1 for place in range(len(second))]
+            restored += [*second]
+        degraded = [self.degrade(image[None], number)[0] for image, number in zip(restored, numbers, strict=True)]
         with self.accelerator.autocast():
             hint = self.restorer.hint(together(degraded, self.restorer.multiple, config.smallest))
         generators = [torch.Generator().manual_seed(derive_seed(config.seed, 1, number)) for number in numbers]
@@ -111,11 +117,13 @@ class Trainer(Recipe[Batch]):
         if config.prior is None or config.pre is None:
             raise ValueError("`prior` and `pre` should be given, or `prepared`, a folder that holds both, found None.")
         pre = restorer(config.restorer, 1, file_in(config.pre, "restorer.safetensors")) if method.pre else nn.Identity()
-        build = EDTR if method.prior else NoPrior
-        edtr = build(
-            pre, load_latent_diffusion(config.prior), t_p=config.t_p if method.partial else None,
-            n=config.long_steps if method.long else config.n, color_fix=method.color_fix,
-        )  # fmt: skip
+        side = max(config.smallest, image_side(config))
+        options: dict[str, Any] = {
+            "t_p": config.t_p if method.partial else None, "n": config.long_steps if method.long else config.n,
+            "color_fix": method.color_fix, "color_levels": config.color_levels or color_levels_of(side),
+        }  # fmt: skip
+        prior = load_latent_diffusion(config.prior)
+        edtr = EDTR(pre, prior, **options) if method.prior else NoPrior(pre, prior, noisy=method.noise, **options)
         if config.checkpointing:
             edtr.enable_checkpointing()
         if not method.decoder or method.hlf is None:  # predicting noise does not reach the decoder
@@ -142,7 +150,7 @@ class Trainer(Recipe[Batch]):
     def _alternations(self) -> dict[Task, Alternation[Batch]]:
         config, count = self.config, len(self.readers)
         trained = [parameter for parameter in self.edtr.parameters() if parameter.requires_grad]
-        edtr = self._schedule(torch.optim.AdamW(trained, lr=config.lr, weight_decay=0), config.steps)
+        edtr = self._schedule(torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay), config.steps)
         alternations = {}
         for turn, (task, reader) in enumerate(self.readers.items()):
             weights = reader.network.parameters()
@@ -162,31 +170,36 @@ class Trainer(Recipe[Batch]):
         return alternations
 
     def _schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
-        """The optimizer as accelerate wants it, and a cosine to 0."""
-        schedule = cosine_schedule(optimizer, steps)
+        """The optimizer as accelerate wants it, and a cosine to ``lr_min``."""
+        schedule = cosine_schedule(optimizer, steps, lowest=self.config.lr_min / max(optimizer.defaults["lr"], 1e-30))
         return self.accelerator.prepare(optimizer), schedule
 
     def _restorer_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Lines 6-11: the one-step result of a random timestep (Eq. 7), or the noise in HQ latents (Eq. 2)."""
-        edtr, hlf = self.restorer, self.readers[batch.task].hlf
+        edtr, hlf, clear = self.restorer, self.readers[batch.task].hlf, batch.first
+        if self.config.whole_batch:
+            clear = torch.cat([clear, batch.second]) if isinstance(clear, Tensor) else [*clear, *batch.second]
         timesteps = range(edtr.schedule.num_timesteps) if hlf is None else edtr.timesteps()
         drawn = [int(torch.randint(len(timesteps), (), generator=generator)) for generator in batch.generators]
         t = torch.tensor([timesteps[number] for number in drawn], device=self.device)
         noise = edtr.noise(batch.hint, batch.generators)
         clean = None
         if hlf is None or not self.method.partial:
-            clean = edtr.encode(together(batch.first, edtr.multiple, self.config.smallest))
+            clean = edtr.encode(together(clear, edtr.multiple, self.config.smallest))
         found = self.edtr(batch.hint, t, noise=noise, latents=clean, noise_only=hlf is None)
         if hlf is None:
             return {"noise": F.mse_loss(found, noise)}
-        return hlf.terms(apart(found, batch.first), batch.first)
+        return hlf.terms(apart(found, clear), clear)
 
     def _recognizer_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Lines 12-22: the task on n-step results and HQ images (Eq. 8), seen as the teacher sees HQ (Eq. 9)."""
-        edtr, reader = self.restorer, self.readers[batch.task]
+        edtr, reader, count = self.restorer, self.readers[batch.task], len(batch.first)
+        hint, generators = Hint(batch.hint.image[:count], batch.hint.latents[:count]), batch.generators[:count]
         with torch.no_grad():
-            noise = edtr.noise(batch.hint, batch.generators)
-            restored = edtr(batch.hint, edtr.timesteps(), noise=noise, generator=batch.generators).clamp(0, 1)
+            noise = edtr.noise(hint, generators)
+            restored = edtr(hint, edtr.timesteps(), noise=noise, generator=generators)
+            if self.config.clamp:
+                restored = restored.clamp(0, 1)
         restored = apart(restored, batch.first)
         images = torch.cat([restored, batch.second]) if isinstance(restored, Tensor) else restored + batch.second
         with reader.matching.student.recording() as seen:
@@ -211,10 +224,20 @@ class Trainer(Recipe[Batch]):
         every: dict[str, float] = {}
         sheets = []
         for task in self.readers:
-            figures, sheet = self.evaluate_task(task)
+            figures, sheet = self._over_draws(task)
             every.update(figures if len(self.readers) == 1 else {f"{task}_{key}": v for key, v in figures.items()})
             sheets.append(sheet)
         return every, sheets[0]
+
+    def _over_draws(self, task: Task) -> tuple[dict[str, float], dict[str, Any]]:
+        """Means over the draws of the noise, and of the score the deviation over them; images of the first draw."""
+        random = self.method.prior or self.method.noise
+        found = [self.evaluate_task(task, seed=number) for number in range(self.config.draws if random else 1)]
+        every = [figures for figures, _ in found]
+        means = {key: statistics.fmean(figures[key] for figures in every) for key in every[0]}
+        if len(every) > 1 and "score" in means:
+            means["score_over_draws"] = statistics.stdev(figures["score"] for figures in every)
+        return means, found[0][1]
 
     def try_evaluation(self) -> None:
         """Evaluate the first test image with a label, of each task."""

@@ -4,6 +4,8 @@
     python -m examples.experiments.edtr table --out runs/edtr --seeds 1 2 3
     python -m examples.experiments.edtr ablations --out runs/edtr --seeds 1 2 3
     python -m examples.experiments.report runs/edtr/table --by folder --reference edtr_1
+    python -m examples.experiments.edtr cells --out runs/edtr --seeds 1 2 3     # noise without prior, prior at t = 1
+    python -m examples.experiments.edtr t_p --out runs/edtr --seeds 1 2 3      # how noisy the latents are made
     python -m examples.experiments.edtr steps --out runs/edtr        # of trained networks: n, and the noise (S4)
 
 Finished runs are not done again: the same command goes on after a stop.
@@ -43,6 +45,12 @@ ABLATIONS: Mapping[str, dict[str, Any]] = {
         "no_color_fix", "conventional", "hlf_long",
     )
 }  # fmt: skip
+CELLS: Mapping[str, dict[str, Any]] = {
+    "prior_t1": {"t_p": 1}, "no_prior": {"method": "no_prior"}, "no_prior_noise": {"method": "no_prior_noise"},
+}  # fmt: skip
+"""With ``edtr_1`` the four cells of prior and noise; a prior at t = 1 has next to none."""
+T_P: Mapping[str, dict[str, Any]] = {f"t_p_{t_p}": {"t_p": t_p} for t_p in (20, 50, 100)}
+"""``edtr_1`` is the one at 200."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class Experiment:
             )  # fmt: skip
             results = TaskTrainer(config).run()
         else:
-            changes = {**MAIN, **ABLATIONS}[name]
+            changes = {**MAIN, **ABLATIONS, **CELLS, **T_P}[name]
             results = Trainer(replace(base, out=out, prior=self.prior(), prepared=ready, **changes)).run()
         logger.info("%s seed %d: %s", name, seed, {key: round(value, 2) for key, value in results.items()})
 
@@ -114,7 +122,7 @@ def setting(config: Config) -> str:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["prior", "table", "ablations", "steps"])
+    parser.add_argument("study", choices=["prior", "table", "ablations", "cells", "t_p", "steps"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--task", default="classification", choices=["classification", "segmentation", "detection"])
     parser.add_argument("--data", default="generated", choices=["generated", "photos"])
@@ -124,6 +132,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--long_steps", type=int, default=20, help="where the paper takes 50")
     parser.add_argument("--test_count", type=int, default=500)
+    parser.add_argument("--t_p", type=int, default=200, help="timestep up to which the latents are made noisy")
+    parser.add_argument("--draws", type=int, default=4, help="of the noise, for each score")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--names", nargs="+", help="folders of the table; the default is all")
     arguments = parser.parse_args()
@@ -131,9 +141,10 @@ def main() -> None:
     base = Config(
         out=arguments.out, task=arguments.task, data=arguments.data, degradation=arguments.degradation,
         mixture_extent=arguments.extent, contrast=tuple(arguments.contrast), steps=arguments.steps,
-        long_steps=arguments.long_steps, test_count=arguments.test_count, cpu=True,
+        long_steps=arguments.long_steps, test_count=arguments.test_count, t_p=arguments.t_p, draws=arguments.draws,
+        cpu=True,
     )  # fmt: skip
-    known = [*BASELINES, *MAIN, *ABLATIONS]
+    known = [*BASELINES, *MAIN, *ABLATIONS, *CELLS, *T_P]
     unknown = [name for name in arguments.names or () if name not in known]
     if unknown:
         parser.error(f"`names` should be among {', '.join(known)}, found {', '.join(unknown)}.")
@@ -141,14 +152,14 @@ def main() -> None:
     if arguments.study == "prior":
         experiment.prior()
         return
-    names = [*BASELINES, *MAIN] if arguments.study == "table" else list(ABLATIONS)
+    studies = {"table": [*BASELINES, *MAIN], "ablations": [*ABLATIONS], "cells": [*CELLS], "t_p": [*T_P]}
     for seed in arguments.seeds:
         if arguments.study == "steps":
             found = experiment.steps(seed, [1, 4, 20, 50], 10)
             print(json.dumps(found, indent=1))
             (arguments.out / f"steps_{setting(base)}_seed{seed}.json").write_text(json.dumps(found, indent=1))
             continue
-        for name in arguments.names or names:
+        for name in arguments.names or studies[arguments.study]:
             experiment.run(name, seed)
 
 

@@ -36,13 +36,23 @@ class Config(DataOptions, TrainerOptions):
         s_lr: learning rate of the restorer (AdamW without weight decay).
         h_optimizer: optimizer of the recognizer, "sgd" (momentum 0.9, weight decay 1e-4) or "adamw".
         h_lr: learning rate of the recognizer.
-        h_warm_up: steps in which the recognizer's learning rate rises linearly.
+        h_weight_decay: weight decay of the recognizer by SGD; the authors' code has 1e-6 for some.
+        s_lr_min: where the cosine of the restorer's learning rate ends; 1e-6 in the authors' code.
+        h_lr_min: likewise of the recognizer's; 1e-4 in the authors' code.
+        s_warm_up: steps in which the restorer's learning rate rises linearly.
+        h_warm_up: likewise of the recognizer's.
         restart: fraction of the training after which the cosine of both learning rates begins anew.
+        restart_all: so for all methods; else for those with a TDP loss alone, as in the authors' code.
+        aux_weight: weight of the loss of DeepLab's auxiliary head, which "paper" then has, and which learns ten times
+            as fast; 0.5 in the authors' code.
+        align_corners: how L->T and images that are looked at are enlarged; true in the authors' code.
+        pad_tests: continue test images to multiples of ``scale`` and cut what was restored back, instead of cutting
+            them; so in the authors' code.
         fixed_hr: run directory of an "oracle" that also reads the restored images (and is "task" to fixed_task and
             h_fixed), or "english_g2", as EasyOCR has it.
         judge: run directory of another one, of another seed, never used in training, or "pp_ocr".
-        foreign: for fixed_foreign, the run directory of an "oracle" on other data, or "imagenet" (torchvision's
-            ResNet18).
+        foreign: for fixed_foreign, the run directory of an "oracle" on other data, "imagenet" (torchvision's ResNet18)
+            or "vgg" (its VGG19, as in Table 6, A).
     """
 
     method: MethodName = "sr4ir"
@@ -60,8 +70,16 @@ class Config(DataOptions, TrainerOptions):
     s_lr: float = 1e-3
     h_optimizer: Literal["sgd", "adamw"] = "adamw"
     h_lr: float = 2e-3
+    h_weight_decay: float = 1e-4
+    s_lr_min: float = 0.0
+    h_lr_min: float = 0.0
+    s_warm_up: int = 0
     h_warm_up: int = 0
     restart: float = 0.1
+    restart_all: bool = True
+    aux_weight: float = 0.0
+    align_corners: bool = False
+    pad_tests: bool = False
     fixed_hr: Path | None = None
     judge: Path | None = None
     foreign: Path | None = None

@@ -18,9 +18,13 @@ def restore(network: nn.Module, lr: Any) -> Any:
     return [network(image[None])[0] for image in lr]
 
 
-def bilinear(lr: Any, scale: int) -> Any:
+def bilinear(lr: Any, scale: int, *, align_corners: bool = False) -> Any:
     """LR images enlarged without a network."""
-    return map_images(lambda image: F.interpolate(image, scale_factor=float(scale), mode="bilinear"), lr)
+
+    def enlarge(image: Tensor) -> Tensor:
+        return F.interpolate(image, scale_factor=float(scale), mode="bilinear", align_corners=align_corners)
+
+    return map_images(enlarge, lr)
 
 
 def pixel_loss(restored: Any, hr: Any) -> Tensor:

@@ -11,6 +11,7 @@ resumes a killed run. Several processes: ``python -m torch.distributed.run --npr
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,14 +71,14 @@ class Trainer(Recipe[Batch]):
         self.method: Method = METHODS[config.method]
         self.test_data = dataset(config, "test", config.seed)
         self.train_data = dataset(config, "train", config.seed) if self.evaluated is None else self.test_data
-        self.recognition = Recognition(self.train_data.task, self.train_data.class_names)
+        self.recognition = Recognition(self.train_data.task, self.train_data.class_names, aux_weight=config.aux_weight)
         classes = len(self.train_data.class_names)
 
         begins_with = config.s_weights if self.evaluated is None else config.evaluate
         s = restorer(config.restorer, config.scale, file_in(begins_with, "restorer.safetensors"))
         self.check_classes(classes)
         begins_anew = config.start == "scratch" and self.evaluated is None
-        h = recognizer(config.recognizer, config.task, classes, pretrained=begins_anew)
+        h = recognizer(config.recognizer, config.task, classes, pretrained=begins_anew, aux=config.aux_weight > 0)
         if config.start == "hr" and self.evaluated is None:
             if config.h_weights is None:
                 raise ValueError("`h_weights` should be the run directory of an oracle for `start` 'hr', found None.")
@@ -146,17 +147,23 @@ class Trainer(Recipe[Batch]):
         self, name: str, trains: list[nn.Module], objective: Callable[[Batch], Mapping[str, Tensor]]
     ) -> Phase[Batch]:
         config, steps = self.config, self.config.steps * self.method.length
+        restart = config.restart if config.restart_all or "tdp" in self.method.restorer_terms else 0.0
         optimizers, schedulers = [], []
         for network in trains:
             optimizer: torch.optim.Optimizer
             if network is self.s:
-                warm_up, optimizer = 0, torch.optim.AdamW(network.parameters(), lr=config.s_lr, weight_decay=0)
-            elif config.h_optimizer == "adamw":
-                warm_up, optimizer = config.h_warm_up, torch.optim.AdamW(network.parameters(), lr=config.h_lr)
+                lr, warm_up, end = config.s_lr, config.s_warm_up, config.s_lr_min
+                optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0)
             else:
-                warm_up = config.h_warm_up
-                optimizer = torch.optim.SGD(network.parameters(), lr=config.h_lr, momentum=0.9, weight_decay=1e-4)
-            schedulers.append(StepSchedule(optimizer, lambda k, w=warm_up: rate(k, steps, config.restart, w)))  # type: ignore[misc]
+                lr, warm_up, end = config.h_lr, config.h_warm_up, config.h_lr_min
+                groups = _with_faster_head(network, lr)
+                optimizer = (
+                    torch.optim.AdamW(groups, lr=lr)
+                    if config.h_optimizer == "adamw"
+                    else torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=config.h_weight_decay)
+                )
+            factor = partial(rate, steps=steps, restart=restart, warm_up=warm_up, lowest=end / lr if lr else 0.0)
+            schedulers.append(StepSchedule(optimizer, factor))
             optimizers.append(self.accelerator.prepare(optimizer))
         others = [network for network in (self.s, self.h) if network not in trains]
         # torchvision's detectors give their losses, which S may learn from, in train mode only
@@ -183,7 +190,7 @@ class Trainer(Recipe[Batch]):
         inputs = self.method.recognizer_inputs
         made = {"hr": batch.hr}
         if "bilinear" in inputs:
-            made["bilinear"] = bilinear(batch.lr, self.config.scale)
+            made["bilinear"] = self._enlarged(batch.lr)
         if "sr" in inputs or "mix" in inputs:
             with torch.no_grad():
                 made["sr"] = map_images(unit, restore(unwrap(self.s), batch.lr))
@@ -221,13 +228,17 @@ class Trainer(Recipe[Batch]):
         if features == "foreign":
             if config.foreign is None:
                 raise ValueError(
-                    "`foreign` should be the run directory of an oracle on other data, or 'imagenet', for "
+                    "`foreign` should be the run directory of an oracle on other data, 'imagenet' or 'vgg', for "
                     "'fixed_foreign', found None."
                 )
             if str(config.foreign) == "imagenet":
                 from torchvision.models import ResNet18_Weights, resnet18
 
                 return TDPLoss(resnet18(weights=ResNet18_Weights.DEFAULT).to(self.device))
+            if str(config.foreign) == "vgg":
+                from torchvision.models import VGG19_Weights, vgg19
+
+                return TDPLoss(vgg19(weights=VGG19_Weights.DEFAULT).to(self.device), ["features.34"])
             return TDPLoss(features_of(load_recognizer(config.foreign).to(self.device)))
         if features == "task":
             if self.judges.fixed_hr is None:
@@ -242,8 +253,11 @@ class Trainer(Recipe[Batch]):
         if self.method.reads == "hr":
             return hr
         if self.method.reads == "bilinear":
-            return bilinear(lr, self.config.scale)
+            return self._enlarged(lr)
         return map_images(unit, restore(unwrap(self.s), lr))
+
+    def _enlarged(self, lr: Any) -> Any:
+        return bilinear(lr, self.config.scale, align_corners=self.config.align_corners)
 
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """All figures on the test images, and some of these."""
@@ -260,16 +274,26 @@ class Trainer(Recipe[Batch]):
         figures, samples = evaluate(
             data, self.recognition, degrade=degradation(config, config.seed, TEST_SEED), read=self._read,
             trained=networks, recognizer=networks[1] if self.method.recognizer_inputs else None, judges=self.judges,
-            multiple=config.scale, workers=config.workers,
+            multiple=config.scale, pad=config.pad_tests, workers=config.workers,
         )  # fmt: skip
         return {**figures, "num_classes": len(self.recognition.class_names)}, samples
 
 
-def rate(step: int, steps: int, restart: float, warm_up: int) -> float:
-    """Factor of the learning rate: a cosine to 0, begun anew after the fraction ``restart``; a linear rise first."""
+def _with_faster_head(network: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """The weights, those of an auxiliary head with ten times the learning rate."""
+    named = list(network.named_parameters())
+    head = [weight for name, weight in named if "aux_classifier" in name]
+    rest = [weight for name, weight in named if "aux_classifier" not in name]
+    return [{"params": rest}, *([{"params": head, "lr": 10 * lr}] if head else [])]
+
+
+def rate(step: int, steps: int, restart: float, warm_up: int, lowest: float = 0.0) -> float:
+    """Factor of the learning rate: a cosine to ``lowest``, begun anew after the fraction ``restart``; a linear rise
+    first.
+    """
     first = round(restart * steps)
     begun, length = (0, first) if step < first else (first, steps - first)
-    return cosine(step - begun, length) * min(1.0, (step + 1) / warm_up if warm_up else 1.0)
+    return cosine(step - begun, length, lowest=lowest) * min(1.0, (step + 1) / warm_up if warm_up else 1.0)
 
 
 def main() -> None:

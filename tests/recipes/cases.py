@@ -38,7 +38,7 @@ TASKS = ("classification", "segmentation", "detection")
 RUN: dict[str, Any] = {"out": Path(), "steps": 3, "save_every": 2, "cpu": True}
 SR4IR = sr4ir.Config(**RUN, batch=4, train_count=12, test_count=4, size=32)
 EDTR_DATA: dict[str, Any] = {"batch": 4, "train_count": 12, "test_count": 4, "size": 32, "mixture_extent": 0.2}
-EDTR = edtr.Config(**RUN, **EDTR_DATA, long_steps=3)
+EDTR = edtr.Config(**RUN, **EDTR_DATA, long_steps=3, draws=1)
 PAIRS: dict[str, Any] = {"batch": 4, "patch": 24, "train_count": 16, "test_count": 2, "test_size": 24}
 DTP = dtp.Config(**RUN, **PAIRS, importance_samples=4, timesteps="paper", replay_share=1.0, experts=2)
 DIFFLOSS = diffloss.Config(**RUN, **PAIRS)

@@ -153,7 +153,9 @@ def stanford_cars(root: Path, split: Split, *, size: int = 224) -> FolderData:
     return FolderData("classification", names, present, _label, _classification(train, size))
 
 
-def voc2012(root: Path, split: Split, task: VocTask, *, size: int = 480) -> FolderData:
+def voc2012(
+    root: Path, split: Split, task: VocTask, *, size: int = 480, scales: tuple[float, float] | None = None
+) -> FolderData:
     """Everyday images with objects of 20 classes; its validation part is the test here, as in the papers.
 
     Segmentation: the short side is resized to 520/480 of ``size``, the mask alike. The 1,464 training images are
@@ -172,6 +174,9 @@ def voc2012(root: Path, split: Split, task: VocTask, *, size: int = 480) -> Fold
         split: train.txt or val.txt.
         task: masks or boxes.
         size: in pixels, as above.
+        scales: for segmentation, lowest and highest factor of a random scale, in the place of the resizing: training
+            images are fitted into ``size`` x ``size`` times such a factor and cropped, what is missing is ignored; test
+            images keep their size. EDTR has (0.5, 2) and 512.
 
     Raises:
         ValueError: As :func:`cub200` does. A mask or annotation that is listed and not there is a warning too.
@@ -190,7 +195,7 @@ def voc2012(root: Path, split: Split, task: VocTask, *, size: int = 480) -> Fold
     ]
     present = _present(samples, split, folder / index)
     if task == "segmentation":
-        return FolderData(task, VOC_CLASSES, present, _mask, _segmentation(train, size))
+        return FolderData(task, VOC_CLASSES, present, _mask, _segmentation(train, size, scales))
     annotate = partial(_boxes, difficult=not train)
     return FolderData(task, VOC_CLASSES, present, annotate, partial(_detection, train=train, size=size))
 
@@ -345,7 +350,13 @@ def _of_image(transform: Callable[[Any], Any], image: Any, target: Any) -> tuple
     return transform(image), target
 
 
-def _segmentation(train: bool, size: int) -> Callable[[Any, Any], tuple[Any, Any]]:
+def _segmentation(
+    train: bool, size: int, scales: tuple[float, float] | None = None
+) -> Callable[[Any, Any], tuple[Any, Any]]:
+    if scales is not None:
+        crop = v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORED})
+        jitter = v2.ScaleJitter((size, size), scale_range=scales)
+        return partial(_of_mask, v2.Compose([jitter, crop, v2.RandomHorizontalFlip()]) if train else v2.Identity())
     steps = [v2.RandomCrop(size), v2.RandomHorizontalFlip()] if train else []
     return partial(_of_mask, v2.Compose([v2.Resize(round(size * 520 / 480)), *steps]))
 

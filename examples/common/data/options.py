@@ -19,6 +19,8 @@ class DataOptions:
         data: "generated", "photos" and, for reading, "words" are made on the spot; the others are read from ``root``.
         root: folder of the data set on disk.
         size: side of the training images in pixels; the default is the data set's own.
+        voc_scales: lowest and highest factor of the random scale of VOC's training images for segmentation; without it
+            they are resized to one size, as in SR4IR.
         train_count: number of training images that are made on the spot.
         test_count: number of test images that are made on the spot.
         data_seed: seed of the images that are made on the spot; the default is ``seed``.
@@ -44,6 +46,7 @@ class DataOptions:
     data: DataName = "generated"
     root: Path | None = None
     size: int | None = None
+    voc_scales: tuple[float, float] | None = None
     train_count: int = 1500
     test_count: int = 1000
     data_seed: int | None = None

@@ -3,11 +3,13 @@
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from examples.common.data.options import DataOptions
-from examples.common.data.tasks import TaskData
+from examples.common.data.tasks import TaskData, map_images
 
+_SIZES: dict[str, int] = {"classification": 224, "segmentation": 480, "detection": 500}
 TEST_SEED = 1_000_003
 """Added to a seed for test images."""
 
@@ -47,15 +49,23 @@ def dataset(config: DataOptions, split: Literal["train", "test"], seed: int) -> 
 
     if config.root is None:
         raise ValueError(f"`root` should be the folder of the data set {config.data!r}, found None.")
-    size = config.size or {"classification": 224, "segmentation": 480, "detection": 500}[config.task]
+    size = config.size or _SIZES[config.task]
     if config.data == "voc2012":
         if config.task == "classification" or config.task == "reading":
             raise ValueError(f"`task` should be 'segmentation' or 'detection' for voc2012, found {config.task!r}.")
-        return voc2012(config.root, split, config.task, size=size)
+        return voc2012(config.root, split, config.task, size=size, scales=config.voc_scales)
     if config.task != "classification":
         raise ValueError(f"`task` should be 'classification' for {config.data}, found {config.task!r}.")
     load = cub200 if config.data == "cub200" else stanford_cars
     return load(config.root, split, size=size)
+
+
+def image_side(config: DataOptions) -> int:
+    """The side of the training images in pixels; of words, which are lines, their height."""
+    if config.size is not None:
+        return config.size
+    small = {"generated": 48, "photos": 48, "words": 32}
+    return small.get(config.data, _SIZES.get(config.task, 48))
 
 
 def on_grid(hr: Any, targets: Any, multiple: int) -> tuple[Any, Any]:
@@ -70,6 +80,18 @@ def on_grid(hr: Any, targets: Any, multiple: int) -> tuple[Any, Any]:
         return hr[:, :, :height, :width], targets[:, :height, :width] if targets.ndim == 3 else targets
     cut = [_cut(image, target, multiple) for image, target in zip(hr, targets, strict=True)]
     return [image for image, _ in cut], [target for _, target in cut]
+
+
+def continued(images: Any, multiple: int) -> Any:
+    """Images continued by their edges, at the right and at the bottom, to multiples of the scale."""
+    return map_images(lambda x: F.pad(x, (0, -x.shape[3] % multiple, 0, -x.shape[2] % multiple), "replicate"), images)
+
+
+def cut_like(images: Any, others: Any) -> Any:
+    """Images cut at the right and at the bottom to the sizes of others."""
+    if isinstance(images, Tensor):
+        return images[..., : others.shape[2], : others.shape[3]]
+    return [image[:, : other.shape[1], : other.shape[2]] for image, other in zip(images, others, strict=True)]
 
 
 def _cut(image: Tensor, target: dict[str, Tensor], multiple: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from examples.common.data.degrade import Degrade
-from examples.common.data.task_data import on_grid
+from examples.common.data.task_data import continued, cut_like, on_grid
 from examples.common.data.tasks import IGNORED, InMemory, Task, TaskData, collate, to_device
 from examples.common.engine.recipe import naming
 from examples.common.engine.recognition import Recognition, features_of
@@ -104,7 +104,10 @@ def load_recognizer(run: Path) -> nn.Module:
         raise ValueError(f"{run} should be the directory of a finished run, found no results.json in it.")
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     classes = RunDirectory(run, settings, main=False).results or {}
-    network = recognizer(settings["recognizer"], settings["task"], int(classes["num_classes"]), pretrained=False)
+    network = recognizer(
+        settings["recognizer"], settings["task"], int(classes["num_classes"]), pretrained=False,
+        aux=settings["aux_weight"] > 0,
+    )  # fmt: skip
     load_weights(network, run / "recognizer.safetensors")
     return network.eval().requires_grad_(False)
 
@@ -120,6 +123,7 @@ def evaluate(
     recognizer: nn.Module | None,
     judges: Judges,
     multiple: int = 1,
+    pad: bool = False,
     workers: int = 0,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """All figures of one run on the test images.
@@ -133,6 +137,7 @@ def evaluate(
         recognizer: the run's own, or None if it trained none.
         judges: fixed networks that read the same images.
         multiple: of the sides; what is beyond is cut away.
+        pad: continue the images by their edges to the multiple instead, and cut what is read back.
         workers: processes that read images.
 
     Returns:
@@ -159,12 +164,14 @@ def evaluate(
                 continue
             images, targets = images_and_targets
             recognition.check(targets)
-            hr, targets = on_grid(images, targets, multiple)
+            hr, targets = (images, targets) if pad else on_grid(images, targets, multiple)
             hr = to_device(hr, device)
-            lr = degrade(hr, count)
+            whole = continued(hr, multiple) if pad else hr
+            lr = degrade(whole, count)
             count += len(hr)
-            with naming(f"The networks should take test images of {tuple(hr[0].shape[1:])}"):
-                seen = read(hr, lr)
+            with naming(f"The networks should take test images of {tuple(whole[0].shape[1:])}"):
+                seen = read(whole, lr)
+            seen = hr if seen is whole else cut_like(seen, hr) if pad else seen
             found = {
                 name: to_device(recognition.predict(network, hr if name == "score_on_hr" else seen), "cpu")
                 for name, network in present.items()

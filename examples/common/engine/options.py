@@ -64,15 +64,16 @@ class TrainerOptions(RunOptions):
 
 _AT_LEAST_1 = (
     "steps", "batch", "save_every", "size", "train_count", "test_count", "patch", "scale", "grid", "n", "long_steps",
-    "t_p", "experts", "importance_samples", "orthogonality_every", "control_channels", "prior_steps", "pre_patch",
-    "pre_batch", "pre_steps", "width", "levels", "accumulate", "adversarial.width", "severities",
+    "draws", "color_levels", "t_p", "experts", "importance_samples", "orthogonality_every", "control_channels",
+    "prior_steps", "pre_patch", "pre_batch", "pre_steps", "width", "levels", "accumulate", "adversarial.width",
+    "severities",
 )  # fmt: skip
 _AT_LEAST_0 = (
     "seed", "data_seed", "workers", "eval_every", "blur", "mixture_extent", "contrast", "lr", "lr_min", "s_lr", "h_lr",
     "pre_lr", "prompt_lr", "adversarial.lr", "tdp_weight", "mix", "h_warm_up", "restart", "alpha", "smallest",
     "penalty_weight", "replay_share", "replay_weight", "orthogonality_weight", "shallow", "decay", "restored_too",
     "weight_decay", "cfrm_weights", "severity_weights", "corruption_extent", "steps_of_diffusion",
-    "fft_weight", "betas",
+    "s_lr_min", "h_lr_min", "h_weight_decay", "s_warm_up", "aux_weight", "fft_weight", "betas",
 )  # fmt: skip
 LOWEST: dict[str, float] = {
     **dict.fromkeys(_AT_LEAST_1, 1), **dict.fromkeys(_AT_LEAST_0, 0), "test_size": 6, "corruption_side": 8,

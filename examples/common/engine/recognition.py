@@ -36,10 +36,16 @@ class Recognition:
 
     Images are float in [0, 1], (N, 3, H, W), or a list of (3, H, W) for detection; they are normalized here, unless the
     network does it (torchvision's detectors).
+
+    Args:
+        task: what is read.
+        class_names: by label.
+        aux_weight: weight of the loss of an auxiliary head, where the network returns "aux".
     """
 
-    def __init__(self, task: Task, class_names: Sequence[str]) -> None:
+    def __init__(self, task: Task, class_names: Sequence[str], *, aux_weight: float = 0.0) -> None:
         self.task: Task = task
+        self.aux_weight = aux_weight
         self.class_names = tuple(class_names)
 
     def check(self, targets: Any) -> None:
@@ -67,8 +73,12 @@ class Recognition:
             return torch.stack(list(losses.values())).sum()
         if self.task == "reading":
             return ctc(network(to_english_g2(images)), targets)
-        logits = self._logits(network, images)
-        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED if self.task == "segmentation" else -100)
+        ignored = IGNORED if self.task == "segmentation" else -100
+        output = self._output(network, images)
+        loss = F.cross_entropy(_main(output).float(), targets, ignore_index=ignored)
+        if self.aux_weight and isinstance(output, dict) and "aux" in output:
+            loss = loss + self.aux_weight * F.cross_entropy(output["aux"].float(), targets, ignore_index=ignored)
+        return loss
 
     @torch.no_grad()
     def predict(self, network: nn.Module, images: Any) -> Any:
@@ -77,7 +87,7 @@ class Recognition:
             return network(list(images))
         if self.task == "reading":
             return network.read(images)  # type: ignore[operator]
-        return self._logits(network, images).argmax(dim=1)
+        return _main(self._output(network, images)).argmax(dim=1)
 
     def metric(self) -> Metric:
         """An empty metric of torchmetrics: accuracy, mean IoU, the mAP of COCO or words, of this process alone."""
@@ -113,11 +123,14 @@ class Recognition:
         best = int(prediction["scores"].argmax()) if "scores" in prediction else 0
         return self.class_names[int(prediction["labels"][best])]
 
-    def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
+    def _output(self, network: nn.Module, images: Tensor) -> Any:
         mean, std = statistics(network)
-        output = network(normalize(images, list(mean), list(std)))
-        logits: Tensor = output["out"] if isinstance(output, dict) else output
-        return logits
+        return network(normalize(images, list(mean), list(std)))
+
+
+def _main(output: Any) -> Tensor:
+    logits: Tensor = output["out"] if isinstance(output, dict) else output
+    return logits
 
 
 class _Texts(WordsRead):

@@ -12,6 +12,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 from examples.common.data.tasks import Task
+from examples.common.networks.own import own_network
 from examples.common.networks.text_readers import EnglishG2, english_g2
 
 logger = logging.getLogger(__name__)
@@ -111,15 +112,16 @@ class _BoxPredictor(nn.Module):
         return self.cls_score(x), self.bbox_pred(x)
 
 
-def recognizer(name: str, task: Task, num_classes: int, *, pretrained: bool = True) -> nn.Module:
+def recognizer(name: str, task: Task, num_classes: int, *, pretrained: bool = True, aux: bool = False) -> nn.Module:
     """A task network; those of torchvision and timm start from ImageNet where its weights can be had, and it says so.
 
     Args:
-        name: "small" | "paper" (ResNet18, DeepLabV3 or Faster R-CNN on MobileNetV3) | "timm/NAME" for classifiers;
-            "english_g2", with EasyOCR's weights, for reading.
+        name: "small" | "paper" (ResNet18, DeepLabV3 or Faster R-CNN on MobileNetV3) | "timm/NAME" for classifiers |
+            "module:Class", called with ``num_classes``; "english_g2", with EasyOCR's weights, for reading.
         task: what it reads.
         num_classes: of detection and segmentation with the background.
         pretrained: False where other weights will follow.
+        aux: DeepLabV3 with an auxiliary head.
     """
     if (name == "english_g2") != (task == "reading"):
         raise ValueError(f"`recognizer` should be 'english_g2' for reading and for nothing else, found {name!r}.")
@@ -134,8 +136,10 @@ def recognizer(name: str, task: Task, num_classes: int, *, pretrained: bool = Tr
         return builders[task](num_classes)
     if name == "paper":
         return _with_weights_if_possible(
-            f"the {task} network", lambda weights: _of_the_paper(task, num_classes, weights), pretrained
+            f"the {task} network", lambda weights: _of_the_paper(task, num_classes, weights, aux), pretrained
         )
+    if ":" in name:
+        return own_network(name, "recognizer", num_classes=num_classes)
     if name.startswith("timm/") and task == "classification":
         import timm
 
@@ -149,10 +153,12 @@ def recognizer(name: str, task: Task, num_classes: int, *, pretrained: bool = Tr
             return network
 
         return _with_weights_if_possible(name, build, pretrained)
-    raise ValueError(f"`recognizer` should be 'small', 'paper' or, for classification, 'timm/NAME', found {name!r}.")
+    raise ValueError(
+        f"`recognizer` should be 'small', 'paper', 'module:Class' or, for classification, 'timm/NAME', found {name!r}."
+    )
 
 
-def _of_the_paper(task: Task, num_classes: int, weights: bool) -> nn.Module:
+def _of_the_paper(task: Task, num_classes: int, weights: bool, aux: bool) -> nn.Module:
     from torchvision.models import MobileNet_V3_Large_Weights, ResNet18_Weights, resnet18
     from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn
     from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
@@ -164,7 +170,9 @@ def _of_the_paper(task: Task, num_classes: int, weights: bool) -> nn.Module:
     backbone = MobileNet_V3_Large_Weights.DEFAULT if weights else None
     network: nn.Module
     if task == "segmentation":
-        network = deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=backbone, num_classes=num_classes)
+        network = deeplabv3_mobilenet_v3_large(
+            weights=None, weights_backbone=backbone, num_classes=num_classes, aux_loss=aux
+        )
         return network
     network = fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=backbone, num_classes=num_classes)
     return network.requires_grad_(True)  # the whole backbone, whether or not it starts from weights

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from examples.common.networks.edsr import EDSR
+from examples.common.networks.own import own_network
 from examples.common.networks.restormer import Restormer
 from examples.common.networks.weights import load_weights
 from restoreloss.objectives.sizes import pad_to
@@ -20,9 +21,9 @@ def restorer(name: str, scale: int, weights: Path | None = None, *, option: str 
     """A restoration network that enlarges by ``scale``.
 
     Args:
-        name: "edsr" | "edsr-small" | "swinir" | "swinir-light"; of scale 1 also "nafnet" | "nafnet-small" |
-            "restormer" | "restormer-small" | "spandrel/NAME", an architecture of spandrel as it is by default; "file"
-            for whatever spandrel finds in ``weights``.
+        name: "edsr" | "edsr-small" | "swinir" | "swinir-light"; of scale 1 also "swinir-unshuffle" | "nafnet" |
+            "nafnet-small" | "restormer" | "restormer-small" | "spandrel/NAME", an architecture of spandrel as it is by
+            default; "file" for whatever spandrel finds in ``weights``; "module:Class", called without arguments.
         scale: of the super-resolution.
         weights: a state dict, or for "file" any checkpoint that spandrel reads.
         option: that the name was given as, for messages.
@@ -50,10 +51,14 @@ def restorer(name: str, scale: int, weights: Path | None = None, *, option: str 
         return fit_sizes(model.requires_grad_(True), described.size_requirements, scale)
     if name.startswith("spandrel/"):
         network = _same_size(_of_spandrel, scale)(name.removeprefix("spandrel/"))
+    elif ":" in name:
+        network = own_network(name, option)
     elif name in _RESTORERS:
         network = _RESTORERS[name](scale)
     else:
-        raise ValueError(f"`{option}` should be one of {(*_RESTORERS, 'file', 'spandrel/NAME')}, found {name!r}.")
+        raise ValueError(
+            f"`{option}` should be one of {(*_RESTORERS, 'file', 'spandrel/NAME', 'module:Class')}, found {name!r}."
+        )
     if weights is not None:
         load_weights(network, weights)
     return network
@@ -66,6 +71,18 @@ def _swinir(scale: int, **size: Any) -> nn.Module:
         size["upsampler"] = ""
     network: nn.Module = SwinIR(upscale=scale, window_size=8, mlp_ratio=2, img_size=64, **size)
     return network
+
+
+def _swinir_unshuffled() -> nn.Module:
+    """SwinIR on an eighth of the sides, as EDTR has it after DiffBIR: a thirtieth of the work."""
+    from spandrel import SizeRequirements
+    from spandrel.architectures.SwinIR import SwinIR
+
+    network: nn.Module = SwinIR(
+        upscale=8, start_unshuffle=8, window_size=8, mlp_ratio=2, img_size=64, embed_dim=180, depths=[6] * 8,
+        num_heads=[6] * 8, upsampler="nearest+conv",
+    )  # fmt: skip
+    return fit_sizes(network, SizeRequirements(multiple_of=64))
 
 
 def _of_spandrel(name: str) -> nn.Module:
@@ -143,6 +160,7 @@ _RESTORERS: dict[str, Callable[[int], nn.Module]] = {
     "edsr": EDSR,
     "edsr-small": lambda scale: EDSR(scale, features=24, blocks=4, light=True),
     "swinir": lambda scale: _swinir(scale, embed_dim=180, depths=[6] * 6, num_heads=[6] * 6, upsampler="pixelshuffle"),
+    "swinir-unshuffle": lambda scale: _same_size(_swinir_unshuffled, scale)(),
     "nafnet": lambda scale: _same_size(nafnet, scale)(64, (1, 1, 1, 28), 1, (1, 1, 1, 1)),
     "nafnet-small": lambda scale: _same_size(nafnet, scale)(16, (1, 1), 1, (1, 1)),
     "restormer": lambda scale: _same_size(Restormer, scale)(48, (4, 6, 6, 8), (1, 2, 4, 8)),
