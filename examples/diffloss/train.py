@@ -13,7 +13,7 @@ In the run directory ``best.safetensors`` and ``last.safetensors`` are plain sta
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from examples.common.data.degradations import DEGRADATIONS
-from examples.common.data.pairs import test_pairs, training_pairs
+from examples.common.data.pairs import tested_pairs, training_pairs, worth_trying
 from examples.common.engine import command_line
 from examples.common.engine.recipe import Recipe, Stage, naming
 from examples.common.engine.schedules import cosine_schedule
@@ -34,6 +34,7 @@ from examples.diffloss.config import Config
 from examples.diffloss.objectives import objectives_of, terms_of
 from restoreloss import Alternation, Phase, Subsampled, WeightedSum, audit
 from restoreloss.frozen import unwrap
+from restoreloss.restorers.tiling import tiled
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class Trainer(Recipe[Batch]):
         self.diff: Subsampled | None = None
         if self.evaluated is None:
             self.train_data = training_pairs(config, config.degradations)
-        self.tests = {name: test_pairs(config, name, shifted=False) for name in config.degradations}
+        self.tests = {name: tested_pairs(config, name, shifted=False) for name in config.degradations}
         if empty := [name for name, found in self.tests.items() if not found]:
             raise ValueError(f"`pairs` should have test images of {empty[0]!r} that can be read, found none.")
         begins_with = config.weights if config.evaluate is None else config.evaluate / "restorer.safetensors"
@@ -156,14 +157,20 @@ class Trainer(Recipe[Batch]):
 
     def try_evaluation(self) -> None:
         """Evaluate one test image of each size."""
-        sizes = {clean.shape: name for name, found in self.tests.items() for _, clean in found}
-        one = {size: next(pair for pair in self.tests[name] if pair[1].shape == size) for size, name in sizes.items()}
-        for size, pair in one.items():
-            with naming(f"`network` {self.config.network} should take test images of {tuple(size[2:])}"):
-                self._test_figures({sizes[size]: [pair]})
+        tried: set[Any] = set()
+        for name, found in self.tests.items():
+            pairs = worth_trying(found)
+            if not pairs:
+                raise ValueError(f"`pairs` should have test images of {name!r} that can be read, found none.")
+            for pair in pairs:
+                if (size := pair[1].shape) in tried:
+                    continue
+                tried.add(size)
+                with naming(f"`network` {self.config.network} should take test images of {tuple(size[2:])}"):
+                    self._test_figures({name: [pair]})
 
     def _test_figures(
-        self, tests: Mapping[str, list[tuple[Tensor, Tensor]]]
+        self, tests: Mapping[str, Sequence[tuple[Tensor, Tensor]]]
     ) -> tuple[dict[str, float], dict[str, list[Tensor]]]:
         """Figures by "degradation_figure", and images of one size."""
         network = self.tested
@@ -177,7 +184,9 @@ class Trainer(Recipe[Batch]):
                 values: dict[str, list[float]] = {}
                 for degraded, clean in found:
                     degraded, clean = degraded.to(self.device), clean.to(self.device)
-                    restored = network(degraded).clamp(0, 1)
+                    side = self.config.tile
+                    restored = tiled(network, degraded, tile=side, overlap=side // 4) if side else network(degraded)
+                    restored = restored.clamp(0, 1)
                     for prefix, image in (("", restored), ("degraded_", degraded)):
                         psnr = peak_signal_noise_ratio(image, clean, data_range=1.0)
                         ssim: Any = structural_similarity_index_measure(image, clean, data_range=1.0)
@@ -185,7 +194,7 @@ class Trainer(Recipe[Batch]):
                         values.setdefault(f"{prefix}ssim", []).append(float(ssim))
                     if perceptual is not None:
                         values.setdefault("lpips", []).append(float(perceptual(restored, clean)))
-                    if all(image.shape[2:] == clean.shape[2:] for image in rows["hr"]):
+                    if len(rows["hr"]) < 64 and all(image.shape[2:] == clean.shape[2:] for image in rows["hr"]):
                         for kind, image in zip(rows, (degraded, restored, clean), strict=True):
                             rows[kind].append(image.cpu())
                 figures |= {f"{name}_{key}": sum(each) / len(each) for key, each in values.items()}
@@ -226,7 +235,7 @@ class _Steps:
 
 def _check(config: Config, processes: int) -> None:
     """Raise ``ValueError`` for options that are out of range, or do not go together."""
-    unknown = [name for name in config.degradations if name not in DEGRADATIONS]
+    unknown = [name for name in config.degradations if config.lq is None and name not in DEGRADATIONS]
     if unknown or not config.degradations:
         raise ValueError(f"`degradations` should be of {', '.join(DEGRADATIONS)}, found {config.degradations}.")
     if config.accumulate < 1 or config.batch % (config.accumulate * processes):

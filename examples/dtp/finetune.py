@@ -11,7 +11,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from examples.common.data.pairs import test_pairs, training_pairs
+from examples.common.data.pairs import tested_pairs, training_pairs, worth_trying
 from examples.common.engine.perceptual import lite0_distance
 from examples.common.engine.recipe import Stage, naming
 from examples.common.networks.weights import load_weights
@@ -25,6 +25,7 @@ from examples.dtp.testing import figures as figures_of
 from examples.dtp.testing import over_flips
 from restoreloss import TimestepMatch, match_timestep, order_by_timestep
 from restoreloss.frozen import unwrap
+from restoreloss.restorers.tiling import tiled
 from restoreloss.training.matching import plot_matches
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ _LAST = math.sqrt(1 - 0.005**2)
 class FineTuning(GenerativeRecipe[Batch]):
     """One run of fine-tuning."""
 
-    of_evaluation = ("clean",)
+    of_evaluation = ("clean", "flips", "lite0")
 
     def __init__(self, config: Config) -> None:
         self.method = METHODS[config.method]
@@ -78,7 +79,7 @@ class FineTuning(GenerativeRecipe[Batch]):
         for name, t in self.t_star.items():
             match = self.matches.get(name)
             found = {} if match is None else {"best": match.best, "gain": match.gain, "degenerate": match.degenerate}
-            of = "paper" if match is not None and match.degenerate else source
+            of = "paper" if match is not None and match.degenerate and name in PAPER else source
             text[name] = {"used": t, "from": of, **found}
             logger.info("%s: t* = %d of %d (%s)", name, t, self.config.num_timesteps, of)
         if self.evaluated is None:
@@ -178,7 +179,7 @@ class FineTuning(GenerativeRecipe[Batch]):
 
     def _timesteps(self, network: nn.Module) -> dict[str, int]:
         """t* of every degradation, with the pre-trained network where they are matched."""
-        config, last = self.config, self.config.num_timesteps
+        config = self.config
         if self.evaluated is not None:
             known = {key.removeprefix("t_"): t for key, t in self._all_timesteps().items()}
             if unknown := [name for name in config.degradations if name not in known]:
@@ -187,7 +188,7 @@ class FineTuning(GenerativeRecipe[Batch]):
         if config.timesteps == "first":
             return dict.fromkeys(config.degradations, 1)
         if config.timesteps == "paper" or not self.method.pretrained:
-            return {name: max(1, round(PAPER[name] * last)) for name in config.degradations}
+            return {name: self._of_the_table(name) for name in config.degradations}
         for name in config.degradations:
             data, found = training_pairs(config, [name]), []
             for index in range(min(32, len(data))):
@@ -201,37 +202,48 @@ class FineTuning(GenerativeRecipe[Batch]):
             degraded, clean = torch.stack(found).to(self.device).unbind(dim=1)
             self.matches[name] = match_timestep(network, self.levels, degraded, clean)
         return {
-            name: max(1, round(PAPER[name] * last)) if match.degenerate else match.best
+            name: self._of_the_table(name) if match.degenerate and name in PAPER else match.best
             for name, match in self.matches.items()
         }
+
+    def _of_the_table(self, name: str) -> int:
+        """t* of the authors' table."""
+        if name not in PAPER:
+            raise ValueError(f"`timesteps` should be 'matched' or 'first' for {name!r}, which is not in the table.")
+        return max(1, round(PAPER[name] * self.config.num_timesteps))
 
     def restore(self, degraded: Tensor, name: str) -> Tensor:
         """Restored images in [0, 1]."""
         network, t = unwrap(self.net), self.t_star[name]
-        restored: Tensor = over_flips(lambda x: network(x, t), degraded) if self.config.flips else network(degraded, t)
+        side = self.config.tile
+
+        def whole(image: Tensor) -> Tensor:
+            found: Tensor = over_flips(lambda x: network(x, t), image) if self.config.flips else network(image, t)
+            return found
+
+        restored = whole(degraded) if not side else tiled(whole, degraded, tile=side, overlap=side // 4)
         return restored.clamp(0, 1)
 
     def _tests(self) -> Iterator[tuple[str, bool, Tensor, Tensor]]:
         """Degradation, whether the data are others than in training, degraded and clean test images."""
         for name in self.config.degradations:
             for shifted in (False, True):
-                for degraded, clean in test_pairs(self.config, name, shifted=shifted):
+                for degraded, clean in tested_pairs(self.config, name, shifted=shifted):
                     yield name, shifted, degraded.to(self.device), clean.to(self.device)
 
     def try_evaluation(self) -> None:
         """Evaluate one test image of each size."""
         config, network, sizes = self.config, unwrap(self.net).eval(), set()
-        read: set[tuple[str, bool]] = set()
-        for name, shifted, degraded, clean in self._tests():
-            read.add((name, shifted))
-            if clean.shape not in sizes:
-                sizes.add(clean.shape)
-                with naming(f"`network` {config.network} should take test images of {tuple(clean.shape[2:])}"):
-                    figures_of(self.restore(degraded, name), clean)
         for name in config.degradations:
             for option, shifted in (("pairs", False), ("shifted_pairs", True)):
-                if (name, shifted) not in read and not (shifted and name not in config.shifted_pairs):
+                found = worth_trying(tested_pairs(config, name, shifted=shifted))
+                if not found and not (shifted and name not in config.shifted_pairs):
                     raise ValueError(f"`{option}` should hold test images of {name!r} that can be read, found none.")
+                for degraded, clean in found:
+                    if clean.shape not in sizes:
+                        sizes.add(clean.shape)
+                        with naming(f"`network` {config.network} should take test images of {tuple(clean.shape[2:])}"):
+                            figures_of(self.restore(degraded.to(self.device), name), clean.to(self.device))
         self.try_generation()
         network.train()
 

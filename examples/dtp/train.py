@@ -19,7 +19,7 @@ from examples.dtp.pretrain import Pretraining
 
 def trainer(config: Config) -> Pretraining | FineTuning:
     """The run that the method asks for."""
-    unknown = [name for name in config.degradations if name not in DEGRADATIONS]
+    unknown = [name for name in config.degradations if config.lq is None and name not in DEGRADATIONS]
     if unknown or not config.degradations:
         raise ValueError(f"`degradations` should be of {', '.join(DEGRADATIONS)}, found {config.degradations}.")
     if config.method != "pretrain":

@@ -1,7 +1,9 @@
 """Pairs of degraded and clean images: the degradations, and the layouts of pairs on disk."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +11,12 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from examples.common.data.degradations import DEGRADATIONS, degrade, motion_kernel
-from examples.common.data.pair_folders import LAYOUTS, pairs
-from examples.common.data.pairs import FolderPairs
+from examples.common.data.pair_folders import LAYOUTS, own_pairs, pairs
+from examples.common.data.pairs import FolderPairs, tested_pairs, training_pairs
+from examples.diffloss.config import Config
+from examples.diffloss.train import Trainer
+from examples.dtp.train import trainer as dtp_trainer
+from tests.recipes import cases
 
 
 @pytest.mark.parametrize("name", DEGRADATIONS)
@@ -66,12 +72,32 @@ PAIRED = {
         "train/synthetic/s_1.png", "train/gt/s_1.png", "test/Snow100K-L/synthetic/s_2.png",
         "test/Snow100K-L/gt/s_2.png",
     ),
+    "reside": ("ITS/hazy/7_2_0.9.png", "ITS/clear/7.png", "SOTS/indoor/hazy/14_1.png", "SOTS/indoor/gt/14.png"),
+    "dense_haze": ("hazy/07_hazy.png", "GT/07_GT.png", "hazy/53_hazy.png", "GT/53_GT.png"),
+    "revide": (
+        "Train/hazy/C001/00001.JPG", "Train/gt/C001/00001.JPG", "Test/hazy/W002/00000.JPG", "Test/gt/W002/00000.JPG"
+    ),
+    "lol_v2": (
+        "Real_captured/Train/Low/low00001.png", "Real_captured/Train/Normal/normal00001.png",
+        "Real_captured/Test/Low/00690.png", "Real_captured/Test/Normal/00690.png",
+    ),
+    "lol_v2_made": (
+        "Synthetic/Train/Low/r1.png", "Synthetic/Train/Normal/r1.png", "Synthetic/Test/Low/r2.png",
+        "Synthetic/Test/Normal/r2.png",
+    ),
+    "rain13k": (
+        "train/Rain13K/input/1.jpg", "train/Rain13K/target/1.jpg", "test/Rain100H/input/2.png",
+        "test/Rain100H/target/2.png",
+    ),
+    "realsnow": ("training/input/1.png", "training/gt/1.png", "testing/input/2.png", "testing/gt/2.png"),
+    "uhdsnow": ("train/input/1.jpg", "train/GT/1.jpg", "test/input/2.jpg", "test/GT/2.jpg"),
     "universal": ("train/rainy/LQ/1.png", "train/rainy/GT/1.png", "val/rainy/LQ/2.png", "val/rainy/GT/2.png"),
 }  # fmt: skip
 CLEAN = {
     "cbsd68": ("train/1.png", "original_png/2.png"),
     "celebahq": ("train/1.jpg", "test/2.jpg"),
     "clean": ("train/1.png", "test/2.png"),
+    "div2k": ("DIV2K_train_HR/0001.png", "DIV2K_valid_HR/0801.png"),
 }
 
 
@@ -115,3 +141,98 @@ def test_what_is_broken_on_disk_is_named_and_skipped(tmp_path: Path, caplog: pyt
     assert "2.png" in caplog.text and "of one size" in caplog.text and "smaller than the crops" in caplog.text
     with pytest.raises(ValueError, match="found none at train"):
         pairs("gopro", tmp_path, "train", "blurry")
+
+
+def test_the_folder_of_div2k_that_was_downloaded_is_its_root_as_well(tmp_path: Path) -> None:
+    write(tmp_path / "DIV2K_train_HR" / "0001.png")
+    found = pairs("div2k", tmp_path / "DIV2K_train_HR", "train", "noisy")
+    assert found == [(None, tmp_path / "DIV2K_train_HR" / "0001.png")]
+    with pytest.raises(ValueError, match="found none at DIV2K_valid_HR"):
+        pairs("div2k", tmp_path, "test", "noisy")
+
+
+def test_tests_that_are_made_have_the_strength_of_the_paper(tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    save_image(torch.full((3, 100, 100), 0.5), tmp_path / "test" / "gray.png")
+    write(tmp_path / "test" / "texture.png", size=(64, 64))
+    data = FolderPairs({"noisy": ("clean", tmp_path)}, "test", 16)
+    degraded, clean = data[0][0]  # type: ignore[index]
+    assert float((degraded - clean).std()) * 255 == pytest.approx(50, rel=0.05)
+    compressed = FolderPairs({"jpeg": ("clean", tmp_path)}, "test", 16)
+    found, source = compressed[1][0]  # type: ignore[index]
+    assert torch.equal(found, degrade("jpeg", source, torch.Generator(), fixed=True))
+    softer = degrade("jpeg", source, torch.Generator().manual_seed(1))
+    assert float((found - source).square().mean()) >= float((softer - source).square().mean())
+
+
+OWN = {
+    "same": ("a.png", "a.jpg"), "LR and HR": ("a_LR.png", "a_HR.png"), "scale": ("0001x4.png", "0001.png"),
+    "lq and gt": ("x-lq.png", "x-GT.png"), "input": ("night_input.png", "night_target.png"),
+    "below": ("one/a.png", "one/a.png"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("names", OWN.values(), ids=OWN)
+def test_two_folders_of_ones_own(names: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "lq" / names[0])
+    write(tmp_path / "gt" / names[1])
+    write(tmp_path / "lq" / "lonely.png")
+    assert own_pairs(tmp_path / "lq", tmp_path / "gt") == [(tmp_path / "lq" / names[0], tmp_path / "gt" / names[1])]
+    assert "lonely.png skipped: no clean image" in caplog.text
+
+
+def test_own_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "lq" / "a.png")
+    with pytest.raises(ValueError, match="`gt` should be a folder of images"):
+        own_pairs(tmp_path / "lq", tmp_path / "gt")
+    write(tmp_path / "gt" / "b.png")
+    with pytest.raises(ValueError, match="`gt` should hold a clean image for those in .*, found none of 1"):
+        own_pairs(tmp_path / "lq", tmp_path / "gt")
+    write(tmp_path / "gt" / "a.jpg")
+    write(tmp_path / "gt" / "a.bmp")
+    with pytest.raises(ValueError, match="should have one clean image"):
+        own_pairs(tmp_path / "lq", tmp_path / "gt")
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    for number in range(12):
+        size = (40, 40 + number)
+        write(tmp_path / "lq" / f"{number:02}_LQ.png", size=size)
+        write(tmp_path / "gt" / f"{number:02}_GT.png", size=size)
+    return tmp_path
+
+
+def test_every_tenth_pair_is_for_the_test_and_read_at_need(own: Path) -> None:
+    config = Config(out=own / "run", lq=own / "lq", gt=own / "gt", patch=24, degradations=["mine"])
+    train, test = training_pairs(config, ["mine"]), tested_pairs(config, "mine", shifted=False)
+    assert len(train) == 10 and len(test) == 2
+    (degraded, clean), *_ = test
+    assert degraded.shape == clean.shape == (1, 3, 40, 40) and not torch.equal(degraded, clean)
+    (own / "lq" / "10_LQ.png").write_bytes(b"")
+    assert len(list(test)) == 1
+    (own / "more").mkdir()
+    for folder in ("lq", "gt"):
+        write(own / "more" / folder / "a.png")
+    other = Config(
+        out=own, lq=own / "lq", gt=own / "gt", test_lq=own / "more/lq", test_gt=own / "more/gt", degradations=["mine"]
+    )  # fmt: skip
+    assert len(tested_pairs(other, "mine", shifted=False)) == 1 and len(training_pairs(other, ["mine"])) == 12
+    for broken in ({"gt": None}, {"test_lq": own / "lq"}, {"degradations": ["a", "b"]}):
+        with pytest.raises(ValueError, match="`gt` should be given|`degradations` should be one name"):
+            training_pairs(replace(config, **broken), ["mine"])  # type: ignore[arg-type]
+
+
+def test_own_pairs_train_diffloss_and_dtp(own: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "lq": own / "lq", "gt": own / "gt", "degradations": ["mine"], "patch": 24, "tile": 32, "steps": 1,
+    }  # fmt: skip
+    results = Trainer(replace(cases.DIFFLOSS, out=tmp_path / "diffloss", **changes)).run()
+    assert math.isfinite(results["mine_psnr"])
+    pretrained = tmp_path / "pretrained"
+    dtp_trainer(replace(cases.DTP, out=pretrained, method="pretrain", **changes)).run()
+    changes["pretrained"] = pretrained
+    run = dtp_trainer(replace(cases.DTP, out=tmp_path / "dtp", **{**changes, "timesteps": "matched"}))
+    assert math.isfinite(run.run()["psnr"])
+    with pytest.raises(ValueError, match="`timesteps` should be 'matched' or 'first' for 'mine'"):
+        dtp_trainer(replace(cases.DTP, out=tmp_path / "table", **changes))

@@ -27,7 +27,7 @@ from examples.sr4ir.train import Trainer as SR4IRTrainer
 from examples.sr4ir.train import rate
 from restoreloss.restorers import small_latent_prior
 from restoreloss.restorers.edtr import color_levels_of
-from tests.helpers.datasets import write_voc
+from tests.helpers.datasets import make_voc
 from tests.recipes import cases
 
 
@@ -205,7 +205,7 @@ def test_corners_may_lie_on_corners() -> None:
 
 
 def test_voc_may_be_scaled_at_random(tmp_path: Path) -> None:
-    write_voc(tmp_path)
+    make_voc(tmp_path)
     train = voc2012(tmp_path, "train", "segmentation", size=64, scales=(0.5, 2.0))
     torch.manual_seed(0)
     found = [train[0] for _ in range(8)]

@@ -144,8 +144,14 @@ DEGRADATIONS: Mapping[str, tuple[Function, Harshness, Harshness]] = {
 """By the paper's names: function, how it is in training, how it is elsewhere."""
 
 
-def degrade(name: str, image: Tensor, generator: torch.Generator, *, shifted: bool = False) -> Tensor:
-    """An image (3, H, W) in [0, 1], spoiled, in [0, 1] and in 8 bits.
+FIXED = {"noisy": Harshness(50, 50), "jpeg": Harshness(10, 10)}
+"""The strength of the paper's tests on clean images of data sets."""
+
+
+def degrade(
+    name: str, image: Tensor, generator: torch.Generator, *, shifted: bool = False, fixed: bool = False
+) -> Tensor:
+    """An image (3, H, W) in [0, 1], spoiled, in [0, 1] and in 8 bits; with ``fixed`` by the strength of ``FIXED``.
 
     Raises:
         ValueError: For an unknown name.
@@ -153,7 +159,8 @@ def degrade(name: str, image: Tensor, generator: torch.Generator, *, shifted: bo
     if name not in DEGRADATIONS:
         raise ValueError(f"`degradation` should be one of {', '.join(DEGRADATIONS)}, found {name!r}.")
     function, usual, elsewhere = DEGRADATIONS[name]
-    spoiled = function(image, generator, elsewhere if shifted else usual).to(image.dtype)
+    how = FIXED.get(name, usual) if fixed else elsewhere if shifted else usual
+    spoiled = function(image, generator, how).to(image.dtype)
     return (spoiled.clamp(0, 1) * 255).round() / 255
 
 

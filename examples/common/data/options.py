@@ -69,7 +69,7 @@ class PairOptions:
     """The pairs of degraded and clean images.
 
     Attributes:
-        degradations: degradations to restore, of examples/common/data/degradations.py.
+        degradations: degradations to restore, of examples/common/data/degradations.py; a name of your own for ``lq``.
         data: "photos" are available without a download; "folders" are read from disk.
         pairs: for "folders", where the pairs of each degradation are, as LAYOUT:ROOT by its name; layouts are in
             examples/common/data/pair_folders.py.
@@ -77,7 +77,12 @@ class PairOptions:
         patch: side of the training crops.
         train_count: crops in an epoch of "photos".
         test_size: side of the test images of "photos".
-        test_count: number of test images of each degradation.
+        test_count: number of test images of each degradation; the default is 24 photographs, and all files of folders.
+        lq: folder of degraded images of your own, for the first of ``degradations``; ``data`` is then "folders".
+        gt: folder of their clean images.
+        test_lq: likewise for the test; the default is every tenth pair of ``lq``.
+        test_gt: folder of their clean images.
+        tile: side of the tiles that larger test images are restored in; 0 restores them whole.
     """
 
     degradations: list[str] = field(default_factory=lambda: ["rainy"])
@@ -87,4 +92,9 @@ class PairOptions:
     patch: int = 48
     train_count: int = 4096
     test_size: int = 96
-    test_count: int = 24
+    test_count: int | None = None
+    lq: Path | None = None
+    gt: Path | None = None
+    test_lq: Path | None = None
+    test_gt: Path | None = None
+    tile: int = 512

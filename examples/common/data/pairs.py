@@ -1,8 +1,9 @@
 """The pairs of degraded and clean images that a run trains and is tested on, as its options say."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from examples.common.data.clean_images import training_photographs
 from examples.common.data.degradations import degrade
 from examples.common.data.folder import UNREADABLE, Skipped, read_image
 from examples.common.data.options import PairOptions
-from examples.common.data.pair_folders import LAYOUTS, pairs
+from examples.common.data.pair_folders import LAYOUTS, own_pairs, pairs
 from examples.common.data.photos import grid_crops, photographs, pyramid, random_crops
 from examples.common.data.tasks import Task
 from examples.common.seeds import derive_seed
@@ -82,8 +83,19 @@ class FolderPairs(Pairs):
     """
 
     def __init__(self, roots: dict[str, tuple[str, Path]], split: str, size: int) -> None:
-        self.class_names, self.split, self.size = tuple(roots), split, size
-        self.files = [pairs(layout, root, split, name) for name, (layout, root) in roots.items()]
+        found = {name: pairs(layout, root, split, name) for name, (layout, root) in roots.items()}
+        self._begin(found, split, size)
+
+    @classmethod
+    def of(cls, files: dict[str, list[tuple[Path | None, Path]]], split: str, size: int) -> "FolderPairs":
+        """Pairs of files that are known."""
+        data = cls.__new__(cls)
+        data._begin(files, split, size)
+        return data
+
+    def _begin(self, files: dict[str, list[tuple[Path | None, Path]]], split: str, size: int) -> None:
+        self.class_names, self.split, self.size = tuple(files), split, size
+        self.files = [*files.values()]
         self._skipped = Skipped()
 
     def __len__(self) -> int:
@@ -115,41 +127,102 @@ class FolderPairs(Pairs):
                 return None
             pair = _turned_crop(pair, self.size, generator)
         if degraded is None:
-            pair = torch.stack([degrade(name, pair[0], generator), pair[0]])
+            fixed = self.split == "test"  # noise of 50, JPEG of quality 10, as in the paper
+            pair = torch.stack([degrade(name, pair[0], generator, fixed=fixed), pair[0]])
         return pair, torch.tensor(number)
 
 
 def training_pairs(config: PairOptions, names: Sequence[str]) -> Pairs:
     """The training pairs of these degradations."""
-    if config.data == "photos":
+    if config.data == "photos" and config.lq is None:
         if not training_photographs(config.patch):
             raise ValueError(f"`patch` should fit into the photographs, found {config.patch}.")
         return PhotoPairs(training_photographs(config.patch), names, config.train_count, config.patch)
+    if config.lq is not None:
+        return FolderPairs.of({names[0]: _own(config, "train")}, "train", config.patch)
     return FolderPairs({name: layout_and_root(config, name) for name in names}, "train", config.patch)
 
 
-def test_pairs(config: PairOptions, name: str, *, shifted: bool) -> list[tuple[Tensor, Tensor]]:
+class TestPairs(Sequence[tuple[Tensor, Tensor]]):
+    """Test images of folders, each read when it is asked for; what cannot be read was left out before.
+
+    Args:
+        data: pairs of one degradation.
+        count: how many; the default is all.
+    """
+
+    def __init__(self, data: FolderPairs, count: int | None = None) -> None:
+        self.data, self.number = data, len(data) if count is None else min(count, len(data))
+
+    def __len__(self) -> int:
+        return self.number
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[tuple[Tensor, Tensor]]: ...
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        sample = self.data[range(len(self))[index]]
+        if sample is None:
+            raise LookupError("The image cannot be read.")
+        return sample[0][:1], sample[0][1:]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in range(len(self)):
+            if (sample := self.data[index]) is not None:
+                yield sample[0][:1], sample[0][1:]
+
+
+def worth_trying(found: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """A test pair of each size; of files, which would all have to be read for that, the first that can be read."""
+    if isinstance(found, TestPairs):
+        return [pair for _, pair in zip(range(1), found, strict=False)]
+    return list({clean.shape: (degraded, clean) for degraded, clean in reversed(found)}.values())
+
+
+def tested_pairs(config: PairOptions, name: str, *, shifted: bool) -> Sequence[tuple[Tensor, Tensor]]:
     """(degraded, clean) test images (1, 3, H, W); of photographs, held-out ones, the same for all runs."""
+    if config.lq is not None:
+        return [] if shifted else TestPairs(FolderPairs.of({name: _own(config, "test")}, "test", config.patch))
     if config.data == "photos":
+        count = 24 if config.test_count is None else config.test_count
         _, held_out = photographs(None, smallest=config.patch)
         photos = [pyramid(photo, 1, (0.5,))[0] for photo in held_out.values()]
         if config.test_size > (largest := min(min(photo.shape[1:]) for photo in photos)):
             raise ValueError(f"`test_size` should be at most {largest} for photos, found {config.test_size}.")
-        each = -(-config.test_count // len(photos))
+        each = -(-count // len(photos))
         found = []
         for number, photo in enumerate(photos):
             for place, clean in enumerate(grid_crops(photo, config.test_size, each)):
                 generator = torch.Generator().manual_seed(derive_seed(number, place))
                 found.append((degrade(name, clean, generator, shifted=shifted)[None], clean[None]))
-        return found[: config.test_count]
+        return found[:count]
     if shifted:
         if name not in config.shifted_pairs:
             return []
         data = FolderPairs({name: layout_and_root(config, name, config.shifted_pairs)}, "test", config.patch)
     else:
         data = FolderPairs({name: layout_and_root(config, name)}, "test", config.patch)
-    read = [data[index] for index in range(min(len(data), config.test_count))]
-    return [(sample[0][:1], sample[0][1:]) for sample in read if sample is not None]
+    return TestPairs(data, config.test_count)
+
+
+def _own(config: PairOptions, split: str) -> list[tuple[Path | None, Path]]:
+    """The pairs of ``lq`` and ``gt``; of their own folders for the test, or every tenth."""
+    assert config.lq is not None
+    if config.gt is None or (config.test_lq is None) != (config.test_gt is None):
+        raise ValueError("`gt` should be given with `lq`, and `test_gt` with `test_lq`, found one of two.")
+    if len(config.degradations) != 1:
+        raise ValueError(f"`degradations` should be one name for `lq`, found {config.degradations}.")
+    if split == "test" and config.test_lq is not None and config.test_gt is not None:
+        return own_pairs(config.test_lq, config.test_gt)
+    found = own_pairs(config.lq, config.gt)
+    if config.test_lq is not None:
+        return found
+    if len(found) < 2:
+        raise ValueError(f"`lq` should hold at least two images with a clean one, found {len(found)} in {config.lq}.")
+    return found[::10] if split == "test" else [pair for n, pair in enumerate(found) if n % 10]
 
 
 def _turned_crop(pair: Tensor, size: int, generator: torch.Generator) -> Tensor:
