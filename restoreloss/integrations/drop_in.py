@@ -34,8 +34,8 @@ class Framework:
         """What the file says."""
         return (
             f'"""The losses of restoreloss, registered where {self.name} looks for its own."""\n\n'
-            f"from restoreloss.integrations.{self.adapter} import register\n\n"
             f"from {self.package}.utils.registry import LOSS_REGISTRY\n\n"
+            f"from restoreloss.integrations.{self.adapter} import register\n\n"
             "register(LOSS_REGISTRY)\n"
         )
 

@@ -4,14 +4,14 @@ A loss is called in your ``training_step`` and may be an attribute of the module
 checkpoint and the optimizer. The rest is here: :class:`ImportanceCallback` for a regularizer,
 :class:`LightningAlternation` for networks that learn in turn, :class:`ObjectivesCallback` for the state of losses.
 
-Written for the package ``lightning`` (``import lightning``), 2.4 or newer. ``pytorch_lightning`` has classes of its
-own, with which those of ``lightning`` do not mix.
+Written for ``lightning`` (``import lightning``) and ``pytorch_lightning``, 2.4 or newer. Each has classes of its own:
+the module and its Trainer are of one of them.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
-from importlib.util import find_spec
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -28,31 +28,54 @@ from restoreloss.regularizers.importance import ParameterImportance
 from restoreloss.training.phases import Alternation, NonFinite, Phase
 
 Batch = TypeVar("Batch")
+_PACKAGES = {"lightning": "lightning.pytorch", "pytorch-lightning": "pytorch_lightning"}
 _OLDEST = (2, 4)
 _COMPROMISED = ("2.6.2", "2.6.3")  # GHSA-w37p-236h-pfx3: they steal credentials when they are imported
 
 
+def _installed() -> tuple[str, str] | None:
+    """The package that is installed, of the two, and its version."""
+    for package in _PACKAGES:
+        try:
+            return package, metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
 def _lightning() -> Any:
-    """``lightning.pytorch``, or an error that says what to install."""
+    """``lightning.pytorch`` or ``pytorch_lightning``, or an error that says what to install."""
     purpose, install = "restoreloss.integrations.lightning", '"restoreloss[integrations]"'
-    try:
-        version = metadata.version("lightning")
-    except metadata.PackageNotFoundError:
+    found = _installed()
+    if found is None:
         return require("lightning.pytorch", purpose=purpose, install=install)
+    package, version = found
     if version in _COMPROMISED:
         raise ImportError(
-            f"`lightning` {version} is malware (advisory GHSA-w37p-236h-pfx3): take it off this machine, renew the "
+            f"`{package}` {version} is malware (advisory GHSA-w37p-236h-pfx3): take it off this machine, renew the "
             f"credentials if it was ever imported, then pip install {install}"
         )
     if tuple(int(number) for number in version.split(".")[:2]) < _OLDEST:
         raise ImportError(
-            f"{purpose} needs `lightning` {_OLDEST[0]}.{_OLDEST[1]} or newer, found {version}: pip install {install}"
+            f"{purpose} needs `{package}` {_OLDEST[0]}.{_OLDEST[1]} or newer, found {version}: pip install {install}"
         )
-    return require("lightning.pytorch", purpose=purpose, install=install)
+    return require(_PACKAGES[package], purpose=purpose, install=install)
+
+
+def _package_of(module: Any) -> Any:
+    """The package, of the two, that a LightningModule is of."""
+    _lightning()
+    for name in _PACKAGES.values():
+        package = sys.modules.get(name)
+        if package is not None and isinstance(module, package.LightningModule):
+            return package
+    raise ValueError(
+        f"`module` should be a LightningModule of `lightning.pytorch` or `pytorch_lightning`, found {describe(module)}."
+    )
 
 
 # Without Lightning this file can be imported, and its classes say what is missing when they are made.
-_Callback: Any = object if find_spec("lightning") is None else _lightning().Callback
+_Callback: Any = object if _installed() is None else _lightning().Callback
 
 
 class ImportanceCallback(_Callback):  # type: ignore[misc]
@@ -208,9 +231,7 @@ class LightningAlternation(Alternation[Batch]):
     """
 
     def __init__(self, module: Any, phases: Sequence[Phase[Batch]], *, on_non_finite: NonFinite = "raise") -> None:
-        lightning = _lightning()
-        if not isinstance(module, lightning.LightningModule):
-            raise ValueError(f"`module` should be a LightningModule of `lightning.pytorch`, found {describe(module)}.")
+        lightning = _package_of(module)
         if module.automatic_optimization:
             raise ValueError("`module` should have `automatic_optimization = False`, found True.")
         if module._trainer is None:
@@ -261,7 +282,9 @@ class _Lightning:
 
 
 def log_terms(module: Any, terms: Mapping[str, Tensor], *, prefix: str = "train/", sync_dist: bool = False) -> Tensor:
-    """Log each term by ``log_dict`` and return their sum, for ``training_step`` to return.
+    """Log each term and the sum by ``log_dict``, and return the sum, for ``training_step`` to return.
+
+    The sum is logged as "loss", so that ``monitor="train/loss"`` finds it; a term of that name keeps it.
 
     Args:
         module: the LightningModule.
@@ -288,8 +311,10 @@ def log_terms(module: Any, terms: Mapping[str, Tensor], *, prefix: str = "train/
         raise ValueError(f"`module` should be a LightningModule, found {describe(module)}.")
     if not isinstance(prefix, str):
         raise ValueError(f"`prefix` should be text, found {describe(prefix)}.")
-    module.log_dict({f"{prefix}{name}": value for name, value in terms.items()}, sync_dist=sync_dist)
-    return total(dict(terms))
+    loss = total(dict(terms))
+    logged = {"loss": loss.detach(), **terms}
+    module.log_dict({f"{prefix}{name}": value for name, value in logged.items()}, sync_dist=sync_dist)
+    return loss
 
 
 def _check_strategy(lightning: Any, strategy: Any) -> None:

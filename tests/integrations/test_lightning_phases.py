@@ -232,7 +232,10 @@ def test_phases_that_would_go_round_the_trainer_are_refused(tmp_path):
     assert "`module` should have `automatic_optimization = False`" in refused(Turns(automatic), tmp_path)
     with pytest.raises(ValueError, match="`module` should be in a Trainer: make its phases in `on_fit_start`"):
         LightningAlternation(TaskDriven(), [])
-    with pytest.raises(ValueError, match="`module` should be a LightningModule of `lightning.pytorch`, found a Conv2d"):
+    with pytest.raises(
+        ValueError,
+        match="`module` should be a LightningModule of `lightning.pytorch` or `pytorch_lightning`, found a Conv2d",
+    ):
         LightningAlternation(nn.Conv2d(1, 1, 1), [])
     module = TaskDriven()
     trainer(tmp_path).fit(module, data(1))
@@ -284,6 +287,56 @@ def test_terms_are_a_mapping_and_logged_by_a_module():
         log_terms(Restorer(), torch.ones(()))
     with pytest.raises(ValueError, match="`module` should be a LightningModule, found a Linear"):
         log_terms(nn.Linear(1, 1), {"noise": torch.ones(())})
+
+
+class Logged:
+    def log_dict(self, values, sync_dist):
+        self.values = values
+
+
+@pytest.mark.parametrize(
+    ("terms", "logged"),
+    [
+        ({"pixel": 1.0, "diff": 2.0}, {"train_loss": 3.0, "train_pixel": 1.0, "train_diff": 2.0}),
+        ({"loss": 1.0, "diff": 2.0}, {"train_loss": 1.0, "train_diff": 2.0}),
+    ],
+)
+def test_the_sum_is_logged_beside_the_terms(terms, logged):
+    module = Logged()
+    total = log_terms(module, {name: torch.tensor(value) for name, value in terms.items()}, prefix="train_")
+    assert total == 3 and module.values == logged
+
+
+def test_phases_are_those_of_pytorch_lightning_too(tmp_path):
+    other = pytest.importorskip("pytorch_lightning")
+
+    class Other(other.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            torch.manual_seed(0)
+            self.network = nn.Conv2d(3, 3, 3, padding=1)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.network.parameters(), 0.1)
+
+        def on_fit_start(self):
+            self.turns = LightningAlternation(self, [Phase("one", [self.network], self.fit_it, self.optimizers())])
+
+        def fit_it(self, batch):
+            return {"pixel": (self.network(batch[0]) - batch[1]).abs().mean()}
+
+        def training_step(self, batch, batch_idx):
+            self.log_dict(self.turns.step(batch))
+
+    module = Other()
+    before = module.network.weight.detach().clone()
+    run = other.Trainer(
+        accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        default_root_dir=tmp_path, callbacks=[ObjectivesCallback()],
+    )  # fmt: skip
+    run.fit(module, data())
+    assert "one/pixel" in run.callback_metrics and not torch.equal(module.network.weight, before)
 
 
 def test_losses_that_a_checkpoint_does_not_know_begin_at_0_and_a_test_needs_none(tmp_path):

@@ -85,7 +85,7 @@ def test_a_loss_of_the_output_alone_is_a_term_of_a_sum():
 
 def test_losses_of_piq_are_terms_of_a_sum():
     piq = pytest.importorskip("piq")
-    restored, target = images()
+    restored, target = images(shape=(2, 3, 24, 24))
     loss = WeightedSum({"ssim": piq.SSIMLoss(), "tv": NoReference(piq.TVLoss())}, weights={"tv": 1e-3})
     restored = restored.clamp(0, 1)
     torch.testing.assert_close(loss.terms(restored, target)["tv/loss"], 1e-3 * piq.total_variation(restored))
