@@ -155,7 +155,7 @@ class Experiment:
     def _diff_loss(self, name: str, seed: int) -> DiffLoss:
         from diffusers import UNet2DModel
 
-        options: dict[str, Any] = {"h_space_weight": 0.0, "timesteps": (100, 600), "crop": 0.5}
+        options: dict[str, Any] = {"h_space_weight": 0.0, "timesteps": (100, 600), "crop": 0.25}
         if name == "photos":
             return DiffLoss(small_prior(), **options)
         torch.manual_seed(seed)
@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--noise", type=float, default=20.0, help="sigma in 1/255 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=600, help="of each restorer (default: %(default)s)")
     parser.add_argument("--share", type=float, default=0.5, help="of the second term (default: %(default)s)")
-    parser.add_argument("--prior-steps", type=int, default=3000, help="(default: %(default)s)")
+    parser.add_argument("--prior-steps", type=int, default=1200, help="(default: %(default)s)")
     args = vars(parser.parse_args(arguments))
     torch.set_num_threads(1)
     seeds, pairs, methods = args.pop("seeds"), args.pop("pairs"), args.pop("methods")
