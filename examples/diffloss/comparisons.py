@@ -1,4 +1,4 @@
-"""What DiffLoss is compared to: a discriminator, the features of a VGG16, and denoisers of images (Table 4)."""
+"""What DiffLoss is compared to: losses without a network, a discriminator, a VGG16, denoisers of images (Table 4)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,8 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.common.networks.weights import load_weights
-from examples.diffloss.config import Adversarial, Diff, Perceptual
+from examples.diffloss.config import Adversarial, Diff, Filter, Perceptual
 from restoreloss import Denoiser, LatentPrior, NoiseSchedule, Phase, TDPLoss, as_denoiser
+
+
+class ImageGradients(nn.Module):
+    """Squared error of the differences between neighboring pixels: a loss on detail that knows no network."""
+
+    def forward(self, restored: Tensor, target: Tensor) -> Tensor:
+        error = restored - target
+        return error.diff(dim=2).square().mean() + error.diff(dim=3).square().mean()
+
+
+def filter_loss(options: Filter) -> nn.Module:
+    """The loss without a network."""
+    return nn.MSELoss() if options.kind == "images" else ImageGradients()
 
 
 class Discriminator(nn.Sequential):

@@ -28,7 +28,8 @@ class Diff:
     Attributes:
         weight: gamma, the weight of the term; 0 leaves the prior out.
         share: instead of a weight, the share of the gradient that the prior has at degraded training images.
-        prior: "small" for the one that ships, or what :func:`restoreloss.load_prior` reads: a folder, a file, a name.
+        prior: "small" for the one that ships, "untrained" for its architecture with random weights, or what
+            :func:`restoreloss.load_prior` reads: a folder, a file, a name.
         head_channels: channels of an attention head, for a guided-diffusion file that is none of the published ones
             (:func:`restoreloss.load_prior`).
         grouped_heads: order of its attention's channels, likewise.
@@ -64,6 +65,19 @@ class Diff:
     every: int = 1
     bf16: bool = False
     checkpointing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """A loss that knows no network and costs nothing, to compare the prior to.
+
+    Attributes:
+        kind: squared error of the images, or of their gradients: the differences between neighboring pixels.
+        share: its share of the gradient at degraded training images; 0 leaves it out.
+    """
+
+    kind: Literal["images", "gradients"] = "gradients"
+    share: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +120,7 @@ class Config(PairOptions, TrainerOptions):
         weights: checkpoint to begin with; of "file", whatever spandrel reads.
         pixel: the pixel loss.
         diff: the diffusion prior.
+        filter: a loss without a network.
         perceptual: the features of a VGG16.
         adversarial: the discriminator.
         lr: learning rate of the restoration network (Adam), which falls by a cosine to ``lr_min``.
@@ -119,6 +134,7 @@ class Config(PairOptions, TrainerOptions):
     weights: Path | None = None
     pixel: Pixel = field(default_factory=Pixel)
     diff: Diff = field(default_factory=Diff)
+    filter: Filter = field(default_factory=Filter)
     perceptual: Perceptual = field(default_factory=Perceptual)
     adversarial: Adversarial = field(default_factory=Adversarial)
     lr: float = 1e-3

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from examples.common.data.tasks import TaskData
 from examples.common.seeds import derive_seed
-from examples.diffloss.comparisons import constrained, perceptual_loss
+from examples.diffloss.comparisons import constrained, filter_loss, perceptual_loss
 from examples.diffloss.config import Config, Diff
 from restoreloss import DiffLoss, Subsampled, WeightedSum, calibrate, load_prior, small_prior
 
@@ -27,8 +28,10 @@ def terms_of(config: Config) -> list[str]:
             f"`diff.share` should be above 0 and below 1, without `diff.weight`, found {config.diff.share} and "
             f"{config.diff.weight}."
         )
+    if not 0 <= config.filter.share < 1:
+        raise ValueError(f"`filter.share` should be at least 0 and below 1, found {config.filter.share}.")
     weights = {
-        "pixel": config.pixel.weight, "diff": config.diff.share or config.diff.weight,
+        "pixel": config.pixel.weight, "filter": config.filter.share, "diff": config.diff.share or config.diff.weight,
         "perceptual": config.perceptual.weight, "adversarial": config.adversarial.weight,
     }  # fmt: skip
     if wrong := [name for name, weight in weights.items() if not 0 <= weight < math.inf]:
@@ -47,6 +50,8 @@ def objectives_of(config: Config, train_data: TaskData, device: torch.device) ->
     if config.pixel.weight:
         objectives["pixel"] = nn.L1Loss() if config.pixel.distance == "l1" else nn.MSELoss()
         weights["pixel"] = config.pixel.weight
+    if config.filter.share:
+        objectives["filter"], weights["filter"] = filter_loss(config.filter), 1.0
     if config.perceptual.weight > 0:
         objectives["perceptual"], weights["perceptual"] = perceptual_loss(config.perceptual), config.perceptual.weight
     if "diff" in terms_of(config):
@@ -58,8 +63,9 @@ def objectives_of(config: Config, train_data: TaskData, device: torch.device) ->
         raise ValueError("`pixel`, `diff` or `perceptual` should have a weight above 0, found none.")
     for objective in objectives.values():
         objective.to(device)
-    if config.diff.share is not None:
-        weights = _calibrated(config, config.diff.share, objectives, train_data, device)
+    shares = {"filter": config.filter.share, "diff": config.diff.share}
+    if wanted := {name: share for name, share in shares.items() if share}:
+        weights = _calibrated(config, wanted, objectives, train_data, device)
     return WeightedSum(objectives, weights)
 
 
@@ -70,11 +76,15 @@ def diff_loss(options: Diff) -> Subsampled:
         ValueError: For a prior that cannot be read, and options that do not go together.
     """
     prior: Any
-    if options.prior == "small":
+    if options.prior in ("small", "untrained"):
         for name in ("head_channels", "grouped_heads"):
             if (value := getattr(options, name)) is not None:
-                raise ValueError(f"`diff.{name}` should be left out for the small prior, found {value}.")
+                raise ValueError(f"`diff.{name}` should be left out for the {options.prior} prior, found {value}.")
         prior = small_prior()
+        if options.prior == "untrained":
+            for module in prior.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
     else:
         try:
             prior = load_prior(options.prior, head_channels=options.head_channels, grouped_heads=options.grouped_heads)
@@ -93,20 +103,21 @@ def diff_loss(options: Diff) -> Subsampled:
 
 
 def _calibrated(
-    config: Config, share: float, objectives: dict[str, Any], train_data: TaskData, device: torch.device
+    config: Config, shares: Mapping[str, float], objectives: dict[str, Any], train_data: TaskData, device: torch.device
 ) -> dict[str, float]:
-    """The weights with which DiffLoss has its share of the gradient on the first training images."""
-    if list(objectives) != ["pixel", "diff"]:
-        others = [name for name in objectives if name != "diff"]
-        raise ValueError(f"`diff.share` should stand beside the pixel loss and no other, found {others}.")
+    """The weights with which terms have their shares of the gradient on the first training images."""
+    if list(objectives) != ["pixel", *shares]:
+        others = [name for name in objectives if name not in shares]
+        raise ValueError(f"`{list(shares)[-1]}.share` should stand beside the pixel loss alone, found {others}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, 2))
         read = [train_data[number] for number in range(min(8, len(train_data)))]
     pairs = [sample[0] for sample in read if sample is not None]
     if not pairs:
-        raise ValueError("`diff.share` needs training images, of the first ones none could be read.")
+        raise ValueError("A share needs training images, of the first ones none could be read.")
     degraded, clean = torch.stack(pairs).to(device).unbind(1)
-    found = calibrate(objectives, degraded, clean, shares={"diff": share})
+    found = calibrate(objectives, degraded, clean, shares=shares, draws=8)
     weights = {name: config.pixel.weight * weight for name, weight in found.items()}
-    logger.info("a share of %g is a weight of %.3g", share, weights["diff"])
+    for name, share in shares.items():
+        logger.info("%s: a share of %g is a weight of %.3g", name, share, weights[name])
     return weights

@@ -2,6 +2,7 @@
 
     python -m examples.experiments.diffloss gamma --out runs/diffloss       # Fig. 7: terms and weights
     python -m examples.experiments.diffloss constrain --out runs/diffloss   # Table 4: noise, x0-hat, x_{t-1}
+    python -m examples.experiments.diffloss controls --out runs/diffloss    # what a loss without the prior gives
     python -m examples.experiments.diffloss tables --out runs/diffloss
     python -m examples.experiments.diffloss plot --out runs/diffloss
 
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from examples.common.engine.run_directory import read_json
-from examples.diffloss.config import Config, Diff
+from examples.diffloss.config import Config, Diff, Filter
 from examples.diffloss.train import Trainer
 from examples.experiments.report import Sample, markdown
 
@@ -30,6 +31,8 @@ TERMS: Mapping[str, tuple[float, float]] = {"noise": (1.0, 0.0), "h_space": (0.0
 """Weights of the two terms, with the paper's lambda."""
 GAMMAS = (1e-4, 1e-3, 1e-2, 1e-1)
 SHARES = (0.2, 0.5)
+LEARNING_RATES, TUNED = (5e-4, 3e-3, 6e-3), 3e-3
+"""Others than the recipe's of 1e-3, and the one that each control is run with as well."""
 CONSTRAINED = ("noise", "image", "previous")
 COLUMNS: Mapping[str, tuple[str, float, int]] = {
     "psnr": ("PSNR", 1.0, 2), "ssim": ("SSIM", 1.0, 3), "share": ("share of the gradient (%)", 100.0, 1),
@@ -46,12 +49,30 @@ class Experiment:
     def configs(self, study: str, seed: int) -> Iterator[tuple[str, Config]]:
         """Every run of a study by its name, "DEGRADATION/NAME"."""
         for degradation in DEGRADATIONS:
-            for name, diff in self._priors(study):
+            if study == "controls" and degradation != "rainy":
+                continue
+            for name, changes in self._controls() if study == "controls" else self._priors(study):
                 out = self.out / study / degradation / name / f"seed{seed}"
+                options = {"diff": changes} if isinstance(changes, Diff) else changes
                 yield (
                     f"{degradation}/{name}",
-                    replace(self.base, out=out, seed=seed, degradations=[degradation], diff=diff),
+                    replace(self.base, out=out, seed=seed, degradations=[degradation], **options),
                 )
+
+    @staticmethod
+    def _controls() -> Iterator[tuple[str, dict[str, Any]]]:
+        """Half of the gradient each, and learning rates of the pixel loss alone."""
+        yield "pixel", {}
+        for rate in LEARNING_RATES:
+            yield f"pixel_lr_{rate:g}", {"lr": rate}
+        for kind in ("images", "gradients"):
+            found: Any = kind
+            yield kind, {"filter": Filter(kind=found, share=0.5)}
+            yield f"{kind}_lr_{TUNED:g}", {"filter": Filter(kind=found, share=0.5), "lr": TUNED}
+        for prior in ("small", "untrained"):
+            diff = Diff(prior=prior, share=0.5, timesteps=(100, 600), h_space_weight=0.0)
+            yield prior, {"diff": diff}
+            yield f"{prior}_lr_{TUNED:g}", {"diff": diff, "lr": TUNED}
 
     @staticmethod
     def _priors(study: str) -> Iterator[tuple[str, Diff]]:
@@ -91,7 +112,7 @@ class Experiment:
     def tables(self) -> str:
         """Differences to the pixel loss alone, paired by seed, with 95 % intervals."""
         parts = []
-        for study in ("gamma", "constrain"):
+        for study in ("gamma", "constrain", "controls"):
             for degradation, runs in self.results(study).items():
                 plain = runs.get("pixel", {})
                 rows = []
@@ -144,7 +165,7 @@ class Experiment:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["gamma", "constrain", "tables", "plot"])
+    parser.add_argument("study", choices=["gamma", "constrain", "controls", "tables", "plot"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=4)

@@ -27,9 +27,10 @@ from examples.common.data.words import TEST_SEED, Degradation, lines
 from examples.common.engine.run_directory import own, to_json
 from examples.common.networks.restorers import restorer
 from examples.common.networks.text_readers import PPOCR, english_g2
+from examples.diffloss.comparisons import ImageGradients
 from examples.diffloss.train_prior import ARCHITECTURE, Recipe
 from examples.diffloss.train_prior import Trainer as PriorTrainer
-from examples.experiments.reading import ImageGradients, interval, plain, values
+from examples.experiments.reading import interval, plain, values
 from examples.reading.scores import FIDELITY, READING, measure
 from examples.reading.training import BATCH, LR, Training, restore
 from restoreloss import DiffLoss, NoiseSchedule, WeightedSum, small_prior

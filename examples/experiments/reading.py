@@ -27,6 +27,7 @@ from examples.common.engine.reading import words_read
 from examples.common.engine.run_directory import own, to_json
 from examples.common.networks.restorers import restorer
 from examples.common.networks.text_readers import PPOCR, EnglishG2, Read, english_g2
+from examples.diffloss.comparisons import ImageGradients
 from examples.reading.figure import save_comparison
 from examples.reading.retraining import retrained
 from examples.reading.scores import FIDELITY, READING, measure
@@ -64,14 +65,6 @@ TITLES = {
 THROUGH_A_NETWORK = ("tdp", "untrained", "diffloss")
 """Methods with batches of few words, since a network has to look at them."""
 METHODS = tuple(name for name in TITLES if name not in ("degraded", "clean"))
-
-
-class ImageGradients(nn.Module):
-    """Squared error of the differences between neighboring pixels: a loss on detail that knows no network."""
-
-    def forward(self, restored: Tensor, target: Tensor) -> Tensor:
-        error = restored - target
-        return error.diff(dim=2).square().mean() + error.diff(dim=3).square().mean()
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,8 @@ class Denoiser(nn.Module):
         if self._patch is None or h.ndim != 3:
             return h
         rows, columns = (side // self._patch for side in noisy.shape[-2:])
-        return h.transpose(1, 2).unflatten(2, (rows, columns))
+        as_map: Tensor = h.transpose(1, 2).unflatten(2, (rows, columns))
+        return as_map
 
     def _run(self, cast: Tensor, t: Tensor) -> Any:
         conditioning = _rows(self.conditioning, like=cast, dtype=cast.dtype)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from examples.diffloss import train as training
-from examples.diffloss.config import Adversarial, Config, Diff, Perceptual, Pixel
+from examples.diffloss.config import Adversarial, Config, Diff, Filter, Perceptual, Pixel
 from examples.diffloss.objectives import terms_of
 from examples.diffloss.train import Trainer
 from examples.experiments import diffloss as experiment
@@ -185,6 +185,38 @@ def test_terms_are_what_the_options_say(tmp_path: Path, monkeypatch: pytest.Monk
     sum(judged_terms.values()).backward()  # type: ignore[union-attr]
     assert all(p.grad is not None for p in trainer.adversarial.discriminator.parameters())
     assert all(p.grad is None for p in trainer.net.parameters())
+
+
+@pytest.mark.parametrize("kind", ["images", "gradients"])
+def test_a_loss_without_a_network_has_its_share(tmp_path: Path, kind: Any) -> None:
+    trainer = Trainer(replace(TINY, out=tmp_path / "run", filter=Filter(kind=kind, share=0.5)))
+    batch = trainer.batch(*next(trainer.read(0, 1)), 0, 4)
+    terms = trainer._terms(batch)
+    assert list(terms) == ["pixel", "filter"]
+    weight = trainer.objectives.weights["filter"]
+    with torch.no_grad():
+        error = trainer.net(batch.degraded) - batch.clean
+    if kind == "images":
+        expected = error.square().mean()
+    else:
+        across, down = error[..., 1:] - error[..., :-1], error[..., 1:, :] - error[..., :-1, :]
+        expected = across.square().mean() + down.square().mean()
+    torch.testing.assert_close(terms["filter"], weight * expected)
+    torch.manual_seed(5)
+    degraded, clean = torch.stack([sample[0] for n in range(8) if (sample := trainer.train_data[n])]).unbind(1)
+    assert audit(trainer.objectives, degraded, clean)["filter"].share == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_untrained_prior_is_another_one_with_each_seed(tmp_path: Path) -> None:
+    diff = replace(DIFF, prior="untrained", h_space_weight=0.0)
+    weights = []
+    for seed in (1, 1, 2):
+        trainer = Trainer(replace(TINY, out=tmp_path / f"run{len(weights)}", seed=seed, diff=diff))
+        loss: Any = trainer.objectives.objectives["diff"]
+        weights.append(loss.objective._denoiser.network.model.conv_in.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], small_prior().conv_in.weight)
 
 
 def test_a_share_is_a_share(tmp_path: Path) -> None:
@@ -373,7 +405,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "weight": ({"pixel": Pixel(weight=-1.0)}, "`pixel` should have a weight of at least 0, found -1.0"),
     "nothing": ({"pixel": Pixel(weight=0.0)}, "`pixel`, `diff` or `perceptual` should have a weight above 0"),
     "share": ({"diff": Diff(share=1.5)}, "`diff.share` should be above 0 and below 1"),
-    "alone": ({"diff": Diff(share=0.5), "pixel": Pixel(weight=0.0)}, "beside the pixel loss and no other, found"),
+    "filter": ({"filter": Filter(share=1.0)}, "`filter.share` should be at least 0 and below 1, found 1.0"),
+    "alone": ({"diff": Diff(share=0.5), "pixel": Pixel(weight=0.0)}, "beside the pixel loss alone, found"),
     "both": ({"diff": Diff(share=0.5, weight=0.1)}, "without `diff.weight`, found 0.5 and 0.1"),
     "patch": ({"patch": 0}, "`patch` should be at least 1, found 0"),
     "lr": ({"lr": 0.0}, "`lr` should be above 0"),
