@@ -7,6 +7,7 @@
     python -m examples.experiments.edtr cells --out runs/edtr --seeds 1 2 3     # noise without prior, prior at t = 1
     python -m examples.experiments.edtr t_p --out runs/edtr --seeds 1 2 3      # how noisy the latents are made
     python -m examples.experiments.edtr steps --out runs/edtr        # of trained networks: n, and the noise (S4)
+    python -m examples.experiments.edtr table --out runs/edtr --task reading --extent 0.5   # rendered words
 
 Finished runs are not done again: the same command goes on after a stop.
 """
@@ -67,7 +68,7 @@ class Experiment:
         """One diffusion model for all seeds, of images of its own, as a hub's would be."""
         out = self.out / f"prior_{self.base.data}"
         settings = {
-            name: getattr(self.base, name) for name in ("data", "size", "contrast", "batch", "precision", "cpu")
+            name: getattr(self.base, name) for name in ("task", "data", "size", "contrast", "batch", "precision", "cpu")
         }
         settings |= {"steps": self.prior_steps, "seed": PRIOR_SEED, "train_count": self.prior_images, "out": out}
         train_prior(PriorConfig(**settings))
@@ -75,9 +76,11 @@ class Experiment:
 
     def prepared(self, seed: int) -> Path:
         """Task networks on HQ images and the pre-restoration network."""
-        settings = shared(self.base)
+        settings = {name: value for name, value in shared(self.base).items() if name != "task"}
         folder = self.out / "prepared" / setting(self.base) / f"seed{seed}"
         settings |= {"out": folder, "seed": seed, "steps": self.prepare_steps}
+        if self.base.task == "reading":
+            settings["recognizer"] = "english_g2"
         prepare(PrepareConfig(**settings, tasks=[self.base.task], train_prior=False))
         return folder
 
@@ -86,11 +89,13 @@ class Experiment:
         base, ready = replace(self.base, seed=seed), self.prepared(seed)
         out = self.out / "table" / setting(base) / name / f"seed{seed}"
         if name in BASELINES:
-            reference = ready / f"{base.task}_hq"
-            config = TaskConfig(
-                **{**shared(base), "out": out}, method=BASELINES[name], start="hr", h_weights=reference, h_lr=base.h_lr,
-                s_weights=ready / "pre", fixed_hr=reference, judge=ready / f"{base.task}_judge",
-            )  # fmt: skip
+            settings = {**shared(base), "out": out, "method": BASELINES[name], "h_lr": base.h_lr}
+            if base.task == "reading":  # whose networks are trained already
+                settings |= {"recognizer": "english_g2", "fixed_hr": Path("english_g2"), "judge": Path("pp_ocr")}
+            else:
+                reference, judge = ready / f"{base.task}_hq", ready / f"{base.task}_judge"
+                settings |= {"start": "hr", "h_weights": reference, "fixed_hr": reference, "judge": judge}
+            config = TaskConfig(**settings, s_weights=ready / "pre")
             results = TaskTrainer(config).run()
         else:
             changes = {**MAIN, **ABLATIONS, **CELLS, **T_P}[name]
@@ -124,7 +129,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=["prior", "table", "ablations", "cells", "t_p", "steps"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--task", default="classification", choices=["classification", "segmentation", "detection"])
+    parser.add_argument(
+        "--task", default="classification", choices=["classification", "segmentation", "detection", "reading"]
+    )
     parser.add_argument("--data", default="generated", choices=["generated", "photos"])
     parser.add_argument("--degradation", default="mixture_b", choices=["mixture_a", "mixture_b"])
     parser.add_argument("--extent", type=float, default=0.25, help="of blur and reduction; 1 is the paper's, at 512")
@@ -144,6 +151,8 @@ def main() -> None:
         long_steps=arguments.long_steps, test_count=arguments.test_count, t_p=arguments.t_p, draws=arguments.draws,
         cpu=True,
     )  # fmt: skip
+    if arguments.task == "reading":
+        base = replace(base, data="words", h_lr=3e-4, batch=8, precision="bf16", train_count=3000, max_norm=5.0)
     known = [*BASELINES, *MAIN, *ABLATIONS, *CELLS, *T_P]
     unknown = [name for name in arguments.names or () if name not in known]
     if unknown:
