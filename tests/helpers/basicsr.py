@@ -31,7 +31,7 @@ def snippets(kind):
     return re.findall(rf"^```{kind}\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
 
 
-LOSSES, MODEL = snippets("yaml")
+LOSSES, MODEL = ((ROOT / f"integrations/basicsr/{name}.yml").read_text() for name in ("losses", "train"))
 SMALL = ["network_g:num_feat=8", "network_g:num_conv=2"]
 ON_THIS_MACHINE = [
     "num_gpu=0", "datasets:train:num_worker_per_gpu=0", "datasets:train:batch_size_per_gpu=2",

@@ -88,6 +88,12 @@ def import_losses(root: Path, package: str, monkeypatch) -> ModuleType:
     return importlib.import_module(f"{package}.losses")
 
 
+def copied(name: str) -> str:
+    """A file of integrations/, with no weights that would be downloaded."""
+    path = Path(__file__).parents[2] / "integrations" / name
+    return path.read_text(encoding="utf-8").replace("pretrained", "random")
+
+
 def snippet(page: str, language: str, number: int = 0) -> str:
     """A block of code of a page of docs/."""
     text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from restoreloss import DiffLoss
 from restoreloss.integrations import neosr, options
 from tests.helpers.networks import tiny_unet
 from tests.helpers.processes import ROOT
-from tests.integrations.frameworks import checkout, import_losses, snippet
+from tests.integrations.frameworks import checkout, copied, import_losses
 
 SLOTS = ("pixel_opt", "perceptual_opt", "dists_opt")
 
@@ -75,7 +75,7 @@ def test_each_loss_weighs_itself_once(build_loss, tmp_path):
 
 def test_the_toml_of_the_page_trains(build_loss):
     tomllib = pytest.importorskip("tomllib")
-    train = tomllib.loads(snippet("integrations/trainner-neosr.md", "toml").replace("pretrained", "random"))["train"]
+    train = tomllib.loads(copied("neosr/losses.toml"))["train"]
     output, gt = images()
     _, log = closure(build_loss, train, output, gt, autocast=True, clamp=True)
     assert list(log) == ["pixel_opt", "perceptual_opt"]

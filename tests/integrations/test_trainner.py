@@ -11,7 +11,7 @@ import yaml
 
 import restoreloss
 from restoreloss.integrations import trainner
-from tests.integrations.frameworks import checkout, import_losses, snippet
+from tests.integrations.frameworks import checkout, copied, import_losses
 
 CROP = (2, 3, 24, 24)
 
@@ -95,7 +95,7 @@ def test_the_trainer_applies_the_weight_once_and_names_each_term(build_loss, pri
 
 
 def test_the_yaml_of_the_page_trains(build_loss):
-    options = snippet("integrations/trainner-neosr.md", "yaml").replace("pretrained", "random")
+    options = copied("trainner_redux/losses.yml")
     losses = yaml.safe_load(options)["train"]["losses"]
     trainer = Trainer(build_loss, losses)
     output, gt, _ = images()
@@ -103,7 +103,7 @@ def test_the_yaml_of_the_page_trains(build_loss):
     assert list(log) == ["l_g_l1", "l_g_diff_noise", "l_g_diff_h_space", "l_g_tdp_layer4"]
     assert all(value.ndim == 0 and value > 0 for value in log.values())
 
-    twice = yaml.safe_load(snippet("integrations/trainner-neosr.md", "yaml", 1))["train"]["losses"]
+    twice = yaml.safe_load(copied("trainner_redux/one_type_twice.yml"))["train"]["losses"]
     _, log = Trainer(build_loss, twice).step(*images()[:2])
     assert [key for key in log if key.startswith("l_g_weightedsum_")] == [
         f"l_g_weightedsum_{when}/{term}" for when in ("early", "late") for term in ("noise", "h_space")
