@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from examples.common.data.degradations import DEGRADATIONS
-from examples.common.data.pairs import tested_pairs, training_pairs, worth_trying
+from examples.common.data.pairs import pairs_to_test, training_pairs, worth_trying
 from examples.common.engine import command_line
 from examples.common.engine.recipe import Recipe, Stage, naming
 from examples.common.engine.schedules import cosine_schedule
@@ -71,7 +71,7 @@ class Trainer(Recipe[Batch]):
         self.diff: Subsampled | None = None
         if self.evaluated is None:
             self.train_data = training_pairs(config, config.degradations)
-        self.tests = {name: tested_pairs(config, name, shifted=False) for name in config.degradations}
+        self.tests = {name: pairs_to_test(config, name, shifted=False) for name in config.degradations}
         if empty := [name for name, found in self.tests.items() if not found]:
             raise ValueError(f"`pairs` should have test images of {empty[0]!r} that can be read, found none.")
         begins_with = config.weights if config.evaluate is None else config.evaluate / "restorer.safetensors"

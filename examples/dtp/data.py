@@ -6,7 +6,7 @@ from torch import Tensor
 
 from examples.common.data.clean_images import CleanImages, training_photographs
 from examples.common.data.pair_folders import own_pairs, pairs
-from examples.common.data.pairs import FolderPairs, TestPairs, layout_and_root, tested_pairs
+from examples.common.data.pairs import FolderPairs, TestPairs, layout_and_root, pairs_to_test
 
 
 def clean_images(config: Any) -> CleanImages:
@@ -27,6 +27,6 @@ def clean_images(config: Any) -> CleanImages:
 def held_out_images(config: Any) -> list[Tensor]:
     """Clean test images (1, 3, H, W), for the generative loss."""
     if config.clean is None or (config.data == "photos" and config.lq is None):
-        return [clean for _, clean in tested_pairs(config, config.degradations[0], shifted=False)]
+        return [clean for _, clean in pairs_to_test(config, config.degradations[0], shifted=False)]
     data = FolderPairs({"noisy": layout_and_root(config, "clean", {"clean": config.clean})}, "test", config.patch)
     return [clean for _, clean in TestPairs(data, config.test_count)]

@@ -11,7 +11,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from examples.common.data.pairs import tested_pairs, training_pairs, worth_trying
+from examples.common.data.pairs import pairs_to_test, training_pairs, worth_trying
 from examples.common.engine.perceptual import lite0_distance
 from examples.common.engine.recipe import Stage, naming
 from examples.common.networks.weights import load_weights
@@ -228,7 +228,7 @@ class FineTuning(GenerativeRecipe[Batch]):
         """Degradation, whether the data are others than in training, degraded and clean test images."""
         for name in self.config.degradations:
             for shifted in (False, True):
-                for degraded, clean in tested_pairs(self.config, name, shifted=shifted):
+                for degraded, clean in pairs_to_test(self.config, name, shifted=shifted):
                     yield name, shifted, degraded.to(self.device), clean.to(self.device)
 
     def try_evaluation(self) -> None:
@@ -236,7 +236,7 @@ class FineTuning(GenerativeRecipe[Batch]):
         config, network, sizes = self.config, unwrap(self.net).eval(), set()
         for name in config.degradations:
             for option, shifted in (("pairs", False), ("shifted_pairs", True)):
-                found = worth_trying(tested_pairs(config, name, shifted=shifted))
+                found = worth_trying(pairs_to_test(config, name, shifted=shifted))
                 if not found and not (shifted and name not in config.shifted_pairs):
                     raise ValueError(f"`{option}` should hold test images of {name!r} that can be read, found none.")
                 for degraded, clean in found:

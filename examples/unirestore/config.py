@@ -28,8 +28,10 @@ class Config(DataOptions, TrainerOptions):
         prepared: folder that examples.unirestore.prepare wrote: prior, references and judges.
         prior: latent diffusion model, a folder in the layout of Stable Diffusion or a name on the hub; the default is
             that of ``prepared``.
-        images: folder of clean images for restoration; the default are the photographs that come with scikit-image and
-            scikit-learn.
+        images: folder of clean images for restoration, of which every tenth is for the test, or DIV2K as it is handed
+            out; the default are the photographs that come with scikit-image and scikit-learn.
+        paired_tests: pairs of degraded and clean images to test the restoration on as well, as LAYOUT:ROOT by a name;
+            layouts are in examples/common/data/pair_folders.py.
         tasks: tasks of restoration, classification, segmentation, detection; all are tested.
         train_tasks: those of them to train on; the default is all, and in stage 1 restoration.
         task_weights: beta of Eq. (6) by task; the default is 10 for restoration and 0.1 for the others.
@@ -58,6 +60,7 @@ class Config(DataOptions, TrainerOptions):
     prepared: Path | None = None
     prior: Path | None = None
     images: Path | None = None
+    paired_tests: dict[str, str] = field(default_factory=dict)
     tasks: list[str] = field(default_factory=lambda: ["restoration", "classification", "segmentation"])
     train_tasks: list[str] | None = None
     task_weights: dict[str, float] = field(default_factory=dict)

@@ -59,12 +59,18 @@ def _clean(config: Any) -> tuple[TaskData, TaskData]:
 
 
 def _clean_files(folder: Path, config: Any, size: int) -> tuple[TaskData, TaskData]:
-    """Every tenth image of a folder, and at least one, is for the test; each is read when it is wanted."""
-    files = image_files(folder)
-    if len(files) < 2:
-        raise ValueError(f"`images` should be a folder of at least two images, found {len(files)} in {folder}.")
-    test = files[::10]
-    train = [file for file in files if file not in set(test)]
+    """Every tenth image of a folder, and at least one, is for the test, of DIV2K its validation part; each is read when
+    it is wanted.
+    """
+    published = folder / "DIV2K_train_HR", folder / "DIV2K_valid_HR"
+    if all(part.is_dir() for part in published):
+        train, test = (image_files(part) for part in published)
+    else:
+        files = image_files(folder)
+        test = files[::10]
+        train = [file for file in files if file not in set(test)]
+    if not train or not test:
+        raise ValueError(f"`images` should be a folder of at least two images, found {len(train + test)} in {folder}.")
     each = -(-config.test_count // len(test))
     crops = [(file, number) for number in range(each) for file in test][: config.test_count]
     return CleanImages(train, config.train_count, size), FileCrops(crops, each, size)

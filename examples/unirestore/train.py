@@ -20,8 +20,11 @@ from typing import Any, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from examples.common.data.degrade import Degrade, degradation
+from examples.common.data.options import PairOptions
+from examples.common.data.pairs import FolderPairs, TestPairs, layout_and_root
 from examples.common.data.task_data import TEST_SEED
 from examples.common.data.tasks import TaskData, map_images, to_device
 from examples.common.engine import command_line
@@ -62,7 +65,16 @@ class Reader:
 class Trainer(Recipe[Batch]):
     """One stage: networks, phases, evaluation."""
 
-    of_evaluation = ("unseen", "smallest", "steps_of_diffusion", "prepared", "prior", "images")
+    of_evaluation = (
+        "unseen",
+        "smallest",
+        "steps_of_diffusion",
+        "prepared",
+        "prior",
+        "images",
+        "paired_tests",
+        "every_prompt",
+    )
 
     def __init__(self, config: Config) -> None:
         if config.evaluate is None:
@@ -274,7 +286,28 @@ class Trainer(Recipe[Batch]):
             for prompt in self.model.tasks if self.config.every_prompt else ():
                 found, sheet = self._evaluate(task, reader.test_data, read(prompt), kinds[""])
                 every |= {f"{task}_by_{prompt}_{key}": value for key, value in found.items()}
+        if "restoration" in self.readers:
+            for name in self.config.paired_tests:
+                every |= self._paired(name, read("restoration"))
         return every, sheets[0]
+
+    def _paired(self, name: str, read: Callable[[Any, Any], Any]) -> dict[str, float]:
+        """PSNR and SSIM of pairs on disk, restored for people, and PSNR of the degraded images."""
+        layout, root = layout_and_root(PairOptions(), name, self.config.paired_tests)
+        found: dict[str, list[float]] = {}
+        with torch.no_grad():
+            for degraded, clean in TestPairs(FolderPairs({name: (layout, root)}, "test", 1)):
+                lq, hq = degraded.to(self.device), clean.to(self.device)
+                restored = read(hq, lq)
+                ssim: Any = structural_similarity_index_measure(restored, hq, data_range=1.0)
+                for key, value in (
+                    ("psnr", peak_signal_noise_ratio(restored, hq, data_range=1.0)), ("ssim", ssim),
+                    ("lq_psnr", peak_signal_noise_ratio(lq, hq, data_range=1.0)),
+                ):  # fmt: skip
+                    found.setdefault(f"{name}_{key}", []).append(float(value))
+        if not found:
+            raise ValueError(f"`paired_tests` should hold images of {name!r} that can be read, found none.")
+        return {key: sum(values) / len(values) for key, values in found.items()}
 
     def _evaluate(
         self, task: str, data: TaskData, read: Callable[[Any, Any], Any], name: str

@@ -12,7 +12,7 @@ from torchvision.utils import save_image
 
 from examples.common.data.degradations import DEGRADATIONS, degrade, motion_kernel
 from examples.common.data.pair_folders import LAYOUTS, own_pairs, pairs
-from examples.common.data.pairs import FolderPairs, tested_pairs, training_pairs
+from examples.common.data.pairs import FolderPairs, pairs_to_test, training_pairs
 from examples.diffloss.config import Config
 from examples.diffloss.train import Trainer
 from examples.dtp.train import trainer as dtp_trainer
@@ -205,7 +205,7 @@ def own(tmp_path: Path) -> Path:
 
 def test_every_tenth_pair_is_for_the_test_and_read_at_need(own: Path) -> None:
     config = Config(out=own / "run", lq=own / "lq", gt=own / "gt", patch=24, degradations=["mine"])
-    train, test = training_pairs(config, ["mine"]), tested_pairs(config, "mine", shifted=False)
+    train, test = training_pairs(config, ["mine"]), pairs_to_test(config, "mine", shifted=False)
     assert len(train) == 10 and len(test) == 2
     (degraded, clean), *_ = test
     assert degraded.shape == clean.shape == (1, 3, 40, 40) and not torch.equal(degraded, clean)
@@ -217,7 +217,7 @@ def test_every_tenth_pair_is_for_the_test_and_read_at_need(own: Path) -> None:
     other = Config(
         out=own, lq=own / "lq", gt=own / "gt", test_lq=own / "more/lq", test_gt=own / "more/gt", degradations=["mine"]
     )  # fmt: skip
-    assert len(tested_pairs(other, "mine", shifted=False)) == 1 and len(training_pairs(other, ["mine"])) == 12
+    assert len(pairs_to_test(other, "mine", shifted=False)) == 1 and len(training_pairs(other, ["mine"])) == 12
     for broken in ({"gt": None}, {"test_lq": own / "lq"}, {"degradations": ["a", "b"]}):
         with pytest.raises(ValueError, match="`gt` should be given|`degradations` should be one name"):
             training_pairs(replace(config, **broken), ["mine"])  # type: ignore[arg-type]

@@ -117,7 +117,7 @@ def cub200(root: Path, split: Split, *, size: int = 224) -> FolderData:
             samples.append((folder / "images" / name, int(label) - 1))
     names = [re.sub(r"^\d+\.", "", name).replace("_", " ") for name, _ in classes.values()]
     present = _present(samples, split, folder / files[2])
-    return FolderData("classification", names, present, _label, _classification(train, size))
+    return FolderData("classification", names, present, label_of, classification_transform(train, size))
 
 
 def stanford_cars(root: Path, split: Split, *, size: int = 224) -> FolderData:
@@ -150,7 +150,7 @@ def stanford_cars(root: Path, split: Split, *, size: int = 224) -> FolderData:
             raise ValueError(f"{place}: expected a class from 1 to {len(names)}, found {label}.")
         samples.append((folder / ("cars_train" if train else "cars_test") / name, int(label) - 1))
     present = _present(samples, split, folder / index)
-    return FolderData("classification", names, present, _label, _classification(train, size))
+    return FolderData("classification", names, present, label_of, classification_transform(train, size))
 
 
 def voc2012(
@@ -195,9 +195,9 @@ def voc2012(
     ]
     present = _present(samples, split, folder / index)
     if task == "segmentation":
-        return FolderData(task, VOC_CLASSES, present, _mask, _segmentation(train, size, scales))
+        return FolderData(task, VOC_CLASSES, present, _mask, segmentation_transform(train, size, scales))
     annotate = partial(_boxes, difficult=not train)
-    return FolderData(task, VOC_CLASSES, present, annotate, partial(_detection, train=train, size=size))
+    return FolderData(task, VOC_CLASSES, present, annotate, detection_transform(train, size))
 
 
 def _is_train(split: str, size: int) -> bool:
@@ -293,7 +293,7 @@ def _present(samples: Sequence[tuple[Path, int | Path]], split: str, index: Path
     return [sample for number, sample in enumerate(samples) if not missing[number]]
 
 
-def _label(label: int, _: tuple[int, int]) -> Tensor:
+def label_of(label: int, _: tuple[int, int]) -> Tensor:
     return torch.tensor(label)
 
 
@@ -341,7 +341,8 @@ def _boxes(file: Path, size: tuple[int, int], *, difficult: bool) -> dict[str, A
     }
 
 
-def _classification(train: bool, size: int) -> Callable[[Any, Any], tuple[Any, Any]]:
+def classification_transform(train: bool, size: int) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """The short side at 256/224 of ``size``, of that a square of ``size`` at random, flipped or not, or the middle."""
     steps = [v2.RandomCrop(size), v2.RandomHorizontalFlip()] if train else [v2.CenterCrop(size)]
     return partial(_of_image, v2.Compose([v2.Resize(round(size * 256 / 224)), *steps]))
 
@@ -350,9 +351,12 @@ def _of_image(transform: Callable[[Any], Any], image: Any, target: Any) -> tuple
     return transform(image), target
 
 
-def _segmentation(
+def segmentation_transform(
     train: bool, size: int, scales: tuple[float, float] | None = None
 ) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """The short side at 520/480 of ``size``, in training cropped and flipped or not; with ``scales`` as
+    :func:`voc2012` says.
+    """
     if scales is not None:
         crop = v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORED})
         jitter = v2.ScaleJitter((size, size), scale_range=scales)
@@ -364,6 +368,11 @@ def _segmentation(
 def _of_mask(transform: Callable[[Any, Any], tuple[Any, Any]], image: Any, mask: Any) -> tuple[Any, Tensor]:
     image, mask = transform(image, mask)
     return image, _plain(mask).long()
+
+
+def detection_transform(train: bool, size: int) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """The long side at most ``size``; in training flipped or not."""
+    return partial(_detection, train=train, size=size)
 
 
 def _detection(image: Any, target: dict[str, Any], *, train: bool, size: int) -> tuple[Any, dict[str, Tensor]]:

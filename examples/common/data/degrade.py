@@ -30,6 +30,8 @@ def degradation(options: DataOptions, *seed: int) -> Degrade:
         return _bicubic(options, *seed)
     if options.scale != 1:
         raise ValueError(f"`scale` should be 1 for {options.degradation}, which keeps the size, found {options.scale}.")
+    if options.degradation == "none":
+        return lambda images, _: images
     extent = options.mixture_extent
     if options.degradation == "mixture_a":
         mixture_a = MixtureA(1 + 7 * extent)

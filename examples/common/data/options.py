@@ -6,8 +6,11 @@ from typing import Literal
 
 from examples.common.data.tasks import Task
 
-Degradation = Literal["bicubic", "mixture_a", "mixture_b", "corruptions", "unseen_corruptions"]
-DataName = Literal["generated", "photos", "words", "cub200", "cars", "voc2012"]
+Degradation = Literal["bicubic", "mixture_a", "mixture_b", "corruptions", "unseen_corruptions", "none"]
+DataName = Literal[
+    "generated", "photos", "words", "cub200", "cars", "voc2012", "cityscapes", "foggy_cityscapes", "acdc", "coco",
+    "rtts", "class_folders", "label_file",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +19,9 @@ class DataOptions:
 
     Attributes:
         task: what is read in the images.
-        data: "generated", "photos" and, for reading, "words" are made on the spot; the others are read from ``root``.
+        data: "generated", "photos" and, for reading, "words" are made on the spot; the others are read from ``root``:
+            data sets as they are handed out, and your own images, a folder for each class ("class_folders") or lines of
+            an image and its class ("label_file").
         root: folder of the data set on disk.
         size: side of the training images in pixels; the default is the data set's own.
         voc_scales: lowest and highest factor of the random scale of VOC's training images for segmentation; without it
@@ -26,7 +31,8 @@ class DataOptions:
         data_seed: seed of the images that are made on the spot; the default is ``seed``.
         contrast: lowest and highest amplitude of the textures of "generated".
         degradation: "bicubic" reduction by ``scale``, or what keeps the size: the mixtures of EDTR, one of the 15
-            corruptions of ImageNet-C, or one of the four that it keeps for validation ("unseen_corruptions").
+            corruptions of ImageNet-C, or one of the four that it keeps for validation ("unseen_corruptions"); "none"
+            for images that are foggy or hazy as they are.
         scale: scale of the super-resolution.
         blur: standard deviation of a Gaussian blur before a bicubic reduction (SR4IR, Table S5).
         noise: standard deviation of Gaussian noise after a bicubic reduction, in 1/255.

@@ -182,7 +182,7 @@ def worth_trying(found: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, T
     return list({clean.shape: (degraded, clean) for degraded, clean in reversed(found)}.values())
 
 
-def tested_pairs(config: PairOptions, name: str, *, shifted: bool) -> Sequence[tuple[Tensor, Tensor]]:
+def pairs_to_test(config: PairOptions, name: str, *, shifted: bool) -> Sequence[tuple[Tensor, Tensor]]:
     """(degraded, clean) test images (1, 3, H, W); of photographs, held-out ones, the same for all runs."""
     if config.lq is not None:
         return [] if shifted else TestPairs(FolderPairs.of({name: _own(config, "test")}, "test", config.patch))

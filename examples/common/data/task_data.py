@@ -1,5 +1,6 @@
 """The labeled images that a run trains and is tested on, as its options say."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,13 @@ from examples.common.data.options import DataOptions
 from examples.common.data.tasks import TaskData, map_images
 
 _SIZES: dict[str, int] = {"classification": 224, "segmentation": 480, "detection": 500}
+_ON_DISK: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("cub200", "cars", "class_folders", "label_file"), ("classification",)),
+    **dict.fromkeys(("cityscapes", "foggy_cityscapes", "acdc"), ("segmentation",)),
+    **dict.fromkeys(("coco", "rtts"), ("detection",)),
+    "voc2012": ("segmentation", "detection"),
+}
+"""The tasks of each data set."""
 TEST_SEED = 1_000_003
 """Added to a seed for test images."""
 
@@ -45,19 +53,32 @@ def dataset(config: DataOptions, split: Literal["train", "test"], seed: int) -> 
         from examples.common.data.words import word_data
 
         return word_data(split, count, seed)
-    from examples.common.data.datasets import cub200, stanford_cars, voc2012
-
     if config.root is None:
         raise ValueError(f"`root` should be the folder of the data set {config.data!r}, found None.")
-    size = config.size or _SIZES[config.task]
-    if config.data == "voc2012":
-        if config.task == "classification" or config.task == "reading":
-            raise ValueError(f"`task` should be 'segmentation' or 'detection' for voc2012, found {config.task!r}.")
-        return voc2012(config.root, split, config.task, size=size, scales=config.voc_scales)
-    if config.task != "classification":
-        raise ValueError(f"`task` should be 'classification' for {config.data}, found {config.task!r}.")
-    load = cub200 if config.data == "cub200" else stanford_cars
-    return load(config.root, split, size=size)
+    known = _ON_DISK[config.data]
+    if config.task not in known:
+        one_of = " or ".join(repr(task) for task in known)
+        raise ValueError(f"`task` should be {one_of} for {config.data}, found {config.task!r}.")
+    return _on_disk(config, config.root, split, config.size or _SIZES[config.task])
+
+
+def _on_disk(config: DataOptions, root: Path, split: Literal["train", "test"], size: int) -> TaskData:
+    from examples.common.data import datasets as sets
+    from examples.common.data import object_boxes, own_images
+    from examples.common.data.street_scenes import street_scenes
+
+    name: Any = config.data
+    if name == "voc2012":
+        task: Any = config.task
+        return sets.voc2012(root, split, task, size=size, scales=config.voc_scales)
+    if name in ("cityscapes", "foggy_cityscapes", "acdc"):
+        return street_scenes(root, name, split, size=size)
+    loads: dict[str, Any] = {
+        "cub200": sets.cub200, "cars": sets.stanford_cars, "coco": object_boxes.coco, "rtts": object_boxes.rtts,
+        "class_folders": own_images.class_folders, "label_file": own_images.label_file,
+    }  # fmt: skip
+    data: TaskData = loads[name](root, split, size=size)
+    return data
 
 
 def image_side(config: DataOptions) -> int:
