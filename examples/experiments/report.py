@@ -31,7 +31,7 @@ from scipy.stats import t as student_t
 from examples.common.engine.run_directory import read_json
 
 METHODS = (
-    "oracle", "no_restoration", "pre_restoration", "l_to_t", "s_to_t", "t_to_s", "joint", "tdsr", "rsrssn", "no_tdp",
+    "oracle", "no_restoration", "pre_restoration", "pretrain", "h_fixed", "l_to_t", "l_to_t_3x", "s_to_t", "t_to_s", "joint", "tdsr", "rsrssn", "no_tdp",
     "sr_only", "hr_only", "no_cqmix", "fixed_task", "fixed_foreign", "tdp_joint", "sr4ir", "conventional", "hlf_long",
     "hlf_from_noise", "no_pre", "no_hlf", "no_fm", "no_prior", "only_task", "only_reference", "frozen_decoder",
     "no_color_fix", "edtr", "edtr_1", "edtr_4",
@@ -39,9 +39,13 @@ METHODS = (
 """In the order of the tables."""
 METRICS = {
     "score": 1,
+    "score_errors": 1,
     "score_on_hr": 1,
+    "score_on_hr_errors": 1,
     "fixed_hr": 1,
+    "fixed_hr_errors": 1,
     "judge": 1,
+    "judge_errors": 1,
     "judge_distance": 3,
     "psnr": 2,
     "ssim": 4,
