@@ -52,7 +52,7 @@ def test_every_method_runs_and_trains_whom_it_says(method: str, tmp_path: Path, 
     described = METHODS[method]
     expected = {"fixed_hr", "judge", "judge_distance", "seconds", "num_classes"}
     expected |= {"score", "score_on_hr"} if described.recognizer_inputs else set()
-    expected |= {"psnr", "ssim"} if described.reads != "hr" else set()
+    expected |= {"psnr", "ssim", "psnr_of_mse"} if described.reads != "hr" else set()
     assert set(results) == expected
     assert all(math.isfinite(value) for value in results.values())
     assert (tmp_path / "run" / "samples" / "test.png").exists()
