@@ -46,6 +46,7 @@ class Config(DataOptions, TrainerOptions):
         aux_weight: weight of the loss of DeepLab's auxiliary head, which "paper" then has, and which learns ten times
             as fast; 0.5 in the authors' code.
         align_corners: how L->T and images that are looked at are enlarged; true in the authors' code.
+        lite0: test with a perceptual distance by EfficientNet-Lite0 too, where its package is installed.
         pad_tests: continue test images to multiples of ``scale`` and cut what was restored back, instead of cutting
             them; so in the authors' code.
         fixed_hr: run directory of an "oracle" that also reads the restored images (and is "task" to fixed_task and
@@ -79,6 +80,7 @@ class Config(DataOptions, TrainerOptions):
     restart_all: bool = True
     aux_weight: float = 0.0
     align_corners: bool = False
+    lite0: bool = False
     pad_tests: bool = False
     fixed_hr: Path | None = None
     judge: Path | None = None

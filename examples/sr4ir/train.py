@@ -56,7 +56,7 @@ class Batch:
 class Trainer(Recipe[Batch]):
     """One run: networks, stages, evaluation."""
 
-    of_evaluation = ("fixed_hr", "judge")
+    of_evaluation = ("fixed_hr", "judge", "lite0")
 
     def __init__(self, config: Config) -> None:
         if config.task == "detection" and config.method in ("tdp_joint", "rsrssn"):
@@ -274,7 +274,7 @@ class Trainer(Recipe[Batch]):
         figures, samples = evaluate(
             data, self.recognition, degrade=degradation(config, config.seed, TEST_SEED), read=self._read,
             trained=networks, recognizer=networks[1] if self.method.recognizer_inputs else None, judges=self.judges,
-            multiple=config.scale, pad=config.pad_tests, workers=config.workers,
+            multiple=config.scale, pad=config.pad_tests, lite0=config.lite0, workers=config.workers,
         )  # fmt: skip
         return {**figures, "num_classes": len(self.recognition.class_names)}, samples
 

@@ -287,8 +287,8 @@ class Trainer(Recipe[Batch]):
                 found, sheet = self._evaluate(task, reader.test_data, read(prompt), kinds[""])
                 every |= {f"{task}_by_{prompt}_{key}": value for key, value in found.items()}
         if "restoration" in self.readers:
-            for name in self.config.paired_tests:
-                every |= self._paired(name, read("restoration"))
+            for pairs in self.config.paired_tests:
+                every |= self._paired(pairs, read("restoration"))
         return every, sheets[0]
 
     def _paired(self, name: str, read: Callable[[Any, Any], Any]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from examples.common.data.degrade import Degrade
 from examples.common.data.task_data import continued, cut_like, on_grid
 from examples.common.data.tasks import IGNORED, InMemory, Task, TaskData, collate, to_device
+from examples.common.engine.perceptual import lite0_distance
 from examples.common.engine.recipe import naming
 from examples.common.engine.recognition import Recognition, features_of
 from examples.common.engine.run_directory import RunDirectory
@@ -124,6 +125,7 @@ def evaluate(
     judges: Judges,
     multiple: int = 1,
     pad: bool = False,
+    lite0: bool = False,
     workers: int = 0,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """All figures of one run on the test images.
@@ -138,6 +140,7 @@ def evaluate(
         judges: fixed networks that read the same images.
         multiple: of the sides; what is beyond is cut away.
         pad: continue the images by their edges to the multiple instead, and cut what is read back.
+        lite0: compare by :func:`examples.common.engine.perceptual.lite0_distance` as well.
         workers: processes that read images.
 
     Returns:
@@ -152,8 +155,8 @@ def evaluate(
     readers = {"score": recognizer, "score_on_hr": recognizer, "fixed_hr": judges.fixed_hr, "judge": judges.judge}
     present = {name: network for name, network in readers.items() if network is not None}
     metrics = {name: recognition.metric() for name in present}
-    likeness, sheet = _Likeness(judges.judge), _Sheet()
     device = next(p.device for network in trained for p in network.parameters())
+    likeness, sheet = _Likeness(judges.judge, lite0_distance(device) if lite0 else None), _Sheet()
     # segmentation images on disk differ in size, and are not cropped for a test
     batch = BATCH if isinstance(data, InMemory) else 1 if data.task == "segmentation" else 16
     batches: DataLoader[Any] = DataLoader(data, batch, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
@@ -196,7 +199,8 @@ def _decibels(error: Tensor) -> Tensor:
 class _Likeness:
     """The similarity of restored images to HR: means over images."""
 
-    def __init__(self, judge: nn.Module | None) -> None:
+    def __init__(self, judge: nn.Module | None, distance: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+        self.distance = distance
         self.features = None if judge is None or isinstance(judge, PPOCR) else features_of(judge)
         self.values: dict[str, list[Tensor]] = {}
 
@@ -213,6 +217,8 @@ class _Likeness:
                 psnr = peak_signal_noise_ratio(z, x, data_range=1.0, reduction="none", dim=(1, 2, 3))
                 self._keep("psnr", psnr)
                 self._keep("ssim", structural_similarity_index_measure(z, x, data_range=1.0, reduction="none"))
+                if self.distance is not None:
+                    self._keep("lite0", self.distance(z, x))
                 self._keep("mse", (z - x).square().flatten(1).mean(1))
                 if y.shape == x.shape:
                     self._keep("lq_mse", (y - x).square().flatten(1).mean(1))
