@@ -9,10 +9,10 @@ from examples.common.engine.options import TrainerOptions
 from examples.unirestore.adapters import AdapterName
 
 StageName = Literal["stage1", "stage2", "add-task"]
-TASKS = ("restoration", "classification", "segmentation", "detection")
+TASKS = ("restoration", "classification", "segmentation", "detection", "reading")
 FILE = "unirestore"
 """The name of the file of a run's weights."""
-WEIGHTS = {"restoration": 10.0, "classification": 0.1, "segmentation": 0.1, "detection": 0.1}
+WEIGHTS = {"restoration": 10.0, "classification": 0.1, "segmentation": 0.1, "detection": 0.1, "reading": 0.1}
 """Beta of Eq. (6), those of the authors' code."""
 
 
@@ -32,7 +32,7 @@ class Config(DataOptions, TrainerOptions):
             out; the default are the photographs that come with scikit-image and scikit-learn.
         paired_tests: pairs of degraded and clean images to test the restoration on as well, as LAYOUT:ROOT by a name;
             layouts are in examples/common/data/pair_folders.py.
-        tasks: tasks of restoration, classification, segmentation, detection; all are tested.
+        tasks: tasks of restoration, classification, segmentation, detection, reading; all are tested.
         train_tasks: those of them to train on; the default is all, and in stage 1 restoration.
         task_weights: beta of Eq. (6) by task; the default is 10 for restoration and 0.1 for the others.
         restored_too: weight of an L1 loss that restores the images of the other tasks for people, as in the authors'

@@ -40,6 +40,8 @@ def test_data_of(task: str, config: Any) -> TaskData:
 
 
 def _clean(config: Any) -> tuple[TaskData, TaskData]:
+    if config.data == "words":  # for people the same as for readers
+        return _unlabeled(*datasets(replace(config, task="reading"), config.seed))
     size = config.size or (48 if config.data in ("generated", "photos") else 512)
     if config.images is not None:
         return _clean_files(config.images, config, size)
@@ -56,6 +58,16 @@ def _clean(config: Any) -> tuple[TaskData, TaskData]:
         CleanImages(train, config.train_count, size),
         InMemory("classification", names, crops, torch.zeros(len(crops), dtype=torch.long)),
     )
+
+
+def _unlabeled(*parts: TaskData) -> tuple[TaskData, TaskData]:
+    """Images in memory, with a label that means nothing."""
+    train, test = (
+        InMemory("classification", CleanImages.class_names, part.images, torch.zeros(len(part), dtype=torch.long))
+        for part in parts
+        if isinstance(part, InMemory)
+    )
+    return train, test
 
 
 def _clean_files(folder: Path, config: Any, size: int) -> tuple[TaskData, TaskData]:

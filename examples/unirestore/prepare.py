@@ -70,7 +70,8 @@ def prepare(config: Config) -> None:
     check_preparation(config)
     if config.images is not None:
         data_of("restoration", config)  # what is wrong with it is said now, not after hours
-    for task in config.tasks:
+    trained = [task for task in config.tasks if task != "reading"]  # whose networks are trained already
+    for task in trained:
         known: Any = task
         try:
             recognizer(config.judge, known, 2, pretrained=False)
@@ -79,7 +80,7 @@ def prepare(config: Config) -> None:
     settings = TaskConfig(
         **shared(config), recognizer=config.recognizer, h_optimizer=config.h_optimizer, h_lr=config.h_lr
     )
-    train_oracles(settings, config.tasks, judge=config.judge)
+    train_oracles(settings, trained, judge=config.judge)
     if config.train_prior:
         train_prior_of_all(config, config.out / "prior")
 

@@ -15,6 +15,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -128,8 +129,11 @@ class Trainer(Recipe[Batch]):
         config = self.config
         train, test = data_of(task, config) if self.evaluated is None else [test_data_of(task, config)] * 2
         networks: dict[str, nn.Module | None] = {"hq": None, "judge": None}
-        if task != "restoration" and config.prepared is not None:
-            networks = {name: load_recognizer(config.prepared / f"{task}_{name}").to(self.device) for name in networks}
+        if task == "reading":  # whose networks are trained already
+            networks = {"hq": load_recognizer(Path("english_g2")), "judge": load_recognizer(Path("pp_ocr"))}
+        elif task != "restoration" and config.prepared is not None:
+            networks = {name: load_recognizer(config.prepared / f"{task}_{name}") for name in networks}
+        networks = {name: None if one is None else one.to(self.device) for name, one in networks.items()}
         return Reader(
             Recognition(train.task, train.class_names), networks["hq"], networks["judge"], train, test,
             degradation(config, config.seed, TASKS.index(task)),

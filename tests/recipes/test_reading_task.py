@@ -20,6 +20,9 @@ from examples.common.networks.recognizers import recognizer
 from examples.common.networks.text_readers import TDP_LAYERS, EnglishG2
 from examples.sr4ir.config import Config
 from examples.sr4ir.train import Trainer
+from examples.unirestore import prepare as unirestore_prepare
+from examples.unirestore.config import Config as UniRestoreConfig
+from examples.unirestore.train import Trainer as UniRestore
 from tests.recipes.test_reading import needs_reading
 
 NAMES = ("", *ENGLISH_G2_CHARACTERS)
@@ -120,3 +123,30 @@ def test_sr4ir_trains_on_words(tmp_path: Path, method: Any) -> None:
     if not fixed:
         learned = load_recognizer(tmp_path / "run")
         assert torch.equal(learned.Prediction.weight, trainer.h.state_dict()["Prediction.weight"])  # type: ignore[union-attr, operator]
+
+
+@needs_reading
+def test_unirestore_restores_the_same_words_for_people_and_for_a_reader(tmp_path: Path) -> None:
+    words: dict[str, Any] = {
+        "data": "words", "train_count": 8, "test_count": 4, "batch": 2, "cpu": True, "degradation": "mixture_b",
+        "mixture_extent": 0.5,
+    }  # fmt: skip
+    unirestore_prepare.prepare(
+        unirestore_prepare.Config(out=tmp_path / "prepared", tasks=["reading"], steps=1, prior_steps=1, **words)
+    )
+    assert not list((tmp_path / "prepared").glob("reading*"))  # nothing had to be trained to read
+    tasks = {"tasks": ["restoration", "reading"], "prepared": tmp_path / "prepared", "unseen": False}
+    small = {"steps": 1, "control_channels": 8, "cfrm_blocks": [1, 1]}
+    first = UniRestore(UniRestoreConfig(out=tmp_path / "stage1", **tasks, **small, **words))
+    assert torch.equal(
+        first.readers["restoration"].test_data[0][0],  # type: ignore[index]
+        first.readers["reading"].test_data[0][0],  # type: ignore[index]
+    )
+    first.run()
+    second = UniRestoreConfig(
+        out=tmp_path / "stage2", stage="stage2", after=tmp_path / "stage1", **tasks, **small, **words
+    )
+    results = UniRestore(second).run()
+    assert {"restoration_psnr", "reading_psnr", "reading_score", "reading_score_errors", "reading_judge"} <= set(
+        results
+    )

@@ -177,9 +177,9 @@ def test_each_stage_trains_what_it_says_and_nothing_else(stage: str, tmp_path: P
 def test_a_new_task_changes_no_other(folder: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     with caplog.at_level("INFO"):
         run = trainer(tmp_path / "run", folder, "add-task", steps=3)
-        before = answers(run.model, TASKS)
+        before = answers(run.model, TASKS[:4])
         run.run()
-    after = answers(run.model, TASKS)
+    after = answers(run.model, TASKS[:4])
     assert torch.equal(before[:3], after[:3])
     said = [message for message in caplog.messages if message.endswith(("as before", "changed"))]
     names = ("all but prompts", *TASKS[:3])
@@ -219,7 +219,7 @@ def test_tasks_are_added_one_after_the_other(tmp_path: Path, folder: Path) -> No
         start = (tmp_path / "first", tmp_path / "segmentation")[number]
         run = trainer(tmp_path / name, folder, "add-task", name=name, after=start)
         run.run()
-    assert set(run.model.tasks) == set(TASKS)
+    assert set(run.model.tasks) == set(TASKS[:4])
 
 
 def test_unreadable_images_leave_out_their_task_and_no_other(tmp_path: Path, folder: Path) -> None:
@@ -254,16 +254,16 @@ def test_images_of_several_sizes_are_restored_together(tmp_path: Path, folder: P
 
 
 def test_figures_have_an_unseen_recognizer_and_unseen_corruptions(tmp_path: Path, folder: Path) -> None:
-    results = trainer(tmp_path / "run", folder, unseen=True, tasks=[*TASKS], eval_every=1, steps=1).run()
+    results = trainer(tmp_path / "run", folder, unseen=True, tasks=[*TASKS[:4]], eval_every=1, steps=1).run()
     for kind in ("", "unseen_"):
         assert {f"restoration_{kind}{name}" for name in ("psnr", "ssim")} < set(results)
-        for task in TASKS[1:]:
+        for task in TASKS[1:4]:
             named = ("score", "score_on_hr", "judge", "judge_distance", "psnr", "ssim")
             assert {f"{task}_{kind}{name}" for name in named} < set(results)
     assert results["restoration_psnr"] != results["restoration_unseen_psnr"]
     assert results["classification_judge_distance"] > 0
     assert logged(tmp_path / "run")["test/detection_score"] == results["detection_score"]
-    for task in TASKS:  # a grid for each
+    for task in TASKS[:4]:  # a grid for each
         assert read_image(tmp_path / "run" / "samples" / f"{task}.png").shape[0] == 3
 
 
