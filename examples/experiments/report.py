@@ -355,7 +355,8 @@ def save_sheet(path: Path, samples: Mapping[str, Mapping[str, Any]]) -> None:
     first = next(iter(samples.values()))
     columns = {"LR": first["lr"], **{method: found["restored"] for method, found in samples.items()}, "HR": first["hr"]}
     rows = min(IMAGES, len(first["truth"]))
-    figure = Figure(figsize=(1.3 * len(columns), 1.5 * rows + 0.3), layout="constrained")
+    height, width = first["hr"].shape[-2:]
+    figure = Figure(figsize=(1.3 * len(columns), (1.2 * height / width + 0.3) * rows + 0.3), layout="constrained")
     grid = figure.subplots(rows, len(columns), squeeze=False)
     for row, panels in enumerate(grid):
         truth = first["truth"][row]
