@@ -1,6 +1,7 @@
 """The claims of UniRestore that two cores can test: all runs of docs/results/unirestore.md.
 
     python -m examples.experiments.unirestore prior --out runs/unirestore        # epsilon, velocity, no diffusion
+    python -m examples.experiments.unirestore one_step --out runs/unirestore     # of both priors alone, after prior
     python -m examples.experiments.unirestore table --out runs/unirestore        # Tables 1 to 5
     python -m examples.experiments.unirestore new_task --out runs/unirestore     # Table 6: detection by a prompt alone
     python -m examples.experiments.unirestore tables --out runs/unirestore
@@ -27,7 +28,7 @@ from examples.common.data.tasks import collate
 from examples.common.engine.evaluation import GAINS
 from examples.common.engine.options import shared
 from examples.common.engine.run_directory import read_json
-from examples.common.networks.latent_diffusion import Prediction
+from examples.common.networks.latent_diffusion import Prediction, load_latent_diffusion
 from examples.experiments.report import Sample, markdown
 from examples.unirestore.config import TASKS, Config
 from examples.unirestore.data import data_of
@@ -36,6 +37,7 @@ from examples.unirestore.prepare import prepare, train_prior_of_all
 from examples.unirestore.restore import load_run
 from examples.unirestore.train import Trainer
 from restoreloss import corrupt
+from restoreloss.diffusion.sampling import denoise
 from restoreloss.generators import standard_normal
 
 logger = logging.getLogger(__name__)
@@ -248,6 +250,24 @@ class Experiment:
         return markdown(["images", "run", "degraded", "with CFRM", "restored"], rows)
 
     @torch.no_grad()
+    def one_step(self) -> str:
+        """Mean squared error to clean latents of what each prior makes of them in one step, noisy up to t."""
+        _, data = data_of("restoration", replace(self.base, test_count=100))
+        read = collate([data[number] for number in range(100)])
+        assert read is not None
+        rows = []
+        for prediction in ("epsilon", "v_prediction"):
+            prior = load_latent_diffusion(self.out / f"prior_{prediction}")
+            clean = prior.encoder(2 * read[0] - 1)
+            noise = standard_normal(clean, torch.Generator().manual_seed(0))
+            schedule, errors = prior.denoiser.schedule, []
+            for t in (999, 749, 499, 249):
+                found = denoise(prior.denoiser, schedule.add_noise(clean, noise, t), t, schedule)
+                errors.append(f"{float((found - clean).square().mean()):.3f}")
+            rows.append([prediction, *errors])
+        return markdown(["", "t = 999", "749", "499", "249"], rows)
+
+    @torch.no_grad()
     def sheet(self, seed: int = 1) -> Path:
         """Held-out photographs of 96 pixels, each with a corruption, restored for people by the runs of a seed."""
         from matplotlib.figure import Figure
@@ -300,7 +320,7 @@ def _tables(runs: Mapping[str, Any], columns: Mapping[str, tuple[str, int]], ref
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["prior", "table", "new_task", "tables", "sheet", "latents"])
+    parser.add_argument("study", choices=["prior", "table", "new_task", "tables", "sheet", "latents", "one_step"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", default="generated", choices=["generated", "photos"])
     parser.add_argument("--contrast", type=float, nargs=2, default=[0.07, 0.18], help="of the generated textures")
@@ -331,6 +351,9 @@ def main() -> None:
         return
     if arguments.study == "latents":
         print(experiment.latents())
+        return
+    if arguments.study == "one_step":
+        print(experiment.one_step())
         return
     if arguments.study == "sheet":
         print(experiment.sheet(arguments.seeds[0]))
