@@ -73,7 +73,7 @@ class Subject:
             prior = LatentPrior(self.vae, self.net, self.states, schedule=NoiseSchedule.scaled_linear())
         if dtype is not None:
             prior.to(dtype)
-        loss = DiffLoss(prior, **options)
+        loss = DiffLoss(prior, timesteps=(TIMESTEP, TIMESTEP + 1), **options)
         return loss if subset is None else Subsampled(loss, subset=subset)
 
     def parameters(self) -> list[Tensor]:
@@ -154,7 +154,7 @@ def make_step(variant: str, prior: Subject, restored: Tensor, clean: Tensor) -> 
         loss = torch.compile(loss)
 
     def step() -> None:
-        loss(restored.clone().requires_grad_(), clean, timestep=TIMESTEP).backward()
+        loss(restored.clone().requires_grad_(), clean).backward()
 
     return step
 
