@@ -65,7 +65,7 @@ class TimestepReport:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        require("matplotlib", purpose="TimestepReport.plot", install="'restoreloss[examples]'")
+        require("matplotlib", purpose="TimestepReport.plot", install="matplotlib")
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 3.6), layout="constrained")
