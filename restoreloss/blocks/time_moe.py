@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from restoreloss.blocks.layouts import as_map, channel_dim
 from restoreloss.checks import check_choice, check_integer, check_map, check_time, describe
 from restoreloss.features import FeatureExtractor
 from restoreloss.frozen import frozen
@@ -237,7 +238,8 @@ def _expert(channels: int, hidden: int, form: MoEForm) -> nn.Sequential:
 class TimeConditioned(nn.Module):
     """A network with the timestep as a second argument: ``(image, t) -> what the network returns``.
 
-    Blocks act on the outputs of named layers by hooks. The network is not edited, and :meth:`detach` removes them.
+    Blocks act on the outputs of named layers by hooks. The network is not edited, and :meth:`detach` removes them. A
+    layer returns (N, C, H, W), or as transformers do (N, H, W, C) or (N, L, C).
 
     Args:
         network: any, called with the image alone.
@@ -286,6 +288,7 @@ class TimeConditioned(nn.Module):
         self._handles: dict[str, RemovableHandle] = {}
         self._embedding: Tensor | None = None
         self._steps: Tensor | None = None
+        self._sides: tuple[int, int] = (1, 1)
         self.attach({} if blocks is None else blocks)
 
     @property
@@ -365,7 +368,7 @@ class TimeConditioned(nn.Module):
             ValueError: If there are neither one nor N timesteps, and for one out of range or NaN. Tensors on an
                 accelerator are not read: no device sync.
         """
-        if not isinstance(image, Tensor) or image.ndim == 0:
+        if not isinstance(image, Tensor) or image.ndim < 2:
             raise ValueError(f"`image` should be a tensor (N, C, H, W), found {describe(image)}.")
         check_time("t", t, self.num_timesteps)
         steps = torch.as_tensor(t, device=image.device)
@@ -375,7 +378,7 @@ class TimeConditioned(nn.Module):
         dtype = next(self.embed.parameters()).dtype
         before = self._embedding, self._steps
         try:
-            self._steps = steps
+            self._steps, self._sides = steps, (image.shape[-2], image.shape[-1])
             self._embedding = self.embed(time_features(steps, self.time_dim, self.num_timesteps).to(dtype))
             return self.network(image, steps) if self.passes_time else self.network(image)
         finally:
@@ -400,19 +403,34 @@ class _Act:
         embedding = self.owner._embedding
         if embedding is None:
             return output
-        if not isinstance(output, Tensor) or output.ndim != 4:
+        if not isinstance(output, Tensor) or output.ndim not in (3, 4):
             what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"The layer {self.layer!r} should return (N, C, H, W) to be conditioned, found {what}.")
-        block = self.owner.blocks[_key(self.layer)]
-        for part in _parts(block):
-            if isinstance(part, FiLM | TimeMoE) and part.channels != output.shape[1]:
-                raise ValueError(
-                    f"`blocks[{self.layer!r}]` should have the channels that its layer returns, {output.shape[1]}, "
-                    f"found {part.channels}: `channels_of` finds them."
-                )
+            raise ValueError(
+                f"The layer {self.layer!r} should return (N, C, H, W), (N, H, W, C) or (N, L, C) to be conditioned, "
+                f"found {what}."
+            )
+        for part in _parts(self.owner.blocks[_key(self.layer)]):
             given = embedding.to(output.dtype)
-            output = part(output, given, self.owner._steps) if isinstance(part, TimeMoE) else part(output, given)
+            if not isinstance(part, FiLM | TimeMoE):
+                output = part(output, given)
+                continue
+            found = as_map(output, part.channels, self.owner._sides, spatial=_is_spatial(part))
+            if found is None:
+                channels = output.shape[channel_dim(output.shape, self.owner._sides) or 1]
+                hint = "`channels_of` finds them"
+                if channels == part.channels:
+                    hint = f'{tuple(output.shape)} is no whole image, which form="code" looks at'
+                raise ValueError(
+                    f"`blocks[{self.layer!r}]` should have the channels that its layer returns, {channels}, found "
+                    f"{part.channels}: {hint}."
+                )
+            value, back = found
+            output = back(part(value, given, self.owner._steps) if isinstance(part, TimeMoE) else part(value, given))
         return output
+
+
+def _is_spatial(block: nn.Module) -> bool:
+    return any(max(layer.kernel_size) > 1 for layer in block.modules() if isinstance(layer, nn.Conv2d))
 
 
 def _key(layer: str) -> str:
@@ -446,7 +464,7 @@ def channels_of(network: nn.Module, layers: Iterable[str], image: Tensor) -> dic
         image: what the network is called with, float (N, C, H, W).
 
     Raises:
-        ValueError: For a layer that does not exist, or does not return (N, C, H, W).
+        ValueError: For a layer that does not exist, or does not return (N, C, H, W), (N, H, W, C) or (N, L, C).
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -458,10 +476,14 @@ def channels_of(network: nn.Module, layers: Iterable[str], image: Tensor) -> dic
     names = [layers] if isinstance(layers, str) else list(layers)
     with torch.no_grad(), frozen(network):
         found = FeatureExtractor(network, names, normalize=None)(image)
-    for name, feature in found.items():
-        if feature.ndim != 4:
-            raise ValueError(f"The layer {name!r} should return (N, C, H, W), found {tuple(feature.shape)}.")
-    return {name: feature.shape[1] for name, feature in found.items()}
+    dims = {name: channel_dim(feature.shape, image.shape[-2:]) for name, feature in found.items()}
+    for name, dim in dims.items():
+        if dim is None:
+            raise ValueError(
+                f"The layer {name!r} should return (N, C, H, W), (N, H, W, C) or (N, L, C), found "
+                f"{tuple(found[name].shape)}."
+            )
+    return {name: found[name].shape[dim] for name, dim in dims.items() if dim is not None}
 
 
 def count_parameters(module: nn.Module) -> int:

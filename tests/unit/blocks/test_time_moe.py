@@ -333,7 +333,9 @@ def test_channels_are_found_by_running_the_network() -> None:
     assert found == {"stage": 8, "stem.0": 8}
     assert [m.training for m in model.modules()] == modes and all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match=r"The layer 'head' should return \(N, C, H, W\), found \(2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"The layer 'head' should return \(N, C, H, W\), .* or \(N, L, C\), found \(2, 4\)"
+    ):
         channels_of(model, ["stem", "head"], normal(2, 3, 8, 8))
     with pytest.raises(ValueError, match="neck"):
         channels_of(model, ["neck"], normal(2, 3, 8, 8))
@@ -373,7 +375,7 @@ class Unpack(nn.Module):
         ),
         (
             lambda: TimeConditioned(nn.Sequential(Pair(), Unpack()), {"0": FiLM(3)})(normal(2, 3, 4, 4), 1),
-            r"The layer '0' should return \(N, C, H, W\) to be conditioned, found tuple",
+            r"The layer '0' should return \(N, C, H, W\), .* or \(N, L, C\) to be conditioned, found tuple",
         ),
         (
             lambda: TimeConditioned(nn.Sequential(Pair(), Unpack()), {"1": FiLM(3)})(normal(2, 3, 4, 4), 1),
