@@ -62,7 +62,7 @@ def write_importance(network, path):
     torch.save(importance.state_dict(), path)
 
 
-def write_data(folder):
+def write_images(folder):
     rng = np.random.default_rng(0)
     for name in ("clean", "noisy"):
         (folder / "data" / name).mkdir(parents=True)
@@ -70,6 +70,10 @@ def write_data(folder):
     noisy = np.clip(np.asarray(clean) + rng.normal(0, 25, (SIZE, SIZE, 3)), 0, 255).astype(np.uint8)
     clean.save(folder / "data/clean/0001.png")
     Image.fromarray(noisy).save(folder / "data/noisy/0001.png")
+
+
+def write_data(folder):
+    write_images(folder)
     (folder / "data/labels.txt").write_text("0001.png 3\n")
     first = restorer()
     torch.save({"params": first.state_dict()}, folder / "first.pth")

@@ -29,6 +29,7 @@ NEEDS = {
     "readers/text_recognizer.py": "easyocr_en_models",
     "readers/text_detector.py": "easyocr_en_models",
 }
+pytestmark = pytest.mark.filterwarnings("ignore:`restored` spans")  # what an untrained network returns
 SCRIPTS = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.py"))
 SCRIPTS = [name for name in SCRIPTS if name not in DROP_INS]
 
@@ -182,15 +183,15 @@ def test_the_launcher_tells_of_a_script_that_is_not_there(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("basicsr") is None, reason="BasicSR is not installed")
 def test_real_basicsr_of_any_version_trains_two_iterations_with_own_networks_and_its_own_losses(tmp_path):
+    from tests.helpers.basicsr import MODEL, write_images
     from tests.helpers.basicsr import run as run_it
-    from tests.helpers.basicsr import write_data
 
-    write_data(tmp_path)
+    write_images(tmp_path)
     (tmp_path / "own_networks.py").write_text(
         "import torch\nfrom basicsr.utils.registry import ARCH_REGISTRY\n\n@ARCH_REGISTRY.register()\n"
         "class Mine(torch.nn.Conv2d):\n    def __init__(self):\n        super().__init__(3, 3, 3, padding=1)\n"
     )
-    options = yaml.safe_load((tmp_path / "train.yml").read_text())
+    options = yaml.safe_load(MODEL)
     for key in ("network_t",):
         del options[key]
     for key in ("optim_t", "task_opt", "importance_opt", "perceptual_opt"):
