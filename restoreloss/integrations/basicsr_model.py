@@ -39,6 +39,9 @@ class TaskOptions:
     Attributes:
         labels: a text file with a line "name label" for each clean image, the name as below ``dataroot_gt``.
         tdp_weight: of the TDP loss of the restorer, 0 for none.
+        hlf_weight: of :class:`restoreloss.HLFLoss` of the restorer, which looks through ``reference`` as well.
+        fm_weight: of :class:`restoreloss.FeatureMatchingLoss` of the task network, whose teacher is ``reference``.
+        reference: a file of weights of the same network, trained on clean images.
         layers: of the task network; the default is that of :class:`restoreloss.TDPLoss`.
         distance: of the features.
         layer_weights: by the layers' names.
@@ -48,6 +51,9 @@ class TaskOptions:
 
     labels: str
     tdp_weight: float = 1.0
+    hlf_weight: float = 0.0
+    fm_weight: float = 0.0
+    reference: str | None = None
     layers: Sequence[str] | None = None
     distance: Distance = "l1"
     layer_weights: Mapping[str, float] | None = None
@@ -223,10 +229,22 @@ class WithRestoreloss:
             this.load_network(self.net_t, load_path, self.opt["path"].get("strict_load_t", True))
         self.mix = restoreloss.CQMix(self.task.grid, p=self.task.p)
         self.normalize = normalization(given["name"])
-        self.tdp = restoreloss.TDPLoss(
-            this.get_bare_model(self.net_t), self.task.layers, normalize=self.normalize, distance=self.task.distance,
-            layer_weights=self.task.layer_weights,
-        )  # fmt: skip
+        seen: dict[str, Any] = {
+            "layers": self.task.layers, "normalize": self.normalize, "distance": self.task.distance,
+            "layer_weights": self.task.layer_weights,
+        }  # fmt: skip
+        task = this.get_bare_model(self.net_t)
+        self.tdp = restoreloss.TDPLoss(task, **seen)
+        if (self.task.reference is not None) != bool(self.task.hlf_weight or self.task.fm_weight):
+            raise ValueError(
+                "`reference` of `task_opt` should be given with `hlf_weight` or `fm_weight`, found "
+                f"{self.task.reference!r} with {self.task.hlf_weight:g} and {self.task.fm_weight:g}."
+            )
+        if self.task.reference is not None:
+            reference = _call(task_network, "network_t", {**given, "weights": self.task.reference})
+            reference = reference.requires_grad_(False).to(self.device)
+            self.hlf = restoreloss.HLFLoss(task, reference, **seen)
+            self.matching = restoreloss.FeatureMatchingLoss(task, reference, **seen)
 
     def _build_importance(self) -> None:
         given: ImportanceOptions = _call(ImportanceOptions, "importance_opt", self.opt["train"]["importance_opt"])
@@ -257,6 +275,9 @@ class WithRestoreloss:
         if self.net_t is not None and self.task.tdp_weight != 0:
             seen = self.tdp.terms(self.output, gt)
             terms |= {f"l_tdp/{name}": self.task.tdp_weight * value for name, value in seen.items()}
+        if self.net_t is not None and self.task.hlf_weight != 0:
+            seen = self.hlf.terms(self.output, gt)
+            terms |= {f"l_hlf/{name}": self.task.hlf_weight * value for name, value in seen.items()}
         return terms
 
     def _recognize(self, batch: Batch) -> dict[str, Tensor]:
@@ -274,7 +295,11 @@ class WithRestoreloss:
             raise ValueError(
                 f"`network_t` should give a number for each class, (N, {int(labels.max()) + 1} or more), found {found}."
             )
-        return {"l_task": nn.functional.cross_entropy(logits, labels.to(logits.device).repeat(3))}
+        terms = {"l_task": nn.functional.cross_entropy(logits, labels.to(logits.device).repeat(3))}
+        if self.task.fm_weight != 0:
+            matched = self.matching.terms(restored, gt)
+            terms |= {f"l_fm/{name}": self.task.fm_weight * value for name, value in matched.items()}
+        return terms
 
     def _labels(self, paths: Sequence[str] | None) -> Tensor:
         if paths is None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+import restoreloss
 from restoreloss import CQMix
 from restoreloss.integrations.basicsr import load_resume_state
 from tests.helpers.basicsr import (
@@ -175,6 +176,26 @@ def test_iteration_is_that_of_a_loop_in_plain_torch(opt, tmp_path):
     assert not torch.equal(reader.bn1.running_mean, statistics)
     assert model.net_g.training and model.net_t.training
     assert len(model.optimizers) == len(model.schedulers) == 2
+
+
+def test_a_reference_is_looked_through_by_the_restorer_and_teaches_the_task_network(opt, tmp_path):
+    clean = build(with_reader(copy.deepcopy(opt))).net_t
+    torch.save(clean.state_dict(), tmp_path / "clean.pth")
+    given = {"tdp_weight": 0.0, "hlf_weight": 2.0, "fm_weight": 0.5, "reference": str(tmp_path / "clean.pth")}
+    model = build(with_reader(copy.deepcopy(opt), **given))
+    with torch.no_grad():
+        for parameter in model.net_t.parameters():
+            parameter.add_(0.01)
+    net, reader, data = copy.deepcopy(model.net_g), copy.deepcopy(model.net_t), batch(1)
+    looks = {"normalize": model.normalize}
+    hlf = restoreloss.HLFLoss(reader, copy.deepcopy(clean).requires_grad_(False), **looks)
+    torch.manual_seed(1_000_003 * SEED + 1)
+    expected = 2 * hlf(net(data["lq"]), data["gt"])
+    (logs,) = iterate(model, [1])
+    assert logs["l_hlf"] == pytest.approx(expected.item(), rel=1e-4)
+    assert {"l_hlf/task/layer4", "l_hlf/reference/layer4", "l_fm/layer4", "l_task"} <= set(logs) and logs["l_fm"] > 0
+    with pytest.raises(ValueError, match="`reference` of `task_opt` should be given with `hlf_weight` or `fm_weight`"):
+        build(with_reader(copy.deepcopy(opt), fm_weight=0.5))
 
 
 def test_log_says_which_term_is_nan(opt):
