@@ -48,7 +48,7 @@ def as_map(
 
 
 def _is_reduced(small: Sequence[int], sides: Sequence[int]) -> bool:
-    """Whether these are the sides of the image, or all of them divided by one whole number."""
+    """Whether these are in the ratio of the sides of the image."""
     return (
         all(side > 0 for side in small) and len({long / short for long, short in zip(sides, small, strict=True)}) == 1
     )

@@ -288,7 +288,7 @@ class TimeConditioned(nn.Module):
         self._handles: dict[str, RemovableHandle] = {}
         self._embedding: Tensor | None = None
         self._steps: Tensor | None = None
-        self._sides: tuple[int, int] = (1, 1)
+        self._sides: tuple[int, ...] = (1, 1)
         self.attach({} if blocks is None else blocks)
 
     @property
@@ -368,7 +368,7 @@ class TimeConditioned(nn.Module):
             ValueError: If there are neither one nor N timesteps, and for one out of range or NaN. Tensors on an
                 accelerator are not read: no device sync.
         """
-        if not isinstance(image, Tensor) or image.ndim < 2:
+        if not isinstance(image, Tensor) or image.ndim == 0:
             raise ValueError(f"`image` should be a tensor (N, C, H, W), found {describe(image)}.")
         check_time("t", t, self.num_timesteps)
         steps = torch.as_tensor(t, device=image.device)
@@ -378,7 +378,7 @@ class TimeConditioned(nn.Module):
         dtype = next(self.embed.parameters()).dtype
         before = self._embedding, self._steps
         try:
-            self._steps, self._sides = steps, (image.shape[-2], image.shape[-1])
+            self._steps, self._sides = steps, tuple(image.shape[-2:])
             self._embedding = self.embed(time_features(steps, self.time_dim, self.num_timesteps).to(dtype))
             return self.network(image, steps) if self.passes_time else self.network(image)
         finally:
