@@ -16,7 +16,7 @@ from examples.unirestore.prepare import Config, train_prior_of_all
 from examples.unirestore.train import Trainer
 from restoreloss import NoiseSchedule
 from tests.helpers.restorers import learned, uniform
-from tests.recipes.unirestore_runs import SMALL, TINY, trainer
+from tests.recipes.unirestore_runs import SMALL, trainer
 
 
 def test_an_error_of_the_noise_comes_back_fifteen_times_as_large_and_one_of_the_velocity_as_it_was() -> None:
@@ -54,10 +54,7 @@ def test_without_steps_the_latents_are_decoded_as_they_are(tmp_path: Path, folde
         assert torch.equal(model(images, "classification"), wanted)
         assert not torch.allclose(model(images, "classification", steps=1), wanted)
     before = run.run()
-    again = replace(
-        TINY, out=tmp_path / "again", evaluate=tmp_path / "run", prepared=folder / "prepared", stage="stage2"
-    )
-    results = Trainer(replace(again, steps_of_diffusion=0)).run()
+    results = Trainer(replace(run.config, out=tmp_path / "again", evaluate=tmp_path / "run")).run()
     assert results["restoration_psnr"] == pytest.approx(before["restoration_psnr"], rel=1e-4)
 
 
