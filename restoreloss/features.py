@@ -5,6 +5,7 @@ that is asked for and no further.
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -189,7 +190,9 @@ class FeatureExtractor:
             self._looking = True
             try:
                 network(*arguments)
-            except AssertionError as error:  # Transformers of timm and torchvision raise it.
+            except AssertionError as error:
+                if not re.search(r"\b(height|width|size)\b", str(error)):
+                    raise  # of the network's own; transformers of timm and torchvision assert their size
                 sizes = [tuple(part.shape[-2:]) for part in ([images] if isinstance(images, Tensor) else images)]
                 raise ValueError(
                     f"The images should be of a size that {type(network).__name__} reads, found {sizes[0]}: {error} "

@@ -82,7 +82,7 @@ class FineTuning(GenerativeRecipe[Batch]):
             of = "paper" if match is not None and match.degenerate and name in PAPER else source
             text[name] = {"used": t, "from": of, **found}
             logger.info("%s: t* = %d of %d (%s)", name, t, self.config.num_timesteps, of)
-        if self.evaluated is None:
+        if self.evaluated is None and not (self.config.out / "timesteps.json").exists():
             (self.config.out / "timesteps.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
         if self.matches:
             plot_matches(self.matches, self.config.out / "timesteps.png")

@@ -244,7 +244,7 @@ def _named_conditioning(source: str) -> Any:
 
 def _tdp_loss(given: dict[str, Any], _: Any) -> Objective:
     found = _take(given, task_network)
-    network = _named_task(**found)
+    network = _named_task(found)
     if "normalize" not in given:
         given["normalize"] = normalization(found["task"])
     return _Borrowed(restoreloss.TDPLoss(network, **given), network)
@@ -253,17 +253,17 @@ def _tdp_loss(given: dict[str, Any], _: Any) -> Objective:
 def _hlf_loss(given: dict[str, Any], _: Any) -> Objective:
     found = _take(given, task_network)
     reference = given.pop("reference")
-    network = _named_task(**found)
+    network = _named_task(found)
     with named("weights", "reference"):
-        other = _named_task(**{**found, "weights": reference})
+        other = _named_task({**found, "weights": reference})
     if "normalize" not in given:
         given["normalize"] = normalization(found["task"])
     return _Borrowed(restoreloss.HLFLoss(network, other, **given), network)
 
 
-def _named_task(task: str, **given: Any) -> nn.Module:
+def _named_task(given: Mapping[str, Any]) -> nn.Module:
     with named("name", "task"):
-        return task_network(task, **given).requires_grad_(False)
+        return task_network(given["task"], **{k: v for k, v in given.items() if k != "task"}).requires_grad_(False)
 
 
 class _Borrowed(Objective):

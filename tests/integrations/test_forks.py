@@ -142,6 +142,8 @@ def test_the_page_trains_both(losses, monkeypatch):
     losses.CharbonnierLoss = L1Loss
     packages = [ModuleType("basicsr"), ModuleType("basicsr.models"), losses]
     packages[0].models, packages[1].losses = packages[1:]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "basicsr"]:  # of one that is installed
+        monkeypatch.delitem(sys.modules, name)
     for module in packages:
         monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(snippet("integrations/forks.md", "py"), {})

@@ -146,7 +146,7 @@ def test_checkpoint_holds_what_is_trained_and_the_state_of_callbacks(tmp_path):
     assert len(state["param_groups"][0]["params"]) == 4 == len(list(module.parameters()))
     assert saved["callbacks"]["ObjectivesCallback"] == {"loss.objective_diff": 1}
     assert "0/importance/0/weight" in saved["callbacks"]["ImportanceCallback[importance]"]
-    assert set(run.callback_metrics) == {"train/pixel", "train/diff/noise"}
+    assert set(run.callback_metrics) == {"train/pixel", "train/diff/noise", "train/loss"}
 
 
 def test_prior_of_a_loss_rests_and_both_it_and_an_importance_follow_the_module(tmp_path):

@@ -386,7 +386,9 @@ def test_the_page_runs() -> None:
     page = (ROOT / "docs" / "integrations" / "torchjd.md").read_text(encoding="utf-8")
     namespace: dict[str, Any] = {}
     written = []
-    for snippet in re.findall(r"^```py\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL):
+    included = (ROOT / "integrations" / "torchjd" / "train.py").read_text(encoding="utf-8")
+    assert "integrations/torchjd/train.py" in page
+    for snippet in (included, *re.findall(r"^```py\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)):
         if "restorer" in namespace:
             namespace["restorer"].zero_grad()
         exec(compile(snippet, "torchjd.md", "exec"), namespace)

@@ -48,7 +48,7 @@ OWN = [
     ("examples.sr4ir.train", ["--severities=[]"], "`severities`"),
     ("examples.edtr.train", ["--n=0"], "`n` should be at least 1"),
     ("examples.edtr.train", ["--prepared=empty"], "`prepared`"),
-    ("examples.unirestore.train", ["stage1", "--steps_of_diffusion=0"], "`steps_of_diffusion` should be at least 1"),
+    ("examples.unirestore.train", ["stage1", "--steps_of_diffusion=-1"], "`steps_of_diffusion` should be at least 0"),
     ("examples.unirestore.train", ["stage3"], "stage3"),
     ("examples.edtr.prepare", ["--tasks=[]"], "`tasks`"),
     ("examples.edtr.prepare", ["--pre_lr=-1"], "`pre_lr`"),

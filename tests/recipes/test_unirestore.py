@@ -55,8 +55,8 @@ def test_stage_1_is_its_equations(changes: dict[str, Any], tmp_path: Path, folde
     z_t = alpha * z_0 + sigma * noise
     condition, _ = model.encode(degraded)
     with model._tuned(unet, model.controller(condition, t)):
-        eps = unet(z_t, t, torch.zeros(4, 1, 8)).sample
-    wanted = {"control": ((z_t - sigma * eps) / alpha - z_0).square().mean()}
+        velocity = unet(z_t, t, torch.zeros(4, 1, 8)).sample
+    wanted = {"control": (alpha * z_t - sigma * velocity - z_0).square().mean()}
     if changes.get("cfrm", True):
         h, clear = vae.encoder.conv_in(2 * degraded - 1), vae.encoder.conv_in(2 * clean - 1)
         weighted = []

@@ -82,7 +82,7 @@ def test_restoring_enlarges_as_the_run_did(tmp_path: Path, folder: Path) -> None
         ("stage2", ["--prompts", "nowhere"], "found no such file"),
         ("other", ["--prompts", "{0}/add-task/prompts.safetensors"], "fingerprint"),
         ("stage1", ["--task", "nonsense"], "`task` should be one of restoration, found 'nonsense'"),
-        ("stage2", ["--steps", "0"], "`steps` should be a whole number of at least 1 and at most 1000, found 0"),
+        ("stage2", ["--steps", "-1"], "`steps` should be a whole number of at least 0 and at most 1000, found -1"),
         ("stage2", ["--smallest", "-1"], "`smallest` should be at least 0, found -1"),
         ("stage2", ["--prior", "{0}"], "should hold vae/"),
     ],
@@ -211,8 +211,8 @@ def study_width(folder: Path) -> int:
 
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "stage": ("stage2", {"stage": "stage3"}, "`stage` should be one of stage1, stage2, add-task, found 'stage3'"),
-    "task": ("stage2", {"tasks": ["restoration", "paint"]}, "one of restoration, .*, detection, found 'paint'"),
-    "new task": ("add-task", {"name": "paint"}, "one of restoration, .*, detection, found 'paint'"),
+    "task": ("stage2", {"tasks": ["restoration", "paint"]}, "one of restoration, .*, reading, found 'paint'"),
+    "new task": ("add-task", {"name": "paint"}, "one of restoration, .*, reading, found 'paint'"),
     "task twice": ("stage2", {"tasks": ["restoration"] * 2}, "each once, found"),
     "no task": ("stage2", {"tasks": []}, r"at least one, each once, found \[\]"),
     "known task": ("add-task", {"name": "segmentation"}, "new task, found 'segmentation', which is one of"),
@@ -251,7 +251,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "none of the task": ("stage2", {"prepared": "stage1"}, "should be the directory of a finished run"),
     "no prior": ("stage1", {"prepared": None}, "`prior` should be given, or `prepared`"),
     "wrong prior": ("stage1", {"prior": "stage1"}, "should hold vae/ as diffusers saves it"),
-    "steps": ("stage2", {"steps_of_diffusion": 0}, "`steps_of_diffusion` should be at least 1, found 0"),
+    "steps": ("stage2", {"steps_of_diffusion": -1}, "`steps_of_diffusion` should be at least 0, found -1"),
     "blocks": ("stage1", {"cfrm_blocks": [1, 1, 9]}, "first 2 levels"),
     "weights": ("stage1", {"cfrm_weights": [0.1]}, r"`cfrm_weights` should be 2 numbers, found \[0.1\]"),
     "scale": ("stage2", {"scale": 4}, "`scale` should be 1: images are restored at their own size"),

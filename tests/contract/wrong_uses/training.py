@@ -7,7 +7,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from restoreloss import Alternation, AuditReport, Phase, TermAudit, WeightedSum, audit, calibrate, frozen
+from restoreloss import (
+    Alternation,
+    AuditReport,
+    DiffLoss,
+    Phase,
+    TermAudit,
+    TimestepAudit,
+    TimestepReport,
+    WeightedSum,
+    audit,
+    audit_timesteps,
+    calibrate,
+    frozen,
+)
 from tests.contract.wrong_uses.table import wrong
 from tests.contract.wrong_uses.things import NOT_IMAGES, NOT_TENSORS, NOT_WHOLE, clean, restored, restorer, unet
 
@@ -43,6 +56,10 @@ PAIR: dict[str, Any] = {"pixel": nn.L1Loss(), "other": nn.MSELoss()}
 
 def audited(objectives: Any = None, **options: Any) -> AuditReport:
     return audit(PAIR if objectives is None else objectives, restored(), clean(), **options)
+
+
+def diff_loss() -> DiffLoss:
+    return DiffLoss(lambda x, t: x, h_space_weight=0)
 
 
 def calibrated(**options: Any) -> Any:
@@ -101,6 +118,14 @@ WRONG = [
     wrong("audit", "an objective of one image", lambda: audited({"mine": lambda a: a.mean()}), "mine"),
     wrong("audit", "a prior for an objective", lambda: audited({"mine": unet()}), "size of tensor", by=RuntimeError, obscure="a U-Net takes two arguments as well, and fails on the second"),
     wrong("audit", "an unknown option", lambda: audited(flags=True), "flags", by=TypeError),
+    wrong("audit_timesteps", "no DiffLoss", lambda: audit_timesteps(nn.L1Loss(), restored(), clean()), "`loss`", "L1Loss"),
+    wrong("audit_timesteps", "exchanged", lambda: audit_timesteps(restored(), clean(), nn.L1Loss()), "`loss`"),
+    wrong("audit_timesteps", "no timestep", lambda: audit_timesteps(diff_loss(), restored(), clean(), timesteps=[]), "`timesteps`"),
+    wrong("audit_timesteps", "a timestep beyond", lambda: audit_timesteps(diff_loss(), restored(), clean(), timesteps=[1000]), "1000"),
+    wrong("audit_timesteps", "no bands", lambda: audit_timesteps(diff_loss(), restored(), clean(), bands=0), "`bands`"),
+    wrong("audit_timesteps", "no draws", lambda: audit_timesteps(diff_loss(), restored(), clean(), draws=0), "`draws`"),
+    wrong("TimestepReport", "made of nothing", lambda: TimestepReport(), "rows", by=TypeError),
+    wrong("TimestepAudit", "made of nothing", lambda: TimestepAudit(), "timestep", by=TypeError),
     wrong("AuditReport", ".flagged an unknown flag", lambda: audited().flagged("dead"), "`flag`", "DEAD"),
     wrong("AuditReport", ".flagged a list", lambda: audited().flagged(["DEAD"]), "`flag`"),
     wrong("AuditReport", "an unknown term", lambda: audited()["pixl"], "pixel", "pixl", by=KeyError),
