@@ -23,23 +23,12 @@ from examples.dtp.train import trainer as build
 from examples.experiments import dtp as experiment
 from restoreloss.frozen import unwrap
 from tests.recipes import cases
-
-TINY = replace(cases.DTP, steps=2, save_every=1)
+from tests.recipes.dtp_runs import TINY, first_batch, trainer
 
 
 @pytest.fixture(scope="module")
 def pretrained(prepared: cases.Prepared) -> Path:
     return prepared.pretrained
-
-
-def trainer(out: Path, pretrained: Path, **changes: Any) -> FineTuning:
-    run = build(replace(TINY, out=out, pretrained=pretrained, **changes))
-    assert isinstance(run, FineTuning)
-    return run
-
-
-def first_batch(run: Any) -> Any:
-    return run.batch(*next(run.read(0, 1)), 0, run.options.steps)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,29 +14,17 @@ import yaml
 
 from examples.common.data.folder import read_image
 from examples.common.engine.perceptual import PACKAGE, lite0_distance
-from examples.dtp.finetune import FineTuning
 from examples.dtp.gef import fourier_loss
 from examples.dtp.testing import over_flips
 from examples.dtp.train import trainer as build
 from restoreloss.frozen import unwrap
 from tests.recipes import cases
-
-TINY = replace(cases.DTP, steps=2, save_every=1)
+from tests.recipes.dtp_runs import TINY, first_batch, trainer
 
 
 @pytest.fixture(scope="module")
 def pretrained(prepared: cases.Prepared) -> Path:
     return prepared.pretrained
-
-
-def trainer(out: Path, pretrained: Path, **changes: Any) -> FineTuning:
-    run = build(replace(TINY, out=out, pretrained=pretrained, **changes))
-    assert isinstance(run, FineTuning)
-    return run
-
-
-def first_batch(run: Any) -> Any:
-    return run.batch(*next(run.read(0, 1)), 0, run.options.steps)
 
 
 def test_the_degraded_image_can_be_the_mean_of_the_noise(tmp_path: Path, pretrained: Path) -> None:
