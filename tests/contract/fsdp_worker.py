@@ -23,6 +23,7 @@ from restoreloss import (
     frozen,
 )
 from tests.helpers.networks import tiny_unet
+from tests.helpers.processes import in_group
 
 BATCH, RANKS, MAX_NORM = 4, 2, 0.05
 
@@ -247,8 +248,6 @@ def works() -> bool:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
-    assert dist.get_world_size() == RANKS
     if not works():
         print(UNSUPPORTED, flush=True)
         return
@@ -257,8 +256,7 @@ def main() -> None:
         check(slice(2 * rank, 2 * rank + 2))
         if rank == 0:
             print(f"{name}: equal", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    in_group(main)

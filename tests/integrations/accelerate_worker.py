@@ -1,6 +1,5 @@
 """Run by two processes, and imported by the test: phases, regularisers and projection under accelerate."""
 
-import gc
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from restoreloss import (
 from restoreloss.integrations.accelerate import prepare, project, register
 from restoreloss.integrations.processes import check_equal_batches
 from tests.helpers.networks import Classifier
+from tests.helpers.processes import leave_group
 
 accelerate = pytest.importorskip("accelerate")  # pytest looks into this file for doctests
 
@@ -181,9 +181,7 @@ def main():
     with pytest.raises(ValueError, match=r"equally many samples on all processes, found \[4, 3\]: the mean of their"):
         check_equal_batches({"name": "a", "images": torch.rand(4 - rank, 2)})
     print(f"{rank}: unequal batches refused", flush=True)
-    gc.collect()  # DDP that outlives its process group aborts the interpreter at its exit, now and then
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

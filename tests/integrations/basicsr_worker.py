@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from restoreloss.integrations.basicsr import register
 from restoreloss.integrations.basicsr_model import WithRestoreloss
+from tests.helpers.processes import in_group
 
 STEPS, BATCH, RANKS = 3, 4, 2
 
@@ -63,8 +64,6 @@ def train_alone(folder):
 
 
 def main():
-    dist.init_process_group("gloo")
-    assert dist.get_world_size() == RANKS
     rank, folder = dist.get_rank(), Path.cwd()
     model = trained(folder, rank, RANKS)
     for network in (model.net_g, model.net_t):
@@ -76,8 +75,7 @@ def main():
     model.save(0, STEPS)
     if rank == 0:
         torch.save(result(model), folder / "two.pth")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    in_group(main)

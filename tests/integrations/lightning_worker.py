@@ -1,6 +1,5 @@
 """Run by two processes, and imported by the test: phases, a regulariser and projected gradients under Lightning."""
 
-import gc
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from restoreloss import CQMix, DiffLoss, GradientOrthogonality, ParameterImportance, Phase, TDPLoss
 from restoreloss.integrations.lightning import ImportanceCallback, LightningAlternation, ObjectivesCallback
+from tests.helpers.processes import leave_group
 
 lightning = pytest.importorskip("lightning")  # pytest looks into this file for doctests
 
@@ -183,9 +183,7 @@ def main():
     rank = torch.distributed.get_rank()
     torch.save(weights, f"{out}.{rank}")
     unequal(rank)
-    gc.collect()  # DDP that outlives its process group aborts the interpreter at its exit, now and then
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchjd.aggregation import MGDA, GradDrop, PCGrad
 
 from restoreloss.integrations.torchjd import Projection, aggregate
+from tests.helpers.processes import in_group
 
 
 def network():
@@ -45,8 +46,6 @@ def alone(call):
 
 
 def main():
-    dist.init_process_group("gloo")
-    assert dist.get_world_size() == 2
     rank = dist.get_rank()
     for aggregator in (Projection(), MGDA(), PCGrad(), GradDrop()):
         names = "xy" if isinstance(aggregator, Projection) else "xyz"
@@ -67,8 +66,7 @@ def main():
                 assert torch.equal(other, q.grad)
         if rank == 0:
             print(f"{type(aggregator).__name__}: equal", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    in_group(main)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from restoreloss import GradientOrthogonality, ParameterImportance
+from tests.helpers.processes import in_group
 
 
 def network():
@@ -81,11 +82,8 @@ def check_orthogonality(rank):
 
 
 def main():
-    dist.init_process_group("gloo")
-    assert dist.get_world_size() == 2
     {"importance": check_importance, "orthogonality": check_orthogonality}[sys.argv[1]](dist.get_rank())
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    in_group(main)
