@@ -29,6 +29,11 @@ READING: tuple[MethodName, ...] = (
     "l_to_t", "pretrain", "h_fixed", "s_to_t", "joint", "sr4ir", "no_tdp", "no_cqmix", "sr_only", "hr_only", "t_to_s",
     "fixed_task", "tdp_joint", "l_to_t_3x", "s_to_t_3x",
 )  # fmt: skip
+AS_LONG: dict[str, tuple[MethodName, dict[str, Any]]] = {
+    "pretrain_as_long": ("pretrain", {"steps": 900, "batch": 16}),
+    "squared_as_long": ("squared", {"steps": 900, "batch": 16}),
+}
+"""Controls of h_fixed, which sees more words in the same time."""
 WARM: tuple[MethodName, ...] = (*MAIN, "t_to_s", "l_to_t_3x", "s_to_t_3x")
 OTHER = {"generated": "photos", "photos": "generated"}
 
@@ -95,14 +100,15 @@ def _setting(config: Config) -> str:
     return f"{config.task}_{config.data}_x{config.scale}{contrast}{blur}{noise}{steps}"
 
 
-def table(out: Path, base: Config, seeds: list[int], starts: list[str], methods: list[MethodName] | None) -> None:
+def table(out: Path, base: Config, seeds: list[int], starts: list[str], methods: list[Any] | None) -> None:
     """The methods of the paper's tables on one data set."""
     experiment = Experiment(out, base)
     for seed, start in itertools.product(seeds, starts):
         usual = MAIN if base.task != "classification" else ALL if start == "scratch" else WARM
         usual = READING if base.task == "reading" else usual
-        for method in methods or usual:
-            experiment.run(f"table/{_setting(base)}_{start}/{method}", seed, method, start=start)
+        for name in methods or [*usual, *(AS_LONG if base.task == "reading" else ())]:
+            method, changes = AS_LONG.get(name, (name, {}))
+            experiment.run(f"table/{_setting(base)}_{start}/{name}", seed, method, start=start, **changes)
 
 
 def cqmix(out: Path, base: Config, seeds: list[int], starts: list[str], names: list[str] | None) -> None:

@@ -331,6 +331,7 @@ def main() -> None:
     parser.add_argument("--prepare_steps", type=int, default=500)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--test_count", type=int, default=300)
+    parser.add_argument("--precision", default="no", choices=["no", "bf16"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--names", nargs="+", help="folders of the table; the default is all")
     arguments = parser.parse_args()
@@ -339,7 +340,7 @@ def main() -> None:
         out=arguments.out, data=arguments.data, contrast=tuple(arguments.contrast), size=arguments.size,
         severity_weights=[5, 25, 40, 25, 5], clean_too=True, corruption_extent=arguments.size / 224,
         steps=arguments.steps, batch=arguments.batch, test_count=arguments.test_count, control_channels=16, lr=1e-3,
-        unseen=arguments.study != "prior", cpu=True,
+        unseen=arguments.study != "prior", precision=arguments.precision, cpu=True,
     )  # fmt: skip
     experiment = Experiment(
         arguments.out, base, prior_steps=arguments.prior_steps, prior_images=arguments.prior_images,

@@ -1,5 +1,6 @@
 """Operations on a batch of images, or on a list of images of several sizes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,11 +28,11 @@ def bilinear(lr: Any, scale: int, *, align_corners: bool = False) -> Any:
     return map_images(enlarge, lr)
 
 
-def pixel_loss(restored: Any, hr: Any) -> Tensor:
-    """L1, each image of a list counting alike."""
+def pixel_loss(restored: Any, hr: Any, loss: Callable[[Tensor, Tensor], Tensor] = F.l1_loss) -> Tensor:
+    """L1, or another loss, each image of a list counting alike."""
     if isinstance(restored, Tensor):
-        return F.l1_loss(restored, hr)
-    return torch.stack([F.l1_loss(z, x) for z, x in zip(restored, hr, strict=True)]).mean()
+        return loss(restored, hr)
+    return torch.stack([loss(z, x) for z, x in zip(restored, hr, strict=True)]).mean()
 
 
 def unit(image: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ class Method:
 
     Attributes:
         stages: who trains: "restorer", "recognizer", or "both" by one loss.
-        restorer_terms: weights of the losses of S: "pixel" (L1), "tdp" and "task" (the task loss, through H).
+        restorer_terms: weights of the losses of S: "pixel" (L1), "squared" (mean squared error), "tdp" and "task" (the
+            task loss, through H).
         recognizer_inputs: what H trains on, in equal shares: HR images, bilinearly enlarged LR ones, S's output, or
             CQMix of S's output and HR.
         reads: what H reads in the end.
@@ -68,10 +69,12 @@ METHODS: dict[str, Method] = {
     "tdsr": Method(_IN_TURN, {"pixel": 1.0, "task": 0.01}, ("sr",), begins={"task": 1 / 3}),
     # EDTR's baseline RSRSSN: end to end, features 0.1 and task 1
     "rsrssn": Method(_TOGETHER, {"pixel": 1.0, "tdp": 0.1, "task": 1.0}, ("sr",)),
-    # not in the paper: a restorer for the others to start from; TDP for a recognizer that never changes; the same
-    # number of images for H as SR4IR gives it; TDP without gradient; neither TDP nor CQMix; twice the share of CQMix
+    # not in the paper: a restorer for the others to start from; TDP for a recognizer that never changes; a loss that
+    # knows none, with half of the gradient at errors of 18 dB; the same number of images for H as SR4IR gives it; TDP
+    # without gradient; neither TDP nor CQMix; twice the share of CQMix
     "pretrain": Method(_S, _PIXEL),
     "h_fixed": Method(_S, _TDP, features="task"),
+    "squared": Method(_S, {"pixel": 1.0, "squared": 4.0}),
     "l_to_t_3x": Method(_H, recognizer_inputs=("bilinear",), reads="bilinear", length=3),
     "s_to_t_3x": Method(_S + _H, _PIXEL, ("sr",), length=3),
     "tdp_detached": Method(_IN_TURN, _TDP, _ALL, features="detached", begins=_TENTH),

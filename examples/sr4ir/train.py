@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.common.data.degrade import degradation
@@ -177,6 +178,8 @@ class Trainer(Recipe[Batch]):
         """Phase 1 (Eq. 3): the pixels, and what the recognizer sees in them."""
         restored = restore(self.s, batch.lr)
         terms = {"pixel": pixel_loss(restored, batch.hr)}
+        if self._active("squared", batch):
+            terms["squared"] = self.method.restorer_terms["squared"] * pixel_loss(restored, batch.hr, F.mse_loss)
         if self._active("tdp", batch) and self.tdp is not None:
             seen = map_images(Tensor.detach, restored) if self.method.features == "detached" else restored
             terms["tdp"] = self.method.restorer_terms["tdp"] * self.config.tdp_weight * self.tdp(seen, batch.hr)

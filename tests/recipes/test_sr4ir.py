@@ -243,6 +243,7 @@ def task_loss(trainer: Trainer, images: Tensor, targets: Tensor) -> Tensor:
     ("method", "progress", "expected"),
     [
         ("pretrain", 1.0, {"pixel"}),
+        ("squared", 0.0, {"pixel", "squared"}),
         ("s_to_t", 1.0, {"pixel"}),
         ("no_tdp", 1.0, {"pixel"}),
         ("sr4ir", 0.0, {"pixel"}),
@@ -266,6 +267,7 @@ def test_the_restorer_learns_from_the_terms_of_its_method(
     assert seen_by is not None
     wanted = {
         "pixel": (restored - batch.hr).abs().mean(),
+        "squared": 4 * (restored - batch.hr).square().mean(),
         "tdp": l1(seen_by, restored, batch.hr),
         "task": METHODS[method].restorer_terms.get("task", 0) * task_loss(trainer, restored, batch.targets),
     }
