@@ -32,10 +32,10 @@ from examples.common.engine.run_directory import read_json
 
 METHODS = (
     "oracle", "no_restoration", "pre_restoration", "pretrain", "pretrain_as_long", "squared", "squared_as_long",
-    "h_fixed", "l_to_t", "l_to_t_3x", "s_to_t", "s_to_t_3x", "t_to_s", "joint", "tdsr", "rsrssn", "no_tdp", "sr_only",
-    "hr_only", "no_cqmix", "fixed_task", "fixed_foreign", "tdp_joint", "sr4ir", "conventional", "hlf_long",
-    "hlf_from_noise", "no_pre", "no_hlf", "no_fm", "no_prior", "only_task", "only_reference", "frozen_decoder",
-    "no_color_fix", "edtr", "edtr_1", "edtr_4",
+    "squared_tdp", "h_fixed", "l_to_t", "l_to_t_3x", "s_to_t", "s_to_t_3x", "t_to_s", "joint", "tdsr", "rsrssn",
+    "no_tdp", "sr_only", "hr_only", "no_cqmix", "fixed_task", "fixed_foreign", "tdp_joint", "sr4ir", "conventional",
+    "hlf_long", "hlf_from_noise", "no_pre", "no_hlf", "no_fm", "no_prior", "only_task", "only_reference",
+    "frozen_decoder", "no_color_fix", "edtr", "edtr_1", "edtr_4",
 )  # fmt: skip
 """In the order of the tables."""
 METRICS = {

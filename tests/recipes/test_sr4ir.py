@@ -244,6 +244,7 @@ def task_loss(trainer: Trainer, images: Tensor, targets: Tensor) -> Tensor:
     [
         ("pretrain", 1.0, {"pixel"}),
         ("squared", 0.0, {"pixel", "squared"}),
+        ("squared_tdp", 0.0, {"pixel", "squared", "tdp"}),
         ("s_to_t", 1.0, {"pixel"}),
         ("no_tdp", 1.0, {"pixel"}),
         ("sr4ir", 0.0, {"pixel"}),
@@ -263,12 +264,13 @@ def test_the_restorer_learns_from_the_terms_of_its_method(
     trainer, batch = trainer_and_batch(tmp_path, prepared, method, progress)
     restored = trainer.s(batch.lr)
     trainer.h.eval()
-    seen_by = {"fixed_task": trainer.judges.fixed_hr, "fixed_foreign": trainer.judges.judge}.get(method, trainer.h)
+    fixed = dict.fromkeys(("fixed_task", "squared_tdp"), trainer.judges.fixed_hr)
+    seen_by = {**fixed, "fixed_foreign": trainer.judges.judge}.get(method, trainer.h)
     assert seen_by is not None
     wanted = {
         "pixel": (restored - batch.hr).abs().mean(),
         "squared": 4 * (restored - batch.hr).square().mean(),
-        "tdp": l1(seen_by, restored, batch.hr),
+        "tdp": METHODS[method].restorer_terms.get("tdp", 0) * l1(seen_by, restored, batch.hr),
         "task": METHODS[method].restorer_terms.get("task", 0) * task_loss(trainer, restored, batch.targets),
     }
     terms = trainer._restorer_terms(batch)
