@@ -75,6 +75,7 @@ class Experiment:
     split: Split
     test_words: int
     noise: float
+    blur: float
     steps: int
     tdp_steps: int
     share: float
@@ -91,7 +92,11 @@ class Experiment:
     @cached_property
     def test(self) -> tuple[Tensor, list[str], Tensor]:
         clean, texts = lines(self.test_words, self.split, TEST_SEED)
-        return clean, texts, Degradation(noise=self.noise)(clean, TEST_SEED)
+        return clean, texts, self.degrade(clean, TEST_SEED)
+
+    @property
+    def degrade(self) -> Degradation:
+        return Degradation(noise=self.noise, blur=self.blur)
 
     def check_settings(self) -> None:
         """Write the settings beside the runs, or raise ``ValueError`` where those that are there have others."""
@@ -112,7 +117,7 @@ class Experiment:
         folder.mkdir(parents=True, exist_ok=True)
         clean, _, degraded = self.test
         pool, texts = lines(self.pool, "train", seed)
-        training = Training(pool, Degradation(noise=self.noise), torch.device("cpu"), time.process_time)
+        training = Training(pool, self.degrade, torch.device("cpu"), time.process_time)
         net = self._start(folder / "start.pt", training, seed)
         references = {"degraded": enlarged(degraded), "clean": clean}
         for name in methods:
@@ -286,7 +291,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="(default: %(default)s)")
     parser.add_argument("--test-words", type=int, default=300, help="(default: %(default)s)")
-    parser.add_argument("--noise", type=float, default=40.0, help="(default: %(default)s)")
+    parser.add_argument("--noise", type=float, default=10.0, help="(default: %(default)s)")
+    parser.add_argument("--blur", type=float, default=4.0, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=600, help="with L1, shared by all (default: %(default)s)")
     parser.add_argument("--tdp-steps", type=int, default=400, help="(default: %(default)s)")
     parser.add_argument("--share", type=float, default=0.97, help="(default: %(default)s)")
@@ -300,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for seed in seeds:
             check_options({"seed": seed, **args})
-        Degradation(noise=args["noise"])
+        Degradation(noise=args["noise"], blur=args["blur"])
         _ = own(args["out"])
         experiment = Experiment(**args)
         experiment.check_settings()

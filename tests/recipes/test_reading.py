@@ -81,9 +81,23 @@ def test_degradation_is_bicubic_noise_and_eight_bits() -> None:
     assert torch.equal(seen, (seen * 255).round() / 255)
     assert float(seen[:, 0].std() * 255) == pytest.approx(20, rel=0.1)
     assert torch.allclose(words.Degradation(noise=0)(flat, 1), flat[:, :, :16, :40])
-    for wrong, name in ((words.Degradation, "scale"), (words.Degradation, "noise")):
+    for name in ("scale", "noise", "blur"):
         with pytest.raises(ValueError, match=f"`{name}` should"):
-            wrong(**{name: -1})
+            words.Degradation(**{name: -1})
+
+
+def test_blur_comes_before_the_reduction_and_has_the_width_that_it_says() -> None:
+    line = torch.zeros(1, 3, 64, 160)
+    line[..., 80] = 1
+    spread = words.Degradation(scale=1, noise=0, blur=1.5)(line, 0)[0, 0].double()
+    across = spread.sum(dim=0) / spread.sum()
+    columns = torch.arange(160, dtype=torch.float64) - 80
+    assert float((across * columns).sum()) == pytest.approx(0, abs=1e-9)
+    assert float((across * columns.square()).sum().sqrt()) == pytest.approx(1.5, rel=0.02)  # 8 bits cut the tails
+    assert "Gaussian blur of 2 pixels, bicubic reduction by 4" in str(words.Degradation(blur=2))
+    torch.manual_seed(0)
+    fine = torch.rand(1, 1, 64, 160).expand(-1, 3, -1, -1)
+    assert words.Degradation(noise=0, blur=4)(fine, 0).std() < 0.5 * words.Degradation(noise=0)(fine, 0).std()
 
 
 @needs_reading

@@ -94,6 +94,12 @@ def _weighted(options: DataOptions) -> list[int] | dict[int, float]:
     return dict(zip(options.severities, weights, strict=True))
 
 
+def blurred(image: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur; none at 0."""
+    size = 2 * math.ceil(3 * sigma) + 1
+    return gaussian_blur(image, kernel_size=[size, size], sigma=[sigma, sigma]) if sigma > 0 else image
+
+
 def low_resolution(image: Tensor, scale: int, *, blur: float = 0.0) -> Tensor:
     """Gaussian blur, bicubic reduction by ``scale`` without antialiasing (as in SR4IR's code), rounding to 8 bits.
 
@@ -104,9 +110,7 @@ def low_resolution(image: Tensor, scale: int, *, blur: float = 0.0) -> Tensor:
     """
     if image.shape[2] % scale or image.shape[3] % scale:
         raise ValueError(f"The image should have sides that are multiples of {scale}, found {tuple(image.shape)}.")
-    if blur > 0:
-        size = 2 * math.ceil(3 * blur) + 1
-        image = gaussian_blur(image, kernel_size=[size, size], sigma=[blur, blur])
+    image = blurred(image, blur)
     if scale > 1:
         image = F.interpolate(image, scale_factor=1 / scale, mode="bicubic", align_corners=False)
     return (image.clamp(0, 1) * 255).round() / 255

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from examples.common.data.degrade import blurred
 from examples.common.data.tasks import ENGLISH_G2_CHARACTERS, InMemory
 
 Split = Literal["train", "validation", "test"]
@@ -57,27 +58,33 @@ FONTS: dict[Split, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Degradation:
-    """Bicubic reduction, Gaussian noise, 8 bits."""
+    """Gaussian blur, bicubic reduction, Gaussian noise, 8 bits."""
 
     scale: int = 4
     noise: float = 10.0
+    blur: float = 0.0
 
     def __post_init__(self) -> None:
         if self.scale < 1 or HEIGHT % self.scale or WIDTH % self.scale:
             raise ValueError(f"`scale` should divide {HEIGHT} and {WIDTH}, found {self.scale}.")
         if not 0 <= self.noise <= 255:
             raise ValueError(f"`noise` should be in [0, 255], found {self.noise:g}.")
+        if not 0 <= self.blur <= 10:  # beyond, the kernel would be wider than the line is high
+            raise ValueError(f"`blur` should be in [0, 10], found {self.blur:g}.")
 
     def __call__(self, clean: Tensor, seed: int) -> Tensor:
         """Gray images (N, 3, H, W) in [0, 1] to (N, 3, H / scale, W / scale); the noise is gray too."""
         size = (clean.shape[2] // self.scale, clean.shape[3] // self.scale)
-        small = F.interpolate(clean[:, :1], size=size, mode="bicubic", antialias=True, align_corners=False)
+        small = F.interpolate(
+            blurred(clean[:, :1], self.blur), size=size, mode="bicubic", antialias=True, align_corners=False
+        )
         noise = torch.randn(small.shape, generator=torch.Generator().manual_seed(seed))
         noisy = (255 * small + self.noise * noise.to(small)).round().clamp(0, 255) / 255
         return noisy.expand(-1, 3, -1, -1).contiguous()
 
     def __str__(self) -> str:
-        return f"bicubic reduction by {self.scale}, Gaussian noise of {self.noise:g}/255, 8 bits"
+        blur = f"Gaussian blur of {self.blur:g} pixels, " if self.blur else ""
+        return f"{blur}bicubic reduction by {self.scale}, Gaussian noise of {self.noise:g}/255, 8 bits"
 
 
 @cache
