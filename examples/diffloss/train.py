@@ -77,8 +77,11 @@ class Trainer(Recipe[Batch]):
         begins_with = config.weights if config.evaluate is None else config.evaluate / "restorer.safetensors"
         network = restorer(config.network, 1, begins_with, option="network")
         _check_size(network, config.patch, config.network)
+        self.adversarial: AdversarialLoss | None = None
+        if "adversarial" in terms_of(config):
+            self.adversarial = AdversarialLoss(config.adversarial, self.accelerator, self.device)
         if self.evaluated is None:
-            self.objectives = objectives_of(config, self.train_data, self.device)
+            self.objectives = objectives_of(config, self.train_data, self.device, self.adversarial)
             self.diff = self.objectives.objectives.get("diff")  # type: ignore[assignment]
         self.net: nn.Module = self.accelerator.prepare(network.to(self.device))
         self.networks = {"restorer": self.net}
@@ -88,9 +91,7 @@ class Trainer(Recipe[Batch]):
             # buffers are copied: averages of indices and of counts are rounded
             self.average = AveragedModel(unwrap(self.net), multi_avg_fn=average, use_buffers=False)
             self.networks["average"] = self.average
-        self.adversarial: AdversarialLoss | None = None
-        if config.adversarial.weight > 0:
-            self.adversarial = AdversarialLoss(config.adversarial, self.accelerator, self.device)
+        if self.adversarial is not None:
             self.networks["discriminator"] = self.adversarial.discriminator
         self.begin([] if self.evaluated is not None else [Stage("restore", _Steps(self), config.steps)])
         logged = [row["test/psnr"] for row in self.run_directory.metrics() if "test/psnr" in row]
@@ -122,17 +123,13 @@ class Trainer(Recipe[Batch]):
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
         if self.diff is not None:
             self.diff.calls = batch.step  # so that every k-th step is the same step after a stop
-        restored = self.net(batch.degraded)
-        terms = self.objectives.terms(restored, batch.clean, generator=batch.generators)
-        if self.adversarial is not None:
-            terms["adversarial"] = self.adversarial(restored)
-        return terms
+        return self.objectives.terms(self.net(batch.degraded), batch.clean, generator=batch.generators)
 
     def _discriminator_terms(self, batch: Batch) -> dict[str, Tensor]:
         assert self.adversarial is not None
         with torch.no_grad():
             restored = self.net(batch.degraded)
-        return self.adversarial.terms(restored, batch.clean)
+        return self.adversarial.of_discriminator(restored, batch.clean)
 
     @property
     def tested(self) -> nn.Module:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from examples.common.engine.run_directory import read_json
-from examples.diffloss.config import Config, Diff, Filter
+from examples.diffloss.config import Adversarial, Config, Diff, Filter, Perceptual
 from examples.diffloss.train import Trainer
 from examples.experiments.report import Sample, markdown
 
@@ -65,14 +65,17 @@ class Experiment:
         yield "pixel", {}
         for rate in LEARNING_RATES:
             yield f"pixel_lr_{rate:g}", {"lr": rate}
-        for kind in ("images", "gradients"):
-            found: Any = kind
-            yield kind, {"filter": Filter(kind=found, share=0.5)}
-            yield f"{kind}_lr_{TUNED:g}", {"filter": Filter(kind=found, share=0.5), "lr": TUNED}
+        losses: dict[str, dict[str, Any]] = {
+            "images": {"filter": Filter(kind="images", share=0.5)},
+            "gradients": {"filter": Filter(kind="gradients", share=0.5)},
+            "lite0": {"perceptual": Perceptual(network="lite0", share=0.5)},
+            "adversarial": {"adversarial": Adversarial(share=0.5)},
+        }
         for prior in ("small", "untrained"):
-            diff = Diff(prior=prior, share=0.5, timesteps=(100, 600), h_space_weight=0.0)
-            yield prior, {"diff": diff}
-            yield f"{prior}_lr_{TUNED:g}", {"diff": diff, "lr": TUNED}
+            losses[prior] = {"diff": Diff(prior=prior, share=0.5, timesteps=(100, 600), h_space_weight=0.0)}
+        for name, options in losses.items():
+            yield name, options
+            yield f"{name}_lr_{TUNED:g}", {**options, "lr": TUNED}
 
     @staticmethod
     def _priors(study: str) -> Iterator[tuple[str, Diff]]:

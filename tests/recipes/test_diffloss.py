@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 import yaml  # type: ignore[import-untyped, unused-ignore]
@@ -205,6 +206,29 @@ def test_a_loss_without_a_network_has_its_share(tmp_path: Path, kind: Any) -> No
     torch.manual_seed(5)
     degraded, clean = torch.stack([sample[0] for n in range(8) if (sample := trainer.train_data[n])]).unbind(1)
     assert audit(trainer.objectives, degraded, clean)["filter"].share == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["lite0", "adversarial"])
+def test_networks_to_compare_to_have_their_share(tmp_path: Path, name: str) -> None:
+    options: dict[str, Any] = {"adversarial": Adversarial(share=0.5, width=8)}
+    if name == "lite0":
+        torch.manual_seed(3)
+        torch.save(timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict(), tmp_path / "lite0.pt")
+        options = {"perceptual": Perceptual(share=0.5, network="lite0", weights=tmp_path / "lite0.pt")}
+    trainer = Trainer(replace(TINY, out=tmp_path / "run", patch=32, **options))
+    (term,) = set(terms_of(trainer.config)) - {"pixel"}
+    torch.manual_seed(5)
+    degraded, clean = torch.stack([sample[0] for n in range(8) if (sample := trainer.train_data[n])]).unbind(1)
+    weight, image = trainer.objectives.weights[term], degraded.clone().requires_grad_()
+    objective = trainer.objectives.objectives[term]
+    norms = [torch.autograd.grad(loss, image)[0].norm() for loss in (
+        (image - clean).abs().mean(), weight * objective(image, clean)
+    )]  # fmt: skip
+    assert float(norms[1] / norms[0]) == pytest.approx(1.0, rel=0.3)  # of other crops
+    before = {key: value.clone() for key, value in trainer.net.state_dict().items()}
+    results = trainer.run()
+    assert any(not torch.equal(value, before[key]) for key, value in trainer.net.state_dict().items())
+    assert results[f"share/{term}"] > 0.2
 
 
 def test_the_untrained_prior_is_another_one_with_each_seed(tmp_path: Path) -> None:
@@ -405,6 +429,16 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "weight": ({"pixel": Pixel(weight=-1.0)}, "`pixel` should have a weight of at least 0, found -1.0"),
     "nothing": ({"pixel": Pixel(weight=0.0)}, "`pixel`, `diff` or `perceptual` should have a weight above 0"),
     "share": ({"diff": Diff(share=1.5)}, "`diff.share` should be above 0 and below 1"),
+    "perceptual": ({"perceptual": Perceptual(share=0.0)}, "`perceptual.share` should be above 0 and below 1"),
+    "adversarial": ({"adversarial": Adversarial(share=0.5, weight=0.1)}, "without `adversarial.weight`, found 0.5"),
+    "lite0": (
+        {"perceptual": Perceptual(share=0.5, network="lite0", weights=Path("nowhere.pt"))},
+        "`perceptual`: `weights` should be a state dict of EfficientNet-Lite0, .*found nowhere.pt",
+    ),
+    "beside": (
+        {"diff": Diff(share=0.5), "adversarial": Adversarial(weight=0.1)},
+        "beside the pixel loss alone, found .*'adv",
+    ),
     "filter": ({"filter": Filter(share=1.0)}, "`filter.share` should be at least 0 and below 1, found 1.0"),
     "alone": ({"diff": Diff(share=0.5), "pixel": Pixel(weight=0.0)}, "beside the pixel loss alone, found"),
     "both": ({"diff": Diff(share=0.5, weight=0.1)}, "without `diff.weight`, found 0.5 and 0.1"),
