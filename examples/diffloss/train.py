@@ -25,6 +25,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from examples.common.data.degradations import DEGRADATIONS
 from examples.common.data.pairs import pairs_to_test, training_pairs, worth_trying
 from examples.common.engine import command_line
+from examples.common.engine.perceptual import Perception
 from examples.common.engine.recipe import Recipe, Stage, naming
 from examples.common.engine.schedules import cosine_schedule
 from examples.common.networks.restorers import restorer
@@ -62,7 +63,7 @@ class Trainer(Recipe[Batch]):
     """One run: networks, phases, evaluation."""
 
     objectives: WeightedSum
-    of_evaluation = ("lpips",)
+    of_evaluation = ("lpips", "perception")
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -142,7 +143,8 @@ class Trainer(Recipe[Batch]):
         """PSNR and SSIM of each degradation and of all, and what share of the gradient each term has."""
         figures, rows = self._test_figures(self.tests)
         keys = {key.removeprefix(f"{name}_") for name in self.tests for key in figures if key.startswith(f"{name}_")}
-        every = {key: [figures[f"{name}_{key}"] for name in self.tests] for key in sorted(keys)}
+        own = {key: [f"{name}_{key}" for name in self.tests] for key in sorted(keys)}
+        every = {key: [figures[name] for name in names if name in figures] for key, names in own.items()}
         means = {key: sum(each) / len(each) for key, each in every.items()}
         shown = slice(None, None, max(1, len(rows["hr"]) // 8))
         samples: dict[str, Any] = {kind: torch.cat(images[shown]) for kind, images in rows.items()}
@@ -174,6 +176,7 @@ class Trainer(Recipe[Batch]):
         training = network.training
         network.eval()
         perceptual = _lpips(self.device) if self.config.lpips else None
+        perception = Perception(self.device) if self.config.perception else None
         figures: dict[str, float] = {}
         rows: dict[str, list[Tensor]] = {"lr": [], "restored": [], "hr": []}
         try:
@@ -189,6 +192,8 @@ class Trainer(Recipe[Batch]):
                         ssim: Any = structural_similarity_index_measure(image, clean, data_range=1.0)
                         values.setdefault(f"{prefix}psnr", []).append(float(psnr))
                         values.setdefault(f"{prefix}ssim", []).append(float(ssim))
+                    for key, value in {} if perception is None else perception(restored, clean).items():
+                        values.setdefault(key, []).append(value)
                     if perceptual is not None:
                         values.setdefault("lpips", []).append(float(perceptual(restored, clean)))
                     if len(rows["hr"]) < 64 and all(image.shape[2:] == clean.shape[2:] for image in rows["hr"]):

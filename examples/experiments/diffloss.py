@@ -35,8 +35,11 @@ LEARNING_RATES, TUNED = (5e-4, 3e-3, 6e-3), 3e-3
 """Others than the recipe's of 1e-3, and the one that each control is run with as well."""
 CONSTRAINED = ("noise", "image", "previous")
 COLUMNS: Mapping[str, tuple[str, float, int]] = {
-    "psnr": ("PSNR", 1.0, 2), "ssim": ("SSIM", 1.0, 3), "share": ("share of the gradient (%)", 100.0, 1),
+    "psnr": ("PSNR", 1.0, 2), "ssim": ("SSIM", 1.0, 3), "ms_ssim": ("MS-SSIM", 1.0, 3), "vif": ("VIF", 1.0, 3),
+    "lite0": ("Lite0 distance", 1.0, 3), "lite0_agreement": ("Lite0 agreement (%)", 1.0, 1),
+    "share": ("share of the gradient (%)", 100.0, 1),
 }  # fmt: skip
+"""Name, factor and digits of the figures; those that no run has are left out."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ class Experiment:
         for file in sorted((self.out / study).glob("*/*/seed*/results.json")):
             degradation, name, seed = file.parts[-4:-1]
             figures = read_json(file.read_text(encoding="utf-8"))
-            figures["share"] = sum(value for key, value in figures.items() if key.startswith("share/diff"))
+            shares = {key: value for key, value in figures.items() if key.startswith("share/")}
+            figures["share"] = sum(value for key, value in shares.items() if key != "share/pixel")
             found.setdefault(degradation, {}).setdefault(name, {})[seed] = figures
         return found
 
@@ -118,17 +122,21 @@ class Experiment:
         for study in ("gamma", "constrain", "controls"):
             for degradation, runs in self.results(study).items():
                 plain = runs.get("pixel", {})
+                known = {key for seeds in runs.values() for run in seeds.values() for key in run}
+                columns = {key: column for key, column in COLUMNS.items() if key in known}
                 rows = []
                 for name, seeds in runs.items():
                     cells = [f"`{name}`"]
-                    for key, (_, factor, digits) in COLUMNS.items():
+                    for key, (_, factor, digits) in columns.items():
+                        values = {seed: factor * run[key] for seed, run in seeds.items() if key in run}
                         if key == "share" or name == "pixel":
-                            cells.append(Sample.of(factor * run[key] for run in seeds.values()).spread(digits))
+                            cells.append(Sample.of(values.values()).spread(digits))
                         else:
-                            gaps = [factor * (seeds[seed][key] - plain[seed][key]) for seed in seeds if seed in plain]
+                            before = {seed: factor * run[key] for seed, run in plain.items() if key in run}
+                            gaps = [value - before[seed] for seed, value in values.items() if seed in before]
                             cells.append(Sample.of(gaps).change(digits))
                     rows.append(cells)
-                header = ["", *(title for title, _, _ in COLUMNS.values())]
+                header = ["", *(title for title, _, _ in columns.values())]
                 parts.append(f"### {study}, {degradation}\n\n{markdown(header, rows)}")
         return "\n\n".join(parts)
 
@@ -172,14 +180,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--test_count", type=int, default=24)
+    parser.add_argument("--test_count", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--names", nargs="+", help="of the runs; the default is all")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # runs side by side, and figures that do not depend on the number of cores
     base = Config(
-        out=arguments.out, steps=arguments.steps, batch=arguments.batch, test_count=arguments.test_count, cpu=True
-    )
+        out=arguments.out, steps=arguments.steps, batch=arguments.batch, test_count=arguments.test_count, cpu=True,
+        perception=True,
+    )  # fmt: skip
     experiment = Experiment(arguments.out, base)
     if arguments.study == "tables":
         print(experiment.tables())
