@@ -44,6 +44,8 @@ class Diff:
         crop: side of the one tile of each image that is compared, in pixels or as a share of the sides.
         subset: number of images of a batch that are compared, or their share.
         every: compare at every k-th step alone.
+        jacobian: False for the gradient without the derivative of the prior, as score distillation has it: for the
+            noise term alone.
         bf16: convert the prior to bfloat16.
         checkpointing: recompute the prior's blocks in the backward pass.
     """
@@ -63,6 +65,7 @@ class Diff:
     crop: int | float | None = None
     subset: int | float | None = None
     every: int = 1
+    jacobian: bool = True
     bf16: bool = False
     checkpointing: bool = False
 

@@ -109,7 +109,7 @@ def diff_loss(options: Diff) -> Subsampled:
     loss = DiffLoss(
         prior, noise_weight=options.noise_weight, h_space_weight=options.h_space_weight, timesteps=options.timesteps,
         distance=options.distance, compare=options.compare, snr_power=options.snr_power, crop=options.crop,
-        checkpointing=options.checkpointing,
+        jacobian=options.jacobian, checkpointing=options.checkpointing,
     )  # fmt: skip
     return Subsampled(loss, every=options.every, subset=options.subset)
 

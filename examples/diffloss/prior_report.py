@@ -76,6 +76,17 @@ def linear_errors(
     return errors
 
 
+def report_kept(folders: Mapping[int, Path], held_out: Mapping[str, Tensor], path: Path) -> None:
+    """Write the held-out error at each timestep of the states that a training kept, by their steps, as CSV."""
+    schedule, crops = NoiseSchedule.linear(), crops_of(held_out.values(), CROPS_EACH)
+    rows = []
+    for step, folder in sorted(folders.items()):
+        prior = UNet2DModel.from_pretrained(folder, variant="fp16").float().eval()
+        rows.append([step, *(f"{error:.6f}" for error in noise_errors(as_denoiser(prior), schedule, crops))])
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["step", *TIMESTEPS], *rows])
+
+
 def report(prior: UNet2DModel, train: Mapping[str, Tensor], held_out: Mapping[str, Tensor], folder: Path) -> str:
     """Write ``errors.csv`` and ``samples.png`` to ``folder``; return the table."""
     schedule, crops = NoiseSchedule.linear(), crops_of(held_out.values(), CROPS_EACH)

@@ -1,10 +1,14 @@
 """Train a small prior: the one that ships, or one on your own photographs.
 
     python -m examples.diffloss.train_prior --out runs/prior
+    python -m examples.diffloss.train_prior --out runs/prior --keep 0 300 1000 3000 10000
 
 A plain DDPM on small crops: draw t and noise, predict the noise. It stops and resumes at any time (the checkpoint is
 written every ``--save-every`` steps), and at the end writes the prior as a diffusers folder, the held-out error by
 timestep against an untrained network and against the best linear denoiser, a loss curve and samples.
+
+With ``--keep`` the network as it was after so many steps, before any average, is written to ``kept/STEP``, a diffusers
+folder each, and the held-out errors of all of them to ``kept.csv``.
 """
 
 import argparse
@@ -12,7 +16,7 @@ import csv
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +24,13 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.common.data.folder import Images, check_folder
 from examples.common.data.photos import levels, photographs, random_crops
 from examples.common.engine.run_directory import own
-from examples.diffloss.prior_report import report
+from examples.diffloss.prior_report import report, report_kept
 from restoreloss import NoiseSchedule
 
 # No attention: convolutions alone carry over to images larger than the training crops.
@@ -41,6 +45,8 @@ ARCHITECTURE: dict[str, Any] = {
     "norm_num_groups": 8,
     "add_attention": False,
 }
+LAST_OF_A_PRIOR = "scheduler_config.json"
+"""The file that is written last."""
 
 
 @dataclass(frozen=True)
@@ -149,10 +155,10 @@ def jitter(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(chosen, (gain * x**gamma).clamp(0, 1), x)
 
 
-def export(trainer: Trainer, folder: Path) -> UNet2DModel:
-    """Write the averaged network in half precision as a diffusers folder, and return it as it will be read."""
+def export(network: nn.Module, folder: Path) -> UNet2DModel:
+    """Write a network in half precision as a diffusers folder, and return it as it will be read."""
     half = UNet2DModel(**ARCHITECTURE)
-    half.load_state_dict(trainer.average.module.state_dict())
+    half.load_state_dict(network.state_dict())
     half.half().save_pretrained(folder, variant="fp16")
     DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear").save_pretrained(
         folder
@@ -179,20 +185,29 @@ def save_loss_curve(log: Path, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def train_on(trainer: Trainer, train: Images, out: Path, *, save_every: int) -> Path:
-    """Take the steps that are left; returns the log."""
+def train_on(trainer: Trainer, train: Images, out: Path, *, save_every: int, keep: Collection[int] = ()) -> Path:
+    """Take the steps that are left; returns the log. The network after the steps to ``keep`` goes to ``out/kept``."""
     checkpoint, log, steps = out / "checkpoint.pt", out / "training_log.csv", trainer.recipe.steps
     if checkpoint.exists():
         trainer.resume(checkpoint, sorted(train))
+    kept = {step: out / "kept" / f"{step}" for step in keep}
+    missing = {step: folder for step, folder in kept.items() if not (folder / LAST_OF_A_PRIOR).exists()}
+    if passed := [step for step in missing if step < trainer.step]:
+        raise ValueError(f"`--keep` should be steps to come, found {passed[0]} where {trainer.step} are done.")
     rows = read_log(log, trainer.step)
     with log.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
 
     photos = levels(train, smallest=96)
     with tqdm(total=steps, initial=trainer.step, desc="prior", unit="step") as progress:
-        while trainer.step < steps:
+        while True:
+            if trainer.step in missing:
+                export(trainer.net, missing.pop(trainer.step))
+            if trainer.step >= steps:
+                break
             started, errors = time.perf_counter(), []
-            for _ in range(min(save_every, steps - trainer.step)):
+            stop = min([steps, trainer.step + save_every, *missing])
+            for _ in range(stop - trainer.step):
                 errors.append(trainer.train_step(photos))
                 progress.update()
                 progress.set_postfix(noise_mse=f"{sum(errors) / len(errors):.4f}")
@@ -212,22 +227,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="training steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--save-every", type=int, default=250, metavar="STEPS")
+    parser.add_argument("--keep", type=int, nargs="+", default=[], metavar="STEP", help="write the network of each")
     args = parser.parse_args()
     for name, least in (("steps", 1), ("save_every", 1), ("seed", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} should be at least {least}, found {getattr(args, name)}")
     try:
+        if wrong := [step for step in args.keep if not 0 <= step <= args.steps]:
+            raise ValueError(f"`--keep` should be steps from 0 to the {args.steps} of `--steps`, found {wrong[0]}.")
         check_folder(args.out, "--out")
         train, held_out = photographs(args.images, smallest=96)
         owner = own(args.out)
         trainer = Trainer(Recipe(steps=args.steps, seed=args.seed))
-        log = train_on(trainer, train, args.out, save_every=args.save_every)
+        log = train_on(trainer, train, args.out, save_every=args.save_every, keep=args.keep)
     except ValueError as error:
         parser.error(str(error))
     except FloatingPointError as error:
         parser.exit(1, f"train_prior: {error}\n")
     save_loss_curve(log, args.out / "loss.png")
-    print(report(export(trainer, args.out), train, held_out, args.out))
+    print(report(export(trainer.average.module, args.out), train, held_out, args.out))
+    if args.keep:
+        report_kept({step: args.out / "kept" / f"{step}" for step in args.keep}, held_out, args.out / "kept.csv")
     print(f"\nprior, training_log.csv, errors.csv, loss.png and samples.png are in {args.out}")
     del owner
 

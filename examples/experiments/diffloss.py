@@ -3,13 +3,18 @@
     python -m examples.experiments.diffloss gamma --out runs/diffloss       # Fig. 7: terms and weights
     python -m examples.experiments.diffloss constrain --out runs/diffloss   # Table 4: noise, x0-hat, x_{t-1}
     python -m examples.experiments.diffloss controls --out runs/diffloss    # what a loss without the prior gives
+    python -m examples.experiments.diffloss settings --out runs/diffloss    # low timesteps, h-space, no Jacobian
+    python -m examples.diffloss.train_prior --out runs/prior --keep 0 300 1000 3000 10000
+    python -m examples.experiments.diffloss dose --prior runs/prior --out runs/diffloss   # how much a prior has learned
     python -m examples.experiments.diffloss tables --out runs/diffloss
     python -m examples.experiments.diffloss plot --out runs/diffloss
 
-Finished runs are not done again: the same command goes on after a stop.
+Finished runs are not done again: the same command goes on after a stop. Rows with a learning rate in their name are
+compared to the pixel loss with that one; the rows of the pixel loss are what they are, not differences.
 """
 
 import argparse
+import csv
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +30,7 @@ from examples.experiments.report import Sample, markdown
 
 logger = logging.getLogger(__name__)
 
+STUDIES = ("gamma", "constrain", "controls", "settings", "dose")
 DEGRADATIONS = ("hazy", "rainy", "low_light")
 """The paper's three."""
 TERMS: Mapping[str, tuple[float, float]] = {"noise": (1.0, 0.0), "h_space": (0.0, 0.01), "both": (1.0, 0.01)}
@@ -33,6 +39,7 @@ GAMMAS = (1e-4, 1e-3, 1e-2, 1e-1)
 SHARES = (0.2, 0.5)
 LEARNING_RATES, TUNED = (5e-4, 3e-3, 6e-3), 3e-3
 """Others than the recipe's of 1e-3, and the one that each control is run with as well."""
+LAMBDAS = (0.1, 1.0, 10.0)
 CONSTRAINED = ("noise", "image", "previous")
 COLUMNS: Mapping[str, tuple[str, float, int]] = {
     "psnr": ("PSNR", 1.0, 2), "ssim": ("SSIM", 1.0, 3), "ms_ssim": ("MS-SSIM", 1.0, 3), "vif": ("VIF", 1.0, 3),
@@ -48,19 +55,54 @@ class Experiment:
 
     out: Path
     base: Config
+    prior: Path | None = None
+    figures: Path | None = None
 
     def configs(self, study: str, seed: int) -> Iterator[tuple[str, Config]]:
         """Every run of a study by its name, "DEGRADATION/NAME"."""
         for degradation in DEGRADATIONS:
-            if study == "controls" and degradation != "rainy":
+            if study not in ("gamma", "constrain") and degradation != "rainy":
                 continue
-            for name, changes in self._controls() if study == "controls" else self._priors(study):
+            for name, options in self._rows(study):
                 out = self.out / study / degradation / name / f"seed{seed}"
-                options = {"diff": changes} if isinstance(changes, Diff) else changes
                 yield (
                     f"{degradation}/{name}",
                     replace(self.base, out=out, seed=seed, degradations=[degradation], **options),
                 )
+
+    def _rows(self, study: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        if study == "controls":
+            yield from self._controls()
+        elif study in ("settings", "dose"):
+            diffs = self._settings() if study == "settings" else self._doses()
+            losses: dict[str, dict[str, Any]] = {name: {"diff": diff} for name, diff in diffs.items()}
+            yield from _tuned({"pixel": {}, "gradients": {"filter": Filter(share=0.5)}, **losses})
+        else:
+            for name, diff in self._priors(study):
+                yield name, {"diff": diff}
+
+    @staticmethod
+    def _settings() -> dict[str, Diff]:
+        """Half of the gradient each: timesteps whose gradient has heavy tails, h-space, score distillation."""
+        noise = Diff(share=0.5, timesteps=(100, 600), h_space_weight=0.0)
+        low = replace(noise, timesteps=(3, 60))
+        return {
+            "noise": noise,
+            "low": low,
+            "low_snr": replace(low, snr_power=-1.0),
+            "low_rms": replace(low, distance="rms"),
+            "low_rms_snr": replace(low, distance="rms", snr_power=-0.5),
+            **{f"h_space_{weight:g}": replace(noise, h_space_weight=weight) for weight in LAMBDAS},
+            "no_jacobian": replace(noise, jacobian=False),
+            "low_no_jacobian": replace(low, jacobian=False),
+        }
+
+    def _doses(self) -> dict[str, Diff]:
+        """Half of the gradient for each state of one prior."""
+        if self.prior is None:
+            raise ValueError("`--prior` should be the folder of a prior that was trained with --keep, found none.")
+        noise = Diff(share=0.5, timesteps=(100, 600), h_space_weight=0.0)
+        return {f"prior_{step}": replace(noise, prior=str(self.prior / "kept" / step)) for step in _errors(self.prior)}
 
     @staticmethod
     def _controls() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -76,9 +118,7 @@ class Experiment:
         }
         for prior in ("small", "untrained"):
             losses[prior] = {"diff": Diff(prior=prior, share=0.5, timesteps=(100, 600), h_space_weight=0.0)}
-        for name, options in losses.items():
-            yield name, options
-            yield f"{name}_lr_{TUNED:g}", {**options, "lr": TUNED}
+        yield from _tuned(losses)
 
     @staticmethod
     def _priors(study: str) -> Iterator[tuple[str, Diff]]:
@@ -119,17 +159,18 @@ class Experiment:
     def tables(self) -> str:
         """Differences to the pixel loss alone, paired by seed, with 95 % intervals."""
         parts = []
-        for study in ("gamma", "constrain", "controls"):
+        for study in STUDIES:
             for degradation, runs in self.results(study).items():
-                plain = runs.get("pixel", {})
                 known = {key for seeds in runs.values() for run in seeds.values() for key in run}
                 columns = {key: column for key, column in COLUMNS.items() if key in known}
                 rows = []
                 for name, seeds in runs.items():
                     cells = [f"`{name}`"]
+                    _, rate, value = name.partition("_lr_")
+                    plain = runs.get(f"pixel{rate}{value}", {})
                     for key, (_, factor, digits) in columns.items():
                         values = {seed: factor * run[key] for seed, run in seeds.items() if key in run}
-                        if key == "share" or name == "pixel":
+                        if key == "share" or name.startswith("pixel"):
                             cells.append(Sample.of(values.values()).spread(digits))
                         else:
                             before = {seed: factor * run[key] for seed, run in plain.items() if key in run}
@@ -140,11 +181,55 @@ class Experiment:
                 parts.append(f"### {study}, {degradation}\n\n{markdown(header, rows)}")
         return "\n\n".join(parts)
 
-    def plot(self) -> Path:
-        """Fig. 7: the difference in PSNR by gamma, a panel for each degradation, a line for each set of terms."""
+    def plot(self) -> list[Path]:
+        """The figures of the studies that have runs."""
         import matplotlib
 
         matplotlib.use("Agg")
+        plots = {"gamma": self._plot_gamma, "dose": self._plot_dose}
+        return [plot() for study, plot in plots.items() if self.results(study)]
+
+    def _plot_dose(self) -> Path:
+        """What a prior adds by how well it predicts noise: PSNR against its held-out error, by learning rate."""
+        from matplotlib import pyplot
+
+        if self.prior is None:
+            raise ValueError("`--prior` should be the folder of the prior whose states were compared, found none.")
+        (runs,) = self.results("dose").values()
+        errors = _errors(self.prior)
+        figure, axis = pyplot.subplots(figsize=(5, 3.6))
+        for color, rate in (("tab:blue", ""), ("tab:orange", f"_lr_{TUNED:g}")):
+            plain, points = runs.get(f"pixel{rate}", {}), []
+            for step, error in errors.items():
+                gain = _gain(runs.get(f"prior_{step}{rate}", {}), plain)
+                if gain.values:
+                    points.append((error, gain.mean, gain.std or 0.0))
+                    axis.annotate(
+                        f"{int(step):,}", (error, gain.mean), fontsize=7, textcoords="offset points", xytext=(4, 4)
+                    )
+            label = f"learning rate {TUNED if rate else self.base.lr:g}"
+            if points:
+                axis.errorbar(*zip(*points, strict=True), marker="o", capsize=3, color=color, label=label)
+            free = _gain(runs.get(f"gradients{rate}", {}), plain)
+            if free.values:
+                axis.axhline(free.mean, color=color, linestyle="--", linewidth=1, label="squared image gradients")
+        axis.axhline(0, color="gray", linewidth=0.8)
+        axis.set(xscale="log", xlabel="held-out error of the predicted noise", ylabel="PSNR, difference to pixels (dB)")
+        axis.legend(fontsize=7)
+        return self._save(figure, "dose")
+
+    def _save(self, figure: Any, name: str) -> Path:
+        from matplotlib import pyplot
+
+        path = (self.figures or self.out) / f"diffloss-{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
+        return path
+
+    def _plot_gamma(self) -> Path:
+        """Fig. 7: the difference in PSNR by gamma, a panel for each degradation, a line for each set of terms."""
         from matplotlib import pyplot
 
         found = self.results("gamma")
@@ -166,18 +251,38 @@ class Experiment:
             axis.set(xscale="log", xlabel="gamma", title=degradation.replace("_", " "))
         axes[0][0].set_ylabel("PSNR, difference to pixels alone (dB)")
         axes[0][0].legend()
-        path = self.out / "gamma.png"
-        figure.tight_layout()
-        figure.savefig(path, dpi=120)
-        pyplot.close(figure)
-        return path
+        return self._save(figure, "gamma")
+
+
+def _tuned(losses: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each with the recipe's learning rate, and with that at which the pixel loss is better."""
+    for name, options in losses.items():
+        yield name, options
+        yield f"{name}_lr_{TUNED:g}", {**options, "lr": TUNED}
+
+
+def _errors(prior: Path) -> dict[str, float]:
+    """The mean held-out error at timesteps from 100 to 600, of each state of a prior, by its steps."""
+    file = prior / "kept.csv"
+    if not file.is_file():
+        raise ValueError(f"`--prior` should be a folder that train_prior wrote with --keep, found no {file}.")
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    return {row["step"]: sum(float(row[t]) for t in ("100", "200", "400")) / 3 for row in rows}
+
+
+def _gain(runs: Mapping[str, Mapping[str, float]], plain: Mapping[str, Mapping[str, float]]) -> Sample:
+    """The difference in PSNR to the pixel loss with the same seeds."""
+    return Sample.of(run["psnr"] - plain[seed]["psnr"] for seed, run in runs.items() if seed in plain)
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["gamma", "constrain", "controls", "tables", "plot"])
+    parser.add_argument("study", choices=[*STUDIES, "tables", "plot"])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prior", type=Path, help="of `dose`: the folder of a prior that was trained with --keep")
+    parser.add_argument("--figures", type=Path, help="of `plot`: where they go; the default is OUT")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--test_count", type=int, default=60)
@@ -189,13 +294,16 @@ def main() -> None:
         out=arguments.out, steps=arguments.steps, batch=arguments.batch, test_count=arguments.test_count, cpu=True,
         perception=True,
     )  # fmt: skip
-    experiment = Experiment(arguments.out, base)
-    if arguments.study == "tables":
-        print(experiment.tables())
-    elif arguments.study == "plot":
-        print(experiment.plot())
-    else:
-        experiment.run(arguments.study, arguments.seeds, arguments.names)
+    experiment = Experiment(arguments.out, base, arguments.prior, arguments.figures)
+    try:
+        if arguments.study == "tables":
+            print(experiment.tables())
+        elif arguments.study == "plot":
+            print(*experiment.plot(), sep="\n")
+        else:
+            experiment.run(arguments.study, arguments.seeds, arguments.names)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,14 @@ import pytest
 import timm
 import torch
 
+from examples.common.data.photos import Images, load_photo
 from examples.common.engine import perceptual
-from examples.diffloss.config import Adversarial, Perceptual
-from examples.diffloss.objectives import terms_of
+from examples.diffloss import prior_report, train_prior
+from examples.diffloss.config import Adversarial, Diff, Perceptual
+from examples.diffloss.objectives import diff_loss, terms_of
 from examples.diffloss.train import Trainer
+from examples.experiments import diffloss as experiment
+from restoreloss import DiffLoss, load_prior
 from tests.recipes.test_diffloss import TINY, run
 
 
@@ -22,7 +26,7 @@ def test_networks_to_compare_to_have_their_share(tmp_path: Path, name: str) -> N
         torch.manual_seed(3)
         torch.save(timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict(), tmp_path / "lite0.pt")
         options = {"perceptual": Perceptual(share=0.5, network="lite0", weights=tmp_path / "lite0.pt")}
-    trainer = Trainer(replace(TINY, out=tmp_path / "run", patch=32, **options))
+    trainer = Trainer(replace(TINY, out=tmp_path / "run", patch=32, steps=1, **options))
     (term,) = set(terms_of(trainer.config)) - {"pixel"}
     torch.manual_seed(5)
     degraded, clean = torch.stack([sample[0] for n in range(8) if (sample := trainer.train_data[n])]).unbind(1)
@@ -67,3 +71,62 @@ def test_perception_is_measured_where_sizes_and_packages_allow(
     measure.lite0 = network
     black = torch.zeros(2, 3, 48, 48)
     assert measure(torch.stack([black[0], black[0] + 1]), black)["lite0_agreement"] == 50
+
+
+def test_the_gradient_may_leave_out_the_derivative_of_the_prior(tmp_path: Path) -> None:
+    diff = Diff(weight=1.0, h_space_weight=0.0, jacobian=False)
+    loss = Trainer(replace(TINY, out=tmp_path / "run", diff=diff)).objectives.objectives["diff"]
+    assert isinstance(inner := loss.objective, DiffLoss) and not inner.jacobian  # type: ignore[attr-defined]
+
+
+def test_a_training_keeps_its_states_and_the_experiment_compares_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = train_prior.Recipe(steps=3, batch=1, crop=16, bf16=False)
+    photos = Images({"chelsea": lambda: load_photo("chelsea")})
+    trainer = train_prior.Trainer(recipe)
+    start = {name: value.clone() for name, value in trainer.net.state_dict().items()}
+    out, other = tmp_path / "prior", tmp_path / "straight"
+    out.mkdir()
+    other.mkdir()
+    train_prior.train_on(trainer, photos, out, save_every=2, keep=[0, 1, 3])
+    kept = {step: load_prior(out / "kept" / f"{step}") for step in (0, 1, 3)}
+    for step, state in ((0, start), (3, trainer.net.state_dict())):
+        for name, value in kept[step].model.state_dict().items():  # type: ignore[union-attr]
+            torch.testing.assert_close(value.float(), state[name], rtol=1e-3, atol=1e-6)
+    straight = train_prior.Trainer(recipe)
+    train_prior.train_on(straight, photos, other, save_every=3)
+    for one, same in zip(trainer.net.parameters(), straight.net.parameters(), strict=True):
+        assert torch.equal(one, same)
+    with pytest.raises(ValueError, match="`--keep` should be steps to come, found 2 where 3 are done"):
+        train_prior.train_on(train_prior.Trainer(recipe), photos, out, save_every=2, keep=[1, 2])
+
+    monkeypatch.setattr(prior_report, "CROPS_EACH", 1)
+    folders = {step: out / "kept" / f"{step}" for step in (3, 0)}
+    prior_report.report_kept(folders, {"chelsea": load_photo("chelsea")}, out / "kept.csv")
+    rows = (out / "kept.csv").read_text().splitlines()
+    assert rows[0].startswith("step,10,25,") and [row.split(",")[0] for row in rows[1:]] == ["0", "3"]
+    assert 0.5 < float(rows[1].split(",")[4]) < 3  # untrained, at t = 100
+
+    study = experiment.Experiment(tmp_path, replace(TINY, steps=1), out)
+    configs = dict(study.configs("dose", 1))
+    rows = ["pixel", "gradients", "prior_0", "prior_3"]
+    assert list(configs) == [f"rainy/{row}{rate}" for row in rows for rate in ("", "_lr_0.003")]
+    assert configs["rainy/prior_3_lr_0.003"].diff.prior == str(out / "kept" / "3")
+    study.run("dose", [1], ["pixel_lr_0.003", "gradients_lr_0.003", "prior_3_lr_0.003"])
+    found = {name: seeds["seed1"]["psnr"] for name, seeds in study.results("dose")["rainy"].items()}
+    gain = found["prior_3_lr_0.003"] - found["pixel_lr_0.003"]
+    row = next(line for line in study.tables().splitlines() if "`prior_3_lr_0.003`" in line)
+    assert row.split("|")[2].strip() == f"{gain:+.2f}"
+    assert [path.name for path in study.plot() if path.stat().st_size > 5000] == ["diffloss-dose.png"]
+    with pytest.raises(ValueError, match="`--prior` should be the folder"):
+        list(experiment.Experiment(tmp_path, TINY).configs("dose", 1))
+
+
+def test_every_row_of_the_studies_can_be_made(tmp_path: Path) -> None:
+    study = experiment.Experiment(tmp_path, TINY)
+    for name in ("controls", "settings"):
+        for run_name, config in study.configs(name, 1):
+            assert terms_of(config)[1:] or run_name.startswith("rainy/pixel")
+            if config.diff.share and config.lr == TINY.lr:
+                assert isinstance(diff_loss(config.diff).objective, DiffLoss)
