@@ -192,6 +192,7 @@ class Experiment:
     def _plot_dose(self) -> Path:
         """What a prior adds by how well it predicts noise: PSNR against its held-out error, by learning rate."""
         from matplotlib import pyplot
+        from matplotlib.ticker import NullFormatter
 
         if self.prior is None:
             raise ValueError("`--prior` should be the folder of the prior whose states were compared, found none.")
@@ -204,9 +205,8 @@ class Experiment:
                 gain = _gain(runs.get(f"prior_{step}{rate}", {}), plain)
                 if gain.values:
                     points.append((error, gain.mean, gain.std or 0.0))
-                    axis.annotate(
-                        f"{int(step):,}", (error, gain.mean), fontsize=7, textcoords="offset points", xytext=(4, 4)
-                    )
+                    if not rate:
+                        axis.annotate(f"{int(step):,}", points[-1][:2], (4, 4), textcoords="offset points", fontsize=7)
             label = f"learning rate {TUNED if rate else self.base.lr:g}"
             if points:
                 axis.errorbar(*zip(*points, strict=True), marker="o", capsize=3, color=color, label=label)
@@ -214,7 +214,12 @@ class Experiment:
             if free.values:
                 axis.axhline(free.mean, color=color, linestyle="--", linewidth=1, label="squared image gradients")
         axis.axhline(0, color="gray", linewidth=0.8)
-        axis.set(xscale="log", xlabel="held-out error of the predicted noise", ylabel="PSNR, difference to pixels (dB)")
+        axis.set(
+            xscale="log",
+            xlabel="held-out error of the predicted noise (by training steps)",
+            ylabel="PSNR, difference to pixels (dB)",
+        )
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.legend(fontsize=7)
         return self._save(figure, "dose")
 
