@@ -126,6 +126,11 @@ class FrozenNetwork(nn.Module, Generic[Network]):
             self._parts = _rest(self._held[0])
         return self._held[0]
 
+    def narrow(self, part: Network) -> None:
+        """Hold a part from now on, which shares its modules with the network. The rest stays frozen, and is let go."""
+        self._held = (part,)
+        self._parts = _rest(part)
+
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenNetwork[Network]":
         self._held[0]._apply(fn, recurse)
         self._parts = _Parts.of(self._held[0])  # some devices want parameters of their own kind

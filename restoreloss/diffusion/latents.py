@@ -1,7 +1,9 @@
 """Latents: from images to what a diffusion model was trained on, and back."""
 
+import copy
 import math
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,6 +61,9 @@ def _statistics(latents: Tensor, config: Any) -> tuple[Tensor | float, Tensor | 
     return latents.new_tensor(mean).view(-1, 1, 1), latents.new_tensor(deviation).view(-1, 1, 1)
 
 
+_OF_DECODING = ("decoder", "post_quant_conv")
+
+
 class LatentEncoder(nn.Module):
     """Images in [-1, 1] to the latents a diffusion model was trained on: the mode, by :func:`normalize_latents`.
 
@@ -83,6 +88,7 @@ class LatentEncoder(nn.Module):
             raise ValueError(f"{said}, found {describe(encoder)}.")
         self.encoder: Any = encoder
         self._name = name
+        self._left_out: list[weakref.ref[nn.Module]] = []
         config: Any = getattr(encoder, "config", None)
         self._is_autoencoder = hasattr(encoder, "encode") and hasattr(config, "scaling_factor")
         self._channels: int | None = None
@@ -106,6 +112,32 @@ class LatentEncoder(nn.Module):
             )
         else:
             check_callable(name, encoder, "u")
+
+    def without_decoder(self) -> "LatentEncoder":
+        """The same with a shallow copy of an autoencoder of diffusers that has no decoder; other encoders as they are.
+
+        The decoder is freed once nobody else holds the autoencoder. As long as somebody does, it moves along with the
+        encoder, whose parameters are shared, so that the autoencoder stays on one device and in one dtype.
+        """
+        vae = self.encoder
+        if not (self._is_autoencoder and isinstance(vae, nn.Module) and type(vae).__module__.startswith("diffusers.")):
+            return self  # Nobody knows what others encode with.
+        half, alone = copy.copy(vae), copy.copy(self)
+        half._modules = {name: module for name, module in vae._modules.items() if name not in _OF_DECODING}
+        alone._modules = {"encoder": half}
+        left = [module for name, module in vae._modules.items() if name in _OF_DECODING and module is not None]
+        alone._left_out = [weakref.ref(module) for module in left]
+        return alone
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LatentEncoder":
+        for reference in self._left_out:
+            if (module := reference()) is not None:
+                module._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_left_out": []}  # A copy has parameters of its own.
 
     def forward(self, image: Tensor) -> Tensor:
         """Latents in the dtype of ``image``, shape (N, c, h, w)."""
@@ -135,7 +167,8 @@ class LatentEncoder(nn.Module):
 class LatentPrior(nn.Module):
     """A diffusion model and the autoencoder whose latents it lives in, as one thing to give to :class:`DiffLoss`.
 
-    Neither is copied; :class:`DiffLoss` takes both over. The gradient reaches an image through the encoder.
+    Neither is copied; :class:`DiffLoss` takes both over, but for the decoder, which it does not hold. The gradient
+    reaches an image through the encoder.
 
     Args:
         vae: what :class:`LatentEncoder` takes, an ``AutoencoderKL``.

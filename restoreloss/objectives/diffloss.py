@@ -192,10 +192,12 @@ class DiffLoss(Objective):
             _enable_checkpointing(wrapped.model)
         _check_that_it_answers(wrapped)
         warn_if_trained(wrapped, "denoiser")
+        self._denoiser = FrozenNetwork(wrapped)
+        self._encoder: FrozenNetwork[LatentEncoder] | None = None
         if latents is not None:
             warn_if_trained(latents, "encoder")
-        self._denoiser = FrozenNetwork(wrapped)
-        self._encoder = None if latents is None else FrozenNetwork(latents)
+            self._encoder = FrozenNetwork(latents)
+            self._encoder.narrow(latents.without_decoder())
         self._range = RangeWatch(self.input_range)
 
     def terms(

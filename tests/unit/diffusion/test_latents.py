@@ -1,5 +1,8 @@
 """The latents of an autoencoder are normalized as its config says, in one place, and back."""
 
+import copy
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -223,3 +226,69 @@ def test_autoencoders_without_a_distribution_encode_too() -> None:
     torch.testing.assert_close(encoder(image), tiny.encode(image).latents * tiny.config.scaling_factor)
     with pytest.raises(ValueError, match="3 channels for this encoder, found 1"):
         encoder(image[:, :1])
+
+
+def parameters_held(loss: DiffLoss) -> int:
+    """All parameters that can be reached from the loss, by whatever way."""
+    seen: dict[int, Any] = {id(loss): loss}
+    waiting: list[Any] = [loss]
+    while waiting:
+        for thing in gc.get_referents(waiting.pop()):
+            if not isinstance(thing, type) and id(thing) not in seen and type(thing).__name__ != "module":
+                seen[id(thing)] = thing
+                waiting += [] if callable(thing) and not isinstance(thing, nn.Module) else [thing]
+    return sum(thing.numel() for thing in seen.values() if isinstance(thing, nn.Parameter))
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_the_decoder_is_let_go(wrapped: bool) -> None:
+    vae, unet = tiny_autoencoder().eval(), tiny_unet(in_channels=4, out_channels=4)
+    expected = LatentEncoder(vae)(IMAGE)
+    count = sum(p.numel() for part in (vae.encoder, vae.quant_conv, unet) for p in part.parameters())
+    decoder = weakref.ref(vae.decoder)
+    loss = DiffLoss(LatentPrior(vae, unet)) if wrapped else DiffLoss(unet, encoder=vae)
+    images = (IMAGE + 1) / 2
+    loss(images.clone().requires_grad_(), images).backward()
+    assert parameters_held(loss) == count
+    del vae
+    gc.collect()
+    assert decoder() is None
+    assert loss._encoder is not None
+    torch.testing.assert_close(loss._encoder.network(IMAGE), expected)
+    assert copy.deepcopy(loss)(images, images) == 0
+
+
+def test_an_autoencoder_that_is_still_used_stays_whole() -> None:
+    vae = tiny_autoencoder().train()
+    loss = DiffLoss(LatentPrior(vae, tiny_unet(in_channels=4, out_channels=4)))
+    assert not any(p.requires_grad for p in vae.parameters()) and not any(module.training for module in vae.modules())
+    images = (IMAGE + 1) / 2
+    loss(images.clone().requires_grad_(), images).backward()
+    loss.double()
+    assert {p.dtype for p in vae.parameters()} == {torch.float64}
+    assert vae(IMAGE.double()).sample.shape == IMAGE.shape
+    other = copy.deepcopy(loss).float()
+    assert {p.dtype for p in vae.parameters()} == {torch.float64}
+    assert other(images, images) == 0
+
+
+def test_a_failed_first_call_gives_the_decoder_back_too() -> None:
+    vae = tiny_autoencoder().train()
+    loss = DiffLoss(LatentPrior(vae, tiny_unet(in_channels=4, out_channels=4)))
+    with pytest.raises(ValueError, match="should have 3 channels"):
+        loss(torch.rand(1, 2, 16, 16), torch.rand(1, 2, 16, 16))
+    assert all(p.requires_grad for p in vae.parameters()) and all(module.training for module in vae.modules())
+
+
+def test_what_else_encodes_is_kept_whole() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = nn.Conv2d(3, 4, 2, 2)
+
+        def forward(self, u: torch.Tensor) -> torch.Tensor:
+            latents: torch.Tensor = self.decoder(u)
+            return latents
+
+    encoder = LatentEncoder(Own())
+    assert encoder.without_decoder() is encoder
