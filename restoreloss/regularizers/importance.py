@@ -4,7 +4,6 @@ It measures, on the data of the first training, how much each parameter matters 
 the second training charges for moving away. The charge is a loss to add, or a gradient to add to the others'.
 """
 
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -18,11 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from restoreloss.checks import check_callable, check_choice, check_integer, check_number, describe
 from restoreloss.frozen import RunMode, in_mode, unwrap
 from restoreloss.regularizers.layer_decay import layer_of
+from restoreloss.regularizers.parameter_names import buffer_name, parameter_name, plain_name
 from restoreloss.regularizers.per_sample import Estimator, PerSample
 from restoreloss.sharding import gather, is_sharded, shard_like
 
 Normalize = Literal["sum", "mean"]
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 
 
 class ParameterImportance(nn.Module):
@@ -131,7 +130,7 @@ class ParameterImportance(nn.Module):
         }
         self._factors: dict[str, float] = {}
         names = [*unwrap(self._model[0]).named_modules(), *unwrap(self._model[0]).named_parameters()]
-        known = {_plain(name) for name, _ in names}
+        known = {plain_name(name) for name, _ in names}
         if unknown := [name for name in self._layer_weights if name not in known]:
             warnings.warn(
                 f"`layer_weights` should name modules or parameters of `model`, found {unknown[:3]}, which "
@@ -303,7 +302,7 @@ class ParameterImportance(nn.Module):
 
     def _charged(self) -> Iterable[tuple[nn.Parameter, Tensor, Tensor, float]]:
         """(parameter, importance, anchor, weight) for each parameter and task."""
-        parameters = {_plain(name): p for name, p in unwrap(self._model[0]).named_parameters()}
+        parameters = {plain_name(name): p for name, p in unwrap(self._model[0]).named_parameters()}
         count = 1
         if self.normalize == "mean":
             count = max(1, sum(p.numel() for name, p in parameters.items() if name in self._named(0, "importance")))
@@ -323,7 +322,7 @@ class ParameterImportance(nn.Module):
 
     def _zero_with_graph(self) -> Tensor:
         """A zero whose gradient is zeros, for where all that was measured has the weight 0."""
-        parameters = {_plain(name): p for name, p in unwrap(self._model[0]).named_parameters()}
+        parameters = {plain_name(name): p for name, p in unwrap(self._model[0]).named_parameters()}
         names = {name for task in range(self.tasks) for name in self._named(task, "importance")}
         known = [parameter for name, parameter in parameters.items() if name in names]
         if not known:
@@ -341,14 +340,14 @@ class ParameterImportance(nn.Module):
         anchor = torch.empty(0)
         for name, parameter in unwrap(self._model[0]).named_parameters():
             anchor = gather(parameter.detach()).to(_exact(parameter), copy=True)
-            self.register_buffer(_key(task, "anchor", name), anchor)
+            self.register_buffer(buffer_name(task, "anchor", name), anchor)
         self.register_buffer(f"{task}/samples", torch.zeros((), dtype=torch.int64, device=anchor.device))
         self._measured = self.estimator == "l2sp"
         if self._measured:
             for name, parameter in unwrap(self._model[0]).named_parameters():
                 if parameter.requires_grad:
                     alike = torch.ones_like(gather(parameter.detach()), dtype=_exact(parameter))
-                    self.register_buffer(_key(task, "importance", name), alike)
+                    self.register_buffer(buffer_name(task, "importance", name), alike)
 
     def _keep(self, parameters: Mapping[str, nn.Parameter], sums: dict[str, Tensor], count: int) -> None:
         total = torch.tensor(count, device=next(iter(sums.values())).device)
@@ -360,7 +359,7 @@ class ParameterImportance(nn.Module):
             raise ValueError("`batches` should hold at least one batch, found none.")
         before = int(self._buffer("samples"))
         for name in parameters:
-            key = _key(task, "importance", name)
+            key = buffer_name(task, "importance", name)
             mean = sums[name] / new
             if before and (old := self._buffers.get(key)) is not None:
                 mean = (old * before + sums[name]) / (before + new)
@@ -372,7 +371,7 @@ class ParameterImportance(nn.Module):
     def _warn_of_zeros(self, parameters: Mapping[str, nn.Parameter]) -> None:
         importance = self._named(self.tasks - 1, "importance")
         sizes = {name: p.numel() for name, p in parameters.items() if p.numel()}
-        zero = [name for name in sizes if not bool(importance[_plain(name)].any())]
+        zero = [name for name in sizes if not bool(importance[plain_name(name)].any())]
         if len(zero) == len(sizes):
             warnings.warn(
                 "`loss_fn` should depend on the parameters of `model`, found that all importances are 0: the penalty "
@@ -398,7 +397,7 @@ class ParameterImportance(nn.Module):
     def _check_anchor(self) -> None:
         anchors = self._named(self.tasks - 1, "anchor")
         for name, parameter in unwrap(self._model[0]).named_parameters():
-            anchor = anchors.get(_plain(name))
+            anchor = anchors.get(plain_name(name))
             if anchor is not None and int(self._buffer("samples")):
                 _check_shape(name, parameter, anchor)
             if anchor is not None and not torch.equal(parameter.detach().to(anchor), anchor):
@@ -425,7 +424,7 @@ class ParameterImportance(nn.Module):
     def _named(self, task: int, kind: str) -> dict[str, Tensor]:
         start = f"{task}/{kind}/"
         return {
-            _name(name.removeprefix(start)): value
+            parameter_name(name.removeprefix(start)): value
             for name, value in self._buffers.items()
             if name.startswith(start) and value is not None
         }
@@ -434,11 +433,11 @@ class ParameterImportance(nn.Module):
         # What was measured elsewhere replaces what is here, with other tasks and parameters that this network lacks.
         loaded = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
         if any(name.endswith("/samples") for name in loaded):
-            devices = {_plain(name): p.device for name, p in unwrap(self._model[0]).named_parameters()}
+            devices = {plain_name(name): p.device for name, p in unwrap(self._model[0]).named_parameters()}
             usual = next(iter(devices.values()), None)
             self._buffers.clear()
             for name in loaded:
-                device = devices.get(_name(name.split("/", 2)[-1]), usual)
+                device = devices.get(parameter_name(name.split("/", 2)[-1]), usual)
                 self.register_buffer(name, torch.empty_like(state_dict[prefix + name], device=device))
         super()._load_from_state_dict(state_dict, prefix, *others)
         samples = self._buffer("samples")
@@ -469,18 +468,3 @@ def _check_shape(name: str, parameter: Tensor, measured: Tensor) -> None:
 
 def _exact(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
-
-
-def _plain(name: str) -> str:
-    """The name of a parameter without what wrappers add."""
-    return _WRAPPERS.sub("", name).removeprefix(".")
-
-
-def _key(task: int, kind: str, name: str) -> str:
-    """The name of a buffer, which may hold no dot."""
-    return f"{task}/{kind}/{_plain(name).replace('%', '%25').replace('/', '%2F').replace('.', '/')}"
-
-
-def _name(key: str) -> str:
-    """The name of a parameter out of that of a buffer."""
-    return key.replace("/", ".").replace("%2F", "/").replace("%25", "%")
