@@ -39,6 +39,8 @@ class ParameterImportance(nn.Module):
     l2sp      1, without a measurement                                     :math:`\tfrac12 d^2` (L2-SP)
     ========= ============================================================ ============================================
 
+    Over several trainings :meth:`begin_task` keeps a penalty for each of them, or one that decays (online EWC).
+
     The first two vanish where the loss of every sample does; "mas" and "gn" look at the output F and do not. "l2sp"
     holds all parameters that require a gradient alike, from where they are when it is made.
 
@@ -86,8 +88,7 @@ class ParameterImportance(nn.Module):
     Source: DTP, Eqs. (3) to (5), (14) to (16), (23) to (27). The equations are lost in the text that we have: the form
     of "taylor2" is that of the authors' statements and code, with the second derivative of Eq. (25) from Gauss and
     Newton. Their unified script never estimates the importance, so its penalty is 0; here an unmeasured penalty is an
-    error. EWC: Kirkpatrick et al. 2017; MAS: Aljundi et al. 2018;
-    L2-SP: Li et al. 2018.
+    error. EWC: Kirkpatrick et al. 2017; MAS: Aljundi et al. 2018; L2-SP: Li et al. 2018.
     """
 
     def __init__(
@@ -200,17 +201,44 @@ class ParameterImportance(nn.Module):
         self._keep(parameters, sums, count)
         return int(self._buffer("samples"))
 
-    def begin_task(self) -> None:
-        """Hold what was learned until now as well: importances to come have the parameters of this moment as anchor.
+    def begin_task(self, *, decay: float | None = None) -> None:
+        r"""Hold what was learned until now as well: importances to come have the parameters of this moment as anchor.
 
-        Penalties of all tasks add up.
+        Args:
+            decay: None keeps what was measured before, with its own anchor: the penalties of all tasks add up, and so
+                does their memory. A number :math:`\gamma` from 0 to 1 keeps one penalty for them (online EWC, EWC++):
+                the importances become :math:`\gamma \Omega + \Omega_\text{new}`, around the parameters of this
+                moment alone. 1 forgets nothing, 0 forgets all that was before.
+
+        Raises:
+            ValueError: Where nothing was measured; for a decay out of [0, 1], or of a parameter of another shape since.
+
+        Source: Schwarz et al. 2018 (Progress & Compress). The moving average of EWC++ (Chaudhry et al. 2018),
+        :math:`\gamma \Omega + (1 - \gamma) \Omega_\text{new}` from 0, is :math:`1 - \gamma` times this.
         """
         self._check_measured()
-        self._open(self.tasks)
+        if decay is None:
+            self._open(self.tasks)
+            return
+        decay, task = check_number("decay", decay, low=0, high=1), self.tasks - 1
+        carried = {name: decay * omega for name, omega in self._named(task, "importance").items()}
+        for name, parameter in unwrap(self._model[0]).named_parameters():
+            if (omega := carried.get(plain_name(name))) is None or omega.shape == parameter.shape:
+                continue
+            if self._layer_weight(plain_name(name)) != 0:
+                _check_shape(name, parameter, omega)
+            del carried[plain_name(name)]
+        for name in [name for name in self._buffers if name.startswith((f"{task}/importance/", f"{task}/carried/"))]:
+            del self._buffers[name]
+        self._open(task)
+        new = self._named(task, "importance")  # Without a measurement, "l2sp" has them already.
+        for name, omega in carried.items():
+            self.register_buffer(buffer_name(task, "carried", name), omega)
+            self.register_buffer(buffer_name(task, "importance", name), omega + new[name] if name in new else omega)
 
     @property
     def tasks(self) -> int:
-        """How many trainings are remembered, or being measured."""
+        """How many penalties add up: the trainings remembered or being measured; ``decay`` makes one of two."""
         return 1 + max(int(name.partition("/")[0]) for name in self._buffers)
 
     def forward(self) -> Tensor:
@@ -357,12 +385,14 @@ class ParameterImportance(nn.Module):
         task, new = self.tasks - 1, int(total)
         if new == 0:
             raise ValueError("`batches` should hold at least one batch, found none.")
-        before = int(self._buffer("samples"))
+        before, carried = int(self._buffer("samples")), self._named(task, "carried")
         for name in parameters:
-            key = buffer_name(task, "importance", name)
-            mean = sums[name] / new
+            key, own = buffer_name(task, "importance", name), sums[name]
+            if (past := carried.get(plain_name(name))) is not None:
+                own += past.to(own) * new  # Each sample carries it, so that the mean over all of them has it once.
+            mean = own / new
             if before and (old := self._buffers.get(key)) is not None:
-                mean = (old * before + sums[name]) / (before + new)
+                mean = (old.to(own) * before + own) / (before + new)
             self.register_buffer(key, mean)
         self.register_buffer(f"{task}/samples", total + before)
         self._measured = True

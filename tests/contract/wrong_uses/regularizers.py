@@ -85,6 +85,7 @@ WRONG = [
     wrong("ParameterImportance", "an unknown option", lambda: ParameterImportance(two(), weight=1.0), "weight", by=TypeError),
     wrong("ParameterImportance", "not measured", lambda: ParameterImportance(two())(), "accumulate"),
     wrong("ParameterImportance", ".apply_ not measured", lambda: ParameterImportance(two()).apply_(), "accumulate"),
+    *(wrong("ParameterImportance", f".begin_task(decay={v!r})", partial(lambda v: measured().begin_task(decay=v), v), "`decay`") for v in (1.5, -0.5, "0.9", True, float("nan"), [0.9])),
     wrong("ParameterImportance", ".begin_task not measured", lambda: ParameterImportance(two()).begin_task(), "accumulate"),
     wrong("ParameterImportance", "a call with a loss", lambda: measured()(clean()), "argument", by=TypeError),
     *(wrong("ParameterImportance", f".accumulate with {k} for loss_fn", partial(lambda v: ParameterImportance(two()).accumulate(v, [clean()]), v), "`loss_fn`") for k, v in {"None": None, "a class": nn.L1Loss, "a loss": nn.L1Loss(), "the network": two(), "a function of one": lambda batch: batch.mean(), "text": "mse", "a loss value": clean().mean()}.items()),

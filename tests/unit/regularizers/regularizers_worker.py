@@ -41,6 +41,12 @@ def check_importance(rank):
         alone([lambda whole=whole, b=b, f=function: whole.accumulate(f, [b]) for b in (data, more)])
         for name, value in whole.importance().items():
             torch.testing.assert_close(parallel.importance()[name], value, rtol=1e-4, atol=1e-8)
+        for one in (whole, parallel):
+            one.begin_task(decay=0.5)
+        parallel.accumulate(function, mine[0])
+        alone([lambda whole=whole, f=function: whole.accumulate(f, [data])])
+        for name, value in whole.importance().items():
+            torch.testing.assert_close(parallel.importance()[name], value, rtol=1e-4, atol=1e-8)
         if rank == 0:
             print(f"{estimator}: equal", flush=True)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss import ParameterImportance
-from tests.helpers.importance import BATCH, ESTIMATORS, Untraceable, linear, measured, normal, shift, squared
+from tests.helpers.importance import BATCH, ESTIMATORS, linear, measured, normal, shift, squared
 from tests.helpers.processes import ROOT
 
 WORKER = ROOT / "tests" / "unit" / "regularizers" / "regularizers_worker.py"
@@ -106,25 +106,6 @@ def test_a_tied_parameter_counts_once() -> None:
     assert {name: value.tolist() for name, value in importance.importance().items()} == {"0.weight": [[8.0, 0.0]]}
     first.weight.data += 0.25
     assert importance().item() == pytest.approx(8 / 4 + 0.5 * 64 / 16)
-
-
-@pytest.mark.parametrize("traceable", [True, False])
-def test_penalties_of_all_tasks_add_up(traceable: bool) -> None:
-    inner = linear()
-    model = inner if traceable else Untraceable(inner)
-    importance = ParameterImportance(model, strength=1.0)
-    importance.accumulate(squared, [torch.tensor([[1.0, 0.0], [0.0, 2.0]])])  # (1, 4) at (1, 1)
-    inner.weight.data.copy_(torch.tensor([[2.0, 1.0]]))
-    importance.begin_task()
-    assert importance.tasks == 2
-    importance.accumulate(squared, [torch.tensor([[1.0, 0.0], [0.0, 2.0]])])  # (2, 4) at (2, 1)
-    inner.weight.data.copy_(torch.tensor([[2.0, 1.5]]))
-    # of the first task d = (1, .5), of the second (0, .5)
-    expected = (1 + 0.5) + (4 * 0.5 + 0.5 * 16 / 4) + (4 * 0.5 + 0.5 * 16 / 4)
-    assert importance().item() == pytest.approx(expected)
-    assert [next(iter(importance.importance(task).values())).tolist() for task in (0, 1)] == [[[1, 4]], [[2, 4]]]
-    importance.apply_()
-    torch.testing.assert_close(inner.weight.grad, torch.tensor([[1.0 + 1.0, 2 * (4 + 16 * 0.5)]]))
 
 
 def test_the_mean_does_not_grow_with_the_network() -> None:
