@@ -36,6 +36,9 @@ class Diff:
         noise_weight: weight of the predicted noise.
         h_space_weight: lambda, the weight of the bottleneck.
         timesteps: timesteps to draw from, low included and high not; the default is all.
+        randomness: whether each image draws its timestep and noise by itself, so that they depend on no other image; or
+            the images of a process (of a part, with ``accumulate``) draw timesteps together, one from each equal part
+            of the range, which varies less.
         distance: distance of two predictions.
         compare: whether the noise is compared, or what the model itself predicts.
         constrain: what is made of the noise before it is compared (Table 4): nothing, the clean image x0-hat, or the
@@ -58,6 +61,7 @@ class Diff:
     noise_weight: float = 1.0
     h_space_weight: float = 0.01
     timesteps: tuple[int, int] | None = None
+    randomness: Literal["image", "batch"] = "image"
     distance: Literal["mse", "rms", "l2", "l1"] = "mse"
     compare: Literal["noise", "native"] = "noise"
     constrain: Literal["noise", "image", "previous"] = "noise"

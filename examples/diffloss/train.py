@@ -124,7 +124,8 @@ class Trainer(Recipe[Batch]):
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
         if self.diff is not None:
             self.diff.calls = batch.step  # so that every k-th step is the same step after a stop
-        return self.objectives.terms(self.net(batch.degraded), batch.clean, generator=batch.generators)
+        generator = batch.generators if self.config.diff.randomness == "image" else batch.generators[0]
+        return self.objectives.terms(self.net(batch.degraded), batch.clean, generator=generator)
 
     def _discriminator_terms(self, batch: Batch) -> dict[str, Tensor]:
         assert self.adversarial is not None

@@ -10,7 +10,8 @@
     python -m examples.experiments.diffloss plot --out runs/diffloss
 
 Finished runs are not done again: the same command goes on after a stop. Rows with a learning rate in their name are
-compared to the pixel loss with that one; the rows of the pixel loss are what they are, not differences.
+compared to the pixel loss with that one; the rows of the pixel loss are what they are, not differences. Rows called
+"long" take about the time of DiffLoss for losses that know no network: compare them by the seconds in the table.
 """
 
 import argparse
@@ -40,11 +41,13 @@ SHARES = (0.2, 0.5)
 LEARNING_RATES, TUNED = (5e-4, 3e-3, 6e-3), 3e-3
 """Others than the recipe's of 1e-3, and the one that each control is run with as well."""
 LAMBDAS = (0.1, 1.0, 10.0)
+LONG = 6
+"""A step with DiffLoss takes about as long as so many with a loss that knows no network (docs/guides/diffloss.md)."""
 CONSTRAINED = ("noise", "image", "previous")
 COLUMNS: Mapping[str, tuple[str, float, int]] = {
     "psnr": ("PSNR", 1.0, 2), "ssim": ("SSIM", 1.0, 3), "ms_ssim": ("MS-SSIM", 1.0, 3), "vif": ("VIF", 1.0, 3),
     "lite0": ("Lite0 distance", 1.0, 3), "lite0_agreement": ("Lite0 agreement (%)", 1.0, 1),
-    "share": ("share of the gradient (%)", 100.0, 1),
+    "share": ("share of the gradient (%)", 100.0, 1), "seconds": ("seconds of training", 1.0, 0),
 }  # fmt: skip
 """Name, factor and digits of the figures; those that no run has are left out."""
 
@@ -63,12 +66,9 @@ class Experiment:
         for degradation in DEGRADATIONS:
             if study not in ("gamma", "constrain") and degradation != "rainy":
                 continue
-            for name, options in self._rows(study):
-                out = self.out / study / degradation / name / f"seed{seed}"
-                yield (
-                    f"{degradation}/{name}",
-                    replace(self.base, out=out, seed=seed, degradations=[degradation], **options),
-                )
+            for name, changes in self._rows(study):
+                options = {"out": self.out / study / degradation / name / f"seed{seed}", "seed": seed, **changes}
+                yield f"{degradation}/{name}", replace(self.base, degradations=[degradation], **options)
 
     def _rows(self, study: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if study == "controls":
@@ -89,9 +89,11 @@ class Experiment:
         return {
             "noise": noise,
             "low": low,
+            "low_stratified": replace(low, randomness="batch"),
             "low_snr": replace(low, snr_power=-1.0),
             "low_rms": replace(low, distance="rms"),
             "low_rms_snr": replace(low, distance="rms", snr_power=-0.5),
+            "low_snr_stratified": replace(low, snr_power=-1.0, randomness="batch"),
             **{f"h_space_{weight:g}": replace(noise, h_space_weight=weight) for weight in LAMBDAS},
             "no_jacobian": replace(noise, jacobian=False),
             "low_no_jacobian": replace(low, jacobian=False),
@@ -104,9 +106,8 @@ class Experiment:
         noise = Diff(share=0.5, timesteps=(100, 600), h_space_weight=0.0)
         return {f"prior_{step}": replace(noise, prior=str(self.prior / "kept" / step)) for step in _errors(self.prior)}
 
-    @staticmethod
-    def _controls() -> Iterator[tuple[str, dict[str, Any]]]:
-        """Half of the gradient each, and learning rates of the pixel loss alone."""
+    def _controls(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Half of the gradient each, learning rates of the pixel loss alone, and the time of DiffLoss without it."""
         yield "pixel", {}
         for rate in LEARNING_RATES:
             yield f"pixel_lr_{rate:g}", {"lr": rate}
@@ -116,6 +117,8 @@ class Experiment:
             "lite0": {"perceptual": Perceptual(network="lite0", share=0.5)},
             "adversarial": {"adversarial": Adversarial(share=0.5)},
         }
+        for name, options in {"pixel": {}, "gradients": losses["gradients"]}.items():
+            yield f"{name}_lr_{TUNED:g}_long", {**options, "lr": TUNED, "steps": LONG * self.base.steps}
         for prior in ("small", "untrained"):
             losses[prior] = {"diff": Diff(prior=prior, share=0.5, timesteps=(100, 600), h_space_weight=0.0)}
         yield from _tuned(losses)
@@ -170,7 +173,7 @@ class Experiment:
                     plain = runs.get(f"pixel{rate}{value}", {})
                     for key, (_, factor, digits) in columns.items():
                         values = {seed: factor * run[key] for seed, run in seeds.items() if key in run}
-                        if key == "share" or name.startswith("pixel"):
+                        if key in ("share", "seconds") or name.startswith("pixel"):
                             cells.append(Sample.of(values.values()).spread(digits))
                         else:
                             before = {seed: factor * run[key] for seed, run in plain.items() if key in run}

@@ -15,7 +15,7 @@ from examples.diffloss.config import Adversarial, Diff, Perceptual
 from examples.diffloss.objectives import diff_loss, terms_of
 from examples.diffloss.train import Trainer
 from examples.experiments import diffloss as experiment
-from restoreloss import DiffLoss, load_prior
+from restoreloss import DiffLoss, NoiseSchedule, load_prior
 from tests.recipes.test_diffloss import TINY, run
 
 
@@ -79,6 +79,28 @@ def test_the_gradient_may_leave_out_the_derivative_of_the_prior(tmp_path: Path) 
     assert isinstance(inner := loss.objective, DiffLoss) and not inner.jacobian  # type: ignore[attr-defined]
 
 
+def test_a_batch_may_draw_its_timesteps_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    draw = NoiseSchedule.expand_timestep
+
+    def watched(self: NoiseSchedule, t: Any, like: torch.Tensor) -> torch.Tensor:
+        seen.append(draw(self, t, like))
+        return seen[-1]
+
+    for randomness in ("image", "batch"):
+        diff = Diff(weight=1.0, timesteps=(0, 1000), h_space_weight=0.0, randomness=randomness)  # type: ignore[arg-type]
+        trainer = Trainer(replace(TINY, out=tmp_path / randomness, diff=diff))
+        read = [trainer.batch(*found, step, 8) for step, found in enumerate(trainer.read(0, 8))]
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(NoiseSchedule, "expand_timestep", watched)
+            seen.clear()
+            for batch in read:
+                trainer._terms(batch)
+        found = [sorted((t // 250).tolist()) for t in seen if t.numel() == 4]
+        assert len(found) >= 8
+        assert all(parts == [0, 1, 2, 3] for parts in found) == (randomness == "batch")
+
+
 def test_a_training_keeps_its_states_and_the_experiment_compares_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +147,10 @@ def test_a_training_keeps_its_states_and_the_experiment_compares_them(
 
 def test_every_row_of_the_studies_can_be_made(tmp_path: Path) -> None:
     study = experiment.Experiment(tmp_path, TINY)
+    controls = dict(study.configs("controls", 1))
+    long, pixel = controls["rainy/gradients_lr_0.003_long"], controls["rainy/pixel_lr_0.003_long"]
+    assert (long.steps, long.lr, long.filter.share) == (6 * TINY.steps, 3e-3, 0.5)
+    assert (pixel.steps, pixel.lr, terms_of(pixel)) == (6 * TINY.steps, 3e-3, ["pixel"])
     for name in ("controls", "settings"):
         for run_name, config in study.configs(name, 1):
             assert terms_of(config)[1:] or run_name.startswith("rainy/pixel")
