@@ -5,14 +5,13 @@ from accelerate import Accelerator
 from torch import nn
 from torchvision.models import resnet18
 
-from restoreloss import Alternation, CQMix, DiffLoss, ParameterImportance, Phase, Subsampled, TDPLoss, small_prior
+from restoreloss import Alternation, CQMix, DiffLoss, ParameterImportance, Phase, TDPLoss, WeightedSum, small_prior
 from restoreloss.integrations.accelerate import prepare, register
 from restoreloss.integrations.processes import check_equal_batches
 
 accelerator = Accelerator(cpu=True)
 restorer, classifier = nn.Conv2d(3, 3, 3, padding=1), resnet18(num_classes=2)  # your networks
-prior = Subsampled(DiffLoss(small_prior()), every=2)
-pixel, task, mix = nn.L1Loss(), nn.CrossEntropyLoss(), CQMix()
+task, mix = nn.CrossEntropyLoss(), CQMix()
 
 importance = ParameterImportance(restorer)  # what an earlier training taught it, to be kept
 importance.accumulate(lambda net, images: net(images).square().mean(), [torch.rand(2, 3, 32, 32)])
@@ -21,14 +20,17 @@ first = torch.optim.AdamW(restorer.parameters(), lr=1e-4)
 second = torch.optim.SGD(classifier.parameters(), lr=3e-2, momentum=0.9)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(second, T_max=1000)
 importance.attach(first)  # before each step of the optimizer itself, not of accelerate's wrapper
-restorer, classifier, prior, first, second = prepare(accelerator, restorer, classifier, prior, first, second)
-tdp = TDPLoss(classifier)
+restorer, classifier, first, second = prepare(accelerator, restorer, classifier, first, second)
+parts = {
+    "pixel": nn.L1Loss(),
+    "diff": DiffLoss(small_prior(), timesteps=(100, 600)),
+    "tdp": TDPLoss(classifier),
+}
+objective = WeightedSum(parts, shares={"diff": 0.3, "tdp": 0.3}).to(accelerator.device)
 
 
 def restore(batch):
-    restored = restorer(batch["degraded"])
-    terms = {"pixel": pixel(restored, batch["clean"]), "prior": 0.1 * prior(restored, batch["clean"])}
-    return {**terms, "tdp": tdp(restored, batch["clean"])}
+    return objective.terms(restorer(batch["degraded"]), batch["clean"])
 
 
 def recognize(batch):
@@ -42,7 +44,7 @@ phases = [
     Phase("classifier", [classifier], recognize, second, schedulers=schedule),
 ]
 training = Alternation(phases, accelerator=accelerator)
-register(accelerator, {"phases": training, "importance": importance, "prior": prior})
+register(accelerator, {"phases": training, "importance": importance, "objective": objective})
 
 degraded, clean = torch.rand(2, 2, 3, 64, 64)
 for step, batch in enumerate([{"degraded": degraded, "clean": clean, "label": torch.tensor([0, 1])}]):

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
-from restoreloss import CQMix, Phase, TDPLoss
+from restoreloss import CQMix, Phase, TDPLoss, WeightedSum
 from restoreloss.integrations.lightning import LightningAlternation
 
 
@@ -15,8 +15,8 @@ class TaskDriven(lightning.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.restorer, self.classifier = nn.Conv2d(3, 3, 3, padding=1), resnet18(num_classes=2)
-        self.pixel, self.task = nn.L1Loss(), nn.CrossEntropyLoss()
-        self.tdp, self.mix = TDPLoss(self.classifier), CQMix()
+        self.task, self.mix = nn.CrossEntropyLoss(), CQMix()
+        self.loss = WeightedSum({"pixel": nn.L1Loss(), "tdp": TDPLoss(self.classifier)}, shares={"tdp": 0.5})
 
     def configure_optimizers(self):
         restorer = torch.optim.AdamW(self.restorer.parameters(), lr=1e-4)
@@ -33,8 +33,7 @@ class TaskDriven(lightning.LightningModule):
 
     def restore(self, batch):
         degraded, clean, label = batch
-        restored = self.restorer(degraded)
-        return {"pixel": self.pixel(restored, clean), "tdp": self.tdp(restored, clean)}
+        return self.loss.terms(self.restorer(degraded), clean)
 
     def recognize(self, batch):
         degraded, clean, label = batch
@@ -43,7 +42,7 @@ class TaskDriven(lightning.LightningModule):
         return self.task(self.classifier(images), label.repeat(3))
 
     def training_step(self, batch, batch_idx):
-        self.log_dict(self.turns.step(batch))  # restorer/pixel, restorer/tdp, restorer/grad_norm, classifier/loss
+        self.log_dict(self.turns.step(batch))  # restorer/pixel, restorer/tdp/layer4, classifier/loss
 
 
 clean = torch.rand(4, 3, 32, 32)

@@ -13,9 +13,8 @@ class Restorer(lightning.LightningModule):
     def __init__(self):
         super().__init__()
         self.network = nn.Conv2d(3, 3, 3, padding=1)  # your network
-        self.loss = WeightedSum(
-            {"pixel": nn.L1Loss(), "diff": Subsampled(DiffLoss(small_prior()), every=2)}, weights={"diff": 0.1}
-        )
+        diff = Subsampled(DiffLoss(small_prior(), timesteps=(100, 600)), every=2)
+        self.loss = WeightedSum({"pixel": nn.L1Loss(), "diff": diff}, shares={"diff": 0.5})
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-4)  # the network's: the prior is hidden

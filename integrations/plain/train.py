@@ -6,7 +6,8 @@ from torch import nn
 from restoreloss import DiffLoss, WeightedSum, small_prior  # new
 
 restorer = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 3, 3, padding=1))  # your network
-loss = WeightedSum({"pixel": nn.L1Loss(), "diff": DiffLoss(small_prior())}, shares={"diff": 0.3})  # new
+diff = DiffLoss(small_prior(), timesteps=(100, 600))  # new
+loss = WeightedSum({"pixel": nn.L1Loss(), "diff": diff}, shares={"diff": 0.5})  # new
 optimizer = torch.optim.AdamW(restorer.parameters(), lr=1e-4)
 
 for step in range(2):  # your loader

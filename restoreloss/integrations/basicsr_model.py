@@ -22,6 +22,7 @@ from restoreloss.integrations.calls import CallCounts
 from restoreloss.integrations.checks import build_from, check_numbers, did_you_mean
 from restoreloss.integrations.options import Criterion
 from restoreloss.integrations.task_networks import normalization, task_network
+from restoreloss.objectives.shares import RunningNorms
 from restoreloss.regularizers.per_sample import Estimator
 
 _log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class ImportanceOptions:
 
     path: str
     estimator: Estimator = "taylor2"
-    strength: float = 0.2
+    strength: float = 0.01
     normalize: Literal["sum", "mean"] = "sum"
     layer_weights: Mapping[str, float] | None = None
 
@@ -88,7 +89,7 @@ class WithRestoreloss:
       after the restorer's, from restored, clean and mixed images, and that the restorer is asked to serve (TDP loss).
       It is saved as ``net_t_ITERATION.pth``.
     - ``train: importance_opt``: :class:`restoreloss.ParameterImportance`.
-    - Training states hold also what our losses count and the importances. What an iteration draws follows from
+    - Training states hold also what our losses count and measure, and the importances. What an iteration draws follows from
       ``manual_seed`` and its number, so that a resumed run draws what it would have drawn.
 
     Raises:
@@ -162,6 +163,8 @@ class WithRestoreloss:
                 with torch.no_grad():
                     logs["l_importance"] = self.importance()
             found = self.alternation.step((self.lq, self.gt, self.gt_path))
+        for norms in self._norms().values():  # By all processes; the first alone saves them.
+            norms.take_in()
         self.output = self.output.detach()
         for key, value in found.items():
             name = key.partition("/")[2]  # The name without that of the phase.
@@ -181,7 +184,7 @@ class WithRestoreloss:
         this.save(epoch, current_iter)
 
     def save_training_state(self, epoch: int, current_iter: int) -> None:
-        """What BasicSR saves, and under "restoreloss" what our losses count and the importances; all or nothing."""
+        """What BasicSR saves, and under "restoreloss" the state of our losses and the importances; all or nothing."""
         if current_iter == -1 or self.opt["rank"] != 0:
             return
         state = {
@@ -191,6 +194,7 @@ class WithRestoreloss:
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "restoreloss": {
                 "calls": self._calls().state_dict(),
+                "shares": {name: norms.state_dict() for name, norms in self._norms().items()},
                 "importance": None if self.importance is None else self.importance.state_dict(),
             },
         }
@@ -214,6 +218,9 @@ class WithRestoreloss:
             _log.warning("The training state is of another model: what our losses count begins at 0.")
             return
         self._calls().load_state_dict(state["calls"])
+        for name, norms in self._norms().items():
+            if name in state["shares"]:  # Those of a loss that is new are measured.
+                norms.load_state_dict(state["shares"][name])
         if self.importance is not None and state["importance"] is not None:
             self.importance.load_state_dict(state["importance"])
 
@@ -310,9 +317,17 @@ class WithRestoreloss:
             raise ValueError(f"`labels` should have a line for each clean image, found none for {unknown[0]!r}.")
         return torch.tensor([self.labels[name] for name in names])
 
-    def _calls(self) -> CallCounts:
+    def _losses(self) -> nn.ModuleDict:
         losses = {"pixel": self.cri_pix, "perceptual": self.cri_perceptual}
-        return CallCounts(nn.ModuleDict({name: loss for name, loss in losses.items() if loss is not None}))
+        return nn.ModuleDict({name: loss for name, loss in losses.items() if loss is not None})
+
+    def _calls(self) -> CallCounts:
+        return CallCounts(self._losses())
+
+    def _norms(self) -> dict[str, RunningNorms]:
+        """What the shares of a WeightedSum are measured by."""
+        found = self._losses().named_modules()
+        return {name: module for name, module in found if isinstance(module, RunningNorms)}
 
     @contextmanager
     def _draws(self, current_iter: int) -> Iterator[None]:

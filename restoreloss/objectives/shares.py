@@ -74,10 +74,15 @@ class RunningNorms(nn.Module):
 
     def begin(self) -> "BackwardPass":
         """The hooks of a call whose backward pass will tell the norms. Takes in those of the call before."""
-        if self._last is not None and self._last.norms:
-            self.update(self.over_processes(self._last.norms))
+        self.take_in()
         self._last = BackwardPass()
         return self._last
+
+    def take_in(self) -> None:
+        """Take in the norms of the last call now, as before a state is saved. Each process has to call."""
+        if self._last is not None and self._last.norms:
+            self.update(self.over_processes(self._last.norms))
+        self._last = None
 
     def by_name(self) -> dict[str, Tensor]:
         """The mean norms."""

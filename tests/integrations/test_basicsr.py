@@ -66,13 +66,14 @@ def logged(text):
 def test_options_of_the_docs_train_and_each_term_is_logged(folder):
     logs = logged((folder / "whole.log").read_text())
     assert list(logs) == [1, 2, 3, 4, 5, 6]
-    names = "l_importance l_pix l_percep l_percep/noise l_percep/h_space l_tdp l_tdp/conv5 l_task"
-    assert set(logs[1]) == set(names.split())
-    assert [logs[n]["l_percep/noise"] > 0 for n in logs] == [True, False, True, False, True, False]
+    parts = ("l_pix/pixel/loss", "l_pix/diff/noise", "l_pix/diff/h_space")
+    assert set(logs[1]) == {"l_importance", "l_pix", *parts, "l_tdp", "l_tdp/conv5", "l_task"}
+    assert [logs[n]["l_pix/diff/noise"] > 0 for n in logs] == [True, True, False, True, False, True]
     for terms in logs.values():
-        assert terms["l_percep"] == pytest.approx(terms["l_percep/noise"] + terms["l_percep/h_space"], rel=1e-3)
+        assert terms["l_pix"] == pytest.approx(sum(terms[part] for part in parts), rel=1e-3)
     assert logs[1]["l_importance"] == 0 < logs[2]["l_importance"]  # begins at its anchor
-    assert logs[6]["l_pix"] < logs[1]["l_pix"] and logs[6]["l_task"] < logs[1]["l_task"]
+    first, last = logs[1], logs[6]
+    assert last["l_pix/pixel/loss"] < first["l_pix/pixel/loss"] and last["l_task"] < first["l_task"]
     assert "# psnr:" in (folder / "whole.log").read_text()
     assert any((folder / "tb_logger" / "denoise").iterdir())
 
@@ -88,7 +89,8 @@ def test_resumed_run_ends_where_the_whole_one_does(folder):
             assert found.pop("epoch") == 0  # BasicSR begins the epoch anew: six iterations are within its first eight
             whole = load(folder, f"denoise/{name}")
             assert whole.pop("epoch") == 1
-            assert whole["restoreloss"]["calls"] == {"perceptual.objective": 6}
+            assert whole["restoreloss"]["calls"] == {"pixel.objective.objective_diff.objective": 13}  # 8 in the first
+            assert whole["restoreloss"]["shares"]["pixel.objective._norms"]["count"] == 13
         else:
             whole = load(folder, f"denoise/{name}")
         assert_equal(found, whole, name)
@@ -106,15 +108,15 @@ def test_own_train_py_with_two_lines_takes_our_losses_into_a_plain_model(tmp_pat
     given["train"] = {key: given["train"][key] for key in ("total_iter", "optim_g", "scheduler")}
     given["train"]["optim_g"]["lr"] = 1e-3
     losses = yaml.safe_load(LOSSES)["train"]
-    losses["perceptual_opt"] |= {"weights": "random", "task": "torchvision/shufflenet_v2_x0_5"}
+    losses["pixel_opt"]["objectives"]["task"] |= {"weights": "random", "task": "torchvision/shufflenet_v2_x0_5"}
     given["train"] |= losses
     given["logger"] |= {"use_tb_logger": False}
     (tmp_path / "train.yml").write_text(yaml.safe_dump(given))
     (tmp_path / "train.py").write_text(TRAIN)
     output = train(tmp_path, "train:total_iter=3", *ALWAYS_THE_SAME, program=["train.py"])
     logs = logged(output)
-    assert [set(terms) for terms in logs.values()] == [{"l_pix", "l_percep"}] * 3
-    assert logs[3]["l_percep"] != logs[1]["l_percep"] > 0
+    assert [set(terms) for terms in logs.values()] == [{"l_pix"}] * 3
+    assert logs[3]["l_pix"] != logs[1]["l_pix"] > 0
     assert "Model [SRModel] is created." in output
 
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 
+from restoreloss import audit
 from restoreloss.integrations import neosr, trainner
 from restoreloss.integrations.options import OPTIONS, criterion
 from tests.helpers.processes import ROOT
@@ -92,6 +93,13 @@ class Own(torch.nn.L1Loss):
         super().__init__()
 
 
+class Decibels(Own):
+    """PSNRLoss of NAFNet."""
+
+    def forward(self, pred, target):
+        return 10 * torch.log10((pred - target).square().mean(dim=(1, 2, 3)) + 1e-8).mean()
+
+
 OPTION_FILES = sorted(
     str(path.relative_to(FOLDER)) for kind in ("yml", "toml", "json") for path in FOLDER.rglob(f"*.{kind}")
 )
@@ -108,10 +116,16 @@ def test_an_options_file_builds_losses_that_pass_a_gradient(name):
     assert found
     for options in found:
         given = options | {"type": options["type"].removeprefix("Perceptual")}
-        restored, clean = torch.rand(2, 1, 3, 48, 48)
-        restored.requires_grad_()
-        criterion(given, own={"CharbonnierLoss": Own})(restored, clean).backward()
+        assert given["type"] == "WeightedSum"
+        restored, clean = torch.rand(2, 8, 3, 32, 32)  # a timestep from each eighth of their range
+        loss = criterion(given, own={"CharbonnierLoss": Own, "PSNRLoss": Decibels})
+        torch.manual_seed(0)
+        loss(restored.requires_grad_(), clean).backward()
         assert restored.grad.abs().sum() > 0
+        report = audit(loss.objective, restored.detach(), clean, draws=4)
+        for name, share in given["shares"].items():
+            found = sum(term.share for term in report if term.name.startswith(f"{name}/"))
+            assert found == pytest.approx(share, abs=0.1), name
 
 
 def test_the_patch_of_kair_builds_the_loss_of_its_options():
