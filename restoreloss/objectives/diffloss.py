@@ -224,44 +224,17 @@ class DiffLoss(Objective):
         generator: Generators,
     ) -> dict[str, Tensor]:  # fmt: skip
         self._range.look({"restored": restored, "target": target})
-        tiles = None
-        if self.crop is not None and self.training and restored.requires_grad and torch.is_grad_enabled():
-            tiles, restored, target = self._tiles(self.crop, restored, target, generator)
         denoiser = self._denoiser.network
-
-        z = self._to_model_space(restored)
-        with torch.no_grad():
-            x = self._to_model_space(target)
-        denoiser.check_input(z, "restored" if self._encoder is None else "encoder(restored)")
-        if tiles is not None:
-            tiles.check_steps(z)
-        size = _height_width(z)
-        z, x = (fit_size(image, denoiser.multiple, self.size, square=denoiser.square) for image in (z, x))
-        if self.size == "resize":
-            size = _height_width(z)  # nothing to crop
-        t = denoiser.schedule.expand_timestep(self._timestep(z, generator) if timestep is None else timestep, z)
-        noise = standard_normal(z, generator) if noise is None else self._fit_noise(noise, z, size)
-
+        z, x, t, noise, valid, tiles = self._prepare(denoiser, restored, target, timestep, noise, generator)
         # Eq. 7: both images under the same noise at the same timestep
         with torch.no_grad():
             seen_in_target = self._look(denoiser, denoiser.schedule.add_noise(x, noise, t), t)
-        noisy = denoiser.schedule.add_noise(z, noise, t)
-        with torch.set_grad_enabled(self.jacobian and torch.is_grad_enabled()):
-            seen_in_restored = self._look(denoiser, noisy, t)
-        if not self.jacobian:  # the value of what is seen, with the derivative of what is shown
-            seen_in_restored = {name: seen + (noisy - noisy.detach()) for name, seen in seen_in_restored.items()}
-        if z.requires_grad and torch.is_grad_enabled():
-            for name, seen in seen_in_restored.items():
-                if not seen.requires_grad:
-                    raise ValueError(
-                        f"`denoiser` should pass a gradient to `restored`, found none in {name!r}: its forward pass is "
-                        "under `no_grad` or `inference_mode`, or detaches the image."
-                    )
+        seen_in_restored = self._look_with_gradient(denoiser, denoiser.schedule.add_noise(z, noise, t), t)
         terms = {}
         for name, reference in seen_in_target.items():
             values = distance_per_sample(
-                crop_map(seen_in_restored[name], _height_width(z), size),
-                crop_map(reference, _height_width(z), size),
+                crop_map(seen_in_restored[name], _height_width(z), valid),
+                crop_map(reference, _height_width(z), valid),
                 self.distance,
                 weights=None if tiles is None else tiles.weights(reference),
             )
@@ -270,6 +243,28 @@ class DiffLoss(Objective):
                 values = values * self._snr_weights[t]
             terms[name] = self._weights[name] * reduce_samples(values, self.reduction)
         return terms
+
+    def _prepare(
+        self, denoiser: Denoiser, restored: Tensor, target: Tensor, timestep: Tensor | int | None,
+        noise: Tensor | None, generator: Generators,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[int, int], Tiles | None]:  # fmt: skip
+        """Both images as the denoiser takes them, t and the noise; the size of what is compared, and its tiles."""
+        tiles = None
+        if self.crop is not None and self.training and restored.requires_grad and torch.is_grad_enabled():
+            tiles, restored, target = self._tiles(self.crop, restored, target, generator)
+        z = self._to_model_space(restored)
+        with torch.no_grad():
+            x = self._to_model_space(target)
+        denoiser.check_input(z, "restored" if self._encoder is None else "encoder(restored)")
+        if tiles is not None:
+            tiles.check_steps(z)
+        valid = _height_width(z)
+        z, x = (fit_size(image, denoiser.multiple, self.size, square=denoiser.square) for image in (z, x))
+        if self.size == "resize":
+            valid = _height_width(z)  # nothing to crop
+        t = denoiser.schedule.expand_timestep(self._timestep(z, generator) if timestep is None else timestep, z)
+        noise = standard_normal(z, generator) if noise is None else self._fit_noise(noise, z, valid)
+        return z, x, t, noise, valid, tiles
 
     def forward(
         self,
@@ -367,6 +362,21 @@ class DiffLoss(Objective):
             return {"h_space": denoiser.bottleneck(noisy, t)}
         noise, h = denoiser.with_bottleneck(noisy, t, native=native)
         return {"noise": noise, "h_space": h}
+
+    def _look_with_gradient(self, denoiser: Denoiser, noisy: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """What it sees in the restored image, through which the gradient comes back, or past which."""
+        with torch.set_grad_enabled(self.jacobian and torch.is_grad_enabled()):
+            found = self._look(denoiser, noisy, t)
+        if not self.jacobian:  # the value of what is seen, with the derivative of what is shown
+            found = {name: seen + (noisy - noisy.detach()) for name, seen in found.items()}
+        if noisy.requires_grad and torch.is_grad_enabled():
+            for name, seen in found.items():
+                if not seen.requires_grad:
+                    raise ValueError(
+                        f"`denoiser` should pass a gradient to `restored`, found none in {name!r}: its forward pass is "
+                        "under `no_grad` or `inference_mode`, or detaches the image."
+                    )
+        return found
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
