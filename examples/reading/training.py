@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from examples.common.data.words import Degradation
 from examples.common.networks.text_readers import TDP_LAYERS, EnglishG2, to_english_g2
-from restoreloss import Objective, TDPLoss, WeightedSum, calibrate
+from restoreloss import TDPLoss, WeightedSum, calibrate
 
 BATCH, TDP_BATCH = 16, 4
 """Words of a step, with L1 alone and where a network looks at the images."""
@@ -112,36 +112,6 @@ def enlarged(degraded: Tensor, scale: int = 4) -> Tensor:
     return F.interpolate(degraded, scale_factor=float(scale), mode="bicubic").clamp(0, 1)
 
 
-class Moved(Objective):
-    """An objective that sees both images, gray, after one small motion, drawn anew for each sample at each call.
-
-    A reader's grid of pixels is its own. What a restorer puts into that grid to please one reader alone, a texture,
-    does not survive the motion.
-    """
-
-    def __init__(self, objective: Objective) -> None:
-        super().__init__()
-        self.objective = objective
-
-    def terms(self, restored: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Those of the objective, of what is moved."""
-        return self.objective.terms(*moved(restored, target))
-
-
-def moved(restored: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Both images, (N, 1, H, W), each sample stretched by up to 15 %, sheared by 0.15 and shifted by 4 pixels."""
-    count, _, height, width = restored.shape
-    across, down, slant, right, below = 2 * torch.rand(5, count) - 1
-    motion = torch.zeros(count, 2, 3)
-    motion[:, 0, 0], motion[:, 1, 1] = 1.15**across, 1.15**down
-    motion[:, 0, 1] = 0.15 * slant * height / width
-    motion[:, 0, 2], motion[:, 1, 2] = 4 * right / (width / 2), 4 * below / (height / 2)
-    both = torch.cat([restored, target]).mean(dim=1, keepdim=True)
-    grid = F.affine_grid(motion.repeat(2, 1, 1).to(both), list(both.shape), align_corners=False)
-    one, other = F.grid_sample(both, grid, mode="bicubic", padding_mode="border", align_corners=False).chunk(2)
-    return one, other
-
-
-def tdp_loss(reader: EnglishG2) -> Objective:
+def tdp_loss(reader: EnglishG2) -> TDPLoss:
     """The loss that looks through the reader."""
-    return Moved(TDPLoss(reader, TDP_LAYERS, normalize=to_english_g2))
+    return TDPLoss(reader, TDP_LAYERS, normalize=to_english_g2)

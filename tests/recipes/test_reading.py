@@ -247,34 +247,6 @@ def test_quickstart_without_the_extra_says_what_to_install(
     assert not (tmp_path / "out").exists()
 
 
-def test_both_images_are_moved_alike_and_each_sample_anew() -> None:
-    image = torch.rand(1, 3, 64, 160).expand(2, -1, -1, -1)
-    one, other = training.moved(image, image)
-    torch.testing.assert_close(one, other)
-    assert not torch.allclose(one[0], one[1])
-    assert not torch.allclose(one, training.moved(image, image)[0])
-
-
-def test_a_motion_has_the_size_that_it_says() -> None:
-    down, across = torch.meshgrid(torch.arange(64.0), torch.arange(160.0), indexing="ij")
-    x, y = training.moved(across.expand(300, 3, -1, -1), down.expand(300, 3, -1, -1))
-    assert x.shape == y.shape == (300, 1, 64, 160)
-    middle = (slice(None), 0, slice(24, 40), slice(60, 100))
-    x, y = x[middle], y[middle]
-    for place, center in ((x, 79.5), (y, 31.5)):
-        shift = place.mean(dim=(1, 2)) - center
-        assert 3.5 < float(shift.abs().max()) <= 4.001
-    slopes = {  # of each sample
-        name: (place.select(dim, -1) - place.select(dim, 0)).mean(dim=1) / (place.shape[dim] - 1)
-        for name, place, dim in (("xx", x, 2), ("yy", y, 1), ("xy", x, 1), ("yx", y, 2))
-    }
-    for stretch in (slopes["xx"], slopes["yy"]):
-        assert 1 / 1.152 < float(stretch.min()) < 0.88
-        assert 1.13 < float(stretch.max()) < 1.152
-    assert 0.14 < float(slopes["xy"].abs().max()) < 0.152
-    assert float(slopes["yx"].abs().max()) < 1e-3
-
-
 def test_the_loss_has_a_term_for_each_layer_and_a_gradient() -> None:
     loss = training.tdp_loss(readers.EnglishG2().eval())
     restored = torch.rand(2, 3, 64, 160, requires_grad=True)
