@@ -32,20 +32,26 @@ def square(photo: Tensor, size: int) -> Tensor:
     return F.interpolate(middle, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def contact_sheet(columns: Mapping[str, Sequence[Tensor]], *, width: int, tile: int = TILE) -> Figure:
-    """Named columns of images (1, 3, H, W), ``width`` of them in a band, with their names above."""
-    rows = max(map(len, columns.values()))
+def contact_sheet(
+    columns: Mapping[str, Sequence[Tensor]], *, width: int, tile: int = TILE, rows: Sequence[str] = ("",)
+) -> Figure:
+    """Named columns of images (1, 3, H, W), ``width`` of them in a band, their names above and those of rows beside."""
     bands = -(-len(columns) // width)
-    band_height = rows * tile + LABEL
-    height = bands * band_height
-    figure = Figure(figsize=(width * tile / 100, height / 100), dpi=100)
+    band_height = len(rows) * tile + LABEL
+    height, left = bands * band_height, LABEL if any(rows) else 0
+    across = left + width * tile
+    figure = Figure(figsize=(across / 100, height / 100), dpi=100)
     for number, (name, images) in enumerate(columns.items()):
         band, column = divmod(number, width)
         top = height - band * band_height - LABEL
         for row, image in enumerate(images, 1):
             shown = F.interpolate(image, size=(tile, tile), mode="area")[0].permute(1, 2, 0)
-            figure.figimage(shown.numpy(), column * tile, top - row * tile, origin="upper")
-        figure.text((column + 0.5) / width, (top + LABEL / 2) / height, name, ha="center", va="center", fontsize=7)
+            figure.figimage(shown.numpy(), left + column * tile, top - row * tile, origin="upper")
+        middle = (left + (column + 0.5) * tile) / across
+        figure.text(middle, (top + LABEL / 2) / height, name, ha="center", va="center", fontsize=7)
+        for row, said in enumerate(rows if column == 0 else ()):
+            place = (top - (row + 0.5) * tile) / height
+            figure.text(LABEL / 2 / across, place, said, ha="center", va="center", fontsize=7, rotation=90)
     return figure
 
 
@@ -55,7 +61,7 @@ def corruptions(clean: Tensor, seed: int) -> Figure:
         name: [corrupt(clean, name, severity, generator=torch.Generator().manual_seed(seed)) for severity in (1, 3, 5)]
         for name in CORRUPTIONS
     }
-    return contact_sheet(columns, width=10)
+    return contact_sheet(columns, width=10, rows=("severity 1", "severity 3", "severity 5"))
 
 
 def degradations(clean: Tensor, seed: int) -> Figure:
@@ -67,7 +73,7 @@ def degradations(clean: Tensor, seed: int) -> Figure:
         ]
         for name in DEGRADATIONS
     }
-    return contact_sheet(columns, width=6, tile=160)
+    return contact_sheet(columns, width=6, tile=160, rows=("as in training", "shifted"))
 
 
 def mixtures(clean: Tensor, seed: int) -> Figure:

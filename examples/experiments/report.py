@@ -30,14 +30,22 @@ from scipy.stats import t as student_t
 
 from examples.common.engine.run_directory import read_json
 
-METHODS = (
-    "oracle", "no_restoration", "pre_restoration", "pretrain", "pretrain_as_long", "squared", "squared_as_long",
-    "squared_tdp", "h_fixed", "l_to_t", "l_to_t_3x", "s_to_t", "s_to_t_3x", "t_to_s", "joint", "tdsr", "rsrssn",
-    "no_tdp", "sr_only", "hr_only", "no_cqmix", "fixed_task", "fixed_foreign", "tdp_joint", "sr4ir", "conventional",
-    "hlf_long", "hlf_from_noise", "no_pre", "no_hlf", "no_fm", "no_prior", "only_task", "only_reference",
-    "frozen_decoder", "no_color_fix", "edtr", "edtr_1", "edtr_4",
-)  # fmt: skip
-"""In the order of the tables."""
+WORDS = {
+    "oracle": "recognizer on HR", "no_restoration": "no restoration", "pre_restoration": "pixels alone",
+    "pretrain": "L1", "pretrain_as_long": "L1, as long", "squared": "L1 + squared error",
+    "squared_as_long": "L1 + squared error, as long", "squared_tdp": "L1 + squared error + TDP",
+    "h_fixed": "L1 + TDP, H as it is", "l_to_t": "enlarged, then H", "l_to_t_3x": "enlarged, then H, 3x steps",
+    "s_to_t": "S, then H", "s_to_t_3x": "S, then H, 3x steps", "t_to_s": "H, then S", "joint": "S and H, one loss",
+    "tdsr": "TDSR", "rsrssn": "RSRSSN", "no_tdp": "SR4IR without TDP", "sr_only": "H on SR alone",
+    "hr_only": "H on HR alone", "no_cqmix": "SR4IR without CQMix", "fixed_task": "TDP, fixed network",
+    "fixed_foreign": "TDP, foreign network", "tdp_joint": "TDP trained jointly", "sr4ir": "SR4IR",
+    "conventional": "from pure noise", "hlf_long": "HLF, from noise, many steps", "hlf_from_noise": "HLF, from noise",
+    "no_pre": "EDTR without pre-restoration", "no_hlf": "EDTR without HLF", "no_fm": "EDTR without FM",
+    "no_prior": "EDTR without the prior", "only_task": "HLF of H alone", "only_reference": "HLF of H_HQ alone",
+    "frozen_decoder": "EDTR, decoder frozen", "no_color_fix": "EDTR without color fix", "edtr": "EDTR",
+    "edtr_1": "EDTR, 1 step", "edtr_4": "EDTR, 4 steps",
+}  # fmt: skip
+"""Methods in the order of the tables, and what images and charts call them; others keep the name of their option."""
 METRICS = {
     "score": 1,
     "score_errors": 1,
@@ -165,7 +173,7 @@ def read_runs(root: Path, *, by_folder: bool = False) -> dict[Group, Methods]:
             logger.warning("%s skipped: %s", folder, " ".join(str(error).split()))
             continue
         seeds[seed] = run
-    order = {method: index for index, method in enumerate(METHODS)}
+    order = {method: index for index, method in enumerate(WORDS)}
     return {
         group: {
             method: dict(sorted(groups[group][method].items()))
@@ -314,7 +322,7 @@ def save_bars(path: Path, groups: Mapping[Group, Methods], reference: str) -> No
             color = "tab:orange" if method == reference else "tab:blue"
             axes.barh(y, sample.mean, xerr=sample.std, color=color, alpha=0.6, capsize=3)
             axes.plot(sample.values, [y + 0.25] * len(sample.values), "o", color="white", mec="black", markersize=4)
-        axes.set_yticks(range(len(scores)), list(scores))
+        axes.set_yticks(range(len(scores)), [WORDS.get(method, method) for method in scores])
         axes.set_ylim(most[number // columns] - 0.4, -0.6)  # bars of one thickness
         axes.set_title(textwrap.fill(str(group), 60), fontsize=9)
         axes.set_xlabel("score: mean, standard deviation, seeds")
@@ -371,7 +379,7 @@ def save_sheet(path: Path, samples: Mapping[str, Mapping[str, Any]]) -> None:
             elif title == "HR":
                 axes.set_xlabel(truth, fontsize=8)
             if row == 0:
-                axes.set_title(title, fontsize=8)
+                axes.set_title(textwrap.fill(WORDS.get(title, title), 16), fontsize=8)
     figure.savefig(path, dpi=130)
 
 

@@ -208,7 +208,7 @@ def order_by_timestep(matches: Mapping[str, TimestepMatch | float]) -> list[str]
 
 
 def plot_matches(matches: Mapping[str, TimestepMatch], path: str | Path) -> Path:
-    """Draw the curves of several degradations, each relative to the unrestored image, with t* marked.
+    """Draw the curves of several degradations, each relative to the unrestored image, with t* marked and written.
 
     Args:
         matches: by name.
@@ -221,15 +221,26 @@ def plot_matches(matches: Mapping[str, TimestepMatch], path: str | Path) -> Path
         ImportError: Without matplotlib.
     """
     drawing = require("matplotlib.figure", purpose="plot_matches", install="matplotlib")
-    figure = drawing.Figure(figsize=(7, 4.5), layout="constrained")
+    figure = drawing.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
+    ends = {}
     for name, match in matches.items():
         relative = match.curve / match.unrestored.mean()
-        (line,) = axes.plot(match.timesteps, relative, label=f"{name}: {match.best}" + " (none)" * match.degenerate)
+        (line,) = axes.plot(match.timesteps, relative)
         axes.plot(match.best, float(relative.min()), "o", color=line.get_color())
-    axes.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="timestep", ylabel="distance to the clean image / unrestored")
-    axes.legend(fontsize="small")
+        ends[name] = float(relative[-1]), line.get_color()
+    axes.axhline(1.0, color="gray", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="timestep", ylabel="distance to the clean image / unrestored", yscale="log")
+    places = sorted(ends, key=lambda name: ends[name][0])
+    for row, name in enumerate(places):  # The labels are in the order of the ends of the curves.
+        match, (end, color) = matches[name], ends[name]
+        said = "no timestep helps" if match.degenerate else f"t* = {match.best}"
+        height = (row + 0.5) / len(places)
+        axes.annotate(
+            f"{name}: {said}", (float(match.timesteps[-1]), end), xytext=(1.04, height), textcoords="axes fraction",
+            va="center", fontsize="small", color=color,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5)},
+        )  # fmt: skip
     figure.savefig(path, dpi=120)
     return Path(path)
 

@@ -25,6 +25,17 @@ def test_every_option_is_described(kind: type) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Inner:
+    """A group.
+
+    Attributes:
+        weight: how much.
+    """
+
+    weight: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
 class Made(TrainerOptions):
     """A run.
 
@@ -32,17 +43,21 @@ class Made(TrainerOptions):
         lr: how fast, of :class:`torch.optim.Adam`
             or ``another``.
         names: a | b.
+        maps: by name.
+        inner: others.
     """
 
     steps: int = 7
     lr: float = 0.5
     names: tuple[str, ...] = ("a",)
     maps: dict[str, int] = field(default_factory=dict)
+    inner: Inner = field(default_factory=Inner)
 
 
 def test_a_table_has_what_a_recipe_adds_or_sets_otherwise() -> None:
     rows = option_table(Made).splitlines()[2:]
-    assert [row.split("|")[1].strip() for row in rows] == ["`--steps`", "`--lr`", "`--names`", "`--maps`"]
+    assert [row.split("|")[1].strip() for row in rows] == ["`--steps`", "`--lr`", "`--names`", "`--maps`", "`--inner.weight`"]
     assert rows[0].startswith("| `--steps` | `7` | steps of every phase.")
     assert rows[1] == "| `--lr` | `0.5` | how fast, of `Adam` or `another`. |"
     assert rows[2] == "| `--names` | `['a']` | a \\| b. |"
+    assert rows[4] == "| `--inner.weight` | `0.5` | how much. |"

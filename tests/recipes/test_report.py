@@ -12,7 +12,7 @@ from PIL import Image
 
 from examples.common.engine.run_directory import RunDirectory
 from examples.experiments import report as module
-from examples.experiments.report import METHODS, main, read_runs
+from examples.experiments.report import WORDS, main, read_runs
 
 T_975 = {1: 12.706204736, 2: 4.302652730, 3: 3.182446305}  # of Student's t, from a printed table
 GENERATED = {"task": "classification", "data": "generated", "scale": 4, "start": "scratch", "restorer": "edsr-small"}
@@ -138,7 +138,7 @@ def test_cells_on_fewer_seeds_say_so(tmp_path: Path) -> None:
 
 
 def test_methods_and_groups_have_one_order(tmp_path: Path) -> None:
-    for method in (*sorted(METHODS), "zebra", "ant"):
+    for method in (*sorted(WORDS), "zebra", "ant"):
         finished(tmp_path, method, 1, {"score": 1.0})
     changes: tuple[dict[str, Any], ...] = (
         {"task": "detection"}, {"data": "photos/ü"}, {"scale": 8}, {"start": "hr"}, {"restorer": "swinir"},
@@ -149,7 +149,7 @@ def test_methods_and_groups_have_one_order(tmp_path: Path) -> None:
     groups = read_runs(tmp_path)
     assert len(groups) == 9
     (methods,) = [methods for group, methods in groups.items() if str(group) == TITLE]
-    assert list(methods) == [*METHODS, "ant", "zebra"]
+    assert list(methods) == [*WORDS, "ant", "zebra"]
     assert list(groups) == sorted(groups, key=str)
     assert len({group.slug for group in groups}) == 9
     assert not any("/" in group.slug for group in groups)
@@ -277,7 +277,7 @@ def test_bars_are_means_with_deviations_and_seeds(tmp_path: Path, drawn: list[An
     ]  # fmt: skip
     assert [axes.axison for axes in panels.flat] == [True] * 4 + [False] * 2
     axes = panels[0, 0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == list(SCORES)[::-1]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [WORDS[method] for method in list(SCORES)[::-1]]
     assert [bar.get_width() for bar in axes.patches] == [98.5, 64, 67]
     assert [bar.get_x() for bar in axes.patches] == [0, 0, 0], "from zero"
     colors = [bar.get_facecolor()[:3] for bar in axes.patches]
@@ -287,7 +287,7 @@ def test_bars_are_means_with_deviations_and_seeds(tmp_path: Path, drawn: list[An
         assert (low, high) == pytest.approx((mean - std, mean + std))
     dots = [line.get_xdata() for line in axes.lines if line.get_marker() == "o"]
     assert [list(x) for x in dots] == [list(SCORES[method].values()) for method in list(SCORES)[::-1]]
-    assert [label.get_text() for label in panels[0, 1].get_yticklabels()] == ["sr4ir"], "pretrain has no score"
+    assert [label.get_text() for label in panels[0, 1].get_yticklabels()] == ["SR4IR"], "pretrain has no score"
     assert panels[0, 1].patches[0].get_width() == 10
 
 
@@ -298,7 +298,7 @@ def test_sheet_shows_what_was_predicted_in_what(tmp_path: Path, drawn: list[Any]
     module.save_sheet(tmp_path / "sheet.png", {"joint": found, "sr4ir": {**found, "predictions": truth}})
     (grid,) = drawn
     assert len(grid) == module.IMAGES < len(truth)
-    assert [axes.get_title() for axes in grid[0]] == ["LR", "joint", "sr4ir", "HR"]
+    assert [axes.get_title() for axes in grid[0]] == ["LR", "S and H, one\nloss", "SR4IR", "HR"]
     labels = [[(axes.get_xlabel(), axes.xaxis.label.get_color()) for axes in row] for row in grid[:3]]
     assert labels[0] == [("", "black"), ("✓ class 0", "green"), ("✓ class 0", "green"), ("class 0", "black")]
     assert labels[1][1:] == [("✗ class 9", "red"), ("✓ class 1", "green"), ("class 1", "black")]

@@ -47,7 +47,7 @@ def run(
         """A parser whose errors are one line."""
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            super().error(" ".join(message.split()), ex)
+            self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)

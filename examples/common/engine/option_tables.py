@@ -38,7 +38,10 @@ def option_table(config: type) -> str:
 
 
 def descriptions(config: type) -> dict[str, str]:
-    """What the docstring of a dataclass, or of the one that it extends, says of each attribute, as Markdown."""
+    """What the docstring of a dataclass, or of the one that it extends, says of each attribute, as Markdown.
+
+    Those of an attribute that is a dataclass itself have its name before theirs: "diff.share".
+    """
     found: dict[str, str] = {}
     for kind in reversed(config.__mro__):
         text = inspect.getdoc(kind) or ""
@@ -47,6 +50,9 @@ def descriptions(config: type) -> dict[str, str]:
             name, colon, rest = block.strip().partition(":")
             if colon and name.isidentifier():
                 found[name] = _markdown(rest)
+    for field in fields(config):
+        if (group := _group(field)) is not None:
+            found |= {f"{field.name}.{name}": text for name, text in descriptions(group).items()}
     return found
 
 
@@ -91,11 +97,16 @@ def _own(config: type, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
     for field in fields(config):
         if field.name in inherited and inherited[field.name] == _default(field):
             continue
-        made = field.default_factory() if field.default_factory is not MISSING else field.default
-        if is_dataclass(made) and not isinstance(made, type):
-            yield from _own(type(made), f"{prefix}{field.name}.")
+        if (group := _group(field)) is not None:
+            yield from _own(group, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", field
+
+
+def _group(field: Field[Any]) -> type | None:
+    """The dataclass of options that a field holds, if it does."""
+    made = field.default_factory() if field.default_factory is not MISSING else field.default
+    return type(made) if is_dataclass(made) and not isinstance(made, type) else None
 
 
 def _default(field: Field[Any]) -> str:

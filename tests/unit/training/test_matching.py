@@ -312,7 +312,7 @@ def test_curves_are_drawn_into_a_file(tmp_path: Path) -> None:
     path = plot_matches({"noise": match, "haze": never}, tmp_path / "curves.png")
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
     text = plot_matches({"noise": match, "haze": never}, str(tmp_path / "curves.svg")).read_text()
-    assert "noise: 1" in text and "haze: 1 (none)" in text and "noise: 1 (none)" not in text
+    assert "noise: t* = 1" in text and "haze: no timestep helps" in text and "haze: t*" not in text
 
 
 IMAGE = images(2, 3, 4, 4)
