@@ -130,7 +130,7 @@ def _corrupted(
     else:
         samples = zip(unit.split(1), names, severities, generators, strict=True)
         corrupted = torch.cat([_apply(kind, x, level, one, extent) for x, kind, level, one in samples])
-    return corrupted.clamp(0, 1).to(image.dtype)
+    return corrupted.clamp_(0, 1).to(image.dtype)
 
 
 def _apply(name: str, unit: Tensor, severity: int, generator: torch.Generator | None, extent: float) -> Tensor:
@@ -240,10 +240,17 @@ class Corruptions(nn.Module):
         return f"names={self.names}, severities={self.severities}, side={self.side}, extent={self.extent}"
 
 
-def apply_corruption(unit: Tensor, what: Corruption, *, generator: torch.Generator | None = None) -> Tensor:
-    """One corruption of images in [0, 1], at its reduced size; "clean" leaves them as they are."""
+def apply_corruption(
+    unit: Tensor, what: Corruption, *, generator: torch.Generator | None = None, clip: bool = True
+) -> Tensor:
+    """One corruption of images in [0, 1], at its reduced size; "clean" leaves them as they are.
+
+    Without ``clip`` they are known to be float32 or float64 within [0, 1], as what has been 8 bits is.
+    """
     if what.name == CLEAN:
         return unit
+    if what.scale == 1 and not clip:
+        return _apply(what.name, unit, what.severity, generator, what.extent).clamp_(0, 1)
     if what.scale == 1:
         return _corrupted(unit, what.name, what.severity, generator, what.extent)
     size = [max(_SMALLEST, round(side / what.scale)) for side in unit.shape[2:]]

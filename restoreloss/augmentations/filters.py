@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restoreloss.generators import uniform
+from restoreloss.images import continued
 
 Generator: TypeAlias = torch.Generator | None
 
@@ -68,7 +69,7 @@ def smooth(x: Tensor, sigma: tuple[float, float], *, truncate: float = 4, mirror
             place = torch.minimum(place, 2 * side - 1 - place)
         weights = [math.exp(-0.5 * (k / width) ** 2) for k in range(-reach, reach + 1)]
         taps = [(k, 0, w / sum(weights)) if dim == 2 else (0, k, w / sum(weights)) for k, w in enumerate(weights)]
-        x = _weigh(x.index_select(dim, place.clamp(0, side - 1)), x.shape, taps)
+        x = _weigh(continued(x, dim, place.clamp(0, side - 1), reach), x.shape, taps)
     return x
 
 
@@ -89,9 +90,14 @@ def drag(x: Tensor, radius: int, sigma: float, degrees: tuple[float, float], gen
 def _weigh(padded: Tensor, size: Sequence[int], taps: Iterable[tuple[int, int, float]]) -> Tensor:
     """Weighted sum of windows of ``size``, each given by the row and the column where it begins."""
     height, width = size[-2:]
+    taps = list(taps)
     total = padded.new_zeros(*padded.shape[:-2], height, width)
-    for row, column, weight in taps:
-        total.add_(padded[..., row : row + height, column : column + width], alpha=weight)
+    block = 64 if total.device.type == "cpu" else height  # So many rows stay in the cache of a processor.
+    for top in range(0, height, block):
+        part = total[..., top : top + block, :]
+        for row, column, weight in taps:
+            window = padded[..., top + row : top + row + part.shape[-2], column : column + width]
+            part.add_(window, alpha=weight)
     return total
 
 

@@ -21,19 +21,19 @@ PIXELATE_SHARE = (0.6, 0.5, 0.4, 0.3, 0.25)
 
 def _gaussian_noise(x: Tensor, level: int, generator: Generator) -> Tensor:
     scale = (0.08, 0.12, 0.18, 0.26, 0.38)[level]
-    return x + scale * standard_normal(x, generator)
+    return standard_normal(x, generator).mul_(scale).add_(x)
 
 
 def _shot_noise(x: Tensor, level: int, generator: Generator) -> Tensor:
     photons = (60, 25, 12, 5, 3)[level]
     device = x.device if generator is None else generator.device
-    return torch.poisson((photons * x).to(device), generator=generator).to(x.device) / photons
+    return torch.poisson((photons * x).to(device), generator=generator).to(x.device).div_(photons)
 
 
 def _impulse_noise(x: Tensor, level: int, generator: Generator) -> Tensor:
     share = (0.03, 0.06, 0.09, 0.17, 0.27)[level]
     drawn = uniform(x, generator)
-    return x.masked_fill(drawn < share / 2, 0).masked_fill(drawn >= 1 - share / 2, 1)
+    return x.masked_fill(drawn < share / 2, 0).masked_fill_(drawn >= 1 - share / 2, 1)
 
 
 def _defocus_blur(x: Tensor, level: int, _: Generator, extent: float = 1.0) -> Tensor:
@@ -99,8 +99,10 @@ def _motion_blur(x: Tensor, level: int, generator: Generator, extent: float = 1.
 def _zoom_blur(x: Tensor, level: int, _: Generator) -> Tensor:
     step, count = ((0.01, 12), (0.01, 16), (0.02, 11), (0.02, 13), (0.03, 11))[level]
     height, width = x.shape[2:]
-    zoomed = (zoom(x, 1 + k * step)[..., :height, :width] for k in range(count))
-    return sum(zoomed, x) / (count + 1)
+    total = x.clone()
+    for k in range(count):
+        total += zoom(x, 1 + k * step)[..., :height, :width]
+    return total.div_(count + 1)
 
 
 def _snow(x: Tensor, level: int, generator: Generator, extent: float = 1.0) -> Tensor:
@@ -116,30 +118,31 @@ def _snow(x: Tensor, level: int, generator: Generator, extent: float = 1.0) -> T
     fallen = drag(flakes, _pixels(radius * extent), sigma * extent, (-135, -45), generator)
     fallen = fallen[..., : x.shape[2], : x.shape[3]]
     gray = (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
-    white = keep * x + (1 - keep) * torch.maximum(x, 1.5 * gray + 0.5)
-    return white + fallen + fallen.rot90(2, (2, 3))
+    white = torch.maximum(x, gray.mul_(1.5).add_(0.5)).mul_(1 - keep).add_(keep * x)
+    return white.add_(fallen).add_(fallen.rot90(2, (2, 3)))
 
 
 def _fog(x: Tensor, level: int, generator: Generator) -> Tensor:
     amount, decay = ((1.5, 2), (2.0, 2), (2.5, 1.7), (2.5, 1.5), (3.0, 1.4))[level]
     brightest = x.amax(dim=(1, 2, 3), keepdim=True)
-    return (x + amount * plasma(x[:, :1], decay, generator)) * brightest / (brightest + amount)
+    return (x + amount * plasma(x[:, :1], decay, generator)).mul_(brightest).div_(brightest + amount)
 
 
 def _frost(x: Tensor, level: int, generator: Generator) -> Tensor:
     keep, add = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))[level]
-    return keep * x + add * ice(x, generator)
+    return ice(x, generator).mul_(add).add_(keep * x)
 
 
 def _brightness(x: Tensor, level: int, _: Generator) -> Tensor:
     value = x.amax(dim=1, keepdim=True)
-    brighter = (value + (0.1, 0.2, 0.3, 0.4, 0.5)[level]).clamp(max=1)
-    return brighter * torch.where(value > 0, x / value, 1)  # Hue and saturation are ratios of the channels.
+    brighter = (value + (0.1, 0.2, 0.3, 0.4, 0.5)[level]).clamp_(max=1)
+    black = value < torch.finfo(x.dtype).tiny  # Elsewhere hue and saturation are ratios of the channels.
+    return (x * (brighter / value).masked_fill_(black, 0)).add_(brighter * black)
 
 
 def _contrast(x: Tensor, level: int, _: Generator) -> Tensor:
     mean = x.mean(dim=(2, 3), keepdim=True)
-    return (0.4, 0.3, 0.2, 0.1, 0.05)[level] * (x - mean) + mean
+    return (x - mean).mul_((0.4, 0.3, 0.2, 0.1, 0.05)[level]).add_(mean)
 
 
 def _elastic_transform(x: Tensor, level: int, generator: Generator) -> Tensor:

@@ -60,9 +60,10 @@ def ice(x: Tensor, generator: Generator) -> Tensor:
     for start, flip, side in ((top, mirrored[0], height), (left, mirrored[1], width)):
         step = torch.where(flip < 0.5, 1, -1)[:, None]
         positions.append(((_SIDE * start).long()[:, None] + step * torch.arange(side, device=x.device)) % _SIDE)
-    window = _standard(texture[positions[0][:, :, None], positions[1][:, None, :]][:, None]).to(x.dtype)
+    windows = [texture.index_select(0, rows).index_select(1, columns) for rows, columns in zip(*positions, strict=True)]
+    window = _standard(torch.stack(windows)[:, None]).to(x.dtype)
     color = x.new_tensor(_PANES)[(len(_PANES) * pane).long(), :, None, None]
-    return (color[:, :3] + color[:, 3:] * window).clamp(0, 1)
+    return (color[:, :3] + color[:, 3:] * window).clamp_(0, 1)
 
 
 _SIDE = 1024

@@ -52,7 +52,7 @@ def corrupt(image: Any, severity: int = 1, corruption_name: str | None = None, c
     Randomness is torch's global one (``torch.manual_seed``), where the package has numpy's. What differs otherwise is
     listed at :func:`restoreloss.corrupt`.
     """
-    array = np.array(image)
+    array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
         raise ValueError(
             f"`image` should be uint8 of shape (H, W, 3) or (H, W), found {describe(image)} of {array.dtype} and shape "
@@ -75,8 +75,8 @@ def corrupt(image: Any, severity: int = 1, corruption_name: str | None = None, c
         raise ValueError(f"`severity` should be a whole number from 1 to 5, found {severity!r}.")
     if corruption_name in ON_BYTES:
         return np.array(ON_BYTES[corruption_name](Image.fromarray(array), severity - 1))
-    batch = torch.from_numpy(array).permute(2, 0, 1).contiguous()[None]
-    return corrupted(batch, Corruption(corruption_name, severity))[0].permute(1, 2, 0).contiguous().numpy()
+    batch = torch.from_numpy(np.stack([array[..., channel] for channel in range(3)]))[None]
+    return np.stack(list(corrupted(batch, Corruption(corruption_name, severity))[0].numpy()), axis=-1)
 
 
 def get_corruption_names(subset: str = "common") -> list[str]:

@@ -225,7 +225,7 @@ def corrupted(image: Tensor, what: Corruption) -> Tensor:
     if image.dtype == torch.uint8 and what.scale == 1 and what.name in ON_BYTES:
         pixels = [np.asarray(ON_BYTES[what.name](_to_pil(one), what.severity - 1)) for one in image]
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(image.device)
-    return _like(apply_corruption(_to_unit(image), what), image)
+    return _like(apply_corruption(_to_unit(image), what, clip=image.dtype != torch.uint8), image)
 
 
 def _jpeg(image: Image.Image, level: int) -> Image.Image:
@@ -253,7 +253,10 @@ def _to_unit(image: Tensor) -> Tensor:
 
 
 def _like(unit: Tensor, image: Tensor) -> Tensor:
-    return unit.mul(255).round_().to(torch.uint8) if image.dtype == torch.uint8 else unit.to(image.dtype)
+    """The image in [0, 1], which may be written into where it came from 8 bits, in the dtype of another."""
+    if image.dtype == torch.uint8:  # By way of int16 it is twice as fast.
+        return unit.mul_(255).round_().to(torch.int16).to(torch.uint8)
+    return unit.to(image.dtype)
 
 
 def _is_array_of_an_image(leaf: Any) -> bool:
