@@ -10,8 +10,10 @@ from restoreloss.augmentations.cqmix import CQMix
 from restoreloss.augmentations.mixtures import MixtureA, MixtureB
 from restoreloss.blocks.cfrm import CFRM
 from restoreloss.blocks.controller import Controller, SCTuner
+from restoreloss.blocks.film import FiLM
 from restoreloss.blocks.tfa import TFA
-from restoreloss.blocks.time_moe import FiLM, TimeConditioned, TimeMoE
+from restoreloss.blocks.time_conditioned import TimeConditioned
+from restoreloss.blocks.time_moe import TimeMoE
 from restoreloss.blocks.wavelet import WaveletColorFix
 from restoreloss.diffusion.adapt import as_denoiser
 from restoreloss.diffusion.checkpoints import load_prior, null_text

@@ -134,3 +134,12 @@ def check_time(name: str, t: Any, last: float = math.inf) -> None:
     if not (low >= 0 and high <= last and high < math.inf):
         most = "" if last == math.inf else f" and at most {last}"
         raise ValueError(f"`{name}` should be at least 0{most}, found {high if low >= 0 else low:g}.")
+
+
+def check_embedding(embedding: Any, count: int, time_dim: int) -> None:
+    """Raise ``ValueError`` unless this is a time embedding of each of ``count`` samples, or one for all."""
+    if not isinstance(embedding, Tensor) or embedding.shape not in ((count, time_dim), (1, time_dim)):
+        raise ValueError(
+            f"`embedding` should be of the timestep, ({count}, {time_dim}), as `TimeConditioned` makes it, found "
+            f"{describe(embedding)}."
+        )

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from examples.benchmarks.measure import median_seconds
 from examples.dtp.networks import timed_network
 from restoreloss import GradientOrthogonality, ParameterImportance
-from restoreloss.blocks.time_moe import count_parameters
+from restoreloss.blocks.time_conditioned import count_parameters
 from restoreloss.regularizers.layer_decay import execution_order, shallow
 
 

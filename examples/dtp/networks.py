@@ -15,7 +15,7 @@ from examples.common.networks.own import own_network
 from examples.common.networks.restorers import nafnet
 from examples.common.networks.restormer import Restormer
 from restoreloss import FiLM, TimeConditioned, TimeMoE
-from restoreloss.blocks.time_moe import channels_of
+from restoreloss.blocks.time_conditioned import channels_of
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "nafnet-small": lambda: nafnet(12, (1, 1), 2, (1, 1)),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from restoreloss import FiLM, TimeConditioned, TimeMoE
-from restoreloss.blocks.time_moe import channels_of
+from restoreloss.blocks.time_conditioned import channels_of
 
 SIDES = (6, 8)
 

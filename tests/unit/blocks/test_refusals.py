@@ -18,7 +18,7 @@ from restoreloss import (
     WaveletColorFix,
 )  # fmt: skip
 from restoreloss.blocks.tfa import TFALevel
-from restoreloss.blocks.time_moe import channels_of
+from restoreloss.blocks.time_conditioned import channels_of
 
 
 def features(*shape: int) -> Tensor:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from restoreloss import FiLM, TimeConditioned, TimeMoE
-from restoreloss.blocks.time_moe import channels_of, count_parameters, time_features
+from restoreloss.blocks.time_conditioned import channels_of, count_parameters, time_features
 from tests.helpers.networks import live_recogniser
 
 CodeMoE = partial(TimeMoE, form="code")
