@@ -5,6 +5,8 @@ r"""Train a restoration network with a diffusion prior beside its pixel loss: Di
     python -m examples.diffloss.train --config my.yaml --network file --weights swinir.pth --out runs/swinir
     python -m examples.diffloss.train --evaluate runs/diff --test_size 150 --out runs/diff_large
 
+The loop is ``Recipe.run`` of examples/common/engine/recipe.py; here are networks, losses and evaluation.
+
 Every option of examples/diffloss/config.py may stand in a YAML file (--config) or on the command line, which wins. The
 same command resumes a killed run. Several processes: ``python -m torch.distributed.run --nproc_per_node 8 -m ...``.
 

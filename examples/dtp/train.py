@@ -6,6 +6,9 @@ r"""Train a restoration network that generates before it restores, and does not 
         --degradations '[noisy,rainy,snowy,hazy]' --moe true                                    # TIT + MoE, setting B
     python -m examples.dtp.train --evaluate runs/gef --data folders --pairs '{rainy: rain100h:DATA}' --out runs/other
 
+The loop is ``Recipe.run`` of examples/common/engine/recipe.py; networks, losses and evaluation are in pretrain.py and
+finetune.py.
+
 Every option of examples/dtp/config.py may stand in a YAML file (--config) or on the command line, which wins. The same
 command resumes a killed run. Several processes: ``python -m torch.distributed.run --nproc_per_node 8 -m ...``.
 """

@@ -5,6 +5,8 @@
     python -m examples.edtr.train --config examples/edtr/configs/cub_b.yaml --root DATA --prior SD --out runs/cub
     python -m examples.edtr.train --evaluate runs/edtr --n 4 --out runs/edtr_4_steps
 
+The loop is ``Recipe.run`` of examples/common/engine/recipe.py; here are networks, losses and evaluation.
+
 Every option of examples/edtr/config.py may stand in the YAML file or on the command line, which wins. The same command
 resumes a killed run. Several processes: ``python -m torch.distributed.run --nproc_per_node 8 -m examples.edtr.train``.
 """

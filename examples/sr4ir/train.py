@@ -4,6 +4,8 @@
     python -m examples.sr4ir.train --config examples/sr4ir/configs/cars_x8.yaml --root DATA --out runs/cars
     python -m examples.sr4ir.train --evaluate runs/sr4ir --data_seed 7 --out runs/on_others
 
+The loop is ``Recipe.run`` of examples/common/engine/recipe.py; here are networks, losses and evaluation.
+
 Every option of examples/sr4ir/config.py may stand in the YAML file or on the command line, which wins. The same command
 resumes a killed run. Several processes: ``python -m torch.distributed.run --nproc_per_node 8 -m examples.sr4ir.train``.
 """

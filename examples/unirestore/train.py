@@ -6,6 +6,8 @@
     python -m examples.unirestore.train add-task detection --prepared runs/prepared --after runs/stage2 --out runs/det
     python -m examples.unirestore.train stage2 --evaluate runs/stage2 --data photos --out runs/stage2_on_photos
 
+The loop is ``Recipe.run`` of examples/common/engine/recipe.py; here are networks, losses and evaluation.
+
 Every option of examples/unirestore/config.py may stand in a YAML file (``--config``) or on the command line, which
 wins. The same command resumes a killed run. Several processes:
 ``python -m torch.distributed.run --nproc_per_node 8 -m examples.unirestore.train ...``.

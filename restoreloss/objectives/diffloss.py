@@ -50,7 +50,8 @@ class DiffLoss(Objective):
 
     where z is the restored and x the clean image, mapped to [-1, 1]; one t for each sample and ONE
     :math:`\epsilon \sim N(0, I)` are shared by both; f is the noise predicted by the denoiser, h the output of its
-    bottleneck ("h-space") and d the ``distance``. The gradient reaches z through f, and nothing else.
+    bottleneck ("h-space") and d the ``distance``. The gradient reaches z through f and h, and
+    nothing else.
 
     Args:
         denoiser: what :func:`as_denoiser` takes: a diffusers or guided-diffusion U-Net, a :class:`Denoiser`, or a
@@ -94,10 +95,10 @@ class DiffLoss(Objective):
         >>> from diffusers import UNet2DModel
         >>> prior = UNet2DModel(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
         ...                     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
-        >>> loss = DiffLoss(prior)
+        >>> loss = DiffLoss(prior, timesteps=(100, 600))
         >>> restored, clean = torch.rand(2, 3, 15, 17, requires_grad=True), torch.rand(2, 3, 15, 17)
-        >>> total = nn.functional.l1_loss(restored, clean) + 1e-3 * loss(restored, clean)
-        >>> total.backward()
+        >>> objective = WeightedSum({"pixel": nn.L1Loss(), "diff": loss}, shares={"diff": 0.5})
+        >>> objective(restored, clean).backward()
         >>> sorted(loss.terms(restored, clean))
         ['h_space', 'noise']
 
