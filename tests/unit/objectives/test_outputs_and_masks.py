@@ -69,6 +69,34 @@ def test_what_a_network_sees_outside_of_the_mask_is_no_difference():
     assert not restored.grad[..., 8:, :].any() and not restored.grad[..., 8:].any()
 
 
+class Elsewhere:
+    """A mask on an accelerator: it counts how often its values are read."""
+
+    is_meta, device = False, torch.device("cuda")
+
+    def __init__(self, highest):
+        self.highest, self.reads = highest, 0
+
+    def detach(self):
+        return self
+
+    def aminmax(self):
+        self.reads += 1
+        return torch.tensor(0.0), torch.tensor(self.highest)
+
+
+def test_on_an_accelerator_the_range_of_the_first_mask_alone_is_read():
+    with pytest.raises(ValueError, match=r"`mask` should have values in \[0, 1\], found 0 to 255"):
+        Masked(nn.L1Loss())._check_range(Elsewhere(255.0))
+    loss, masks = Masked(nn.L1Loss()), [Elsewhere(1.0) for _ in range(3)]
+    for mask in masks:
+        loss._check_range(mask)
+    assert [mask.reads for mask in masks] == [1, 0, 0]
+    restored, target = images()
+    with pytest.raises(ValueError, match="found 0 to 255"):  # On the CPU every mask is read.
+        loss(restored, target, mask=255 * (torch.rand_like(target) > 0.5))
+
+
 def variation(image):
     return image.diff(dim=2).abs().mean() + image.diff(dim=3).abs().mean()
 
