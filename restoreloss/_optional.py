@@ -6,6 +6,11 @@ from importlib import import_module
 from typing import Any
 
 
+def extra(name: str) -> str:
+    """What follows ``pip install`` for the packages of an extra: the library is in no package index."""
+    return f'-e ".[{name}]" in a clone of restoreloss'
+
+
 @contextmanager
 def needed_by(purpose: str, *, install: str) -> Iterator[None]:
     """For the imports of a module that is nothing without other packages.

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from restoreloss._optional import require
+from restoreloss._optional import extra, require
 from restoreloss.regularizers.per_sample import Estimator
 
 Conflict = Literal["project", "full", "orthogonality"]
@@ -56,10 +56,10 @@ METHODS: Mapping[str, Method] = {
 
 def aggregator(name: AggregatorName) -> nn.Module:
     """One of TorchJD in the place of the projection. Those that would average both gradients add them, as it does."""
-    jd = require("torchjd.aggregation", purpose="`aggregator`", install='"restoreloss[integrations]"')
+    jd = require("torchjd.aggregation", purpose="`aggregator`", install=extra("integrations"))
     found: nn.Module
     if name in ("upgrad", "dualproj"):
-        linalg = require("torchjd.linalg", purpose="`aggregator`", install='"restoreloss[integrations]"')
+        linalg = require("torchjd.linalg", purpose="`aggregator`", install=extra("integrations"))
         # as it comes, it would take gradients as short as these for zeros, and free them of nothing
         projector = linalg.QuadprogProjector(norm_eps=1e-30)
         found = (jd.UPGrad if name == "upgrad" else jd.DualProj)(torch.ones(2), projector=projector)

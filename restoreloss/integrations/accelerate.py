@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from restoreloss._optional import require
+from restoreloss._optional import extra, require
 from restoreloss.checks import check_callable, describe
 from restoreloss.integrations.calls import CallCounts
 from restoreloss.regularizers.orthogonality import GradientOrthogonality
@@ -197,7 +197,7 @@ class _Named:
 
 
 def _check_prepared(name: str, alternation: Alternation[Any]) -> None:
-    prepared = require("accelerate.optimizer", purpose="register", install='"restoreloss[integrations]"')
+    prepared = require("accelerate.optimizer", purpose="register", install=extra("integrations"))
     for phase in alternation.phases:
         for optimizer in as_list(phase.optimizers):
             if not isinstance(optimizer, prepared.AcceleratedOptimizer):
@@ -208,13 +208,11 @@ def _check_prepared(name: str, alternation: Alternation[Any]) -> None:
 
 
 def _check(accelerator: Any) -> None:
-    accelerate = require(
-        "accelerate", purpose="restoreloss.integrations.accelerate", install='"restoreloss[integrations]"'
-    )
+    accelerate = require("accelerate", purpose="restoreloss.integrations.accelerate", install=extra("integrations"))
     if int(accelerate.__version__.partition(".")[0]) < 1:
         raise ImportError(
             f"restoreloss.integrations.accelerate needs `accelerate` 1.0 or newer, found {accelerate.__version__}: "
-            'pip install "restoreloss[integrations]"'
+            f"pip install {extra('integrations')}"
         )
     if not isinstance(accelerator, accelerate.Accelerator):
         raise ValueError(f"`accelerator` should be an accelerate.Accelerator, found {describe(accelerator)}.")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from restoreloss._optional import require
+from restoreloss._optional import extra, require
 from restoreloss.checks import describe
 from restoreloss.integrations.calls import CallCounts
 from restoreloss.integrations.processes import check_equal_batches
@@ -45,7 +45,7 @@ def _installed() -> tuple[str, str] | None:
 
 def _lightning() -> Any:
     """``lightning.pytorch`` or ``pytorch_lightning``, or an error that says what to install."""
-    purpose, install = "restoreloss.integrations.lightning", '"restoreloss[integrations]"'
+    purpose, install = "restoreloss.integrations.lightning", extra("integrations")
     found = _installed()
     if found is None:
         return require("lightning.pytorch", purpose=purpose, install=install)

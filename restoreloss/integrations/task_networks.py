@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from restoreloss._optional import require
+from restoreloss._optional import extra, require
 from restoreloss.checks import check_integer, describe
 from restoreloss.normalization import IMAGENET
 from restoreloss.weights import load_state, read_weights
@@ -85,7 +85,7 @@ def normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | No
         models = _torchvision_with(model)
         return None if model in models.list_models(module=models.detection) else IMAGENET
     if library == "transformers":
-        transformers = require("transformers", purpose=f"{name!r}", install='"restoreloss[examples]"')
+        transformers = require("transformers", purpose=f"{name!r}", install=extra("examples"))
         try:
             found: dict[str, Any] = transformers.ImageProcessingMixin.get_image_processor_dict(model)[0]
         except OSError:  # The folder holds a network and nothing else.
@@ -144,7 +144,7 @@ def _timm(name: str, pretrained: bool, num_classes: int | None, image_size: int 
 
 
 def _transformers(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
-    transformers = require("transformers", purpose=f"'transformers/{name}'", install='"restoreloss[examples]"')
+    transformers = require("transformers", purpose=f"'transformers/{name}'", install=extra("examples"))
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restoreloss._optional import require
+from restoreloss._optional import extra, require
 from restoreloss.checks import check_choice, check_number, describe
 from restoreloss.regularizers.gradients import average_, gradients_of
 from restoreloss.regularizers.orthogonality import Policy, as_parameters
@@ -198,4 +198,4 @@ def _check(losses: Mapping[str, Tensor]) -> None:
 
 
 def _torchjd(module: str, purpose: str) -> Any:
-    return require(f"torchjd.{module}", purpose=purpose, install='"restoreloss[integrations]"')
+    return require(f"torchjd.{module}", purpose=purpose, install=extra("integrations"))

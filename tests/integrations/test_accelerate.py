@@ -331,9 +331,7 @@ def test_old_and_absent_accelerate_are_refused(accelerator, monkeypatch):
         with pytest.raises(ImportError, match="needs `accelerate` 1.0 or newer, found 0.34.2: pip install"):
             call()
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(
-        ImportError, match=r'needs `accelerate`, which is not installed: pip install "restoreloss\[integ'
-    ):
+    with pytest.raises(ImportError, match=r'needs `accelerate`, which is not installed: pip install -e ".\[integ'):
         prepare(accelerator, restorer())
 
 

@@ -407,6 +407,6 @@ for make in (lambda: integration.ObjectivesCallback(), lambda: integration.Light
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     wanted = (
         "restoreloss.integrations.lightning needs `lightning`, which is not installed: "
-        'pip install "restoreloss[integrations]"'
+        'pip install -e ".[integrations]" in a clone of restoreloss'
     )
     assert done.stdout.splitlines() == [wanted] * 2

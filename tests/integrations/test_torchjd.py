@@ -378,7 +378,7 @@ for call in (Projection, lambda: aggregate({"a": torch.ones(())}, [], torch.nn.I
         print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    needs = 'needs `torchjd`, which is not installed: pip install "restoreloss[integrations]"'
+    needs = 'needs `torchjd`, which is not installed: pip install -e ".[integrations]" in a clone of restoreloss'
     assert done.stdout.splitlines() == [f"ProjectionWeighting {needs}", f"aggregate {needs}"], done.stderr
 
 

@@ -243,7 +243,7 @@ def test_quickstart_without_the_extra_says_what_to_install(
     monkeypatch.setattr(readers.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="2"):
         quickstart.main([f"--out={tmp_path / 'out'}"])
-    assert 'pip install "restoreloss[reading]"' in capsys.readouterr().err
+    assert 'pip install -e ".[reading]"' in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

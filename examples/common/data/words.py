@@ -2,7 +2,7 @@
 
 Words and fonts of training, validation and test are disjoint. The words are those of the definitions of ImageNet's
 classes, which timm ships; the fonts are those of matplotlib and of the ``font-*`` packages of the extra
-``restoreloss[reading]``.
+``reading``.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from examples.common.data.degrade import blurred
 from examples.common.data.tasks import ENGLISH_G2_CHARACTERS, InMemory
+from restoreloss._optional import extra
 
 Split = Literal["train", "validation", "test"]
 Kind = Literal["words", "codes"]
@@ -119,7 +120,7 @@ def _package(name: str) -> Path:
     if spec is None or spec.origin is None:
         raise ValueError(
             f"Fonts of the package `{name.replace('_', '-')}` are needed, found it is not installed: "
-            'pip install "restoreloss[reading]".'
+            f"pip install {extra('reading')}."
         )
     return Path(spec.origin).parent
 

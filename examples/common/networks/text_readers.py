@@ -1,6 +1,6 @@
 """Readers of lines of text: EasyOCR's english_g2 as a module to train with, and PP-OCRv4 as the judge.
 
-Both come from packages of the extra ``restoreloss[reading]`` and download nothing.
+Both come from packages of the extra ``reading`` and download nothing.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.common.data.tasks import ENGLISH_G2_CHARACTERS
+from restoreloss._optional import extra
 from restoreloss.weights import load_state, read_weights
 
 ENGLISH_G2_MD5 = "5864788e1821be9e454ec108d61b887d"
@@ -162,5 +163,5 @@ def _file(modules: Sequence[str], package: str, name: str) -> Path:
 
 def _missing(package: str) -> ValueError:
     return ValueError(
-        f'The package {package} should be installed, found that it is not: pip install "restoreloss[reading]".'
+        f"The package {package} should be installed, found that it is not: pip install {extra('reading')}."
     )
