@@ -45,6 +45,13 @@ def small(
     return unirestore(small_latent_prior(4, 3, prediction_type=prediction), tasks, adapter, **options)
 
 
+def small_like(model: UniRestore, steps: int) -> UniRestore:
+    """A small UniRestore with the weights of another one, and other steps."""
+    other = small(prediction=model.schedule.prediction_type, steps=steps)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
 def stable_diffusion(*, tasks: Any = ("look", "classify"), adapter: Any = "prompts", **options: Any) -> UniRestore:
     """In the layout of Stable Diffusion 2.1, with few channels."""
     torch.manual_seed(0)
