@@ -116,7 +116,7 @@ def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) ->
         (readers.PPOCR, "rapidocr-onnxruntime"),
         (lambda: words.fonts("test"), "matplotlib"),
     ):
-        with pytest.raises(ValueError, match=rf"{package}.*not.*restoreloss\[reading\]"):
+        with pytest.raises(ValueError, match=rf'{package}.*not.*pip install -e "\.\[reading\]"'):
             call()
 
 
