@@ -89,8 +89,8 @@ class WithRestoreloss:
       after the restorer's, from restored, clean and mixed images, and that the restorer is asked to serve (TDP loss).
       It is saved as ``net_t_ITERATION.pth``.
     - ``train: importance_opt``: :class:`restoreloss.ParameterImportance`.
-    - Training states hold also what our losses count and measure, and the importances. What an iteration draws follows from
-      ``manual_seed`` and its number, so that a resumed run draws what it would have drawn.
+    - Training states hold also what our losses count and measure, and the importances. What an iteration draws follows
+      from ``manual_seed`` and its number, so that a resumed run draws what it would have drawn.
 
     Raises:
         ValueError: For an option that is unknown, missing or of no use, naming it.

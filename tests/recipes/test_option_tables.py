@@ -56,7 +56,8 @@ class Made(TrainerOptions):
 
 def test_a_table_has_what_a_recipe_adds_or_sets_otherwise() -> None:
     rows = option_table(Made).splitlines()[2:]
-    assert [row.split("|")[1].strip() for row in rows] == ["`--steps`", "`--lr`", "`--names`", "`--maps`", "`--inner.weight`"]
+    names = ["`--steps`", "`--lr`", "`--names`", "`--maps`", "`--inner.weight`"]
+    assert [row.split("|")[1].strip() for row in rows] == names
     assert rows[0].startswith("| `--steps` | `7` | steps of every phase.")
     assert rows[1] == "| `--lr` | `0.5` | how fast, of `Adam` or `another`. |"
     assert rows[2] == "| `--names` | `['a']` | a \\| b. |"
