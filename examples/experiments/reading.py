@@ -255,8 +255,8 @@ def interval(differences: Tensor) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Means over images and seeds; below each, the paired difference to L1 with its interval."""
+def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]], reference: str = "l1") -> str:
+    """Means over images and seeds; below each, the paired difference to a method with its interval."""
     metrics = [f"{metric}/{reader}" for reader in ("fixed", "judge") for metric in READING] + list(FIDELITY)
     heads = [f"{reader}: {READING[metric]}" for reader in ("fixed", "judge") for metric in READING]
     rows = [["", "seeds", "steps", *heads, *FIDELITY.values()]]
@@ -271,8 +271,12 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             digits = 3 if metric == "ssim" else 2 if metric == "psnr" else 1
             mean = torch.stack([values(runs[name], metric) for runs in seeds.values()]).mean()
             row.append(f"{float(mean):.{digits}f}")
-            pairs = [values(runs[name], metric) - values(runs["l1"], metric) for runs in seeds.values() if "l1" in runs]
-            if name in METHODS and name != "l1" and pairs:
+            pairs = [
+                values(runs[name], metric) - values(runs[reference], metric)
+                for runs in seeds.values()
+                if reference in runs
+            ]
+            if name in METHODS and name != reference and pairs:
                 difference = torch.stack(pairs)
                 low, high = interval(difference)
                 below.append(f"{float(difference.mean()):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
@@ -289,6 +293,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=["l1", "tdp"], metavar="NAME", help=", ".join(METHODS)
     )
+    parser.add_argument(
+        "--reference",
+        choices=METHODS,
+        default="l1",
+        metavar="NAME",
+        help="of the differences (default: %(default)s)",
+    )
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="(default: %(default)s)")
     parser.add_argument("--test-words", type=int, default=300, help="(default: %(default)s)")
     parser.add_argument("--noise", type=float, default=40.0, help="(default: %(default)s)")
@@ -302,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     torch.set_num_threads(1)
     args = vars(parser.parse_args(arguments))
-    seeds, methods, picture = args.pop("seeds"), args.pop("methods"), args.pop("picture")
+    seeds, methods, picture, reference = (args.pop(name) for name in ("seeds", "methods", "picture", "reference"))
     try:
         for seed in seeds:
             check_options({"seed": seed, **args})
@@ -318,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     except FloatingPointError as error:
         parser.exit(1, f"reading: {error}\n")
-    print(table(load(args["out"])))
+    print(table(load(args["out"]), reference))
 
 
 if __name__ == "__main__":

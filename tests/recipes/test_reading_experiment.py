@@ -71,6 +71,11 @@ def test_finished_runs_are_not_done_again(
     assert len({len(row) for row in rows}) == 1
     assert sum("L1 + TDP" in row[0] for row in rows) == 1
     assert sum("[" in row[3] for row in rows) == 2
+    reading.main([*arguments, "l1", "--reference", "tdp"])
+    other = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    after = [other[number + 1] for number, row in enumerate(other) if row[0] == "| L1"]
+    before = [rows[number + 1] for number, row in enumerate(rows) if row[0] == "| L1 + TDP"]
+    assert float(after[0][3].split()[0]) == -float(before[0][3].split()[0])
     with pytest.raises(SystemExit, match="2"):
         reading.main([*arguments, "tdp", "--noise=20"])
     assert "`out` should be a folder of runs with these settings" in capsys.readouterr().err
