@@ -1,6 +1,7 @@
 """A real BasicSR: wrong options, import and registration."""
 
 import copy
+import inspect
 import sys
 from types import ModuleType
 
@@ -15,6 +16,13 @@ from tests.helpers.basicsr import PAGE, batch, build, iterate, needs_basicsr, ru
 from tests.integrations.frameworks import REGISTRY
 
 SHIM = "torchvision.transforms.functional_tensor"
+
+
+def test_the_importance_has_the_defaults_of_the_library():
+    known = inspect.signature(restoreloss.ParameterImportance).parameters
+    found = basicsr_model.ImportanceOptions(path="importance.pth")
+    for name in ("estimator", "strength", "normalize", "layer_weights"):
+        assert getattr(found, name) == known[name].default, name
 
 
 # --- options that are wrong

@@ -234,3 +234,17 @@ def test_two_processes_keep_the_shares_of_one():
     done = launch("tests/unit/objectives/shares_worker.py", timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("equal") == 2
+
+
+def test_a_state_resumes_to_the_digit_where_the_last_norms_were_taken_in():
+    def trained(calls, state=None):
+        loss = WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, shares={"other": 0.3})
+        loss.load_state_dict(state or loss.state_dict())
+        for call in calls:
+            loss(*images(call)).backward()
+            loss._norms.take_in()
+        return loss
+
+    whole, resumed = trained(range(6)), trained(range(3, 6), trained(range(3)).state_dict())
+    assert whole._norms.count == 6
+    assert whole.current_weights() == resumed.current_weights() != trained(range(3)).current_weights()
