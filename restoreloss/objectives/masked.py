@@ -33,7 +33,7 @@ class Masked(Objective):
     Example:
         >>> mask = torch.zeros(1, 1, 16, 16)
         >>> mask[..., 4:12, 4:12] = 1
-        >>> loss = Masked(WeightedSum({"pixel": nn.L1Loss(), "diff": DiffLoss(small_prior())}, weights={"diff": 0.1}))
+        >>> loss = Masked(WeightedSum({"pixel": nn.L1Loss(), "diff": DiffLoss(small_prior())}, shares={"diff": 0.5}))
         >>> list(loss.terms(restored, clean, mask=mask))
         ['objective/pixel', 'objective/diff/noise', 'objective/diff/h_space']
     """
