@@ -208,7 +208,7 @@ def test_real_basicsr_of_any_version_trains_two_iterations_with_own_networks_and
     options = yaml.safe_load(MODEL)
     for key in ("network_t",):
         del options[key]
-    for key in ("optim_t", "task_opt", "importance_opt", "perceptual_opt"):
+    for key in ("optim_t", "task_opt", "importance_opt"):
         del options["train"][key]
     options |= {"num_gpu": 0, "network_g": {"type": "Mine"}, "path": {"pretrain_network_g": None}}
     options["path"] |= {"strict_load_g": True, "resume_state": None}
