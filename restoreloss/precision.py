@@ -20,7 +20,10 @@ _PEAK_EXPONENT, _SUM_BITS = 6, 7
 
 def reference_weight(network: nn.Module) -> Tensor | None:
     """The first floating-point parameter, which tells dtype and device of a network's input; None where it has none."""
-    return next((parameter for parameter in network.parameters() if parameter.is_floating_point()), None)
+    for parameter in network.parameters():  # no `next`, which torch 2.6 cannot compile
+        if parameter.is_floating_point():
+            return parameter
+    return None
 
 
 def enter(images: Sequence[Tensor], dtype: torch.dtype, network: nn.Module) -> tuple[list[Tensor], Tensor | None]:

@@ -286,8 +286,10 @@ class NoiseSchedule(nn.Module):
             :math:`\sqrt{\bar\alpha_t / (1 - \bar\alpha_t)}` (100 at t = 0 of the linear schedule): draw timesteps from
             a range that starts above 0 for such priors.
         """
-        prediction_type = self.prediction_type if prediction_type is None else prediction_type
-        check_choice("prediction_type", prediction_type, PredictionType)
+        if prediction_type is None:  # checked when the schedule was made; torch 2.6 cannot compile the check
+            prediction_type = self.prediction_type
+        else:
+            check_choice("prediction_type", prediction_type, PredictionType)
         _check_alike(output, x_t, "output", "x_t")
         output = output.to(torch.promote_types(torch.promote_types(output.dtype, x_t.dtype), torch.float32))
         if prediction_type == "epsilon":

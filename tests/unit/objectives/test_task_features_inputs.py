@@ -356,7 +356,8 @@ def test_checkpointed_networks_are_seen_as_others_while_they_rest_in_the_backwar
         with frozen(network):
             found = value_and_gradient(loss, z, x)
     except ValueError:
-        assert kind in ("reentrant, inside", "reentrant, its end", "timm resnet")
+        older = not hasattr(timm.layers, "use_reentrant_ckpt")  # a timm all of whose checkpoints are reentrant
+        assert kind in ("reentrant, inside", "reentrant, its end", "timm resnet", *(["timm vit"] if older else []))
         found = None
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
