@@ -51,6 +51,7 @@ def objectives_of(
     Raises:
         ValueError: If there is no term, and for options of the prior that are wrong.
     """
+    terms = terms_of(config)
     objectives: dict[str, Any] = {}
     weights: dict[str, float] = {}
     if config.pixel.weight:
@@ -58,10 +59,10 @@ def objectives_of(
         weights["pixel"] = config.pixel.weight
     if config.filter.share:
         objectives["filter"], weights["filter"] = filter_loss(config.filter), 1.0
-    if "perceptual" in terms_of(config):
+    if "perceptual" in terms:
         objectives["perceptual"] = perceptual_loss(config.perceptual, device)
         weights["perceptual"] = config.perceptual.weight
-    if "diff" in terms_of(config):
+    if "diff" in terms:
         try:
             objectives["diff"], weights["diff"] = diff_loss(config.diff), config.diff.weight
         except ValueError as error:  # which names the argument without its group

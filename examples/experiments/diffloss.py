@@ -44,6 +44,8 @@ LAMBDAS = (0.1, 1.0, 10.0)
 LONG = 6
 """A step with DiffLoss takes about as long as so many with a loss that knows no network (docs/guides/diffloss.md)."""
 CONSTRAINED = ("noise", "image", "previous")
+NOISE = Diff(share=0.5, timesteps=(100, 600), h_space_weight=0.0)
+"""The noise term with half of the gradient, by the prior that ships."""
 COLUMNS: Mapping[str, tuple[str, float, int]] = {
     "psnr": ("PSNR", 1.0, 2), "ssim": ("SSIM", 1.0, 3), "ms_ssim": ("MS-SSIM", 1.0, 3), "vif": ("VIF", 1.0, 3),
     "lite0": ("Lite0 distance", 1.0, 3), "lite0_agreement": ("Lite0 agreement (%)", 1.0, 1),
@@ -84,18 +86,17 @@ class Experiment:
     @staticmethod
     def _settings() -> dict[str, Diff]:
         """Half of the gradient each: timesteps whose gradient has heavy tails, h-space, score distillation."""
-        noise = Diff(share=0.5, timesteps=(100, 600), h_space_weight=0.0)
-        low = replace(noise, timesteps=(3, 60))
+        low = replace(NOISE, timesteps=(3, 60))
         return {
-            "noise": noise,
+            "noise": NOISE,
             "low": low,
             "low_stratified": replace(low, randomness="batch"),
             "low_snr": replace(low, snr_power=-1.0),
             "low_rms": replace(low, distance="rms"),
             "low_rms_snr": replace(low, distance="rms", snr_power=-0.5),
             "low_snr_stratified": replace(low, snr_power=-1.0, randomness="batch"),
-            **{f"h_space_{weight:g}": replace(noise, h_space_weight=weight) for weight in LAMBDAS},
-            "no_jacobian": replace(noise, jacobian=False),
+            **{f"h_space_{weight:g}": replace(NOISE, h_space_weight=weight) for weight in LAMBDAS},
+            "no_jacobian": replace(NOISE, jacobian=False),
             "low_no_jacobian": replace(low, jacobian=False),
         }
 
@@ -103,8 +104,7 @@ class Experiment:
         """Half of the gradient for each state of one prior."""
         if self.prior is None:
             raise ValueError("`--prior` should be the folder of a prior that was trained with --keep, found none.")
-        noise = Diff(share=0.5, timesteps=(100, 600), h_space_weight=0.0)
-        return {f"prior_{step}": replace(noise, prior=str(self.prior / "kept" / step)) for step in _errors(self.prior)}
+        return {f"prior_{step}": replace(NOISE, prior=str(self.prior / "kept" / step)) for step in _errors(self.prior)}
 
     def _controls(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Half of the gradient each, learning rates of the pixel loss alone, and the time of DiffLoss without it."""
@@ -120,7 +120,7 @@ class Experiment:
         for name, options in {"pixel": {}, "gradients": losses["gradients"]}.items():
             yield f"{name}_lr_{TUNED:g}_long", {**options, "lr": TUNED, "steps": LONG * self.base.steps}
         for prior in ("small", "untrained"):
-            losses[prior] = {"diff": Diff(prior=prior, share=0.5, timesteps=(100, 600), h_space_weight=0.0)}
+            losses[prior] = {"diff": replace(NOISE, prior=prior)}
         yield from _tuned(losses)
 
     @staticmethod

@@ -294,11 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--methods", nargs="+", choices=METHODS, default=["l1", "tdp"], metavar="NAME", help=", ".join(METHODS)
     )
     parser.add_argument(
-        "--reference",
-        choices=METHODS,
-        default="l1",
-        metavar="NAME",
-        help="of the differences (default: %(default)s)",
+        "--reference", choices=METHODS, default="l1", metavar="NAME", help="of the differences (default: %(default)s)"
     )
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="(default: %(default)s)")
     parser.add_argument("--test-words", type=int, default=300, help="(default: %(default)s)")

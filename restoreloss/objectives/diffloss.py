@@ -50,8 +50,7 @@ class DiffLoss(Objective):
 
     where z is the restored and x the clean image, mapped to [-1, 1]; one t for each sample and ONE
     :math:`\epsilon \sim N(0, I)` are shared by both; f is the noise predicted by the denoiser, h the output of its
-    bottleneck ("h-space") and d the ``distance``. The gradient reaches z through f and h, and
-    nothing else.
+    bottleneck ("h-space") and d the ``distance``. The gradient reaches z through f and h, and nothing else.
 
     Args:
         denoiser: what :func:`as_denoiser` takes: a diffusers or guided-diffusion U-Net, a :class:`Denoiser`, or a

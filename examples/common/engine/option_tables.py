@@ -105,12 +105,16 @@ def _own(config: type, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
 
 def _group(field: Field[Any]) -> type | None:
     """The dataclass of options that a field holds, if it does."""
-    made = field.default_factory() if field.default_factory is not MISSING else field.default
+    made = _made(field)
     return type(made) if is_dataclass(made) and not isinstance(made, type) else None
 
 
+def _made(field: Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
 def _default(field: Field[Any]) -> str:
-    value = field.default_factory() if field.default_factory is not MISSING else field.default
+    value = _made(field)
     if value is MISSING:
         return ""
     if isinstance(value, bool):
