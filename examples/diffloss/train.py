@@ -84,7 +84,7 @@ class Trainer(Recipe[Batch]):
         if "adversarial" in terms_of(config):
             self.adversarial = AdversarialLoss(config.adversarial, self.accelerator, self.device)
         if self.evaluated is None:
-            self.objectives = objectives_of(config, self.train_data, self.device, self.adversarial)
+            self.objectives = objectives_of(config, self.device, self.adversarial)
             self.diff = self.objectives.objectives.get("diff")  # type: ignore[assignment]
         self.net: nn.Module = self.accelerator.prepare(network.to(self.device))
         self.networks = {"restorer": self.net}
@@ -220,7 +220,7 @@ class Trainer(Recipe[Batch]):
 
 
 class _Steps:
-    """Steps of all phases in parts of a batch, and of the average."""
+    """Steps of all phases in parts of a batch, and of the average; their state has the norms behind the shares."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.alternation = trainer, trainer.phases()
@@ -232,10 +232,17 @@ class _Steps:
         return logs
 
     def state_dict(self) -> dict[str, Any]:
-        return self.alternation.state_dict()
+        norms = self.trainer.objectives.norms
+        if norms is None:
+            return self.alternation.state_dict()
+        norms.take_in()
+        return {**self.alternation.state_dict(), "norms": norms.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.alternation.load_state_dict(state)
+        norms = self.trainer.objectives.norms
+        if norms is not None:
+            norms.load_state_dict(state["norms"])
+        self.alternation.load_state_dict({name: value for name, value in state.items() if name != "norms"})
 
 
 def _check(config: Config, processes: int) -> None:

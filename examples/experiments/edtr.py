@@ -136,6 +136,8 @@ def main() -> None:
     parser.add_argument("--degradation", default="mixture_b", choices=["mixture_a", "mixture_b"])
     parser.add_argument("--extent", type=float, default=0.25, help="of blur and reduction; 1 is the paper's, at 512")
     parser.add_argument("--contrast", type=float, nargs=2, default=[0.07, 0.18], help="of the generated textures")
+    parser.add_argument("--prior_steps", type=int, default=1000, help="of the autoencoder; twice as many of diffusion")
+    parser.add_argument("--prior_images", type=int, default=4000)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--long_steps", type=int, default=20, help="where the paper takes 50")
     parser.add_argument("--test_count", type=int, default=500)
@@ -157,7 +159,7 @@ def main() -> None:
     unknown = [name for name in arguments.names or () if name not in known]
     if unknown:
         parser.error(f"`names` should be among {', '.join(known)}, found {', '.join(unknown)}.")
-    experiment = Experiment(arguments.out, base)
+    experiment = Experiment(arguments.out, base, prior_steps=arguments.prior_steps, prior_images=arguments.prior_images)
     if arguments.study == "prior":
         experiment.prior()
         return

@@ -40,6 +40,8 @@ class WeightedSum(Objective):
     Attributes:
         weights: those of fixed weight; may be changed between calls.
         shares: the shares; may be changed between calls.
+        norms: the running norms, a :class:`~restoreloss.objectives.shares.RunningNorms`; None without shares. Its
+            ``take_in()``, called by all processes before a state is saved, makes a resumed training equal to the digit.
 
     Raises:
         ValueError: At construction for an empty mapping, a name with "/", a weight of an unknown name or one that is
@@ -91,7 +93,7 @@ class WeightedSum(Objective):
             if not isinstance(name, str) or not name or "/" in name or "." in name:
                 raise ValueError(f"`objectives` should have names without '/' and '.', found {name!r}.")
         self._check_weights()
-        self._norms = RunningNorms(self._names) if shares else None
+        self.norms = RunningNorms(self._names) if shares else None
         self._functions = {name: f for name, f in objectives.items() if not isinstance(f, nn.Module)}
         for name, objective in objectives.items():
             if isinstance(objective, nn.Module):
@@ -124,9 +126,9 @@ class WeightedSum(Objective):
         return {name: weights[name] for name in self._names}
 
     def _weights_of_shares(self) -> dict[str, Tensor | float]:
-        if self._norms is None or not self._norms.known:
+        if self.norms is None or not self.norms.known:
             return dict.fromkeys(self.shares, 1.0)
-        return {**weights_for(self.shares, self._norms.by_name(), self.weights)}
+        return {**weights_for(self.shares, self.norms.by_name(), self.weights)}
 
     def _check_weights(self) -> None:
         if not any(self.weights.values()):
@@ -158,9 +160,9 @@ class WeightedSum(Objective):
         with ExitStack() as stack:
             for extractor in self._shared_extractors():
                 stack.enter_context(extractor.shared())
-            if self._norms is None:
+            if self.norms is None:
                 return self._weighted_terms(restored, target, generator, None)
-            terms: dict[str, Tensor] = self._terms_with_shares(restored, target, generator, self._norms)
+            terms: dict[str, Tensor] = self._terms_with_shares(restored, target, generator, self.norms)
             return terms
 
     def _shared_extractors(self) -> list[FeatureExtractor]:

@@ -90,7 +90,7 @@ def test_resumed_run_ends_where_the_whole_one_does(folder):
             whole = load(folder, f"denoise/{name}")
             assert whole.pop("epoch") == 1
             assert whole["restoreloss"]["calls"] == {"pixel.objective.objective_diff.objective": 13}  # 8 in the first
-            assert whole["restoreloss"]["shares"]["pixel.objective._norms"]["count"] == 13
+            assert whole["restoreloss"]["shares"]["pixel.objective.norms"]["count"] == 13
         else:
             whole = load(folder, f"denoise/{name}")
         assert_equal(found, whole, name)

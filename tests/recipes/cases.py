@@ -179,6 +179,9 @@ CASES: dict[str, Case] = {
 }
 """One of each recipe: the whole contract holds for it."""
 MORE: dict[str, Case] = {
+    "diffloss, shares": diffloss_case(
+        diff=diffloss.Diff(share=0.4, timesteps=(100, 600)), filter=diffloss.Filter(share=0.2), accumulate=2
+    ),
     "sr4ir, two stages": sr4ir_case(method="s_to_t"),
     "edtr, three tasks": edtr_case(all_in_one=True),
     "edtr, several steps": edtr_case(n=4),

@@ -20,6 +20,7 @@ RUNS: dict[str, Case] = {
     "dtp, replay": cases.dtp_case(method="replay", replay_share=0.5),
     "dtp, projection": cases.dtp_case(method="project", replay_share=0.5),
     "diffloss": cases.diffloss_case(ema=0.5, pixel=cases.diffloss.Pixel(distance="mse")),
+    "diffloss, shares": cases.diffloss_case(filter=cases.diffloss.Filter(share=0.5)),
     "unirestore, stage 1": cases.unirestore_case("stage1", batch=4, lr=1e-3),
     "unirestore, stage 2": cases.unirestore_case("stage2", batch=4, lr=1e-3, restored_too=1.0),
     "unirestore, adapters of each task": cases.unirestore_case("stage2", batch=4, lr=1e-3, adapter="several"),

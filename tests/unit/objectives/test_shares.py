@@ -139,7 +139,7 @@ def test_a_resumed_run_goes_on_with_the_same_weights(carry):
         resumed = copy.deepcopy(half) if carry == "deepcopy" else pickle.loads(pickle.dumps(half))
     again = run(new(), range(4))
     assert run(resumed, range(4, 8)).current_weights() == run(again, range(4, 8)).current_weights()
-    assert set(half.state_dict()) == {"_norms.mean", "_norms.count"}
+    assert set(half.state_dict()) == {"norms.mean", "norms.count"}
     assert not list(half.parameters())
 
 
@@ -242,9 +242,9 @@ def test_a_state_resumes_to_the_digit_where_the_last_norms_were_taken_in():
         loss.load_state_dict(state or loss.state_dict())
         for call in calls:
             loss(*images(call)).backward()
-            loss._norms.take_in()
+            loss.norms.take_in()
         return loss
 
     whole, resumed = trained(range(6)), trained(range(3, 6), trained(range(3)).state_dict())
-    assert whole._norms.count == 6
+    assert whole.norms.count == 6
     assert whole.current_weights() == resumed.current_weights() != trained(range(3)).current_weights()
