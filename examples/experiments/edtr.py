@@ -38,6 +38,8 @@ PRIOR_SEED = 100
 BASELINES: Mapping[str, Any] = {
     "no_restoration": "l_to_t", "pre_restoration": "s_to_t", "tdsr": "tdsr", "rsrssn": "rsrssn", "sr4ir": "sr4ir",
 }  # fmt: skip
+OF_WORDS: Mapping[str, Any] = {name: name for name in ("pretrain", "squared", "h_fixed", "l_to_t_3x")}
+"""More baselines for words: L1 that goes on, squared error and TDP beside it, H that learns for as long as SR4IR's."""
 MAIN: Mapping[str, dict[str, Any]] = {"edtr_1": {"n": 1}, "edtr_4": {"n": 4}}
 ABLATIONS: Mapping[str, dict[str, Any]] = {
     name: {"method": name}
@@ -88,10 +90,11 @@ class Experiment:
         """One run by the name of its folder."""
         base, ready = replace(self.base, seed=seed), self.prepared(seed)
         out = self.out / "table" / setting(base) / name / f"seed{seed}"
-        if name in BASELINES:
-            settings = {**shared(base), "out": out, "method": BASELINES[name], "h_lr": base.h_lr}
+        if name in (baselines := {**BASELINES, **OF_WORDS}):
+            settings = {**shared(base), "out": out, "method": baselines[name], "h_lr": base.h_lr}
             if base.task == "reading":  # whose networks are trained already
                 settings |= {"recognizer": "english_g2", "fixed_hr": Path("english_g2"), "judge": Path("pp_ocr")}
+                settings["tdp_weight"] = 0.5
             else:
                 reference, judge = ready / f"{base.task}_hq", ready / f"{base.task}_judge"
                 settings |= {"start": "hr", "h_weights": reference, "fixed_hr": reference, "judge": judge}
@@ -155,7 +158,8 @@ def main() -> None:
     )  # fmt: skip
     if arguments.task == "reading":
         base = replace(base, data="words", h_lr=3e-4, batch=8, precision="bf16", train_count=3000, max_norm=5.0)
-    known = [*BASELINES, *MAIN, *ABLATIONS, *CELLS, *T_P]
+    baselines = [*BASELINES, *(OF_WORDS if arguments.task == "reading" else ())]
+    known = [*baselines, *MAIN, *ABLATIONS, *CELLS, *T_P]
     unknown = [name for name in arguments.names or () if name not in known]
     if unknown:
         parser.error(f"`names` should be among {', '.join(known)}, found {', '.join(unknown)}.")
@@ -163,7 +167,7 @@ def main() -> None:
     if arguments.study == "prior":
         experiment.prior()
         return
-    studies = {"table": [*BASELINES, *MAIN], "ablations": [*ABLATIONS], "cells": [*CELLS], "t_p": [*T_P]}
+    studies = {"table": [*baselines, *MAIN], "ablations": [*ABLATIONS], "cells": [*CELLS], "t_p": [*T_P]}
     for seed in arguments.seeds:
         if arguments.study == "steps":
             found = experiment.steps(seed, [1, 4, 20, 50], 10)

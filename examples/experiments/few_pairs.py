@@ -1,18 +1,20 @@
 """DiffLoss where pairs are few: restorers of words, beside a prior that has seen many words and none of the pairs.
 
     python -m examples.experiments.few_pairs --out runs/few_pairs --seeds 0 1 2 --pairs 16 64 256
+    python -m examples.experiments.few_pairs --out runs/words_diffloss --seeds 1 2 3 --pairs 3000 --extent 0.5
 
-A restorer (EDSR, four times larger) sees 16, 64 or 256 pairs, each of one word with its own noise, and then words and
-fonts that it has never seen. The prior is trained on other words, as long as ``--prior-steps`` say; earlier states of
-it tell whether a prior that knows more helps more. Controls have the same share of the gradient and know no words: the
-squared error, that of image gradients, an untrained prior, the prior of photographs. Finished runs are not done again.
+A restorer (EDSR) sees 16, 64 or 256 pairs, each of one word degraded once, and then words and fonts that it has never
+seen. Words are made four times smaller and noisy, or with ``--extent`` degraded by Mixture-B, which keeps their size.
+The prior is trained on other words, as long as ``--prior-steps`` say; earlier states of it tell whether a prior that
+knows more helps more. Controls have the same share of the gradient and know no words: the squared error, that of image
+gradients, an untrained prior, the prior of photographs. Finished runs are not done again.
 """
 
 import argparse
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.common.data.degrade import degradation
+from examples.common.data.options import DataOptions
 from examples.common.data.words import TEST_SEED, Degradation, lines
 from examples.common.engine.run_directory import own, to_json
 from examples.common.networks.restorers import restorer
@@ -78,6 +82,7 @@ class Experiment:
     out: Path
     test_words: int
     noise: float
+    extent: float | None
     steps: int
     share: float
     prior_steps: int
@@ -89,7 +94,15 @@ class Experiment:
     @cached_property
     def test(self) -> tuple[Tensor, list[str], Tensor]:
         clean, texts = lines(self.test_words, "test", TEST_SEED)
-        return clean, texts, Degradation(noise=self.noise)(clean, TEST_SEED)
+        return clean, texts, self.degrade(clean, TEST_SEED)
+
+    @cached_property
+    def degrade(self) -> Callable[[Tensor, int], Tensor]:
+        """(clean, seed) -> degraded."""
+        if self.extent is None:
+            return Degradation(noise=self.noise)
+        options = DataOptions(degradation="mixture_b", scale=1, mixture_extent=self.extent)
+        return lambda clean, seed: degradation(options, seed)(clean, 0)
 
     def train_prior(self) -> None:
         """Diffusion on crops of clean words, kept at each of ``DOSES``, with its error on unseen words."""
@@ -128,13 +141,13 @@ class Experiment:
         folder.mkdir(parents=True, exist_ok=True)
         clean, texts, degraded = self.test
         pool = lines(pairs, "train", seed)[0]
-        training = Pairs(pool, Degradation(noise=self.noise), torch.device("cpu"), time.process_time)
+        training = Pairs(pool, self.degrade, torch.device("cpu"), time.process_time)
         for name in methods:
             file = folder / f"{name}.json"
             if file.exists():
                 continue
             torch.manual_seed(seed)
-            net = restorer("edsr-small", 4)
+            net = restorer("edsr-small", 4 if self.extent is None else 1)
             seconds = training.run(
                 net, self._objective(name, seed), steps=self.steps, size=BATCH // 2, lr=LR * RATES.get(name, 1.0),
                 seed=seed, title=f"{pairs} pairs, {seed}: {name}",
@@ -217,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=tuple(TITLES), default=list(TITLES), metavar="NAME")
     parser.add_argument("--test-words", type=int, default=300, help="(default: %(default)s)")
     parser.add_argument("--noise", type=float, default=20.0, help="sigma in 1/255 (default: %(default)s)")
+    parser.add_argument("--extent", type=float, help="of Mixture-B in the place of reduction and noise")
     parser.add_argument("--steps", type=int, default=600, help="of each restorer (default: %(default)s)")
     parser.add_argument("--share", type=float, default=0.5, help="of the second term (default: %(default)s)")
     parser.add_argument("--prior-steps", type=int, default=1200, help="(default: %(default)s)")

@@ -176,9 +176,7 @@ class Experiment:
 
     def _retrain(self, folder: Path, training: Training, texts: list[str], seed: int) -> None:
         """The reader itself learns, for the time that the restorer has had in all."""
-        learn = partial(
-            retrained, self.network, (training.pool, texts), training.degrade, seed=seed, clock=training.clock
-        )
+        learn = partial(retrained, self.network, (training.pool, texts), self.degrade, seed=seed, clock=training.clock)
         l1 = self._cost("l1", training, partial(training.seconds, self._net(), nn.L1Loss(), size=BATCH))
         cost = self._cost("retrained", training, lambda: learn(steps=3)[1])
         steps = max(1, round((self.steps * l1 + self.tdp_steps) / cost))

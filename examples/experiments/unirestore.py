@@ -4,6 +4,7 @@
     python -m examples.experiments.unirestore one_step --out runs/unirestore     # of both priors alone, after prior
     python -m examples.experiments.unirestore table --out runs/unirestore        # Tables 1 to 5
     python -m examples.experiments.unirestore new_task --out runs/unirestore     # Table 6: detection by a prompt alone
+    python -m examples.experiments.unirestore words --out runs/unirestore_words   # people and a reader, same words
     python -m examples.experiments.unirestore tables --out runs/unirestore
     python -m examples.experiments.unirestore sheet --out runs/unirestore        # held-out images of 96 pixels
     python -m examples.experiments.unirestore latents --out runs/unirestore      # how far from clean, of stage 1
@@ -61,8 +62,8 @@ SECOND: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 """Runs of stage 2, the run of stage 1 that they begin with, and what they change."""
 PLAIN: Mapping[str, list[str]] = {
-    "pir": ["restoration"], "tir": ["classification", "segmentation"],
-    "pir_tir": ["restoration", "classification", "segmentation"],
+    "pir": ["restoration"], "tir": ["classification", "segmentation", "reading"],
+    "pir_tir": ["restoration", "classification", "segmentation", "reading"],
 }  # fmt: skip
 """A plain network in UniRestore's place, by what it trains on."""
 PRIOR = (
@@ -77,6 +78,8 @@ PRIOR = (
     "hq",
 )
 """The rows of the study of the prior."""
+WORDS = ("lq", "pir", "tir", "pir_tir", "unirestore", "no_diffusion", "one_prompt", "hq")
+"""Rows where one network restores words for people and for a reader."""
 READ: Mapping[str, Any] = {"lq": lambda _, lq: lq, "hq": lambda hq, _: hq}
 COLUMNS: Mapping[str, tuple[str, int]] = {
     "restoration_psnr_of_mse": ("PSNR of the mean error", 2),
@@ -88,6 +91,9 @@ COLUMNS: Mapping[str, tuple[str, int]] = {
     "segmentation_score": ("mIoU", 1),
     "segmentation_judge": ("another network", 1),
     "segmentation_unseen_score": ("unseen", 1),
+    "reading_score": ("words read (%)", 1),
+    "reading_judge": ("by another (%)", 1),
+    "reading_psnr": ("PSNR for the reader", 2),
 }
 GAINED: Mapping[str, tuple[str, int]] = {
     f"{task}_{name}": (f"{task}, {name.removeprefix('gain_').replace('_', ' ')}", 2)
@@ -98,6 +104,7 @@ SHEET: Mapping[str, tuple[str, int]] = {
     "epsilon": ("epsilon", 1), "velocity": ("unirestore", 1), "no diffusion": ("no_diffusion", 0),
 }  # fmt: skip
 """Rows of the sheet between degraded and clean: the run, and its denoising steps."""
+STUDIES = ("prior", "table", "new_task", "words", "tables", "sheet", "latents", "one_step")
 SHOWN = ("gaussian_noise", "defocus_blur", "fog", "contrast", "snow", "jpeg_compression")
 """Corruptions of the sheet."""
 DETECTION: Mapping[str, tuple[str, int]] = {
@@ -134,7 +141,7 @@ class Experiment:
         first = None if prediction == "v_prediction" else self.prior()
         options = {**shared(self.base), "out": out, "seed": PRIOR_SEED, "train_count": self.prior_images, "batch": 16}
         config = PrepareConfig(
-            **options, prior_steps=self.prior_steps, tasks=[*READ_BY], prediction=prediction, autoencoder=first
+            **options, prior_steps=self.prior_steps, tasks=self.base.tasks[1:], prediction=prediction, autoencoder=first
         )
         train_prior_of_all(config, out)
         self._prepared.add(out)
@@ -156,8 +163,9 @@ class Experiment:
         if name in PLAIN:
             # as many steps as both stages of UniRestore together
             steps = 2 * self.base.steps
+            tasks = [task for task in PLAIN[name] if task in self.base.tasks]
             changes: dict[str, Any] = {
-                "stage": "stage2", "network": "edsr-small", "train_tasks": PLAIN[name], "steps": steps
+                "stage": "stage2", "network": "edsr-small", "train_tasks": tasks, "steps": steps
             }  # fmt: skip
         elif name in WITHOUT:
             self.run(WITHOUT[name], seed)
@@ -206,8 +214,8 @@ class Experiment:
     def tables(self) -> str:
         """Means, spreads and paired differences of all that is finished."""
         parts = []
-        prompts = {f"{task}_by_{prompt}_{key}": (f"{task}: {key} by {prompt}", 2) for task in TASKS[:3]
-                   for prompt in TASKS[:3] for key in ("psnr_of_mse", "score")}  # fmt: skip
+        prompts = {f"{task}_by_{prompt}_{key}": (f"{task}: {key} by {prompt}", 2) for task in TASKS
+                   for prompt in TASKS for key in ("psnr_of_mse", "score")}  # fmt: skip
         studies = (
             ("table", "", COLUMNS, "unirestore"), ("table", ", gain in PSNR", GAINED, "unirestore"),
             ("table", ", prompts on the same images", prompts, "unirestore"), ("new_task", "", DETECTION, "prompt"),
@@ -320,7 +328,7 @@ def _tables(runs: Mapping[str, Any], columns: Mapping[str, tuple[str, int]], ref
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["prior", "table", "new_task", "tables", "sheet", "latents", "one_step"])
+    parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", default="generated", choices=["generated", "photos"])
     parser.add_argument("--contrast", type=float, nargs=2, default=[0.07, 0.18], help="of the generated textures")
@@ -331,6 +339,7 @@ def main() -> None:
     parser.add_argument("--prepare_steps", type=int, default=500)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--test_count", type=int, default=300)
+    parser.add_argument("--extent", type=float, default=0.5, help="of the Mixture-B that degrades words")
     parser.add_argument("--precision", default="no", choices=["no", "bf16"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--names", nargs="+", help="folders of the table; the default is all")
@@ -342,10 +351,16 @@ def main() -> None:
         steps=arguments.steps, batch=arguments.batch, test_count=arguments.test_count, control_channels=16, lr=1e-3,
         unseen=arguments.study != "prior", precision=arguments.precision, cpu=True,
     )  # fmt: skip
+    tasks = [*READ_BY, "detection"] if arguments.study == "new_task" else [*READ_BY]
+    if arguments.study == "words":
+        tasks = ["reading"]
+        base = replace(
+            base, data="words", size=None, tasks=["restoration", *tasks], degradation="mixture_b", unseen=False,
+            mixture_extent=arguments.extent, train_count=3000, max_norm=5.0, task_weights={"reading": 0.1},
+        )  # fmt: skip
     experiment = Experiment(
         arguments.out, base, prior_steps=arguments.prior_steps, prior_images=arguments.prior_images,
-        prepare_steps=arguments.prepare_steps,
-        tasks=[*READ_BY, "detection"] if arguments.study == "new_task" else [*READ_BY],
+        prepare_steps=arguments.prepare_steps, tasks=tasks,
     )  # fmt: skip
     if arguments.study == "tables":
         print(experiment.tables())
@@ -366,7 +381,7 @@ def main() -> None:
         if arguments.study == "new_task":
             experiment.new_task(seed)
             continue
-        for name in arguments.names or (PRIOR if arguments.study == "prior" else names):
+        for name in arguments.names or {"prior": PRIOR, "words": WORDS}.get(arguments.study, names):
             experiment.run(name, seed)
 
 

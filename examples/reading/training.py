@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.common.data.words import Degradation
 from examples.common.networks.text_readers import TDP_LAYERS, EnglishG2, to_english_g2
 from restoreloss import TDPLoss, WeightedSum, calibrate
 
@@ -41,7 +40,7 @@ class Training:
     """Clean lines in memory, degraded anew for each batch."""
 
     pool: Tensor
-    degrade: Degradation
+    degrade: Callable[[Tensor, int], Tensor]
     device: torch.device
     clock: Callable[[], float] = time.perf_counter
 

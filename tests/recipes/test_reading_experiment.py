@@ -10,7 +10,7 @@ import torch
 from examples.common.data import words
 from examples.common.engine.reading import ctc
 from examples.common.networks import text_readers as readers
-from examples.experiments import reading
+from examples.experiments import few_pairs, reading
 from examples.reading import retraining
 from examples.reading.training import Training
 from tests.recipes.test_reading import needs_reading
@@ -79,6 +79,29 @@ def test_finished_runs_are_not_done_again(
     with pytest.raises(SystemExit, match="2"):
         reading.main([*arguments, "tdp", "--noise=20"])
     assert "`out` should be a folder of runs with these settings" in capsys.readouterr().err
+
+
+@needs_reading
+@pytest.mark.parametrize("degradation", [[], ["--extent=0.5"]])
+def test_few_pairs_are_restored_with_each_kind_of_prior(
+    tmp_path: Path, degradation: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(few_pairs, "PRIOR_WORDS", 16)
+    names = ["l1", "gradients", "words", "untrained"]
+    arguments = ["--seeds", "0", "--pairs", "2", "--steps=1", "--test-words=4", "--prior-steps=1", *degradation]
+    few_pairs.main([f"--out={tmp_path}", *arguments, "--methods", *names])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split(" | ")[1] for row in rows] == [
+        few_pairs.TITLES[name] for name in few_pairs.TITLES if name in names
+    ]
+    assert sum("[" in row for row in rows) == 3
+    found = {name: json.loads((tmp_path / "pairs2/seed0" / f"{name}.json").read_text()) for name in names}
+    assert len({tuple(one["psnr"]) for one in found.values()}) == 4  # each loss took another step
+    experiment = few_pairs.Experiment(tmp_path, 4, 20.0, 0.5 if degradation else None, 1, 0.5, 1)
+    clean, _, degraded = experiment.test
+    sides = [side // (1 if degradation else 4) for side in clean.shape[2:]]
+    assert list(degraded.shape[2:]) == sides
 
 
 def test_ctc_is_the_sum_over_all_alignments() -> None:

@@ -1,5 +1,6 @@
 """The commands of UniRestore: its stages, preparation, restoration of folders, and what they refuse."""
 
+import itertools
 import json
 import re
 import shutil
@@ -202,6 +203,19 @@ def test_the_experiment_runs_each_kind_of_name_once(
     with pytest.raises(SystemExit):
         experiment.main()
     assert "found nothing" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_words_are_restored_for_people_and_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    small = ["--steps=1", "--batch=2", "--test_count=4", "--prior_steps=1", "--prior_images=16", "--seeds=1"]
+    names = ["lq", "pir_tir", "unirestore"]
+    monkeypatch.setattr(sys, "argv", ["experiment", "words", f"--out={tmp_path}", *small, "--names", *names])
+    experiment.main()
+    found = json.loads((tmp_path / "table/unirestore/seed1/results.json").read_text())
+    for task, prompt in itertools.product(("restoration", "reading"), repeat=2):
+        assert f"{task}_by_{prompt}_psnr" in found
+    assert {"reading_score", "reading_judge", "reading_by_restoration_score"} < found.keys()
 
 
 def study_width(folder: Path) -> int:
