@@ -12,10 +12,10 @@ from restoreloss import DiffLoss, Subsampled, WeightedSum, load_prior, small_pri
 
 
 def terms_of(config: Config) -> list[str]:
-    """The terms that a run has: those with a weight.
+    """The terms that a run has: those with a weight or a share.
 
     Raises:
-        ValueError: For a weight or share out of its range.
+        ValueError: For a weight or share out of its range, and where no term has a weight.
     """
     options: dict[str, Diff | Perceptual | Adversarial] = {
         "diff": config.diff, "perceptual": config.perceptual, "adversarial": config.adversarial,
@@ -28,14 +28,21 @@ def terms_of(config: Config) -> list[str]:
             )
     if not 0 <= config.filter.share < 1:
         raise ValueError(f"`filter.share` should be at least 0 and below 1, found {config.filter.share}.")
-    if (shares := sum(shares_of(config).values())) >= 1:
-        raise ValueError(f"Shares should leave some of 1 to the pixel loss, found {shares:g} in sum.")
+    shares = shares_of(config)
+    named = " and ".join(f"`{name}.share`" for name in shares)
+    if sum(shares.values()) >= 1:
+        raise ValueError(f"{named} should be below 1 in sum, found {sum(shares.values()):g}.")
     weights = {
         "pixel": config.pixel.weight, "filter": config.filter.share,
         **{name: option.share or option.weight for name, option in options.items()},
     }  # fmt: skip
     if wrong := [name for name, weight in weights.items() if not 0 <= weight < math.inf]:
         raise ValueError(f"`{wrong[0]}` should have a weight of at least 0, found {weights[wrong[0]]}.")
+    if not any(weight for name, weight in weights.items() if name not in shares):
+        beside = f" beside {named}" if shares else ""
+        raise ValueError(
+            f"`pixel`, `diff`, `perceptual` or `adversarial` should have a weight above 0{beside}, found none."
+        )
     return [name for name, weight in weights.items() if weight]
 
 
@@ -52,8 +59,7 @@ def objectives_of(config: Config, device: torch.device, adversarial: Adversarial
     """The weighted sum of all terms; DiffLoss is ``sum["diff"]``.
 
     Raises:
-        ValueError: If there is no term, if a share stands beside no weight, and for options of the prior that are
-            wrong.
+        ValueError: For options of the prior that are wrong.
     """
     terms = terms_of(config)
     objectives: dict[str, Any] = {}
@@ -71,17 +77,13 @@ def objectives_of(config: Config, device: torch.device, adversarial: Adversarial
             objectives["diff"], weights["diff"] = diff_loss(config.diff), config.diff.weight
         except ValueError as error:  # which names the argument without its group
             raise ValueError(str(error) if "`diff." in str(error) else f"`diff`: {error}") from error
-    if not objectives:
-        raise ValueError("`pixel`, `diff` or `perceptual` should have a weight above 0, found none.")
     for objective in objectives.values():
         objective.to(device)
     if adversarial is not None:
         objectives["adversarial"], weights["adversarial"] = adversarial, config.adversarial.weight
     shares = shares_of(config)
     weights = {name: weight for name, weight in weights.items() if name not in shares}
-    if not weights:
-        raise ValueError(f"A share should stand beside a term with a weight, found {shares} alone.")
-    return WeightedSum(objectives, weights, shares=shares)
+    return WeightedSum(objectives, weights, shares=shares).to(device)  # the norms behind the shares too
 
 
 def diff_loss(options: Diff) -> Subsampled:

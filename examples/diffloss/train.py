@@ -155,7 +155,10 @@ class Trainer(Recipe[Batch]):
             return {**means, **figures}, samples
         first = (samples[kind][:4, :, : self.config.patch, : self.config.patch] for kind in ("restored", "hr"))
         report = audit(self.objectives, *(images.to(self.device) for images in first))
-        return {**means, **figures, **{f"share/{row.name}": row.share for row in report}}, samples
+        figures |= {f"share/{row.name}": row.share for row in report}
+        weights = self.objectives.current_weights()
+        figures |= {f"weight/{name}": weights[name] for name in self.objectives.shares}
+        return {**means, **figures}, samples
 
     def try_evaluation(self) -> None:
         """Evaluate one test image of each size."""
@@ -241,6 +244,8 @@ class _Steps:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         norms = self.trainer.objectives.norms
         if norms is not None:
+            if "norms" not in state:
+                raise ValueError("The checkpoint of a run with shares should hold their norms, found none: begin anew.")
             norms.load_state_dict(state["norms"])
         self.alternation.load_state_dict({name: value for name, value in state.items() if name != "norms"})
 

@@ -39,7 +39,9 @@ BASELINES: Mapping[str, Any] = {
     "no_restoration": "l_to_t", "pre_restoration": "s_to_t", "tdsr": "tdsr", "rsrssn": "rsrssn", "sr4ir": "sr4ir",
 }  # fmt: skip
 OF_WORDS: Mapping[str, Any] = {name: name for name in ("pretrain", "squared", "h_fixed", "l_to_t_3x")}
-"""More baselines for words: L1 that goes on, squared error and TDP beside it, H that learns for as long as SR4IR's."""
+"""More baselines for words: L1 that goes on, L1 + squared error, L1 + TDP for a reader that never changes, and H alone
+for as many images as SR4IR's.
+"""
 MAIN: Mapping[str, dict[str, Any]] = {"edtr_1": {"n": 1}, "edtr_4": {"n": 4}}
 ABLATIONS: Mapping[str, dict[str, Any]] = {
     name: {"method": name}
@@ -93,8 +95,8 @@ class Experiment:
         if name in (baselines := {**BASELINES, **OF_WORDS}):
             settings = {**shared(base), "out": out, "method": baselines[name], "h_lr": base.h_lr}
             if base.task == "reading":  # whose networks are trained already
-                settings |= {"recognizer": "english_g2", "fixed_hr": Path("english_g2"), "judge": Path("pp_ocr")}
-                settings["tdp_weight"] = 0.5
+                readers = {"fixed_hr": Path("english_g2"), "judge": Path("pp_ocr")}
+                settings |= {"recognizer": "english_g2", "tdp_weight": 0.5, **readers}
             else:
                 reference, judge = ready / f"{base.task}_hq", ready / f"{base.task}_judge"
                 settings |= {"start": "hr", "h_weights": reference, "fixed_hr": reference, "judge": judge}

@@ -3,7 +3,7 @@
     python -m examples.experiments.few_pairs --out runs/few_pairs --seeds 0 1 2 --pairs 16 64 256
     python -m examples.experiments.few_pairs --out runs/words_diffloss --seeds 1 2 3 --pairs 3000 --extent 0.5
 
-A restorer (EDSR) sees 16, 64 or 256 pairs, each of one word degraded once, and then words and fonts that it has never
+A restorer (EDSR) sees few pairs, each of one word degraded once, and then words and fonts that it has never
 seen. Words are made four times smaller and noisy, or with ``--extent`` degraded by Mixture-B, which keeps their size.
 The prior is trained on other words, as long as ``--prior-steps`` say; earlier states of it tell whether a prior that
 knows more helps more. Controls have the same share of the gradient and know no words: the squared error, that of image
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from examples.common.data.degrade import degradation
 from examples.common.data.options import DataOptions
 from examples.common.data.words import TEST_SEED, Degradation, lines
-from examples.common.engine.run_directory import own, to_json
+from examples.common.engine.run_directory import check_settings, own, to_json
 from examples.common.networks.restorers import restorer
 from examples.common.networks.text_readers import PPOCR, english_g2
 from examples.diffloss.comparisons import ImageGradients
@@ -63,7 +63,7 @@ RATES = {"l1_half": 0.5, "l1_double": 2.0}
 
 @dataclass(frozen=True)
 class Pairs(Training):
-    """A few lines, each with one noise for good."""
+    """Lines that are degraded once."""
 
     @cached_property
     def degraded(self) -> Tensor:
@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--methods", nargs="+", choices=tuple(TITLES), default=list(TITLES), metavar="NAME")
     parser.add_argument("--test-words", type=int, default=300, help="(default: %(default)s)")
-    parser.add_argument("--noise", type=float, default=20.0, help="sigma in 1/255 (default: %(default)s)")
+    parser.add_argument("--noise", type=float, help="sigma in 1/255 (default: 20)")
     parser.add_argument("--extent", type=float, help="of Mixture-B in the place of reduction and noise")
     parser.add_argument("--steps", type=int, default=600, help="of each restorer (default: %(default)s)")
     parser.add_argument("--share", type=float, default=0.5, help="of the second term (default: %(default)s)")
@@ -239,8 +239,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seeds, pairs, methods = args.pop("seeds"), args.pop("pairs"), args.pop("methods")
     if min(pairs) < 1 or min(seeds) < 0 or not 0 < args["share"] < 1:
         parser.error("--pairs should be at least 1, --seeds at least 0 and --share between 0 and 1")
+    if args["extent"] is not None and (args["noise"] is not None or not args["extent"] > 0):
+        parser.error("--extent should be above 0, without --noise, which belongs to smaller words")
+    args["noise"] = 20.0 if args["noise"] is None else args["noise"]
     _ = own(args["out"])
     experiment = Experiment(**args)
+    try:
+        check_settings(args["out"], {name: value for name, value in args.items() if name != "out"})
+    except ValueError as error:
+        parser.error(str(error))
     experiment.train_prior()
     for seed in seeds:
         for number in pairs:

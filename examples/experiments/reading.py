@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from examples.common.data.words import TEST_SEED, Degradation, Split, lines
 from examples.common.engine.reading import words_read
-from examples.common.engine.run_directory import own, to_json
+from examples.common.engine.run_directory import check_settings, own, to_json
 from examples.common.networks.restorers import restorer
 from examples.common.networks.text_readers import PPOCR, EnglishG2, Read, english_g2
 from examples.diffloss.comparisons import ImageGradients
@@ -100,12 +100,8 @@ class Experiment:
 
     def check_settings(self) -> None:
         """Write the settings beside the runs, or raise ``ValueError`` where those that are there have others."""
-        settings = {name: value for name, value in vars(self).items() if name in self.__annotations__ and name != "out"}
-        file = self.out / "settings.json"
-        if not file.exists():
-            file.write_text(to_json(settings, indent=1))
-        elif (found := json.loads(file.read_text())) != settings:
-            raise ValueError(f"`out` should be a folder of runs with these settings, found {found} in {self.out}.")
+        names = [option.name for option in fields(self) if option.name != "out"]
+        check_settings(self.out, {name: getattr(self, name) for name in names})
 
     def run(self, seed: int, methods: Sequence[str]) -> None:
         """What is missing of a seed."""

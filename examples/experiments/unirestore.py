@@ -1,11 +1,12 @@
-"""The claims of UniRestore that two cores can test: all runs of docs/results/unirestore.md.
+"""The claims of UniRestore that two cores can test: all runs of docs/results/unirestore.md,
+and of words in docs/results/reading.md.
 
     python -m examples.experiments.unirestore prior --out runs/unirestore        # epsilon, velocity, no diffusion
     python -m examples.experiments.unirestore one_step --out runs/unirestore     # of both priors alone, after prior
     python -m examples.experiments.unirestore table --out runs/unirestore        # Tables 1 to 5
     python -m examples.experiments.unirestore new_task --out runs/unirestore     # Table 6: detection by a prompt alone
     python -m examples.experiments.unirestore words --out runs/unirestore_words   # people and a reader, same words
-    python -m examples.experiments.unirestore tables --out runs/unirestore
+    python -m examples.experiments.unirestore tables --out runs/unirestore          # or runs/unirestore_words
     python -m examples.experiments.unirestore sheet --out runs/unirestore        # held-out images of 96 pixels
     python -m examples.experiments.unirestore latents --out runs/unirestore      # how far from clean, of stage 1
 
@@ -356,7 +357,7 @@ def main() -> None:
         tasks = ["reading"]
         base = replace(
             base, data="words", size=None, tasks=["restoration", *tasks], degradation="mixture_b", unseen=False,
-            mixture_extent=arguments.extent, train_count=3000, max_norm=5.0, task_weights={"reading": 0.1},
+            mixture_extent=arguments.extent, train_count=3000, max_norm=5.0,
         )  # fmt: skip
     experiment = Experiment(
         arguments.out, base, prior_steps=arguments.prior_steps, prior_images=arguments.prior_images,

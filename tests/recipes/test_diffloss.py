@@ -22,7 +22,7 @@ from torchvision.utils import save_image
 
 from examples.diffloss import train as training
 from examples.diffloss.config import Adversarial, Config, Diff, Filter, Perceptual, Pixel
-from examples.diffloss.objectives import terms_of
+from examples.diffloss.objectives import objectives_of, terms_of
 from examples.diffloss.train import Trainer
 from examples.experiments import diffloss as experiment
 from restoreloss import NoiseSchedule, audit, small_prior
@@ -229,6 +229,9 @@ def test_a_share_is_kept_while_training(tmp_path: Path) -> None:
     strength = {name: weight * float(means[name]) for name, weight in weights.items()}
     assert strength["diff"] / sum(strength.values()) == pytest.approx(0.3, rel=1e-5)
     assert 0.05 < results["share/diff/noise"] < 0.7  # of four images, whose draws of noise are few
+    assert results["weight/diff"] == pytest.approx(weights["diff"], rel=1e-6)
+    config = replace(options, out=tmp_path, filter=Filter(share=0.1))
+    assert {value.device.type for value in objectives_of(config, torch.device("meta")).buffers()} == {"meta"}
 
 
 def test_shares_stand_together_beside_weights(tmp_path: Path) -> None:
@@ -409,7 +412,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "should be given a file of weights, found nowhere.pth",
     ),
     "weight": ({"pixel": Pixel(weight=-1.0)}, "`pixel` should have a weight of at least 0, found -1.0"),
-    "nothing": ({"pixel": Pixel(weight=0.0)}, "`pixel`, `diff` or `perceptual` should have a weight above 0"),
+    "nothing": ({"pixel": Pixel(weight=0.0)}, "`pixel`, `diff`, .* should have a weight above 0, found none"),
     "share": ({"diff": Diff(share=1.5)}, "`diff.share` should be above 0 and below 1"),
     "perceptual": ({"perceptual": Perceptual(share=0.0)}, "`perceptual.share` should be above 0 and below 1"),
     "adversarial": ({"adversarial": Adversarial(share=0.5, weight=0.1)}, "without `adversarial.weight`, found 0.5"),
@@ -417,11 +420,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"perceptual": Perceptual(share=0.5, network="lite0", weights=Path("nowhere.pt"))},
         "`perceptual`: `weights` should be a state dict of EfficientNet-Lite0, .*found nowhere.pt",
     ),
-    "no rest": ({"diff": Diff(share=0.5), "filter": Filter(share=0.5)}, "Shares should leave some of 1 .* found 1"),
+    "no rest": (
+        {"diff": Diff(share=0.5), "filter": Filter(share=0.5)},
+        "`filter.share` and `diff.share` should be below 1 in",
+    ),
     "filter": ({"filter": Filter(share=1.0)}, "`filter.share` should be at least 0 and below 1, found 1.0"),
     "alone": (
         {"diff": Diff(share=0.5), "pixel": Pixel(weight=0.0)},
-        "should stand beside a term with a weight, found .*0.5",
+        "should have a weight above 0 beside `diff.share`, found none",
     ),
     "both": ({"diff": Diff(share=0.5, weight=0.1)}, "without `diff.weight`, found 0.5 and 0.1"),
     "patch": ({"patch": 0}, "`patch` should be at least 1, found 0"),

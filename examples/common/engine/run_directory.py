@@ -249,6 +249,19 @@ def own(folder: Path) -> "Lock":
     return lock
 
 
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings that all runs below a folder have, or compare them with those that are there.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    file = folder / "settings.json"
+    if not file.exists():
+        file.write_text(to_json(settings, indent=1))
+    elif (found := json.loads(file.read_text())) != json.loads(to_json(settings)):
+        raise ValueError(f"`out` should be a folder of runs with these settings, found {found} in {folder}.")
+
+
 def read_json(text: str) -> Any:
     """Read what :class:`RunDirectory` wrote: "nan", "inf" and "-inf" are floats again."""
 
