@@ -1,5 +1,4 @@
-"""The claims of UniRestore that two cores can test: all runs of docs/results/unirestore.md,
-and of words in docs/results/reading.md.
+"""The claims of UniRestore that two cores can test: all runs of docs/results/unirestore.md, and words.
 
     python -m examples.experiments.unirestore prior --out runs/unirestore        # epsilon, velocity, no diffusion
     python -m examples.experiments.unirestore one_step --out runs/unirestore     # of both priors alone, after prior
