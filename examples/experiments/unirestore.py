@@ -123,6 +123,7 @@ class Experiment:
     base: Config
     prior_steps: int = 5000
     prior_images: int = 16000
+    prior_batch: int = 16
     prepare_steps: int = 500
     tasks: list[str] = field(default_factory=lambda: [*READ_BY])
     _prepared: set[Path] = field(default_factory=set, repr=False)
@@ -139,7 +140,8 @@ class Experiment:
         if out in self._prepared:
             return out
         first = None if prediction == "v_prediction" else self.prior()
-        options = {**shared(self.base), "out": out, "seed": PRIOR_SEED, "train_count": self.prior_images, "batch": 16}
+        options = {**shared(self.base), "out": out, "seed": PRIOR_SEED, "train_count": self.prior_images}
+        options["batch"] = self.prior_batch
         config = PrepareConfig(
             **options, prior_steps=self.prior_steps, tasks=self.base.tasks[1:], prediction=prediction, autoencoder=first
         )
@@ -360,7 +362,7 @@ def main() -> None:
         )  # fmt: skip
     experiment = Experiment(
         arguments.out, base, prior_steps=arguments.prior_steps, prior_images=arguments.prior_images,
-        prepare_steps=arguments.prepare_steps, tasks=tasks,
+        prior_batch=8 if arguments.study == "words" else 16, prepare_steps=arguments.prepare_steps, tasks=tasks,
     )  # fmt: skip
     if arguments.study == "tables":
         print(experiment.tables())

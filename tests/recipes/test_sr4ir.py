@@ -269,7 +269,7 @@ def test_the_restorer_learns_from_the_terms_of_its_method(
     assert seen_by is not None
     wanted = {
         "pixel": (restored - batch.hr).abs().mean(),
-        "squared": 4 * (restored - batch.hr).square().mean(),
+        "squared": METHODS[method].restorer_terms.get("squared", 0) * (restored - batch.hr).square().mean(),
         "tdp": METHODS[method].restorer_terms.get("tdp", 0) * l1(seen_by, restored, batch.hr),
         "task": METHODS[method].restorer_terms.get("task", 0) * task_loss(trainer, restored, batch.targets),
     }
