@@ -77,8 +77,6 @@ def objectives_of(config: Config, device: torch.device, adversarial: Adversarial
             objectives["diff"], weights["diff"] = diff_loss(config.diff), config.diff.weight
         except ValueError as error:  # which names the argument without its group
             raise ValueError(str(error) if "`diff." in str(error) else f"`diff`: {error}") from error
-    for objective in objectives.values():
-        objective.to(device)
     if adversarial is not None:
         objectives["adversarial"], weights["adversarial"] = adversarial, config.adversarial.weight
     shares = shares_of(config)
