@@ -26,8 +26,8 @@ ALL: tuple[MethodName, ...] = (
 )  # fmt: skip
 MAIN: tuple[MethodName, ...] = ("oracle", "l_to_t", "s_to_t", "joint", "no_tdp", "no_cqmix", "sr4ir")
 READING: tuple[MethodName, ...] = (
-    "l_to_t", "pretrain", "h_fixed", "squared_tdp", "s_to_t", "joint", "sr4ir", "no_tdp", "no_cqmix", "sr_only",
-    "hr_only", "t_to_s", "fixed_task", "tdp_joint", "l_to_t_3x", "s_to_t_3x",
+    "l_to_t", "pretrain", "h_fixed", "squared_tdp", "s_to_t", "joint", "sr4ir", "sr4ir_squared", "no_tdp", "no_cqmix",
+    "sr_only", "hr_only", "t_to_s", "fixed_task", "tdp_joint", "l_to_t_3x", "s_to_t_3x",
 )  # fmt: skip
 AS_LONG: dict[str, tuple[MethodName, dict[str, Any]]] = {
     "pretrain_as_long": ("pretrain", {"steps": 900, "batch": 16}),

@@ -44,6 +44,7 @@ _IN_TURN: Stages = (("restorer", "recognizer"),)
 _TOGETHER: Stages = (("both",),)
 _PIXEL = {"pixel": 1.0}
 _TDP = {"pixel": 1.0, "tdp": 1.0}
+_SQUARED = {"pixel": 1.0, "squared": 130.0}
 _TENTH = {"tdp": 0.1}
 _ALL: tuple[Input, ...] = ("sr", "hr", "mix")
 
@@ -70,12 +71,13 @@ METHODS: dict[str, Method] = {
     # EDTR's baseline RSRSSN: end to end, features 0.1 and task 1
     "rsrssn": Method(_TOGETHER, {"pixel": 1.0, "tdp": 0.1, "task": 1.0}, ("sr",)),
     # not in the paper: a restorer for the others to start from; TDP for a recognizer that never changes; a loss that
-    # knows none, with 97 % of the gradient at errors of 18 dB, and with half beside TDP; the same number of images for
-    # H as SR4IR gives it; TDP without gradient; neither TDP nor CQMix; twice the share of CQMix
+    # knows none, with 97 % of the gradient at errors of 18 dB, with half beside TDP, and in TDP's place in SR4IR; as
+    # many images for H as SR4IR gives it; TDP without gradient; neither TDP nor CQMix; twice the share of CQMix
     "pretrain": Method(_S, _PIXEL),
     "h_fixed": Method(_S, _TDP, features="task"),
-    "squared": Method(_S, {"pixel": 1.0, "squared": 130.0}),
+    "squared": Method(_S, _SQUARED),
     "squared_tdp": Method(_S, {"pixel": 1.0, "squared": 4.0, "tdp": 2.0}, features="task"),
+    "sr4ir_squared": Method(_IN_TURN, _SQUARED, _ALL),
     "l_to_t_3x": Method(_H, recognizer_inputs=("bilinear",), reads="bilinear", length=3),
     "s_to_t_3x": Method(_S + _H, _PIXEL, ("sr",), length=3),
     "tdp_detached": Method(_IN_TURN, _TDP, _ALL, features="detached", begins=_TENTH),

@@ -245,6 +245,7 @@ def task_loss(trainer: Trainer, images: Tensor, targets: Tensor) -> Tensor:
         ("pretrain", 1.0, {"pixel"}),
         ("squared", 0.0, {"pixel", "squared"}),
         ("squared_tdp", 0.0, {"pixel", "squared", "tdp"}),
+        ("sr4ir_squared", 0.0, {"pixel", "squared"}),
         ("s_to_t", 1.0, {"pixel"}),
         ("no_tdp", 1.0, {"pixel"}),
         ("sr4ir", 0.0, {"pixel"}),
