@@ -29,6 +29,7 @@ from examples.edtr.config import Config
 from examples.edtr.prepare import Config as PrepareConfig
 from examples.edtr.prepare import prepare
 from examples.edtr.train import Trainer
+from examples.experiments.words import H_LR, JUDGE, OPTIONS, RECOGNIZER, refuse
 from examples.sr4ir.config import Config as TaskConfig
 from examples.sr4ir.train import Trainer as TaskTrainer
 
@@ -84,7 +85,7 @@ class Experiment:
         folder = self.out / "prepared" / setting(self.base) / f"seed{seed}"
         settings |= {"out": folder, "seed": seed, "steps": self.prepare_steps}
         if self.base.task == "reading":
-            settings["recognizer"] = "english_g2"
+            settings["recognizer"] = RECOGNIZER["recognizer"]
         prepare(PrepareConfig(**settings, tasks=[self.base.task], train_prior=False))
         return folder
 
@@ -95,8 +96,7 @@ class Experiment:
         if name in (baselines := {**BASELINES, **OF_WORDS}):
             settings = {**shared(base), "out": out, "method": baselines[name], "h_lr": base.h_lr}
             if base.task == "reading":  # whose networks are trained already
-                readers = {"fixed_hr": Path("english_g2"), "judge": Path("pp_ocr")}
-                settings |= {"recognizer": "english_g2", "tdp_weight": 0.5, **readers}
+                settings |= {**RECOGNIZER, "judge": JUDGE}
             else:
                 reference, judge = ready / f"{base.task}_hq", ready / f"{base.task}_judge"
                 settings |= {"start": "hr", "h_weights": reference, "fixed_hr": reference, "judge": judge}
@@ -159,7 +159,8 @@ def main() -> None:
         cpu=True,
     )  # fmt: skip
     if arguments.task == "reading":
-        base = replace(base, data="words", h_lr=3e-4, batch=8, precision="bf16", train_count=3000, max_norm=5.0)
+        refuse(parser, arguments, "--task reading", "data", "contrast")
+        base = replace(base, **OPTIONS, h_lr=H_LR, batch=8, precision="bf16")
     baselines = [*BASELINES, *(OF_WORDS if arguments.task == "reading" else ())]
     known = [*baselines, *MAIN, *ABLATIONS, *CELLS, *T_P]
     unknown = [name for name in arguments.names or () if name not in known]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from examples.experiments.words import H_LR, JUDGE, OPTIONS, RECOGNIZER, refuse
 from examples.sr4ir.config import Config, MethodName
 from examples.sr4ir.train import Trainer
 
@@ -72,11 +73,10 @@ class Experiment:
             steps=800,
             batch=16,
             s_lr=2e-3,
-            fixed_hr=Path("english_g2"),
             out=out,
         )
         Trainer(pixels).run()
-        return {"pretrained": out, "hr": Path("english_g2"), "judge": Path("pp_ocr")}
+        return {"pretrained": out, "hr": RECOGNIZER["fixed_hr"], "judge": JUDGE}
 
     def run(self, name: str, seed: int, method: MethodName, **changes: Any) -> None:
         """One run, from the prepared networks."""
@@ -156,11 +156,14 @@ def main() -> None:
         contrast=tuple(arguments.contrast), steps=arguments.steps, cpu=True,
     )  # fmt: skip
     if arguments.task == "reading":
+        refuse(parser, arguments, "--task reading", "data", "contrast", "starts")
         arguments.starts = ["scratch"]  # H is trained already
         base = replace(
-            base, data="words", noise=arguments.noise, recognizer="english_g2", train_count=3000, test_count=300,
-            data_seed=None, batch=4, h_lr=3e-4, tdp_weight=0.5, max_norm=5.0, precision="bf16",
+            base, **OPTIONS, **RECOGNIZER, h_lr=H_LR, noise=arguments.noise, test_count=300, data_seed=None, batch=4,
+            precision="bf16",
         )  # fmt: skip
+    else:
+        refuse(parser, arguments, f"--task {arguments.task}", "noise")
     study = table if arguments.study == "table" else cqmix
     study(arguments.out, base, arguments.seeds, arguments.starts, arguments.methods)
 

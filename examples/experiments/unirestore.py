@@ -31,6 +31,7 @@ from examples.common.engine.options import shared
 from examples.common.engine.run_directory import read_json
 from examples.common.networks.latent_diffusion import Prediction, load_latent_diffusion
 from examples.experiments.report import Sample, markdown
+from examples.experiments.words import OPTIONS, refuse
 from examples.unirestore.config import TASKS, Config
 from examples.unirestore.data import data_of
 from examples.unirestore.prepare import Config as PrepareConfig
@@ -355,11 +356,14 @@ def main() -> None:
     )  # fmt: skip
     tasks = [*READ_BY, "detection"] if arguments.study == "new_task" else [*READ_BY]
     if arguments.study == "words":
+        refuse(parser, arguments, "words", "data", "contrast", "size")
         tasks = ["reading"]
         base = replace(
-            base, data="words", size=None, tasks=["restoration", *tasks], degradation="mixture_b", unseen=False,
-            mixture_extent=arguments.extent, train_count=3000, max_norm=5.0,
+            base, **OPTIONS, size=None, tasks=["restoration", *tasks], degradation="mixture_b", unseen=False,
+            mixture_extent=arguments.extent,
         )  # fmt: skip
+    else:
+        refuse(parser, arguments, arguments.study, "extent")
     experiment = Experiment(
         arguments.out, base, prior_steps=arguments.prior_steps, prior_images=arguments.prior_images,
         prior_batch=8 if arguments.study == "words" else 16, prepare_steps=arguments.prepare_steps, tasks=tasks,

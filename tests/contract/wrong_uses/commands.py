@@ -82,10 +82,12 @@ SCRIPTS = {
     "examples.diffloss.restore": {**RESTORING, "run in out --weights=first": "weights"},
     "examples.edtr.restore": {**RESTORING, "run in out --n=x": "n", "run in out --smallest=-1": "`smallest`"},
     "examples.unirestore.restore": {**RESTORING, "run in out --steps=x": "steps", "run in out --smallest=-1": "`smallest`"},
-    "examples.experiments.sr4ir": {"nothing": "nothing"},
-    "examples.experiments.edtr": {"nothing --out=x": "nothing"},
+    "examples.experiments.sr4ir": {
+        "nothing": "nothing", "table --out=x --task=reading --data=photos": "--data", "table --out=x --task=reading --starts hr": "--starts", "table --out=x --noise=20": "--noise",
+    },
+    "examples.experiments.edtr": {"nothing --out=x": "nothing", "table --out=x --task=reading --contrast 0.1 0.2": "--contrast"},
     "examples.experiments.dtp": {"nothing --out=x": "nothing"},
-    "examples.experiments.unirestore": {"nothing --out=x": "nothing"},
+    "examples.experiments.unirestore": {"nothing --out=x": "nothing", "words --out=x --size=64": "--size", "table --out=x --extent=1": "--extent"},
 }  # fmt: skip
 
 
