@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
+from torchvision.models import resnet18
 
 import restoreloss
-from examples.common.networks.text_readers import EnglishG2, to_english_g2
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -44,14 +44,14 @@ def test_the_loops_of_the_readme_train_before_and_after_the_change() -> None:
         for added, removed in ((" ", "+"), ("+", "-")):
             lines = [line[1:] for line in block.splitlines() if not line.startswith(removed)]
             assert any(line.startswith(added) for line in block.splitlines())
-            network, recognizer = nn.Conv2d(3, 3, 3, padding=1), EnglishG2().eval()
+            network, classifier = nn.Conv2d(3, 3, 3, padding=1), resnet18(num_classes=10)
             before = copy.deepcopy(network.state_dict())
             loader = [tuple(torch.rand(2, 1, 3, 64, 64))]
             exec(
                 compile("\n".join(lines), "README.md", "exec"),
                 {
-                    "F": F, "nn": nn, "loader": loader, "network": network, "recognizer": recognizer,
-                    "to_its_input": to_english_g2, "optimizer": torch.optim.SGD(network.parameters(), lr=0.1),
+                    "F": F, "nn": nn, "loader": loader, "network": network, "classifier": classifier,
+                    "optimizer": torch.optim.SGD(network.parameters(), lr=0.1),
                     "device": "cpu",
                 },
             )  # fmt: skip

@@ -133,7 +133,9 @@ class Experiment:
         found = load(self.out)
         images = {"degraded": enlarged(degraded), "clean": clean}
         read = {name: next(runs[name]["read"] for runs in found.values() if name in runs) for name in images}
-        for name in ("l1", "tdp"):
+        for name in ("l1", "squared", "tdp"):
+            if name not in found[f"seed{seed}"]:
+                continue
             net = self._net()
             net.load_state_dict(torch.load(self.out / f"seed{seed}" / f"{name}.pt", weights_only=True))
             images[name] = restore(net, degraded, torch.device("cpu"))

@@ -64,12 +64,12 @@ def write_importance(network, path):
 
 def write_images(folder):
     rng = np.random.default_rng(0)
-    for name in ("clean", "noisy"):
-        (folder / "data" / name).mkdir(parents=True)
     clean = Image.fromarray(rng.integers(0, 256, (6, 6, 3)).astype(np.uint8)).resize((SIZE, SIZE), Image.BICUBIC)
     noisy = np.clip(np.asarray(clean) + rng.normal(0, 25, (SIZE, SIZE, 3)), 0, 255).astype(np.uint8)
-    clean.save(folder / "data/clean/0001.png")
-    Image.fromarray(noisy).save(folder / "data/noisy/0001.png")
+    for name, image in (("clean", clean), ("noisy", Image.fromarray(noisy))):
+        for place in (folder / "data" / name, folder / "data" / f"{name}_test"):
+            place.mkdir(parents=True)
+            image.save(place / "0001.png")
 
 
 def write_data(folder):
