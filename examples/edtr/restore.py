@@ -12,14 +12,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from examples.common.engine.restoring import Restore, restore_command
-from examples.common.engine.run_directory import file_in, finished_run
-from examples.common.networks.latent_diffusion import load_latent_diffusion
-from examples.common.networks.restorers import restorer
-from examples.edtr.methods import METHODS
-from examples.edtr.no_prior import NoPrior
+from examples.common.engine.run_directory import finished_run
+from examples.edtr.model import build_edtr
 from restoreloss.restorers.edtr import EDTR
 
 
@@ -30,17 +27,7 @@ def load_run(run: Path) -> tuple[EDTR, int]:
         ValueError: If the folder is none.
     """
     settings, _ = finished_run(run, "examples.edtr.train", "edtr.safetensors")
-    method = METHODS[settings["method"]]
-    build = EDTR if method.prior else NoPrior
-    edtr = build(
-        restorer(settings["restorer"], 1, file_in(Path(settings["pre"]), "restorer.safetensors"))
-        if method.pre
-        else nn.Identity(),
-        load_latent_diffusion(settings["prior"]),
-        t_p=settings["t_p"] if method.partial else None,
-        n=settings["long_steps"] if method.long else settings["n"],
-        color_fix=method.color_fix,
-    )
+    edtr = build_edtr(settings | {"pre": Path(settings["pre"])})
     try:
         load_model(edtr, run / "edtr.safetensors")
     except (RuntimeError, SafetensorError) as error:

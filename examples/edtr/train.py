@@ -30,14 +30,11 @@ from examples.common.engine import command_line
 from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recognizer
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition, features_of
-from examples.common.engine.run_directory import file_in
 from examples.common.engine.schedules import cosine_schedule
-from examples.common.networks.latent_diffusion import load_latent_diffusion
-from examples.common.networks.restorers import restorer
 from examples.common.seeds import derive_seed
 from examples.edtr.config import Config
 from examples.edtr.methods import METHODS, Method
-from examples.edtr.no_prior import NoPrior
+from examples.edtr.model import build_edtr
 from examples.edtr.prepared import with_prepared
 from examples.edtr.readers import ALPHA, TASKS, Batch, InTurn, Reader
 from restoreloss import Alternation, FeatureMatchingLoss, HLFLoss, Objective, Phase, TDPLoss
@@ -53,6 +50,8 @@ class Trainer(Recipe[Batch]):
 
     def __init__(self, config: Config) -> None:
         config = with_prepared(config, TASKS if config.all_in_one else (config.task,))
+        levels = config.color_levels or color_levels_of(max(config.smallest, image_side(config)))
+        config = replace(config, color_levels=levels)  # which no weights tell to what restores with the run
         super().__init__(config)
         self.config, self.title = config, config.method
         self.method: Method = METHODS[config.method]
@@ -118,14 +117,7 @@ class Trainer(Recipe[Batch]):
         config, method = self.config, self.method
         if config.prior is None or config.pre is None:
             raise ValueError("`prior` and `pre` should be given, or `prepared`, a folder that holds both, found None.")
-        pre = restorer(config.restorer, 1, file_in(config.pre, "restorer.safetensors")) if method.pre else nn.Identity()
-        side = max(config.smallest, image_side(config))
-        options: dict[str, Any] = {
-            "t_p": config.t_p if method.partial else None, "n": config.long_steps if method.long else config.n,
-            "color_fix": method.color_fix, "color_levels": config.color_levels or color_levels_of(side),
-        }  # fmt: skip
-        prior = load_latent_diffusion(config.prior)
-        edtr = EDTR(pre, prior, **options) if method.prior else NoPrior(pre, prior, noisy=method.noise, **options)
+        edtr = build_edtr(vars(config))
         if config.checkpointing:
             edtr.enable_checkpointing()
         if not method.decoder or method.hlf is None:  # predicting noise does not reach the decoder

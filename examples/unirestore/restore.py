@@ -5,7 +5,7 @@ python -m examples.unirestore.restore runs/stage2 IMAGES OUT --prompts runs/det/
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,27 @@ def load_run(run: Path, prior: Path | str | None = None) -> tuple[UniRestore, in
         raise ValueError(f"{run} should be a run of UniRestore, found one of {settings['network']}.")
     if prior is None:
         prior = settings["prior"] or Path(settings["prepared"]) / "prior"
-    first = settings["stage"] == "stage1"
-    model = UniRestore(
-        load_latent_diffusion(prior), steps=settings["steps_of_diffusion"], cfrm=settings["cfrm"], adapters=False,
-        cfrm_blocks=settings["cfrm_blocks"], gate=settings["gate"], control_channels=settings["control_channels"],
-    )  # fmt: skip
-    if not first and settings["adapter"] is not None:
-        tasks = () if settings["adapter"] == "prompts" else settings["tasks"]
-        model.tfa = build_adapters(settings["adapter"], *model.adapter_channels, tasks, settings["gate"])
+    # a file brings its prompts, and no other adapter
+    model = build_unirestore(settings, prior, () if settings["adapter"] == "prompts" else settings["tasks"])
     model.load_trained(run / f"{FILE}.safetensors")
     return model.eval().requires_grad_(False), int(settings["smallest"])
+
+
+def build_unirestore(options: Mapping[str, Any], prior: Path | str, tasks: Sequence[str]) -> UniRestore:
+    """UniRestore or one of its ablations, not yet trained.
+
+    Args:
+        options: of :class:`examples.unirestore.config.Config`, by name.
+        prior: the latent diffusion model.
+        tasks: that the adapters know, if the stage has some.
+    """
+    model = UniRestore(
+        load_latent_diffusion(prior), steps=options["steps_of_diffusion"], cfrm=options["cfrm"], adapters=False,
+        cfrm_blocks=options["cfrm_blocks"], gate=options["gate"], control_channels=options["control_channels"],
+    )  # fmt: skip
+    if options["stage"] != "stage1" and options["adapter"] is not None:
+        model.tfa = build_adapters(options["adapter"], *model.adapter_channels, tasks, options["gate"])
+    return model
 
 
 def load(given: argparse.Namespace) -> Restore:

@@ -35,16 +35,14 @@ from examples.common.engine.evaluation import Judges, evaluate, first_usable, lo
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition
 from examples.common.engine.schedules import cosine_schedule
-from examples.common.networks.latent_diffusion import load_latent_diffusion
 from examples.common.networks.restorers import restorer
 from examples.common.seeds import derive_seed
-from examples.unirestore.adapters import build_adapters
 from examples.unirestore.batch import Batch, Part
 from examples.unirestore.checks import check
 from examples.unirestore.config import FILE, TASKS, WEIGHTS, Config, StageName
 from examples.unirestore.data import data_of, test_data_of
 from examples.unirestore.networks import PlainNetwork
-from examples.unirestore.restore import load_run
+from examples.unirestore.restore import build_unirestore, load_run
 from restoreloss import Alternation, Phase
 from restoreloss.frozen import unwrap
 from restoreloss.restorers import UniRestore
@@ -152,13 +150,7 @@ class Trainer(Recipe[Batch]):
             model.steps = config.steps_of_diffusion
             return model
         second = config.stage != "stage1"
-        model = UniRestore(
-            load_latent_diffusion(prior), steps=config.steps_of_diffusion, cfrm=config.cfrm, gate=config.gate,
-            cfrm_blocks=config.cfrm_blocks, control_channels=config.control_channels, adapters=False,
-        )  # fmt: skip
-        if second and config.adapter is not None:
-            tasks = config.tasks if config.stage == "stage2" else ()
-            model.tfa = build_adapters(config.adapter, *model.adapter_channels, tasks, config.gate)
+        model = build_unirestore(vars(config), prior, config.tasks if config.stage == "stage2" else ())
         if second:
             assert config.after is not None
             model.load_trained(config.after / f"{FILE}.safetensors", with_adapters=config.stage == "add-task")

@@ -207,6 +207,20 @@ def test_folders_of_stable_diffusion_are_read(tmp_path: Path) -> None:
         load_latent_diffusion(tmp_path / "words")
 
 
+@pytest.mark.parametrize("method", ["edtr", "no_pre", "no_color_fix", "no_prior", "no_prior_noise", "hlf_from_noise"])
+def test_what_restores_is_what_was_trained(method: str, tmp_path: Path, prepared: Path) -> None:
+    run = trainer(tmp_path / "run", prepared, steps=1, method=method)
+    run.run()
+    loaded, _ = restoring.load_run(tmp_path / "run")
+    image = torch.rand(1, 3, 48, 48)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    wanted, found = (
+        each.eval().restore(image, generator=generator)
+        for each, generator in zip((run.restorer, loaded), generators, strict=True)
+    )
+    torch.testing.assert_close(found, wanted)
+
+
 def test_restoring_pads_as_the_run_did(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer(tmp_path / "run", prepared, steps=1, smallest=64).run()
     (tmp_path / "images").mkdir()
