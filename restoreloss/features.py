@@ -152,10 +152,11 @@ class FeatureExtractor:
 
     def _key(self, images: tuple[Tensor, ...]) -> tuple[object, ...]:
         """What the features depend on. A pass without gradient must not stand in for one that needs it."""
-        network = unwrap(self.network)
+        network, device = unwrap(self.network), images[0].device.type
         return (
             *((id(image), image._version) for image in images),
             torch.is_grad_enabled(),
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
             any(parameter.requires_grad for parameter in network.parameters()),
             sum(weight._version for weight in (*network.parameters(), *network.buffers()) if not weight.is_inference()),
             network.training,

@@ -5,6 +5,7 @@ keyword is left out rather than None: torch.compile cannot trace it beside sizes
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeAlias
 
 import torch
@@ -32,6 +33,15 @@ def check_generators(generator: object, count: int | None) -> None:
             )
     if several and len(found) != count:
         raise ValueError(f"`generator` should be one, or one for each of {count}, found {len(found)}.")
+
+
+def forked(device: torch.device) -> AbstractContextManager[None]:
+    """A block after which the global generators of the CPU and of ``device`` are what they were.
+
+    Those of other devices are not looked at, which would start CUDA on each of them.
+    """
+    on_cpu = device.type == "cpu"
+    return torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type)
 
 
 def draw_per_sample(draw: Callable[[int, torch.Generator | None], Tensor], count: int, generator: Generators) -> Tensor:

@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import pytest
+import torch.distributed as dist
 
 from tests.helpers.networks import tiny_unet
 
@@ -11,3 +12,11 @@ def prior(tmp_path):
     network = tiny_unet()
     network.save_pretrained(tmp_path / "prior")
     return network, str(tmp_path / "prior")
+
+
+@pytest.fixture
+def process_group():
+    """A group of this process alone, which DDP asks for."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

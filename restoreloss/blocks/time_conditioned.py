@@ -33,7 +33,8 @@ class TimeConditioned(nn.Module):
         blocks: by name of the layer, modules called as ``block(h, embedding)``: :class:`FiLM` or your own, or a
             :class:`TimeMoE`, which is told the timestep as well.
         num_timesteps: T, which the embedding spreads over: timesteps are 0 to T.
-        time_dim: of the embedding: sines and cosines, then two linear layers.
+        time_dim: of the embedding: sines and cosines, then two linear layers (``embed``). They are frozen as long as no
+            block reads it.
         passes_time: call the network with the timestep as well, for one that reads it itself.
 
     Raises:
@@ -71,6 +72,7 @@ class TimeConditioned(nn.Module):
         self.num_timesteps = check_integer("num_timesteps", num_timesteps)
         self.time_dim = check_integer("time_dim", time_dim, low=2)
         self.embed = nn.Sequential(nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self._embedding_is_read = True
         self.blocks = nn.ModuleDict()
         self._handles: dict[str, RemovableHandle] = {}
         self._embedding: Tensor | None = None
@@ -176,6 +178,11 @@ class TimeConditioned(nn.Module):
             handle.remove()
         modules = dict(self.network.named_modules())
         self._handles = {layer: modules[layer].register_forward_hook(_Act(self, layer)) for layer in self.layers}
+        # weights that nothing reads get no gradient, which DDP takes for an error
+        is_read = any(_reads_embedding(part) for block in self.blocks.values() for part in _parts(block))
+        if is_read != self._embedding_is_read:
+            self.embed.requires_grad_(is_read)
+        self._embedding_is_read = is_read
 
 
 class _Act:
@@ -214,6 +221,10 @@ class _Act:
             value, back = found
             output = back(part(value, given, self.owner._steps) if isinstance(part, TimeMoE) else part(value, given))
         return output
+
+
+def _reads_embedding(block: nn.Module) -> bool:
+    return not isinstance(block, TimeMoE) or block.form == "code"
 
 
 def _is_spatial(block: nn.Module) -> bool:

@@ -68,6 +68,7 @@ class TimeMoE(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("form", form, MoEForm)
+        self.form: MoEForm = form
         self.channels, self.time_dim = check_integer("channels", channels), check_integer("time_dim", time_dim)
         check_integer("experts", experts)
         self.top_k = None if top_k is None else check_integer("top_k", top_k, high=experts)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from restoreloss._optional import extra, require
 from restoreloss.checks import check_callable, describe
-from restoreloss.integrations.calls import CallCounts
+from restoreloss.objectives.shares import take_in_norms
 from restoreloss.regularizers.orthogonality import GradientOrthogonality
 from restoreloss.sharding import is_sharded
 from restoreloss.training.phases import Alternation, as_list
@@ -60,8 +60,8 @@ def register(accelerator: Any, parts: Mapping[str, Any]) -> None:
     Args:
         accelerator: an ``accelerate.Accelerator``.
         parts: by name, anything with ``state_dict`` and ``load_state_dict``: a ``ParameterImportance``, an
-            ``Alternation`` (its schedulers: accelerate saves the optimizers that it prepared). Of a loss also how often
-            it was called, which ``Subsampled(every=k)`` needs.
+            ``Alternation`` (its schedulers: accelerate saves the optimizers that it prepared), or a loss (the norms
+            behind its shares, and the calls that ``Subsampled(every=k)`` counts).
 
     Raises:
         ValueError: For a name or a part that was registered before, a part without a state, an ``Alternation`` whose
@@ -88,6 +88,9 @@ def register(accelerator: Any, parts: Mapping[str, Any]) -> None:
         if isinstance(part, Alternation):
             _check_prepared(name, part)
     accelerator.register_for_checkpointing(_Named(parts))
+    losses = [part for part in parts.values() if isinstance(part, nn.Module)]
+    # by all processes: the first alone saves them
+    accelerator.register_save_state_pre_hook(lambda *_: take_in_norms(nn.ModuleList(losses)))
 
 
 def project(
@@ -176,11 +179,7 @@ class _Named:
         self._saved = {n: _Schedules(part) if isinstance(part, Alternation) else part for n, part in parts.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        state = {
-            name: {"state": part.state_dict()}
-            | ({"calls": CallCounts(part).state_dict()} if isinstance(part, nn.Module) else {})
-            for name, part in self._saved.items()
-        }
+        state = {name: part.state_dict() for name, part in self._saved.items()}
         # accelerate writes the state of the first process, which all would read.
         cut = [name for name, each in state.items() if any(map(is_sharded, tree_leaves(each)))]
         if cut:
@@ -191,9 +190,7 @@ class _Named:
         if set(state) != set(self.parts):
             raise ValueError(f"The checkpoint should hold {sorted(self.parts)}, as registered, found {sorted(state)}.")
         for name, part in self._saved.items():
-            part.load_state_dict(state[name]["state"])
-            if isinstance(part, nn.Module):
-                CallCounts(part).load_state_dict(state[name]["calls"])
+            part.load_state_dict(state[name])
 
 
 def _check_prepared(name: str, alternation: Alternation[Any]) -> None:

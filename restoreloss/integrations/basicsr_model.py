@@ -18,11 +18,10 @@ from torch.optim import Optimizer
 
 import restoreloss
 from restoreloss.distances import Distance
-from restoreloss.integrations.calls import CallCounts
 from restoreloss.integrations.checks import build_from, check_numbers, did_you_mean
 from restoreloss.integrations.options import Criterion
 from restoreloss.integrations.task_networks import normalization, task_network
-from restoreloss.objectives.shares import RunningNorms
+from restoreloss.objectives.shares import take_in_norms
 from restoreloss.regularizers.per_sample import Estimator
 
 _log = logging.getLogger(__name__)
@@ -163,8 +162,7 @@ class WithRestoreloss:
                 with torch.no_grad():
                     logs["l_importance"] = self.importance()
             found = self.alternation.step((self.lq, self.gt, self.gt_path))
-        for norms in self._norms().values():  # By all processes; the first alone saves them.
-            norms.take_in()
+        take_in_norms(self._losses())  # By all processes; the first alone saves them.
         self.output = self.output.detach()
         for key, value in found.items():
             name = key.partition("/")[2]  # The name without that of the phase.
@@ -193,8 +191,7 @@ class WithRestoreloss:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "restoreloss": {
-                "calls": self._calls().state_dict(),
-                "shares": {name: norms.state_dict() for name, norms in self._norms().items()},
+                "losses": self._losses().state_dict(),
                 "importance": None if self.importance is None else self.importance.state_dict(),
             },
         }
@@ -217,10 +214,9 @@ class WithRestoreloss:
         if state is None:
             _log.warning("The training state is of another model: what our losses count begins at 0.")
             return
-        self._calls().load_state_dict(state["calls"])
-        for name, norms in self._norms().items():
-            if name in state["shares"]:  # Those of a loss that is new are measured.
-                norms.load_state_dict(state["shares"][name])
+        changed = self._losses().load_state_dict(state["losses"], strict=False)
+        if any(changed):
+            _log.warning("The losses are others than before, and begin anew where they are: %s.", changed)
         if self.importance is not None and state["importance"] is not None:
             self.importance.load_state_dict(state["importance"])
 
@@ -320,14 +316,6 @@ class WithRestoreloss:
     def _losses(self) -> nn.ModuleDict:
         losses = {"pixel": self.cri_pix, "perceptual": self.cri_perceptual}
         return nn.ModuleDict({name: loss for name, loss in losses.items() if loss is not None})
-
-    def _calls(self) -> CallCounts:
-        return CallCounts(self._losses())
-
-    def _norms(self) -> dict[str, RunningNorms]:
-        """What the shares of a WeightedSum are measured by."""
-        found = self._losses().named_modules()
-        return {name: module for name, module in found if isinstance(module, RunningNorms)}
 
     @contextmanager
     def _draws(self, current_iter: int) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 A loss is called in your ``training_step`` and may be an attribute of the module: its networks are hidden from the
 checkpoint and the optimizer. The rest is here: :class:`ImportanceCallback` for a regularizer,
-:class:`LightningAlternation` for networks that learn in turn, :class:`ObjectivesCallback` for the state of losses.
+:class:`LightningAlternation` for networks that learn in turn, :class:`ObjectivesCallback` for losses with shares.
 
 Written for ``lightning`` (``import lightning``) and ``pytorch_lightning``, 2.4 or newer. Each has classes of its own:
 the module and its Trainer are of one of them.
@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 
 from restoreloss._optional import extra, require
 from restoreloss.checks import describe
-from restoreloss.integrations.calls import CallCounts
 from restoreloss.integrations.processes import check_equal_batches
 from restoreloss.objectives.base import total
+from restoreloss.objectives.shares import take_in_norms
 from restoreloss.regularizers.importance import ParameterImportance
 from restoreloss.training.phases import Alternation, NonFinite, Phase
 
@@ -168,16 +168,17 @@ class ImportanceCallback(_Callback):  # type: ignore[misc]
 
 
 class ObjectivesCallback(_Callback):  # type: ignore[misc]
-    """The state of the losses of a module in a Lightning run.
+    """What the losses of a module need in a Lightning run. Their state is in the module's own, as they are its parts.
 
-    - The call counts of ``Subsampled(every=k)`` are saved with the checkpoint: a resumed run looks at the same calls.
+    - After each batch the norms behind the shares of a ``WeightedSum`` are taken in, over all processes, so that a
+      checkpoint has those of the last batch too.
     - The first batch must be of one size on all processes (:func:`check_equal_batches`).
 
     Args:
         check_batches: whether to compare the sizes.
 
     Raises:
-        ValueError: For unequal batches, and a checkpoint of other losses.
+        ValueError: For unequal batches.
         ImportError: If Lightning is absent, too old or compromised.
     """
 
@@ -187,11 +188,6 @@ class ObjectivesCallback(_Callback):  # type: ignore[misc]
         if not isinstance(check_batches, bool):
             raise ValueError(f"`check_batches` should be True or False, found {describe(check_batches)}.")
         self._unchecked = check_batches
-        self._counts = CallCounts(nn.Module())
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Find the losses of the module."""
-        self._counts = CallCounts(pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Compare the sizes of the first batch."""
@@ -199,13 +195,9 @@ class ObjectivesCallback(_Callback):  # type: ignore[misc]
             self._unchecked = False
             check_equal_batches(batch)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The call counts."""
-        return dict(self._counts.state_dict())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave."""
-        self._counts.load_state_dict(state_dict)
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Take the norms in; callbacks that save checkpoints run after all others."""
+        take_in_norms(pl_module)
 
 
 class LightningAlternation(Alternation[Batch]):

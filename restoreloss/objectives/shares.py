@@ -1,12 +1,14 @@
 """RunningNorms: how strong the gradient of each objective was in the last calls, for weights that keep a share."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 _AVERAGED_CALLS = 100
+_PENDING_CALLS = 8
 FIRST_DRAWS = 8
 """How often losses that draw at random are measured in the first call."""
 
@@ -35,7 +37,7 @@ class RunningNorms(nn.Module):
 
     def _reset(self) -> None:
         self._known = False
-        self._last: BackwardPass | None = None
+        self._pending: list[BackwardPass] = []
 
     @property
     def known(self) -> bool:
@@ -45,10 +47,18 @@ class RunningNorms(nn.Module):
         return self._known
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_last": None}
+        return self.__dict__ | {"_pending": []}
 
-    def _load_from_state_dict(self, *arguments: object) -> None:
-        super()._load_from_state_dict(*arguments)
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        if _world_size() == 1:  # else all processes would have to save
+            self.take_in()
+        super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        # a checkpoint of before there was this loss says nothing of it, which is no error: they are measured
+        for name, buffer in self.named_buffers():
+            state_dict.setdefault(f"{prefix}{name}", buffer)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
         self._reset()
 
     @torch.no_grad()
@@ -57,9 +67,9 @@ class RunningNorms(nn.Module):
         found = torch.stack(
             [measured[name].to(self.mean) if name in measured else 0 * self.mean[0] for name in self.names]
         )
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if (processes := _world_size()) > 1:
             # the loss is the mean over processes, whose images are different ones
-            squares = (found / dist.get_world_size()).square()
+            squares = (found / processes).square()
             dist.all_reduce(squares)
             found = squares.sqrt()
         return found
@@ -73,20 +83,33 @@ class RunningNorms(nn.Module):
         self.mean.copy_(torch.where(usable, self.mean + step * (found - self.mean), self.mean))
 
     def begin(self) -> "BackwardPass":
-        """The hooks of a call whose backward pass will tell the norms. Takes in those of the call before."""
+        """The hooks of a call whose backward pass will tell the norms. Takes in those of the calls before."""
         self.take_in()
-        self._last = BackwardPass()
-        return self._last
+        self._pending.append(BackwardPass())
+        return self._pending[-1]
 
     def take_in(self) -> None:
-        """Take in the norms of the last call now, as before a state is saved. Each process has to call."""
-        if self._last is not None and self._last.norms:
-            self.update(self.over_processes(self._last.norms))
-        self._last = None
+        """Take in the norms of the last calls now, as before a state is saved. Each process has to call."""
+        # several calls may wait for one backward pass; the oldest may wait for none
+        for call in self._pending:
+            if call.norms:
+                self.update(self.over_processes(call.norms))
+        self._pending = [call for call in self._pending if not call.norms][-_PENDING_CALLS:]
 
     def by_name(self) -> dict[str, Tensor]:
         """The mean norms."""
         return dict(zip(self.names, self.mean.unbind(), strict=True))
+
+
+def take_in_norms(module: nn.Module) -> None:
+    """:meth:`RunningNorms.take_in` for every loss within a module, before a checkpoint. Each process has to call."""
+    for part in module.modules():
+        if isinstance(part, RunningNorms):
+            part.take_in()
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class BackwardPass:

@@ -1,13 +1,14 @@
 """Subsampled: any objective on fewer calls or fewer samples, right on average."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from restoreloss.checks import check_callable, check_choice, check_integer
 from restoreloss.distances import Reduction
-from restoreloss.generators import Generators, check_generators, permutation
+from restoreloss.generators import Generators, check_generators, forked, permutation
 from restoreloss.images import check_pair
 from restoreloss.objectives.base import Objective, named_terms, total
 from restoreloss.objectives.tiles import check_share
@@ -30,8 +31,7 @@ class Subsampled(Objective):
             ``reduction``, else "mean".
 
     Attributes:
-        calls: how many calls there were that ``every`` counts. Set it when a training is resumed;
-            :class:`restoreloss.integrations.calls.CallCounts` does so for all losses of a module.
+        calls: how many calls there were that ``every`` counts; it is in the state dict.
 
     Raises:
         ValueError: For what is no objective, an ``every`` below 1, or a ``subset`` that is no number above 0.
@@ -70,6 +70,19 @@ class Subsampled(Objective):
         """What is computed."""
         return self.inner if self._function is None else self._function
 
+    def get_extra_state(self) -> Tensor:
+        """The number of calls."""
+        return torch.tensor(self.calls)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on with the next call."""
+        self.calls = check_integer("calls", int(state), low=0)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        # a checkpoint of before there was this loss says nothing of it, which is no error
+        state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def terms(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> dict[str, Tensor]:
         """The objective's terms, or "loss" where it has none.
 
@@ -92,7 +105,7 @@ class Subsampled(Objective):
         if self.every > 1 and not self._due():
             shape = (count,) if self.reduction == "none" else ()
             if self._names is None:  # A resumed training begins here: one sample gives the names.
-                with torch.random.fork_rng(), torch.no_grad():
+                with forked(restored.device), torch.no_grad():
                     self._terms(restored[:1], target[:1], None)
             return {name: zeros_with_graph(restored, shape) for name in self._names or ()}
         rows = self._rows(count, generator, restored.device)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from restoreloss.checks import check_choice, check_number, describe
@@ -359,6 +360,12 @@ class FeatureMatchingLoss(Objective):
     def _see(self, student_images: Images, teacher_images: Images) -> dict[str, Tensor]:
         pairs = _pairs(student_images, teacher_images, ("student_images", "teacher_images"))
         network = unwrap(self.student.network)
+        if torch.is_grad_enabled() and _learns(network) and _synchronizes(self.student.network):
+            raise ValueError(
+                "`student_images` should be what a student in DistributedDataParallel has seen in a pass of its own, "
+                "from `student.recording()`, found images: they would pass through the network inside, whose gradients "
+                "are not averaged over the processes."
+            )
         if network.training and normalizes_itself(network):
             raise ValueError(
                 f"{type(network).__name__} in train mode asks for boxes: `student_images` should be what it has "
@@ -384,6 +391,12 @@ def _check_two(one: Any, other: Any, name: str, other_name: str) -> None:
             f"`{other_name}` should be another network than `{name}`, found one that shares its weights: it is frozen, "
             f"give `copy.deepcopy({name})`."
         )
+
+
+def _synchronizes(network: nn.Module) -> bool:
+    """Whether it averages gradients over several processes, inside of what ``torch.compile`` made of it or not."""
+    network = getattr(network, "_orig_mod", network)
+    return isinstance(network, nn.parallel.DistributedDataParallel) and dist.get_world_size(network.process_group) > 1
 
 
 def _learns(network: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Tiles: one random tile of each image, chosen and weighted so that its average over the choices is the whole."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
 
@@ -108,14 +108,14 @@ class Tiles:
 # of inference mode first and in training later, which refuses tensors made there.
 
 
-@cache
+@lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _positions(firsts: tuple[int, ...], cells: int, device: torch.device) -> Tensor:
     """The cells of each tile along a side, (tiles, cells)."""
     return torch.tensor(firsts, device=device)[:, None] + torch.arange(cells, device=device)
 
 
-@cache
+@lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _table(firsts: tuple[int, ...], cells: int, length: int, device: torch.device) -> Tensor:
     """The weight of each cell of each tile along a side, (tiles, cells); cells beyond ``length`` have 0."""
@@ -125,7 +125,7 @@ def _table(firsts: tuple[int, ...], cells: int, length: int, device: torch.devic
     return table.float().to(device)
 
 
-@cache
+@lru_cache(maxsize=64)
 def _alike(firsts: tuple[int, ...], cells: int, length: int) -> bool:
     """Whether all cells of all tiles have the weight 1."""
     return bool((_table(firsts, cells, length, torch.device("cpu")) == 1).all())

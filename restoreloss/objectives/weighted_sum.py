@@ -41,7 +41,8 @@ class WeightedSum(Objective):
         weights: those of fixed weight; may be changed between calls.
         shares: the shares; may be changed between calls.
         norms: the running norms, a :class:`~restoreloss.objectives.shares.RunningNorms`; None without shares. Its
-            ``take_in()``, called by all processes before a state is saved, makes a resumed training equal to the digit.
+            ``take_in()``, called by all of several processes before the first saves, makes a resumed training equal to
+            the digit; one process does so by itself.
 
     Raises:
         ValueError: At construction for an empty mapping, a name with "/", a weight of an unknown name or one that is

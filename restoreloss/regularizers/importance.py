@@ -282,6 +282,10 @@ class ParameterImportance(nn.Module):
         if not charged:
             self._zero_with_graph()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy is attached to nothing
+        return self.__dict__ | {"_attached": []}
+
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Call :meth:`apply_` before each step of an optimizer, after any clipping of gradients.
 
@@ -333,7 +337,8 @@ class ParameterImportance(nn.Module):
         parameters = {plain_name(name): p for name, p in unwrap(self._model[0]).named_parameters()}
         count = 1
         if self.normalize == "mean":
-            count = max(1, sum(p.numel() for name, p in parameters.items() if name in self._named(0, "importance")))
+            measured = {name for task in range(self.tasks) for name in self._named(task, "importance")}
+            count = max(1, sum(parameter.numel() for name, parameter in parameters.items() if name in measured))
         for task in range(self.tasks):
             anchors = self._named(task, "anchor")
             for name, omega in self._named(task, "importance").items():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from restoreloss._optional import require
 from restoreloss.checks import check_callable, check_choice, check_integer, check_number, describe
+from restoreloss.generators import forked
 from restoreloss.images import check_pair
 from restoreloss.objectives.base import named_terms
 from restoreloss.objectives.diffloss import DiffLoss
@@ -385,10 +386,9 @@ def _gradient(term: Tensor, image: Tensor) -> Tensor:
 @contextmanager
 def seeded_draw(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the CPU and ``device``, and no other device, for the length of the block."""
-    on_cpu = device.type == "cpu"
-    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+    with forked(device):
         torch.default_generator.manual_seed(seed)
-        if not on_cpu:
+        if device.type != "cpu":
             module = torch.get_device_module(device)
             with module.device(device):
                 module.manual_seed(seed)

@@ -387,9 +387,11 @@ class Alternation(Generic[Batch]):
 def _resting(network: DistributedDataParallel) -> Iterator[None]:
     """Let a DDP network run without waiting for a backward pass to its weights."""
     broadcasts = network.require_forward_param_sync
-    with network.no_sync():
-        yield
-    network.require_forward_param_sync = broadcasts
+    try:
+        with network.no_sync():
+            yield
+    finally:
+        network.require_forward_param_sync = broadcasts
 
 
 def _check(phase: Phase[Any]) -> None:

@@ -23,7 +23,6 @@ from restoreloss import (  # noqa: E402
     WeightedSum,
 )
 from restoreloss.integrations.accelerate import prepare, project, register  # noqa: E402
-from restoreloss.integrations.calls import CallCounts  # noqa: E402
 from tests.helpers.processes import launch  # noqa: E402
 from tests.integrations.accelerate_worker import Run, batches, phases_after, projected_after  # noqa: E402
 
@@ -244,7 +243,6 @@ def test_each_registered_part_is_restored(accelerator, tmp_path):
         run.training.step(batch)
     accelerator.save_state(tmp_path)
     before = {name: value.clone() for name, value in run.importance.state_dict().items()}
-    assert CallCounts(run.loss).state_dict() == {"objective_diff": 1}
     for batch in batches(2):
         run.training.step(batch)
     for buffer in run.importance.buffers():
@@ -333,13 +331,3 @@ def test_old_and_absent_accelerate_are_refused(accelerator, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ImportError, match=r'needs `accelerate`, which is not installed: pip install -e ".\[integ'):
         prepare(accelerator, restorer())
-
-
-def test_counts_are_of_a_module_and_whole_numbers():
-    with pytest.raises(ValueError, match="`module` should be a module, found None"):
-        CallCounts(None)
-    counts = CallCounts(Subsampled(nn.L1Loss(), every=2))
-    with pytest.raises(ValueError, match="`state` should be counts by the names of losses, found list"):
-        counts.load_state_dict([3])
-    with pytest.raises(ValueError, match=r"`state\[''\]` should be a whole number of at least 0, found '3'"):
-        counts.load_state_dict({"": "3"})

@@ -89,8 +89,9 @@ def test_resumed_run_ends_where_the_whole_one_does(folder):
             assert found.pop("epoch") == 0  # BasicSR begins the epoch anew: six iterations are within its first eight
             whole = load(folder, f"denoise/{name}")
             assert whole.pop("epoch") == 1
-            assert whole["restoreloss"]["calls"] == {"pixel.objective.objective_diff.objective": 13}  # 8 in the first
-            assert whole["restoreloss"]["shares"]["pixel.objective.norms"]["count"] == 13
+            losses = whole["restoreloss"]["losses"]
+            assert losses["pixel.objective.objective_diff.objective._extra_state"] == 13  # 8 in the first
+            assert losses["pixel.objective.norms.count"] == 13
         else:
             whole = load(folder, f"denoise/{name}")
         assert_equal(found, whole, name)
@@ -108,7 +109,8 @@ def test_own_train_py_with_two_lines_takes_our_losses_into_a_plain_model(tmp_pat
     given["train"] = {key: given["train"][key] for key in ("total_iter", "optim_g", "scheduler")}
     given["train"]["optim_g"]["lr"] = 1e-3
     losses = yaml.safe_load(LOSSES)["train"]
-    losses["pixel_opt"]["objectives"]["task"] |= {"weights": "random", "task": "torchvision/shufflenet_v2_x0_5"}
+    task = {"type": "TDPLoss", "weights": "random", "task": "torchvision/shufflenet_v2_x0_5"}
+    losses["pixel_opt"]["objectives"]["task"], losses["pixel_opt"]["shares"]["task"] = task, 0.3
     given["train"] |= losses
     given["logger"] |= {"use_tb_logger": False}
     (tmp_path / "train.yml").write_text(yaml.safe_dump(given))

@@ -96,10 +96,11 @@ def make_coco(root: Path) -> None:
         (root / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
 
 
-def test_coco_is_read(tmp_path: Path) -> None:
+def test_coco_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_coco(tmp_path)
     test = coco(tmp_path, "test", size=40)
     assert len(test) == 1 and test.class_names == ("background", "person", "dog")
+    assert "gone.jpg skipped: listed in instances_val2017.json, not on the disk" in caplog.text
     _, target = test[0]  # type: ignore[misc]
     assert target["boxes"].tolist() == [[4, 5, 14, 25], [0, 0, 40, 3]] and target["labels"].tolist() == [2, 1]
     with pytest.raises(ValueError, match=r"`root` should contain annotations/instances_train2017\.json"):
@@ -218,3 +219,26 @@ def test_unirestore_reads_div2k_and_pairs(tmp_path: Path, folder: Path) -> None:
         for prompt in ("restoration", "classification", "segmentation"):
             assert f"{task}_by_{prompt}_psnr" in results
         assert results[f"{task}_by_{task}_psnr"] == pytest.approx(results[f"{task}_psnr"], rel=1e-3)
+
+
+@pytest.mark.parametrize("separator", ["\t", ",", " "])
+def test_names_of_images_may_have_spaces_and_images_may_be_missing(
+    separator: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for file in ("my image", "b"):
+        image(tmp_path / f"{file}.png")
+    write(tmp_path / "train.txt", f"my image.png{separator}cat", f"b.png{separator}dog", f"gone.png{separator}dog")
+    write(tmp_path / "test.txt", f"b.png{separator}dog")
+    train, test = (label_file(tmp_path, split, size=24) for split in ("train", "test"))
+    assert train.class_names == test.class_names == ("cat", "dog") and len(train) == 2
+    assert "gone.png skipped: listed in train.txt, not on the disk" in caplog.text
+    write(tmp_path / "test.txt", f"b.png{separator}bird")
+    with pytest.raises(ValueError, match=r"test\.txt should hold classes of the training, found 'bird'"):
+        label_file(tmp_path, "test")
+
+
+def test_many_missing_images_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image(tmp_path / "a.png")
+    write(tmp_path / "train.txt", "a.png cat", *(f"gone{n}.png dog" for n in range(50)))
+    assert len(label_file(tmp_path, "train", size=24)) == 1
+    assert "30 more files skipped: listed in train.txt, not on the disk" in caplog.text and len(caplog.records) == 21

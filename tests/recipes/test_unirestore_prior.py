@@ -45,6 +45,20 @@ def test_priors_of_two_predictions_share_an_autoencoder(tmp_path: Path) -> None:
     assert len(scales) == 1
 
 
+def test_a_prior_that_goes_on_is_saved_anew(tmp_path: Path) -> None:
+    options: dict[str, Any] = {**SMALL, "tasks": ["classification"], "out": tmp_path}
+    train_prior_of_all(Config(**options, prior_steps=1), tmp_path / "first")
+    weights = []
+    for steps in (1, 2):
+        config = Config(**options, prior_steps=steps, autoencoder=tmp_path / "first")
+        train_prior_of_all(config, tmp_path / "second")
+        saved = load_file(tmp_path / "second" / "unet" / "diffusion_pytorch_model.safetensors")
+        trained = load_file(tmp_path / "second" / "unet.safetensors")
+        assert saved.keys() == trained.keys() and all(torch.equal(saved[name], trained[name]) for name in saved)
+        weights.append(saved)
+    assert any(not torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+
+
 def test_without_steps_the_latents_are_decoded_as_they_are(tmp_path: Path, folder: Path) -> None:
     run = trainer(tmp_path / "run", folder, steps_of_diffusion=0)
     model, images = learned(run.model, 0.03), uniform(2, 3, 32, 32)

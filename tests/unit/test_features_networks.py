@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,13 +26,6 @@ from tests.helpers.features import (
 from tests.helpers.networks import live_recogniser
 
 # a borrowed network: wrapped, compiled, trained
-
-
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 WRAPPERS = {
@@ -282,6 +274,19 @@ def test_within_shared_a_pass_through_a_frozen_network_does_not_stand_in_for_one
         assert not torch.equal(features(batch)["stage"], at_rest)  # dropout, batch statistics
     assert not at_rest.requires_grad
     assert len(calls) == 3
+
+
+def test_within_shared_a_pass_under_autocast_does_not_stand_in_for_one_without():
+    features, _ = counted()
+    image = images(1, 3, 4, 4)
+    with features.shared():
+        for dtype, expected in (
+            (torch.bfloat16, torch.bfloat16),
+            (None, torch.float32),
+            (torch.float16, torch.float16),
+        ):
+            with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+                assert features(image)["0"].dtype == expected
 
 
 def test_within_shared_images_that_are_gone_are_not_mistaken_for_others():

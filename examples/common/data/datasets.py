@@ -25,6 +25,8 @@ from examples.common.data.tasks import IGNORED, Task
 
 logger = logging.getLogger(__name__)
 
+_NAMED = 20
+
 Split = Literal["train", "test"]
 VocTask = Literal["segmentation", "detection"]
 VOC_CLASSES = (
@@ -116,8 +118,8 @@ def cub200(root: Path, split: Split, *, size: int = 224) -> FolderData:
         if (part == "1") == train:
             samples.append((folder / "images" / name, int(label) - 1))
     names = [re.sub(r"^\d+\.", "", name).replace("_", " ") for name, _ in classes.values()]
-    present = _present(samples, split, folder / files[2])
-    return FolderData("classification", names, present, label_of, classification_transform(train, size))
+    found = present(samples, split, folder / files[2])
+    return FolderData("classification", names, found, label_of, classification_transform(train, size))
 
 
 def stanford_cars(root: Path, split: Split, *, size: int = 224) -> FolderData:
@@ -149,8 +151,8 @@ def stanford_cars(root: Path, split: Split, *, size: int = 224) -> FolderData:
             place = f"{folder / index}, annotation {number} ({name})"
             raise ValueError(f"{place}: expected a class from 1 to {len(names)}, found {label}.")
         samples.append((folder / ("cars_train" if train else "cars_test") / name, int(label) - 1))
-    present = _present(samples, split, folder / index)
-    return FolderData("classification", names, present, label_of, classification_transform(train, size))
+    found = present(samples, split, folder / index)
+    return FolderData("classification", names, found, label_of, classification_transform(train, size))
 
 
 def voc2012(
@@ -193,11 +195,11 @@ def voc2012(
         (folder / "JPEGImages" / f"{name}.jpg", folder / target_folder / f"{name}{ending}")
         for name in _table(folder / index, values=False)
     ]
-    present = _present(samples, split, folder / index)
+    found = present(samples, split, folder / index)
     if task == "segmentation":
-        return FolderData(task, VOC_CLASSES, present, _mask, segmentation_transform(train, size, scales))
+        return FolderData(task, VOC_CLASSES, found, _mask, segmentation_transform(train, size, scales))
     annotate = partial(_boxes, difficult=not train)
-    return FolderData(task, VOC_CLASSES, present, annotate, detection_transform(train, size))
+    return FolderData(task, VOC_CLASSES, found, annotate, detection_transform(train, size))
 
 
 def _is_train(split: str, size: int) -> bool:
@@ -274,8 +276,8 @@ def _matlab(file: Path, name: str) -> Any:
     return np.atleast_1d(content[name])
 
 
-def _present(samples: Sequence[tuple[Path, int | Path]], split: str, index: Path) -> list[tuple[Path, int | Path]]:
-    """The samples whose files are there, after a warning for each file that is not."""
+def present(samples: Sequence[tuple[Path, int | Path]], split: str, index: Path) -> list[tuple[Path, int | Path]]:
+    """The samples whose files are there, after warnings that name the first files that are not and count the others."""
     if not samples:
         raise ValueError(f"{index} should list images to {split} with, found none.")
     missing = {
@@ -287,9 +289,11 @@ def _present(samples: Sequence[tuple[Path, int | Path]], split: str, index: Path
             f"`root` should contain the files of the {len(samples)} samples that {index} lists, found those of none; "
             f"the first one missing is {missing[0][0]}."
         )
-    for paths in missing.values():
-        for path in paths:
-            logger.warning("%s skipped: listed in %s, not on the disk", path, index.name)
+    absent = [path for paths in missing.values() for path in paths]
+    for path in absent[:_NAMED]:
+        logger.warning("%s skipped: listed in %s, not on the disk", path, index.name)
+    if len(absent) > _NAMED:
+        logger.warning("%d more files skipped: listed in %s, not on the disk", len(absent) - _NAMED, index.name)
     return [sample for number, sample in enumerate(samples) if not missing[number]]
 
 

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import torch
 from torchvision import tv_tensors
 
-from examples.common.data.datasets import FolderData, Split, detection_transform
+from examples.common.data.datasets import FolderData, Split, detection_transform, present
 from examples.common.data.folder import image_files
 
 RTTS_CLASSES = ("background", "bicycle", "bus", "car", "motorbike", "person")
@@ -37,10 +37,10 @@ def coco(root: Path, split: Split, *, size: int = 640) -> FolderData:
     for thing in content["annotations"]:
         if not thing.get("iscrowd"):
             boxes.setdefault(int(thing["image_id"]), []).append((numbers[int(thing["category_id"])], thing["bbox"]))
-    images = [(root / part / image["file_name"], int(image["id"])) for image in content["images"]]
-    samples = [(path, number) for path, number in images if path.is_file()]
-    if not samples:
-        raise ValueError(f"`root` should contain the images that {index.name} lists, found none in {root / part}.")
+    images: list[tuple[Path, int | Path]] = [
+        (root / part / image["file_name"], int(image["id"])) for image in content["images"]
+    ]
+    samples = present(images, split, index)
     names = ("background", *(str(kind["name"]) for kind in kinds))
     transform = detection_transform(split == "train", size)
     return FolderData("detection", names, samples, partial(_of_coco, boxes), transform)

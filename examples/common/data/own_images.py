@@ -1,10 +1,11 @@
 """Labeled images of one's own: a folder for each class, or a file of labels."""
 
-import re
 from pathlib import Path
 
-from examples.common.data.datasets import FolderData, Split, classification_transform, label_of
+from examples.common.data.datasets import FolderData, Split, classification_transform, label_of, present
 from examples.common.data.folder import image_files
+
+ENDINGS = (".txt", ".csv", ".tsv")
 
 
 def class_folders(root: Path, split: Split, *, size: int = 224) -> FolderData:
@@ -38,26 +39,28 @@ def class_folders(root: Path, split: Split, *, size: int = 224) -> FolderData:
 def label_file(root: Path, split: Split, *, size: int = 224) -> FolderData:
     """A file with an image and its class in each line: ``train.txt`` and ``test.txt`` (or ``.csv``), or ``labels.txt``.
 
-    The two are separated by a comma, a tab or spaces, and paths are relative to ``root``; ``labels.txt`` alone gives
-    every tenth line to the test. A first line that names no file is a heading.
+    The two are separated by a tab, else by the last comma, else by the last space, so that names of images may have
+    spaces. Paths are relative to ``root``; ``labels.txt`` alone gives every tenth line to the test. A first line that
+    names no file is a heading. Images that are not there are named and left out.
 
     Raises:
-        ValueError: If there is no such file, a line has no class, or nothing that it lists is there.
+        ValueError: If there is no such file, a line has no class, a class of the test was not trained, or nothing that
+            the file lists is there.
     """
     names = ("train", "labels") if split == "train" else ("test", "labels")
-    tries = [root / f"{name}{ending}" for name in names for ending in (".txt", ".csv", ".tsv")]
+    tries = [root / f"{name}{ending}" for name in names for ending in ENDINGS]
     file = next((path for path in tries if path.is_file()), None)
     if file is None:
         raise ValueError(f"`root` should hold train.txt and test.txt, or labels.txt, found none in {root}.")
-    rows, known = _rows(file, root), _rows(file, root)
+    rows = known = _rows(file, root)
     if file.stem == "labels":
         rows = [row for n, row in enumerate(rows) if (n % 10 == 0) == (split == "test")]
-    else:
-        known = [row for path in tries if path.is_file() for row in _rows(path, root)]
-        other = next((p for e in (".txt", ".csv", ".tsv") if (p := root / f"train{e}").is_file()), None)
-        known += [] if other is None else _rows(other, root)
+    elif split == "test":  # the classes are those of the training, where that is there
+        known = next((_rows(path, root) for e in ENDINGS if (path := root / f"train{e}").is_file()), rows)
     classes = sorted({name for _, name in known}, key=lambda name: (not name.isdigit(), name.zfill(9)))
-    samples: list[tuple[Path, int | Path]] = [(path, classes.index(name)) for path, name in rows if path.is_file()]
+    if unknown := sorted({name for _, name in rows} - set(classes)):
+        raise ValueError(f"{file} should hold classes of the training, found {unknown[0]!r}.")
+    samples = present([(path, classes.index(name)) for path, name in rows], split, file)
     return _classified(samples, classes, split, size, file)
 
 
@@ -66,7 +69,8 @@ def _rows(file: Path, root: Path) -> list[tuple[Path, str]]:
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
         if not line.strip():
             continue
-        parts = re.split(r"\s*[,\t]\s*|\s+", line.strip(), maxsplit=1) if "," not in line else line.rsplit(",", 1)
+        separator = next((sign for sign in "\t," if sign in line), None)
+        parts = line.strip().rsplit(separator, 1)
         if len(parts) != 2 or not parts[1].strip():
             raise ValueError(f"{file}, line {number}: expected an image and its class, found {line!r}.")
         path = root / parts[0].strip()

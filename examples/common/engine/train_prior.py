@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from examples.common.data.options import DataOptions, Degradation
@@ -17,6 +16,7 @@ from examples.common.data.task_data import datasets
 from examples.common.data.tasks import TaskData, collate, to_device
 from examples.common.engine.options import RunOptions
 from examples.common.engine.recipe import Recipe, Stage
+from examples.common.engine.schedules import cosine_schedule
 from examples.common.networks.latent_diffusion import Prediction, scheduler
 from examples.common.networks.weights import load_saved
 from examples.common.seeds import derive_seed
@@ -98,7 +98,7 @@ class PriorTrainer(Recipe[Batch]):
     def _stage(self, name: str, trains: nn.Module, rests: nn.Module, objective: Any, steps: int) -> Stage[Batch]:
         optimizer = torch.optim.AdamW(trains.parameters(), lr=self.options.lr)  # type: ignore[attr-defined]
         phase = Phase(
-            name, [trains], objective, self.accelerator.prepare(optimizer), CosineAnnealingLR(optimizer, steps),
+            name, [trains], objective, self.accelerator.prepare(optimizer), cosine_schedule(optimizer, steps),
             frozen=[rests], max_norm=1.0,
         )  # fmt: skip
         return Stage(name, Alternation([phase], accelerator=self.accelerator), steps)
@@ -163,7 +163,7 @@ def train_prior(config: PriorConfig, data: tuple[TaskData, TaskData] | None = No
     """
     trainer = PriorTrainer(config, data)
     trainer.run()
-    if trainer.main and not (config.out / "prompt.safetensors").exists():
+    if trainer.main:
         trainer.save_pretrained()
 
 

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from restoreloss import DiffLoss, GradientOrthogonality, ParameterImportance, Subsampled
+from restoreloss import GradientOrthogonality, ParameterImportance
 from restoreloss.integrations import accelerate, basicsr, lightning, neosr, options, torchjd, trainner
 from restoreloss.integrations.basicsr_model import read_labels
-from restoreloss.integrations.calls import CallCounts
 from restoreloss.integrations.drop_in import Framework
 from restoreloss.integrations.task_networks import normalization, task_network
 from tests.contract.wrong_uses.regularizers import measured, two
 from tests.contract.wrong_uses.table import wrong
-from tests.contract.wrong_uses.things import NOT_NUMBERS, clean, diff, restored, restorer
+from tests.contract.wrong_uses.things import NOT_NUMBERS, clean, restored, restorer
 
 L1 = {"type": "L1Loss"}
 
@@ -146,8 +145,6 @@ WRONG = [
     *(wrong("basicsr.read_labels", k, partial(labels, v), "labels.txt") for k, v in {"nothing": "", "words": "a.png dog", "no label": "a.png", "twice": "a.png 1\na.png 2", "negative": "a.png -1", "a fraction": "a.png 1.5"}.items()),
     wrong("basicsr.read_labels", "a missing file", lambda: read_labels("/nowhere/labels.txt"), "/nowhere/labels.txt", by=FileNotFoundError),
     # --- counts and sizes
-    *(wrong("calls.CallCounts", k, partial(CallCounts, v), "`module`") for k, v in {"None": None, "a class": DiffLoss, "a list": [diff()], "a function": lambda a, b: a}.items()),
-    *(wrong("calls.CallCounts", f".load_state_dict({v!r})", partial(lambda v: CallCounts(Subsampled(diff())).load_state_dict(v), v), "state") for v in (None, [1], {"": "1"}, {"": -1}, {"": 1.5}, 3)),
     # --- accelerate
     *(wrong("accelerate.prepare", k, partial(accelerate.prepare, v, restorer()), "`accelerator`") for k, v in {"None": None, "a network": restorer(), "one of our own": Accelerator(), "text": "cuda"}.items()),
     wrong("accelerate.prepare", "nothing", lambda: accelerate.prepare(accelerator()), "`objects`"),

@@ -96,3 +96,17 @@ def test_a_wrapped_network_tells_it_the_timestep(compiled: bool) -> None:
 def test_what_does_not_fit_is_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_weights_that_no_block_reads_are_frozen() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1))
+    timed = learned(TimeConditioned(network, {"0": TimeMoE(8)}))
+    image, t = normal(2, 3, 8, 8), torch.tensor([3, 7])
+    timed(image, t).square().mean().backward()  # DDP takes a parameter without a gradient for an error
+    unread = [name for name, weight in timed.named_parameters() if weight.requires_grad and weight.grad is None]
+    assert unread == [] and not any(weight.requires_grad for weight in timed.embed.parameters())
+    timed.attach({"1": FiLM(3)})
+    assert all(weight.requires_grad for weight in timed.embed.parameters())
+    timed.requires_grad_(False)
+    timed.attach({"0": FiLM(8)})  # what somebody else has frozen stays so
+    assert not any(weight.requires_grad for weight in timed.embed.parameters())

@@ -202,3 +202,21 @@ def test_edtr_is_two_phases() -> None:
         for net, before in zip((restorer, task, reference), states, strict=True)
     ]
     assert moved == [True, True, False]
+
+
+def test_a_student_that_several_processes_train_is_seen_in_its_own_pass(
+    process_group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, (z, x) = nn.parallel.DistributedDataParallel(network(0)), pair()
+    loss = FeatureMatchingLoss(student, network(1), ["4"], normalize=None)
+    loss(z.detach(), x).backward()  # one process has nothing to average
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    with pytest.raises(
+        ValueError, match="`student_images` should be what a student in DistributedDataParallel has seen"
+    ):
+        loss(z.detach(), x)
+    with loss.student.recording() as seen:
+        student(z.detach())
+    loss(seen, x).backward()
+    with torch.no_grad():
+        assert loss(z.detach(), x) > 0

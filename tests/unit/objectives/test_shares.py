@@ -236,15 +236,45 @@ def test_two_processes_keep_the_shares_of_one():
     assert done.stdout.count("equal") == 2
 
 
-def test_a_state_resumes_to_the_digit_where_the_last_norms_were_taken_in():
+def test_calls_that_share_one_backward_pass_are_all_counted():
+    loss, apart = (WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, shares={"other": 0.3}) for _ in range(2))
+    loss(*images(0)).backward()
+    apart(*images(0)).backward()
+    (loss(*images(1)) + loss(*images(2)) + loss(*images(3))).backward()
+    weights = apart.current_weights()
+    for number in (1, 2, 3):
+        calls = loss.norms._pending
+        apart(*images(number)).backward()
+    assert len(calls) == 3 and loss.state_dict()["norms.count"] == apart.state_dict()["norms.count"] == 4
+    torch.testing.assert_close(loss.norms.mean, apart.norms.mean)
+    assert loss.current_weights() != weights
+
+
+def test_calls_without_a_backward_pass_are_forgotten():
+    loss = WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, shares={"other": 0.3})
+    loss(*images(0)).backward()
+    for number in range(20):
+        loss(*images(number))
+    assert len(loss.norms._pending) < 10 and loss.state_dict()["norms.count"] == 1
+    loss(*images(1)).backward()
+    assert loss.state_dict()["norms.count"] == 2
+
+
+def test_a_state_resumes_to_the_digit():
     def trained(calls, state=None):
         loss = WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, shares={"other": 0.3})
         loss.load_state_dict(state or loss.state_dict())
         for call in calls:
             loss(*images(call)).backward()
-            loss.norms.take_in()
         return loss
 
     whole, resumed = trained(range(6)), trained(range(3, 6), trained(range(3)).state_dict())
+    for loss in (whole, resumed):
+        loss.norms.take_in()
+    before = whole.current_weights()
+    nn.ModuleDict({"network": nn.Linear(2, 2), "loss": whole}).load_state_dict(
+        nn.ModuleDict({"network": nn.Linear(2, 2)}).state_dict()  # of before there was this loss
+    )
+    assert whole.current_weights() == before
     assert whole.norms.count == 6
     assert whole.current_weights() == resumed.current_weights() != trained(range(3)).current_weights()

@@ -123,6 +123,23 @@ def test_every_kth_call_counts_k_times() -> None:
     assert value_and_gradient(loss, z, x)[0] > 0
 
 
+def test_a_state_has_the_calls() -> None:
+    def new() -> WeightedSum:
+        return WeightedSum({"pixel": nn.L1Loss(), "errors": Subsampled(Errors(), every=3)})
+
+    z, x = uniform(1, 3, 8, 8).requires_grad_(), uniform(1, 3, 8, 8, seed=1)
+    loss, resumed = new(), new()
+    for _ in range(2):
+        loss(z, x)
+    resumed.load_state_dict(loss.state_dict())
+    assert [float(resumed(z, x)) for _ in range(3)] == [float(loss(z, x)) for _ in range(3)]
+    before = resumed.state_dict()
+    resumed.load_state_dict({})  # of before there was this loss
+    assert resumed.state_dict() == before
+    with pytest.raises(ValueError, match="`calls` should be a whole number of at least 0, found -1"):
+        resumed.load_state_dict({"objective_errors._extra_state": torch.tensor(-1)})
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_a_call_that_is_left_out_is_zero_whatever_it_is_given(dtype: torch.dtype) -> None:
     loss = Subsampled(Errors("none"), every=2)

@@ -289,3 +289,28 @@ def test_what_was_measured_is_loaded_to_where_the_network_is() -> None:
     elsewhere = ParameterImportance(linear().to("meta"))
     elsewhere.load_state_dict(importance.state_dict())
     assert {buffer.device.type for buffer in elsewhere.buffers()} == {"meta"}
+
+
+def test_an_attached_importance_is_pickled_and_its_copy_is_attached_to_nothing() -> None:
+    importance = measured(model := linear(), strength=1.0)
+    model.weight.data += 1
+    importance.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    for twin in (pickle.loads(pickle.dumps(importance)), copy.deepcopy(importance)):
+        assert twin().item() == importance().item() > 0
+        own = next(module for module in twin._model)
+        twin.attach(torch.optim.SGD(own.parameters(), lr=0.1))
+
+
+def test_the_mean_is_over_parameters_of_all_tasks() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 1, bias=False)})
+    model["b"].requires_grad_(False)
+    both = [ParameterImportance(model, strength=1.0, normalize=kind) for kind in ("sum", "mean")]
+    for importance in both:
+        importance.accumulate(lambda m, x: m["b"](m["a"](x)).square().mean(), [normal(4, 2)])
+    model["b"].requires_grad_(True)
+    for importance in both:
+        importance.begin_task()
+        importance.accumulate(lambda m, x: m["b"](m["a"](x)).square().mean(), [normal(4, 2)])
+    shift(model["a"]), shift(model["b"])
+    total, mean = (importance() for importance in both)
+    torch.testing.assert_close(mean, total / 6)

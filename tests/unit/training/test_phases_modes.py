@@ -362,3 +362,15 @@ def test_accelerator_does_the_autocast_and_the_backward(accelerate):
     assert seen == [True] and len(losses) == 1
     torch.testing.assert_close(losses[0].detach().float(), (logs["one/pixel"] + logs["one/tdp"]).float())
     assert len(changed(own, before)) == 6
+
+
+def test_a_resting_ddp_network_is_as_it_was_after_an_objective_that_raised(process_group):
+    restorer, network = make_restorer(chance=False), nn.parallel.DistributedDataParallel(make_classifier())
+
+    def objective(batch):
+        raise RuntimeError("no")
+
+    phase = Phase("one", [restorer], objective, SGD(restorer.parameters(), lr=0.1), frozen=[network])
+    with pytest.raises(RuntimeError, match="no"):
+        Alternation([phase]).step(make_batch())
+    assert network.require_forward_param_sync and network.require_backward_grad_sync
