@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from restoreloss.images import at_least_float32
+
 Distance = Literal["mse", "rms", "l2", "l1"]
 Reduction = Literal["mean", "sum", "none"]
 
@@ -27,8 +29,7 @@ def distance_per_sample(
     :math:`\sqrt\delta`: exactly 0, with gradient 0, where the two are equal. ``weights``, which broadcast over the
     prediction, multiply :math:`d^2` or :math:`|d|`.
     """
-    if prediction.dtype in (torch.float16, torch.bfloat16):
-        prediction = prediction.float()
+    prediction = at_least_float32(prediction)
     difference = prediction - reference.to(prediction.dtype)
     sizes = difference.abs() if distance == "l1" else difference.square()
     squares = (sizes if weights is None else weights * sizes).reshape(len(prediction), -1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from restoreloss.checks import describe
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 def check_pair(restored: Tensor, target: Tensor, *, names: tuple[str, str] = ("restored", "target")) -> None:
@@ -64,11 +64,15 @@ def check_range(input_range: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
-def to_unit_range(image: Tensor, input_range: tuple[float, float]) -> Tensor:
+def at_least_float32(image: Tensor) -> Tensor:
+    """The image, in float32 where it is in half precision."""
+    return image.float() if image.dtype in HALF else image
+
+
+def to_signed_range(image: Tensor, input_range: tuple[float, float]) -> Tensor:
     """Map ``input_range`` to [-1, 1], in float32 or higher; overshoot stays overshoot."""
     low, high = input_range
-    image = image.float() if image.dtype in _HALF else image
-    return (image - (low + high) / 2) * (2 / (high - low))
+    return (at_least_float32(image) - (low + high) / 2) * (2 / (high - low))
 
 
 def into_range(image: Tensor, source: tuple[float, float], target: tuple[float, float]) -> Tensor:
@@ -76,19 +80,19 @@ def into_range(image: Tensor, source: tuple[float, float], target: tuple[float, 
     if source == target:
         return image
     low, high = target
-    return to_unit_range(image, source) * ((high - low) / 2) + (low + high) / 2
+    return to_signed_range(image, source) * ((high - low) / 2) + (low + high) / 2
 
 
-_TELLING = 192
-"""Numbers in an image that tell something by what they are not: 8 x 8 pixels of three channels."""
+_MIN_VALUES = 192
+"""8 x 8 pixels of three channels: an image of fewer says nothing about a range that it does not fill."""
 
 
 class RangeWatch:
     """Warns once where images can hardly span the range that the caller promised.
 
     It looks at the first, the hundredth and the thousandth call, outside of compiled code, as reading the lowest and
-    the highest value synchronizes with the device. What a network made may be anything at first, so that only what
-    looks like images of another range is told before the hundredth call.
+    the highest value synchronizes with the device. What a network made may be anything at first, so that before
+    the hundredth call it warns only of what looks like images of another range.
 
     Args:
         input_range: what the images should span.
@@ -100,16 +104,16 @@ class RangeWatch:
 
     def __init__(self, input_range: tuple[float, float]) -> None:
         self.input_range = input_range
-        self.told = False
+        self.warned = False
         self._calls = 0
 
     def look(self, images: Mapping[str, Tensor]) -> None:
         """Warn if any of these images is clearly out of range; arguments as of :func:`warn_if_out_of_range`."""
-        if self.told or torch.compiler.is_compiling() or any(image.is_meta for image in images.values()):
+        if self.warned or torch.compiler.is_compiling() or any(image.is_meta for image in images.values()):
             return
         self._calls += 1
         if self._calls in (1, 100, 1000):
-            self.told = warn_if_out_of_range(images, self.input_range, settled=self._calls > 1)
+            self.warned = warn_if_out_of_range(images, self.input_range, settled=self._calls > 1)
 
 
 def warn_if_out_of_range(
@@ -135,7 +139,7 @@ def warn_if_out_of_range(
         if made and low == 0:
             outside |= -1.005 * high <= darkest <= -0.9 * high and 0.75 * high <= brightest <= 1.005 * high
         # No photograph lacks a pixel in the lower half of a signed range, or in the upper 99 % of a wide one.
-        narrow = image.numel() >= _TELLING and darkest < brightest and (not made or settled)
+        narrow = image.numel() >= _MIN_VALUES and darkest < brightest and (not made or settled)
         inside = narrow and (low < 0 <= darkest or (span > 2 and brightest - low <= span / 100))
         if outside or inside:
             found.append(f"`{name}` spans [{darkest:.4g}, {brightest:.4g}]")

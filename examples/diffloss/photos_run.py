@@ -5,7 +5,7 @@
 Crops of photographs are blurred (Gaussian, sigma 1.5) and made noisy (standard deviation 25/255). A small NAFNet learns
 to restore them with the pixel loss; from the same start, on the same batches, it learns again with the pixel loss plus
 ``DiffLoss(small_prior())``. Both are compared on photographs that neither the networks nor the prior were trained on.
-The last lines say where the pictures and numbers are.
+The last lines say where images and numbers are.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class Degradation:
 
 @dataclass
 class Run:
-    """A network on its way: its optimiser, its stream of batches, and what was measured."""
+    """The state of a training: network, optimizer, stream of batches, and what was measured."""
 
     net: nn.Module
     optimizer: torch.optim.Optimizer
@@ -133,7 +133,7 @@ def ssim(restored: Tensor, clean: Tensor) -> Tensor:
 
 @torch.no_grad()
 def diffusion_distance(restored: Tensor, clean: Tensor, prior: nn.Module) -> Tensor:
-    """Mean of the noise term over five timesteps with fixed noise, (N,): what the loss sees, without its chance."""
+    """Mean of the noise term over five timesteps, (N,): what the loss sees, with fixed noise."""
     loss = DiffLoss(prior, h_space_weight=0, reduction="none")
     generator = torch.Generator().manual_seed(0)
     levels = (50, 150, 300, 500, 700)

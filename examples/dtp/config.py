@@ -35,7 +35,7 @@ class Config(PairOptions, TrainerOptions):
         clean: for "folders", the clean images of "pretrain", replay and importance, as "clean:ROOT"; the default is
             the clean sides of ``pairs``.
         network: restoration network, one of examples/dtp/networks.py, or "module:Class".
-        time_layers: of a network of your own, the layers that are told the timestep.
+        time_layers: of a network of your own, the layers that are conditioned on the timestep.
         moe: add a mixture of experts behind each decoder level.
         experts: number of experts of each mixture.
         experts_form: "paper": bottlenecks and a linear router for the t* of each degradation; "code": the 3x3 experts

@@ -34,12 +34,11 @@ def timed_network(
     experts: int = 10,
     **options: Any,
 ) -> TimeConditioned:
-    """A network that is told the timestep behind each of its levels, and may have a mixture of experts behind each
-    decoder.
+    """A network conditioned on the timestep behind each of its levels; behind each decoder may be a mixture of experts.
 
     Args:
         name: of ``NETWORKS``, or "module:Class", called without arguments.
-        time_layers: of a network of one's own, the layers that are told the timestep; the mixtures follow those whose
+        time_layers: of a network of one's own, the layers that are conditioned on it; the mixtures follow those whose
             name has "dec" or "up" in it.
         num_timesteps: T.
         moe: add the mixtures.

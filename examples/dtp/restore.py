@@ -3,7 +3,7 @@
     python -m examples.dtp.restore runs/gef IMAGES OUT
     python -m examples.dtp.restore runs/all IMAGES OUT --degradation hazy
 
-The network is told the timestep t* that the run found for the degradation.
+The network is conditioned on the timestep t* that the run found for the degradation.
 """
 
 import argparse

@@ -14,7 +14,7 @@ class Method:
         hlf: in whose features the restorer is trained; None trains it to predict the noise in HQ latents (Eq. 2), as
             diffusion models usually are.
         matching: the FM loss for the task network.
-        pre: pre-restoration; else the diffusion is told the degraded image itself.
+        pre: pre-restoration; else the diffusion is conditioned on the degraded image itself.
         partial: begin from the hint made noisy; else from pure noise.
         long: many denoising steps (``long_steps``) instead of ``n``.
         prior: the diffusion model; else the ControlNet alone.

@@ -18,7 +18,7 @@ class NoPrior(EDTR):
     Args:
         pre: see :class:`EDTR`, as the others.
         prior: its U-Net is what the ControlNet is a copy of, and is not asked.
-        t_p: the timestep that the ControlNet is told.
+        t_p: the timestep that the ControlNet receives.
         n: denoising steps, of which there are none.
         color_fix: as there.
         color_levels: as there.

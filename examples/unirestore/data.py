@@ -48,7 +48,7 @@ def _clean(config: Any) -> tuple[TaskData, TaskData]:
     train = training_photographs(size)
     held_out = {name: photo for name in HELD_OUT if min((photo := load_photo(name)).shape[1:]) >= size}
     if not train or not held_out:
-        raise ValueError(f"`images` should be a folder of photographs for `size` {size}; those at hand are smaller.")
+        raise ValueError(f"`images` should be a folder of photographs for `size` {size}; those found are smaller.")
     each = -(-config.test_count // len(held_out))
     # of all photographs in turn, so that the first few show each
     crops = torch.stack([grid_crops(photo, size, each) for photo in held_out.values()], dim=1).flatten(0, 1)

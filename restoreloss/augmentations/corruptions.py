@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from restoreloss.augmentations.imagenet_c import APPLY, WITH_LENGTHS
 from restoreloss.checks import check_integer, check_number
 from restoreloss.generators import Generators, check_generators, uniform
-from restoreloss.images import RangeWatch, check_images, check_range, into_range, warn_if_out_of_range
+from restoreloss.images import RangeWatch, at_least_float32, check_images, check_range, into_range, warn_if_out_of_range
 
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise"),
@@ -124,7 +124,7 @@ def _corrupted(
         for argument, value in (("name", name), ("severity", severity), ("generator", generator))
     )
     _check_kinds(names, severities)
-    unit = (image.float() if image.dtype in (torch.float16, torch.bfloat16) else image).clamp(0, 1)
+    unit = at_least_float32(image).clamp(0, 1)
     if isinstance(name, str) and isinstance(severity, int) and not isinstance(generator, Sequence):
         corrupted = _apply(name, unit, severity, generator, extent)
     else:
@@ -254,7 +254,7 @@ def apply_corruption(
     if what.scale == 1:
         return _corrupted(unit, what.name, what.severity, generator, what.extent)
     size = [max(_SMALLEST, round(side / what.scale)) for side in unit.shape[2:]]
-    wide = unit.float() if unit.dtype in (torch.float16, torch.bfloat16) else unit
+    wide = at_least_float32(unit)
     small = F.interpolate(wide, size=size, mode="bilinear", antialias=True)
     corrupted = _corrupted(small, what.name, what.severity, generator, what.extent)
     return F.interpolate(corrupted, size=unit.shape[2:], mode="bilinear").to(unit.dtype)

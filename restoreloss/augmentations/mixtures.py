@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from restoreloss._optional import require
 from restoreloss.checks import check_integer, check_number, describe
 from restoreloss.generators import check_generators, standard_normal, uniform
-from restoreloss.images import RangeWatch, check_images, check_range, continued, mirrored
+from restoreloss.images import RangeWatch, at_least_float32, check_images, check_range, continued, mirrored
 
 Span = tuple[float, float]
 
@@ -275,7 +275,7 @@ def _to_unit(images: Tensor, watch: RangeWatch) -> Tensor:
         raise ValueError(f"`images` should have one or three channels, as JPEG does, found {images.shape[1]}.")
     watch.look({"images": images})
     low, high = watch.input_range
-    wide = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
+    wide = at_least_float32(images)
     return ((wide - low) / (high - low)).clamp(0, 1)
 
 

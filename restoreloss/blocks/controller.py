@@ -12,7 +12,7 @@ from restoreloss.checks import check_integer, check_map, check_time, describe
 
 
 class Controller(nn.Module):
-    r"""A small encoder of the degraded latents that is told the timestep: one map of controls for each resolution.
+    r"""A small encoder of the degraded latents, conditioned on the timestep: one map of controls for each resolution.
 
     Residual blocks and attention as in diffusers, a downsampling between the levels; the map of a level is a last
     residual block's. The last convolution of every residual block and the output of every attention are zero at the

@@ -31,7 +31,7 @@ class TimeConditioned(nn.Module):
     Args:
         network: any, called with the image alone.
         blocks: by name of the layer, modules called as ``block(h, embedding)``: :class:`FiLM` or your own, or a
-            :class:`TimeMoE`, which is told the timestep as well.
+            :class:`TimeMoE`, which receives the timestep as well.
         num_timesteps: T, which the embedding spreads over: timesteps are 0 to T.
         time_dim: of the embedding: sines and cosines, then two linear layers (``embed``). They are frozen as long as no
             block reads it.

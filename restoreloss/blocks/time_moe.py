@@ -35,7 +35,7 @@ class TimeMoE(nn.Module):
 
     Raises:
         ValueError: For numbers that are not whole or below 1, or a ``top_k`` that is not 1 to ``experts``; at a call
-            for features or an embedding of another shape, and routers that are not told the timestep.
+            for features or an embedding of another shape, and routers that are not given the timestep.
 
     Attributes:
         balance: after a call, the load-balancing loss :math:`M \sum_i f_i \bar w_i` of that batch: 1 where all experts

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from restoreloss._optional import require
 from restoreloss.checks import check_integer, describe
+from restoreloss.images import at_least_float32
 
 
 class WaveletColorFix(nn.Module):
@@ -129,4 +130,4 @@ def _wide(image: Tensor, name: str) -> Tensor:
     fits = isinstance(image, Tensor) and image.ndim == 4 and image.is_floating_point() and image.numel() > 0
     if not fits:
         raise ValueError(f"`{name}` should be a float tensor (N, C, H, W), not empty, found {describe(image)}.")
-    return image.float() if image.dtype in (torch.float16, torch.bfloat16) else image
+    return at_least_float32(image)

@@ -19,6 +19,7 @@ from restoreloss.diffusion.adapt import as_denoiser, as_schedule
 from restoreloss.diffusion.denoisers import Conditioning, Denoiser, check_conditioning
 from restoreloss.diffusion.latents import LatentPrior
 from restoreloss.diffusion.schedule import NoiseSchedule, PredictionType
+from restoreloss.images import HALF
 from restoreloss.weights import read_file, weights_in
 
 MODELS = (
@@ -129,7 +130,7 @@ def null_text(
 
     Returns:
         Hidden states (1, L, D), or the keywords that the model wants beside them: what :func:`as_denoiser` takes as
-        ``conditioning``. Stable Diffusion XL is told an image of 1024x1024 pixels, uncropped.
+        ``conditioning``. Stable Diffusion XL is conditioned on an image of 1024x1024 pixels, uncropped.
 
     Raises:
         ValueError: If the pipeline is none of these.
@@ -327,7 +328,7 @@ def _latent_schedule(
                 )
         if given is not None:
             schedule = NoiseSchedule(given, prediction_type=prediction_type)
-        elif table is None or table.dtype in (torch.float16, torch.bfloat16):  # The table is rounded.
+        elif table is None or table.dtype in HALF:  # The table is rounded.
             schedule = NoiseSchedule.scaled_linear(prediction_type=prediction_type)
         else:
             schedule = NoiseSchedule(table, prediction_type=prediction_type)

@@ -54,7 +54,7 @@ class Published:
 
 
 def _rescaled_cosine() -> NoiseSchedule:
-    # There are 4000 levels, and the model is told their number divided by four, an integer at every fourth.
+    # There are 4000 levels, and the model receives their number divided by four, an integer at every fourth.
     return NoiseSchedule(NoiseSchedule.cosine(4000).alphas_cumprod[::4])
 
 

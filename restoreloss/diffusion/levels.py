@@ -97,7 +97,7 @@ class FlowLevels(NoiseSchedule):
 
     .. math:: x_s = (1 - s)\, x + s\, \epsilon, \qquad u = \epsilon - x
 
-    Timesteps 0..T-1 count the levels s in (0, 1], and the model is told :math:`1000\,s`. All that is said of
+    Timesteps 0..T-1 count the levels s in (0, 1], and the model receives :math:`1000\,s`. All that is said of
     :class:`NoiseSchedule` holds with a signal of 1 - s and a sigma of s. ``alphas_cumprod`` is
     :math:`(1 - s)^2 / ((1 - s)^2 + s^2)`, that of the variance-preserving schedule with the same ratio of signal to
     noise.
@@ -106,7 +106,7 @@ class FlowLevels(NoiseSchedule):
         levels: s, rising, shape (T,).
         prediction_type: what the model predicts: "flow_prediction" is u; "epsilon", "sample" and "residual" as for
             :class:`NoiseSchedule`.
-        time_scale: what the model is told at s = 1.
+        time_scale: what the model receives at s = 1.
 
     Raises:
         ValueError: For levels that do not rise within (0, 1], or another prediction type.

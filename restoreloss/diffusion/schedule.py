@@ -327,7 +327,7 @@ class NoiseSchedule(nn.Module):
         return sigma * noise if self.prediction_type == "residual" else signal * noise - sigma * x
 
     def model_time(self, t: Tensor) -> Tensor:
-        """What a model of this schedule is told at timesteps (N,): these; in a flow, its noise level."""
+        """What a model of this schedule receives at timesteps (N,): these; in a flow, its noise level."""
         return t
 
     def snr(self) -> Tensor:

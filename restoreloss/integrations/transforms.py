@@ -22,7 +22,7 @@ from restoreloss.augmentations.imagenet_c import JPEG_QUALITY, PIXELATE_SHARE
 from restoreloss.augmentations.mixtures import MixtureA, MixtureB
 from restoreloss.checks import check_number, describe
 from restoreloss.generators import uniform
-from restoreloss.images import RangeWatch
+from restoreloss.images import RangeWatch, at_least_float32
 
 with needed_by("restoreloss.integrations.transforms", install="numpy Pillow torchvision"):
     import numpy as np
@@ -249,7 +249,7 @@ def _to_pil(image: Tensor) -> Image.Image:
 def _to_unit(image: Tensor) -> Tensor:
     if image.dtype == torch.uint8:
         return image.float().div_(255)
-    return image.float() if image.dtype in (torch.float16, torch.bfloat16) else image
+    return at_least_float32(image)
 
 
 def _like(unit: Tensor, image: Tensor) -> Tensor:

@@ -25,11 +25,11 @@ from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.distances import Distance, Reduction, distance_per_sample, reduce_samples
 from restoreloss.frozen import FrozenNetwork, frozen, serving, warn_if_trained
 from restoreloss.generators import Generators, check_generators, draw_per_sample, standard_normal, stratified
-from restoreloss.images import RangeWatch, check_pair, check_range, into_range, to_unit_range
+from restoreloss.images import RangeWatch, check_pair, check_range, into_range, to_signed_range
 from restoreloss.objectives.base import Objective, total
-from restoreloss.objectives.sizes import SizePolicy, crop_map, fit_size, pad_to
 from restoreloss.objectives.tiles import Tiles, check_share
 from restoreloss.precision import reference_weight
+from restoreloss.sizes import SizePolicy, crop_map, fit_size, pad_to
 
 logger = logging.getLogger(__name__)
 
@@ -319,7 +319,7 @@ class DiffLoss(Objective):
         return tiles, tiles.cut(restored), tiles.cut(target)
 
     def _to_model_space(self, image: Tensor) -> Tensor:
-        image = to_unit_range(image, self.input_range)
+        image = to_signed_range(image, self.input_range)
         if self._encoder is None:
             return into_range(image, (-1.0, 1.0), self._denoiser.network.schedule.model_range)
         encoder = self._encoder.network

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from restoreloss.images import HALF
+
 _AVERAGED_CALLS = 100
 _PENDING_CALLS = 8
 FIRST_DRAWS = 8
@@ -161,7 +163,7 @@ def gradient_norm(gradient: Tensor) -> Tensor:
 def norm_at(image: Tensor, values: Sequence[Tensor]) -> Tensor:
     """The norm of the gradient that the sum of these values has at the image."""
     # scaled in half precision, as a GradScaler would: a gradient that it saves must not be called zero
-    scale = 2.0**12 if image.dtype in (torch.float16, torch.bfloat16) else 1.0
+    scale = 2.0**12 if image.dtype in HALF else 1.0
     summed = scale * torch.stack([value.mean() for value in values]).sum()
     gradient = None
     if summed.requires_grad:

@@ -207,7 +207,7 @@ class HLFLoss(Objective):
             for network in (task, reference)
         )  # fmt: skip
         self.reduction: Reduction = reduction
-        self.reference._range.told = True  # The task warns of the same images.
+        self.reference._range.warned = True  # The task warns of the same images.
         learning = [_learns(loss.features.network) for loss in (self.task, self.reference)]
         if learning == [False, True]:
             warnings.warn(

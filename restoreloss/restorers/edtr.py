@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hint:
-    """A degraded image, restored for the pixels: what the diffusion begins from and is told.
+    """A degraded image, restored for the pixels: what the diffusion begins from and is conditioned on.
 
     Attributes:
         image: (N, 3, H, W) in [0, 1].
@@ -41,7 +41,7 @@ class Hint:
 
 
 class EDTR(nn.Module):
-    r"""A pre-restoration network, a latent diffusion model, and a ControlNet that is told what the former found.
+    r"""A pre-restoration network, a latent diffusion model, and a ControlNet conditioned on what the former found.
 
     .. math::
         z_{pre} &= E(R_{pix}(I_{LQ})) && \text{(Eq. 3)} \\

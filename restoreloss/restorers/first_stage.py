@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from restoreloss.checks import check_number, describe
 from restoreloss.generators import Generators, standard_normal
 from restoreloss.images import check_pair
-from restoreloss.restorers.tiling import reflected
 from restoreloss.restorers.unirestore import UniRestore
+from restoreloss.sizes import fit_size
 
 TIMESTEPS = (249, 499, 749, 999, 999, 999)
 """The timesteps that the authors draw the noise of this stage from, of 1000."""
@@ -72,7 +72,7 @@ class UniRestoreFirstStage(nn.Module):
         """
         check_pair(degraded, clean, names=("degraded", "clean"))
         model = self.model
-        degraded, clean = (reflected(images, model.multiple) for images in (degraded, clean))
+        degraded, clean = (fit_size(images, model.multiple, "pad") for images in (degraded, clean))
         with torch.no_grad():
             z_0, wanted = model.encode(clean, restored=False)
             z_t = model.schedule.add_noise(z_0, standard_normal(z_0, generator), timestep)

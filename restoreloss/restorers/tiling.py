@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restoreloss.checks import check_integer
-from restoreloss.images import mirrored
 
 
 def tiled(
@@ -119,13 +118,3 @@ def reduced(images: Tensor, size: Sequence[int]) -> Tensor:
     if tuple(images.shape[2:]) == tuple(size):
         return images
     return F.interpolate(images, size=tuple(size), mode="bicubic", align_corners=False, antialias=True)
-
-
-def reflected(images: Tensor, multiple: int) -> Tensor:
-    """Images continued to the right and below by reflection, as often as that takes, to multiples of ``multiple``."""
-    for dim in (3, 2):
-        side = images.shape[dim]
-        after = -side % multiple
-        if after:
-            images = images.index_select(dim, mirrored(side, 0, after).to(images.device))
-    return images

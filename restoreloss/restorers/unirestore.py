@@ -29,7 +29,8 @@ from restoreloss.diffusion.sampling import PredictsNoise, denoise, partial_diffu
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.generators import Generators, standard_normal
 from restoreloss.restorers.shapes import Parts
-from restoreloss.restorers.tiling import enlarged, reduced, reflected, tiled
+from restoreloss.restorers.tiling import enlarged, reduced, tiled
+from restoreloss.sizes import fit_size
 from restoreloss.weights import read_weights
 
 if TYPE_CHECKING:
@@ -259,7 +260,7 @@ class UniRestore(nn.Module):
         """
         check_map("images", images, 3)
         large = enlarged(images, smallest)
-        padded = reflected(large, self.multiple)
+        padded = fit_size(large, self.multiple, "pad")
         restored = self._restored(padded, tasks, self._noise(padded, generator) if noise is None else noise, steps)
         return reduced(restored[..., : large.shape[2], : large.shape[3]], images.shape[2:])
 
@@ -292,7 +293,7 @@ class UniRestore(nn.Module):
             return found.clamp(0, 1)
         check_map("images", images, 3)
         large = enlarged(images, smallest)
-        padded = reflected(large, self.multiple)
+        padded = fit_size(large, self.multiple, "pad")
 
         def restored(part: Tensor, noise: Tensor) -> Tensor:
             return self._restored(part, tasks, noise, steps)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from restoreloss._optional import require
 from restoreloss.checks import check_callable, check_choice, check_integer, check_number, describe
 from restoreloss.generators import forked
-from restoreloss.images import check_pair
+from restoreloss.images import HALF, check_pair
 from restoreloss.objectives.base import named_terms
 from restoreloss.objectives.diffloss import DiffLoss
 from restoreloss.objectives.subsampled import Subsampled
@@ -377,7 +377,7 @@ def _gradient(term: Tensor, image: Tensor) -> Tensor:
     gradient = None
     if term.requires_grad:
         # scaled in half precision, as a GradScaler would: a gradient that it saves must not be called dead
-        scale = 2.0**12 if image.dtype in (torch.float16, torch.bfloat16) else 1.0
+        scale = 2.0**12 if image.dtype in HALF else 1.0
         (gradient,) = torch.autograd.grad(scale * term.sum(), image, retain_graph=True, allow_unused=True)
         gradient = None if gradient is None else (gradient.float() if scale > 1 else gradient) / scale
     return torch.zeros_like(image) if gradient is None else gradient

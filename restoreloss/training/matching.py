@@ -1,6 +1,6 @@
 """Timestep matching: the noise that a degradation is most like, by the timestep at which a denoiser restores it best.
 
-A restoration network that was pre-trained to remove noise of T strengths is told that timestep when it goes on to learn
+A restoration network that was pre-trained to remove noise of T strengths is conditioned on that timestep when it learns
 the degradation, and several degradations are learned in its order.
 """
 

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor, nn
 
 from examples.common.data.datasets import IGNORED, voc2012
-from examples.common.data.task_data import continued, cut_like, image_side
+from examples.common.data.task_data import image_side, pad_to_multiple
 from examples.common.engine.evaluation import Judges, evaluate
 from examples.common.engine.recognition import Recognition
 from examples.common.networks.recognizers import recognizer
@@ -27,6 +27,7 @@ from examples.sr4ir.train import Trainer as SR4IRTrainer
 from examples.sr4ir.train import rate
 from restoreloss.restorers import small_latent_prior
 from restoreloss.restorers.edtr import color_levels_of
+from restoreloss.restorers.tiling import apart
 from tests.helpers.datasets import make_voc
 from tests.recipes import cases
 
@@ -176,10 +177,10 @@ def test_the_auxiliary_head_learns_ten_times_as_fast(tmp_path: Path) -> None:
 
 def test_test_images_may_be_continued_and_cut_back() -> None:
     image = torch.rand(1, 3, 10, 13)
-    whole = continued(image, 4)
+    whole = pad_to_multiple(image, 4)
     assert whole.shape == (1, 3, 12, 16) and torch.equal(whole[..., 11, :13], image[..., 9, :])
-    assert torch.equal(cut_like(whole, image), image)
-    (one,) = cut_like(continued([image[0]], 8), [image[0]])
+    assert torch.equal(apart(whole, image), image)
+    (one,) = apart(pad_to_multiple([image[0]], 8), [image[0]])
     assert torch.equal(one, image[0])
 
     class One:

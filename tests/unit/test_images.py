@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from restoreloss import DiffLoss
-from restoreloss.images import RangeWatch, check_pair, check_range, to_unit_range, warn_if_out_of_range
+from restoreloss.images import RangeWatch, check_pair, check_range, to_signed_range, warn_if_out_of_range
 
 RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
 SHAPE = (2, 3, 4, 4)
@@ -27,14 +27,14 @@ def spanning(low, high, shape=SHAPE):
 def test_range_is_mapped_to_minus_one_and_one_with_its_overshoot(input_range, closed_form):
     low, high = input_range
     image = spanning(low - 0.1 * (high - low), high + 0.1 * (high - low)).double()
-    torch.testing.assert_close(to_unit_range(image, input_range), closed_form(image), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(to_signed_range(image, input_range), closed_form(image), rtol=1e-12, atol=1e-12)
 
 
 @settings(max_examples=40, deadline=None)
 @given(low=st.floats(-300, 300), span=st.floats(0.5, 300), share=st.floats(-0.5, 1.5))
 def test_any_range_is_mapped_linearly(low, span, share):
     image = torch.full((1, 1, 1, 1), low + share * span, dtype=torch.float64)
-    assert float(to_unit_range(image, (low, low + span))) == pytest.approx(2 * share - 1, abs=1e-9)
+    assert float(to_signed_range(image, (low, low + span))) == pytest.approx(2 * share - 1, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_any_range_is_mapped_linearly(low, span, share):
 )
 def test_mapping_is_in_float32_or_higher(dtype, expected):
     image = spanning(0, 255).to(dtype)
-    found = to_unit_range(image, (0.0, 255.0))
+    found = to_signed_range(image, (0.0, 255.0))
     assert found.dtype == expected
     torch.testing.assert_close(found.double(), image.double() / 127.5 - 1, rtol=1e-6, atol=1e-6)
 
@@ -56,7 +56,7 @@ def test_mapping_is_in_float32_or_higher(dtype, expected):
 @pytest.mark.parametrize(("low", "high"), RANGES)
 def test_gradient_of_the_mapping_is_its_slope(low, high):
     image = spanning(low, high).requires_grad_()
-    to_unit_range(image, (low, high)).sum().backward()
+    to_signed_range(image, (low, high)).sum().backward()
     torch.testing.assert_close(image.grad, torch.full(SHAPE, 2 / (high - low)))
 
 

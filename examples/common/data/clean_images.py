@@ -14,7 +14,7 @@ from examples.common.data.tasks import Task
 
 
 class CleanImages:
-    """Crops, turned and mirrored at random: samples (image (3, H, W), 0). Chance is torch's global generator.
+    """Crops, turned and mirrored at random: samples (image (3, H, W), 0). Random choices use torch's global generator.
 
     Args:
         sources: photographs, or files.

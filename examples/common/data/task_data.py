@@ -103,16 +103,9 @@ def on_grid(hr: Any, targets: Any, multiple: int) -> tuple[Any, Any]:
     return [image for image, _ in cut], [target for _, target in cut]
 
 
-def continued(images: Any, multiple: int) -> Any:
+def pad_to_multiple(images: Any, multiple: int) -> Any:
     """Images continued by their edges, at the right and at the bottom, to multiples of the scale."""
     return map_images(lambda x: F.pad(x, (0, -x.shape[3] % multiple, 0, -x.shape[2] % multiple), "replicate"), images)
-
-
-def cut_like(images: Any, others: Any) -> Any:
-    """Images cut at the right and at the bottom to the sizes of others."""
-    if isinstance(images, Tensor):
-        return images[..., : others.shape[2], : others.shape[3]]
-    return [image[:, : other.shape[1], : other.shape[2]] for image, other in zip(images, others, strict=True)]
 
 
 def _cut(image: Tensor, target: dict[str, Tensor], multiple: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -36,7 +36,7 @@ class TaskData(Protocol):
 
 
 class InMemory:
-    """Images that are at hand as tensors.
+    """Images in memory, as tensors.
 
     Args:
         task: how ``targets`` are read.

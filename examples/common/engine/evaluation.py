@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from examples.common.data.degrade import Degrade
-from examples.common.data.task_data import continued, cut_like, on_grid
+from examples.common.data.task_data import on_grid, pad_to_multiple
 from examples.common.data.tasks import IGNORED, InMemory, Task, TaskData, collate, to_device
 from examples.common.engine.perceptual import lite0_distance
 from examples.common.engine.recipe import naming
@@ -23,6 +23,7 @@ from examples.common.networks.recognizers import recognizer
 from examples.common.networks.text_readers import PPOCR, english_g2
 from examples.common.networks.weights import load_weights
 from restoreloss import frozen
+from restoreloss.restorers.tiling import apart
 
 BATCH, SAMPLES = 50, 8
 TEXT_READERS: dict[str, Callable[[], nn.Module]] = {"english_g2": english_g2, "pp_ocr": PPOCR}
@@ -169,12 +170,12 @@ def evaluate(
             recognition.check(targets)
             hr, targets = (images, targets) if pad else on_grid(images, targets, multiple)
             hr = to_device(hr, device)
-            whole = continued(hr, multiple) if pad else hr
+            whole = pad_to_multiple(hr, multiple) if pad else hr
             lr = degrade(whole, count)
             count += len(hr)
             with naming(f"The networks should take test images of {tuple(whole[0].shape[1:])}"):
                 seen = read(whole, lr)
-            seen = hr if seen is whole else cut_like(seen, hr) if pad else seen
+            seen = hr if seen is whole else apart(seen, hr) if pad else seen
             found = {
                 name: to_device(recognition.predict(network, hr if name == "score_on_hr" else seen), "cpu")
                 for name, network in present.items()

@@ -72,15 +72,23 @@ _AT_LEAST_0 = (
     "seed", "data_seed", "workers", "eval_every", "blur", "mixture_extent", "contrast", "lr", "lr_min", "s_lr", "h_lr",
     "pre_lr", "prompt_lr", "adversarial.lr", "tdp_weight", "mix", "h_warm_up", "restart", "alpha", "smallest",
     "penalty_weight", "replay_share", "replay_weight", "orthogonality_weight", "shallow", "decay", "restored_too",
-    "weight_decay", "cfrm_weights", "severity_weights", "corruption_extent", "steps_of_diffusion",
-    "s_lr_min", "h_lr_min", "h_weight_decay", "s_warm_up", "aux_weight", "fft_weight", "betas",
+    "weight_decay", "cfrm_weights", "severity_weights", "corruption_extent", "steps_of_diffusion", "noise", "tile",
+    "s_lr_min", "h_lr_min", "h_weight_decay", "s_warm_up", "aux_weight", "fft_weight", "betas", "max_norm",
 )  # fmt: skip
 LOWEST: dict[str, float] = {
     **dict.fromkeys(_AT_LEAST_1, 1), **dict.fromkeys(_AT_LEAST_0, 0), "test_size": 6, "corruption_side": 8,
-    "num_timesteps": 2,
+    "num_timesteps": 2, "jpeg": 1,
 }  # fmt: skip
 """The lowest value of an option; SSIM needs a side of 6 pixels."""
-HIGHEST: dict[str, float] = {"betas": 1, "mix": 1, "restart": 1, "shallow": 1, "contrast": 1, "severities": 5}
+HIGHEST: dict[str, float] = {
+    "jpeg": 100,
+    "betas": 1,
+    "mix": 1,
+    "restart": 1,
+    "shallow": 1,
+    "contrast": 1,
+    "severities": 5,
+}
 
 
 def check_numbers(config: Any) -> None:

@@ -38,11 +38,11 @@ class EDSR(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(N, 3, H, W) in [0, 1] to (N, 3, scale H, scale W)."""
-        centerd = image - 0.5
-        features = self.head(centerd)
+        centered = image - 0.5
+        features = self.head(centered)
         features = features + self.after_body(self.body(features))
         restored: Tensor = self.tail(self.upsample(features))
-        base = F.interpolate(centerd, scale_factor=float(self.scale), mode="bilinear") if self.light else 0
+        base = F.interpolate(centered, scale_factor=float(self.scale), mode="bilinear") if self.light else 0
         return restored + base + 0.5
 
 

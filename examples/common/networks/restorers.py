@@ -11,7 +11,7 @@ from examples.common.networks.edsr import EDSR
 from examples.common.networks.own import own_network
 from examples.common.networks.restormer import Restormer
 from examples.common.networks.weights import load_weights
-from restoreloss.objectives.sizes import pad_to
+from restoreloss.sizes import pad_to
 from restoreloss.weights import read_weights
 
 logger = logging.getLogger(__name__)

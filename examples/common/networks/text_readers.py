@@ -52,7 +52,7 @@ class EnglishG2(nn.Module):
         return scores
 
     def train(self, mode: bool = True) -> "EnglishG2":
-        """Set the mode of all but the batch norms: the statistics of the weights' many pictures stay."""
+        """Set the mode of all but the batch norms: the statistics of the weights' many images stay."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):

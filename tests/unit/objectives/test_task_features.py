@@ -116,7 +116,7 @@ def test_gradient_is_that_of_finite_differences(distance):
     ).double()
     z, x = pair((2, 3, 5, 4), dtype=torch.float64)
     loss = TDPLoss(network, ["2", "4"], layer_weights={"2": 0.5, "4": 2}, distance=distance, reduction="none")
-    loss._range.told = True  # 3 z is out of range
+    loss._range.warned = True  # 3 z is out of range
     # far enough from x that no |d| changes sign
     assert torch.autograd.gradcheck(lambda image: loss(image, x), (3 * z).requires_grad_(), eps=1e-7, atol=1e-5)
 

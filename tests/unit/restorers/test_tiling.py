@@ -2,13 +2,11 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from restoreloss.restorers.tiling import apart, reflected, tiled, together
-from tests.helpers.restorers import uniform
+from restoreloss.restorers.tiling import apart, tiled, together
 
 
 def test_tiles_of_a_pointwise_function_are_its_whole() -> None:
@@ -44,15 +42,6 @@ def test_together_and_apart() -> None:
     assert torch.equal(batch[0, :, 7, 11], images[0][:, 4, 8])
     assert all(torch.equal(one, other) for one, other in zip(apart(batch, images), images, strict=True))
     assert together(torch.rand(2, 3, 8, 8), 4, 16).shape == (2, 3, 16, 16)
-
-
-@pytest.mark.parametrize(("size", "multiple"), [((1, 1), 8), ((2, 3), 8), ((5, 7), 64), ((17, 30), 8), ((16, 24), 8)])
-def test_images_are_continued_by_reflection(size: tuple[int, int], multiple: int) -> None:
-    images = uniform(2, 3, *size)
-    found = reflected(images, multiple)
-    more = [-side % multiple for side in size]
-    wanted = np.pad(images.numpy(), ((0, 0), (0, 0), (0, more[0]), (0, more[1])), mode="reflect")
-    np.testing.assert_array_equal(found.numpy(), wanted)
 
 
 @pytest.mark.parametrize("size", [(64, 96), (40, 88), (32, 200)])

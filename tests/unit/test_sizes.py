@@ -1,10 +1,14 @@
+"""Padding, resizing and cropping, against NumPy and by hand."""
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from restoreloss.objectives.sizes import crop_map, fit_size
+from restoreloss.sizes import crop_map, fit_size
+from tests.helpers.restorers import uniform
 
 sizes = st.tuples(st.integers(1, 20), st.integers(1, 20))
 multiples = st.integers(1, 16)
@@ -127,3 +131,12 @@ def test_crop_rounds_up(padded, size, have, expected):
 def test_tokens_come_back_whole(shape):
     tokens = torch.rand(shape)
     assert crop_map(tokens, (16, 16), (9, 9)) is tokens
+
+
+@pytest.mark.parametrize(("size", "multiple"), [((1, 1), 8), ((2, 3), 8), ((5, 7), 64), ((17, 30), 8), ((16, 24), 8)])
+def test_images_are_continued_by_reflection(size: tuple[int, int], multiple: int) -> None:
+    images = uniform(2, 3, *size)
+    found = fit_size(images, multiple, "pad")
+    more = [-side % multiple for side in size]
+    wanted = np.pad(images.numpy(), ((0, 0), (0, 0), (0, more[0]), (0, more[1])), mode="reflect")
+    np.testing.assert_array_equal(found.numpy(), wanted)
