@@ -153,10 +153,11 @@ class FeatureExtractor:
     def _key(self, images: tuple[Tensor, ...]) -> tuple[object, ...]:
         """What the features depend on. A pass without gradient must not stand in for one that needs it."""
         network, device = unwrap(self.network), images[0].device.type
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         return (
             *((id(image), image._version) for image in images),
             torch.is_grad_enabled(),
-            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            torch.get_autocast_dtype(device) if casts else None,
             any(parameter.requires_grad for parameter in network.parameters()),
             sum(weight._version for weight in (*network.parameters(), *network.buffers()) if not weight.is_inference()),
             network.training,

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from restoreloss.images import HALF
+from restoreloss.gradients import gradient_at, gradient_norm
 
 _AVERAGED_CALLS = 100
 _PENDING_CALLS = 8
@@ -150,25 +150,10 @@ class BackwardPass:
         return weighted
 
 
-@torch.no_grad()
-def gradient_norm(gradient: Tensor) -> Tensor:
-    """The norm in float32, of a gradient divided by its largest element: squares underflow at 1e-23."""
-    gradient = gradient.float()
-    peak = gradient.abs().amax()
-    safe = torch.where(peak > 0, peak, 1)
-    norm: Tensor = safe * torch.linalg.vector_norm(gradient / safe)
-    return norm
-
-
 def norm_at(image: Tensor, values: Sequence[Tensor]) -> Tensor:
     """The norm of the gradient that the sum of these values has at the image."""
-    # scaled in half precision, as a GradScaler would: a gradient that it saves must not be called zero
-    scale = 2.0**12 if image.dtype in HALF else 1.0
-    summed = scale * torch.stack([value.mean() for value in values]).sum()
-    gradient = None
-    if summed.requires_grad:
-        (gradient,) = torch.autograd.grad(summed, image, retain_graph=True, allow_unused=True)
-    return image.new_zeros((), dtype=torch.float32) if gradient is None else gradient_norm(gradient) / scale
+    gradient = gradient_at(image, torch.stack([value.mean() for value in values]).sum())
+    return image.new_zeros((), dtype=torch.float32) if gradient is None else gradient_norm(gradient)
 
 
 def weights_for(

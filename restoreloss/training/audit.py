@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from restoreloss._optional import require
 from restoreloss.checks import check_callable, check_choice, check_integer, check_number, describe
 from restoreloss.generators import forked
-from restoreloss.images import HALF, check_pair
+from restoreloss.gradients import gradient_at, gradient_norm
+from restoreloss.images import check_pair
 from restoreloss.objectives.base import named_terms
 from restoreloss.objectives.diffloss import DiffLoss
 from restoreloss.objectives.subsampled import Subsampled
@@ -196,7 +197,7 @@ def audit(
     measured = _measure(objectives, restored, target, draws, seed)
     first = next(iter(measured.values())).gradients
 
-    norms = {name: _mean([_norm(g) for g in term.gradients]) for name, term in measured.items()}
+    norms = {name: _mean([float(gradient_norm(g)) for g in term.gradients]) for name, term in measured.items()}
     seconds = {name: sorted(term.seconds)[draws // 2] for name, term in measured.items()}
     finite = {
         name: all(map(math.isfinite, term.values)) and all(bool(g.isfinite().all()) for g in term.gradients)
@@ -345,13 +346,13 @@ def _measure(objectives: Objectives, restored: Tensor, target: Tensor, draws: in
                         found = tuple(term.shape) if isinstance(term, Tensor) else describe(term)
                         raise ValueError(f"Term {key!r} should be a scalar tensor (reduction='mean'), found {found}.")
                     started = _now(image)
-                    gradient = _gradient(weight * term, image)
+                    gradient = gradient_at(image, weight * term.sum())
                     row = measured.setdefault(key, _Measured([], [], []))
                     if len(row.values) > draw:
                         raise ValueError(f"`objectives` should give each term a name of its own, found {key!r} twice.")
                     row.seconds.append(forward_seconds + _now(image) - started)
                     row.values.append(weight * float(term.detach()))
-                    row.gradients.append(gradient)
+                    row.gradients.append(torch.zeros_like(image) if gradient is None else gradient)
     for key, row in measured.items():
         if len(row.values) != draws:
             raise ValueError(f"`objectives` should give the same terms at every call, found {key!r} in some only.")
@@ -371,16 +372,6 @@ def _whole(*objectives: Any) -> Iterator[None]:
     finally:
         for part, mode in zip(parts, modes, strict=True):
             part.training = mode
-
-
-def _gradient(term: Tensor, image: Tensor) -> Tensor:
-    gradient = None
-    if term.requires_grad:
-        # scaled in half precision, as a GradScaler would: a gradient that it saves must not be called dead
-        scale = 2.0**12 if image.dtype in HALF else 1.0
-        (gradient,) = torch.autograd.grad(scale * term.sum(), image, retain_graph=True, allow_unused=True)
-        gradient = None if gradient is None else (gradient.float() if scale > 1 else gradient) / scale
-    return torch.zeros_like(image) if gradient is None else gradient
 
 
 @contextmanager
@@ -403,12 +394,6 @@ def _now(image: Tensor) -> float:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def _norm(gradient: Tensor) -> float:
-    # of the gradient divided by its largest element: squares underflow at 1e-23 and overflow at 1e19
-    peak = float(gradient.abs().max())
-    return peak * float((gradient / peak).norm()) if 0 < peak < math.inf else peak
 
 
 def _cosine(gradient: Tensor, reference: Tensor) -> float:

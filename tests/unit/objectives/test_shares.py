@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from restoreloss import Subsampled, WeightedSum, audit
-from restoreloss.objectives.shares import gradient_norm
+from restoreloss.gradients import gradient_norm
 from tests.helpers.processes import launch
 
 
