@@ -73,7 +73,7 @@ _AT_LEAST_0 = (
     "pre_lr", "prompt_lr", "adversarial.lr", "tdp_weight", "mix", "h_warm_up", "restart", "alpha", "smallest",
     "penalty_weight", "replay_share", "replay_weight", "orthogonality_weight", "shallow", "decay", "restored_too",
     "weight_decay", "cfrm_weights", "severity_weights", "corruption_extent", "steps_of_diffusion", "noise", "tile",
-    "s_lr_min", "h_lr_min", "h_weight_decay", "s_warm_up", "aux_weight", "fft_weight", "betas", "max_norm",
+    "s_lr_min", "h_lr_min", "h_weight_decay", "s_warm_up", "aux_weight", "fft_weight", "betas",
 )  # fmt: skip
 LOWEST: dict[str, float] = {
     **dict.fromkeys(_AT_LEAST_1, 1), **dict.fromkeys(_AT_LEAST_0, 0), "test_size": 6, "corruption_side": 8,

@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ from examples.common.data.tasks import TaskData
 from examples.common.engine.batches import Batches, loader
 from examples.common.engine.options import RunOptions, TrainerOptions, check_numbers
 from examples.common.engine.run_directory import RunDirectory, finished_run
+from examples.common.engine.terms import LOWER, TermLog
 from examples.common.networks.weights import load_saved
 from examples.common.seeds import derive_seed
 from restoreloss.frozen import unwrap
@@ -33,9 +34,6 @@ logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
 AnyBatch = TypeVar("AnyBatch", contravariant=True)
-
-
-LOWER = "A lower learning rate, or `max_norm`, may prevent it."
 
 
 class Steps(Protocol[AnyBatch]):
@@ -94,8 +92,7 @@ class Recipe(ABC, Generic[Batch]):
             ValueError: If the test images cannot be evaluated, or the run directory cannot be that of this run.
         """
         self.stages, self.stage = stages, 0
-        self._sums: dict[str, tuple[Any, int]] = {}
-        """Sums and counts of the terms since the last line of the log, which has their means."""
+        self.terms = TermLog()
         if self.run_to_evaluate is not None:
             self._load(self.run_to_evaluate)
         else:
@@ -191,7 +188,7 @@ class Recipe(ABC, Generic[Batch]):
                 unwrap(network).load_state_dict(state["networks"][name])
             first_stage, first_step, seconds = state["stage"], state["stage_step"], state["seconds"]
             self.stages[first_stage].alternation.load_state_dict(state["alternation"])
-            self._sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
+            self.terms.load_state_dict(state["terms"])
             logger.info("goes on after step %d", state["step"])
             self._test(state["step"])
         for number in range(first_stage, len(self.stages)):
@@ -243,9 +240,6 @@ class Recipe(ABC, Generic[Batch]):
         config, stage = self.options, self.stages[number]
         self.stage = number
         before = sum(earlier.steps for earlier in self.stages[:number])
-        sums, self._sums = self._sums, {}  # of a run that goes on, what was summed since the last line of the log
-        taken: list[tuple[int, dict[str, Tensor]]] = []
-        """Steps whose terms have not been looked at: that would wait for the device."""
         with tqdm(
             total=stage.steps, initial=first_step, desc=stage.name, unit="step", disable=not self.main
         ) as progress:
@@ -256,36 +250,30 @@ class Recipe(ABC, Generic[Batch]):
                 batch = self.batch(images, targets, step - 1, stage.steps)
                 started = time.perf_counter()
                 try:
-                    logs = stage.alternation.step(batch)
+                    self.terms.add(before + step, stage.alternation.step(batch))
                 except FloatingPointError as error:
                     raise FloatingPointError(f"Step {before + step}: {error}") from error
                 seconds += time.perf_counter() - started
-                taken.append((before + step, logs))
-                for name, value in logs.items():
-                    total, count = sums.get(name, (0.0, 0))
-                    sums[name] = (total + value.detach().double(), count + 1)
                 progress.update()
                 last = step == stage.steps
-                evaluates = config.eval_every and (before + step) % config.eval_every == 0
-                saves = step % config.save_every == 0 or last
-                if step % 50 == 0 or saves or evaluates:
-                    self._check_terms(taken)
-                    taken.clear()
-                if step % 50 == 0 or last:
-                    values = self._mean({name: float(total) / count for name, (total, count) in sums.items()})
-                    sums.clear()
+                logs, saves = step % 50 == 0 or last, step % config.save_every == 0 or last
+                if logs or saves or self._is_tested(before + step):
+                    self.terms.check(norms=getattr(self.accelerator, "scaler", None) is None)
+                if logs:
+                    values = self.terms.means()
                     self.run_directory.log(before + step, values)
                     progress.set_postfix({name.rpartition("/")[2]: f"{value:.3f}" for name, value in values.items()})
                 if saves:
-                    self._sums = {name: (float(total), count) for name, (total, count) in sums.items()}
                     self._save(number, step, before + step, seconds)
                 self._test(before + step)
         return seconds
 
+    def _is_tested(self, step: int) -> bool:
+        return self.options.eval_every > 0 and step > 0 and step % self.options.eval_every == 0
+
     def _test(self, step: int) -> None:
         """Evaluate on the way, where that is due and not done."""
-        due = self.options.eval_every and step and step % self.options.eval_every == 0
-        if not due or not self.main:
+        if not self._is_tested(step) or not self.main:
             return
         logged = self.run_directory.metrics()[-2:]
         if any(row["step"] == step and any(name.startswith("test/") for name in row) for row in logged):
@@ -294,26 +282,6 @@ class Recipe(ABC, Generic[Batch]):
         self.keep(step, figures, samples)
         self.run_directory.log(step, {f"test/{name}": value for name, value in figures.items()})
 
-    def _check_terms(self, taken: list[tuple[int, dict[str, Tensor]]]) -> None:
-        """Name the first of the terms of some steps that is not finite."""
-        scaled = getattr(self.accelerator, "scaler", None) is not None  # which skips a step whose gradient overflows
-        named = [
-            (step, name, value.detach().float().reshape(()).to(self.device))
-            for step, logs in taken
-            for name, value in logs.items()
-            if not (scaled and name.endswith("grad_norm"))
-        ]
-        if named and not (finite := torch.stack([value for *_, value in named]).isfinite()).all():
-            step, name, value = named[int(finite.int().argmin())]
-            raise FloatingPointError(f"Step {step}: {name} is {float(value)}. {LOWER}")
-
-    @staticmethod
-    def _mean(values: dict[str, float]) -> dict[str, float]:
-        """Over the processes; a term that one of them lacks, over the others."""
-        every = gather_object([values])
-        found = {name: [each[name] for each in every if name in each] for each in every for name in each}
-        return {name: sum(numbers) / len(numbers) for name, numbers in found.items()}
-
     def _save(self, stage: int, stage_step: int, step: int, seconds: float) -> None:
         number, done = (stage + 1, 0) if stage_step == self.stages[stage].steps else (stage, stage_step)
         if number == len(self.stages):  # the next thing is to finish
@@ -321,7 +289,7 @@ class Recipe(ABC, Generic[Batch]):
         state = {
             "step": step, "stage": number, "stage_step": done, "seconds": seconds,
             "networks": {name: unwrap(network).state_dict() for name, network in self.networks.items()},
-            "sums": dict(self._sums),
+            "terms": self.terms.state_dict(),
             "alternation": self.stages[number].alternation.state_dict(),
         }  # fmt: skip
         for name, value in _not_finite({"networks": state["networks"], "alternation": state["alternation"]}):
