@@ -26,7 +26,7 @@ from examples.common.engine.run_directory import read_json
 from examples.dtp.config import PAPER, Config
 from examples.dtp.finetune import FineTuning
 from examples.dtp.train import trainer
-from examples.experiments.report import Sample
+from examples.experiments.report import Sample, markdown
 from restoreloss.training.matching import plot_matches
 
 logger = logging.getLogger(__name__)
@@ -151,25 +151,25 @@ def _table(runs: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     reference = next((name for name in ("plain", "joint") if name in runs), next(iter(runs)))
     order = sorted(runs, key=lambda name: (name != "scratch", name != reference, name))
     head = ["", *COLUMNS, f"shifted_psnr minus {reference}", "seeds"]
-    rows = [f"| {' | '.join(head)} |", f"|---{'|---:' * (len(head) - 1)}|"]
+    rows = []
     for name in order:
         seeds = runs[name]
         cells = [Sample.of(run[key] for run in seeds.values()).spread(digits) for key, digits in COLUMNS.items()]
         both = [seed for seed in seeds if seed in runs[reference]]
         gaps = [seeds[seed]["shifted_psnr"] - runs[reference][seed]["shifted_psnr"] for seed in both]
         cells += ["" if name == reference else Sample.of(gaps).change(2), str(len(seeds))]
-        rows.append(f"| `{name}` | {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rows.append([f"`{name}`", *cells])
+    return markdown(head, rows)
 
 
 def _timesteps(matched: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
-    rows = ["| | t* | distance it removes | none does | the authors' |", "|---|---:|---:|---:|---:|"]
+    rows = []
     for name in sorted(PAPER, key=lambda name: PAPER[name]):
         best = ", ".join(str(found[name]["best"]) for found in matched)
         gain = Sample.of(100 * found[name]["gain"] for found in matched).spread(1)
         never = sum(bool(found[name]["degenerate"]) for found in matched)
-        rows.append(f"| {name} | {best} | {gain} % | {never} of {len(matched)} | {round(50 * PAPER[name])} |")
-    return "\n".join(rows)
+        rows.append([name, best, f"{gain} %", f"{never} of {len(matched)}", str(round(50 * PAPER[name]))])
+    return markdown(["", "t*", "distance it removes", "none does", "the authors'"], rows)
 
 
 def main() -> None:

@@ -34,8 +34,9 @@ from examples.common.networks.text_readers import PPOCR, english_g2
 from examples.diffloss.comparisons import ImageGradients
 from examples.diffloss.train_prior import ARCHITECTURE, Recipe
 from examples.diffloss.train_prior import Trainer as PriorTrainer
-from examples.experiments.reading import interval, plain, values
-from examples.reading.scores import FIDELITY, READING, measure
+from examples.experiments.reading import plain, values
+from examples.experiments.report import markdown
+from examples.reading.scores import FIDELITY, READING, interval, measure
 from examples.reading.training import BATCH, LR, Training, restore
 from restoreloss import DiffLoss, NoiseSchedule, WeightedSum, small_prior
 
@@ -198,7 +199,7 @@ def load(out: Path) -> dict[int, dict[str, dict[str, Any]]]:
 def table(found: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> str:
     """Means over images and seeds with the paired difference to L1, a block for each number of pairs."""
     metrics = {f"words_read/{reader}": f"{reader}: {READING['words_read']}" for reader in ("fixed", "judge")} | FIDELITY
-    rows = [["pairs", "", "seeds", "ms / step", *metrics.values()]]
+    rows = []
     for pairs, seeds in found.items():
         for name, title in TITLES.items():
             runs = [of_seed for of_seed in seeds.values() if name in of_seed]
@@ -217,8 +218,7 @@ def table(found: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> str:
                     cell += f" ({float(gap.mean()):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}])"
                 row.append(cell)
             rows.append(row)
-    rows.insert(1, ["---:", "---", *["---:"] * (len(rows[0]) - 2)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(["pairs", "", "seeds", "ms / step", *metrics.values()], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

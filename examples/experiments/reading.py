@@ -28,9 +28,10 @@ from examples.common.engine.run_directory import check_settings, own, to_json
 from examples.common.networks.restorers import restorer
 from examples.common.networks.text_readers import PPOCR, EnglishG2, Read, english_g2
 from examples.diffloss.comparisons import ImageGradients
+from examples.experiments.report import markdown
 from examples.reading.figure import save_comparison
 from examples.reading.retraining import retrained
-from examples.reading.scores import FIDELITY, READING, measure
+from examples.reading.scores import FIDELITY, READING, interval, measure
 from examples.reading.training import (
     BATCH,
     FURTHER_LR,
@@ -239,23 +240,11 @@ def values(found: Mapping[str, Any], metric: str) -> Tensor:
     return torch.tensor([float(number) for number in numbers])  # "inf" is the PSNR of clean images
 
 
-def interval(differences: Tensor) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean of (seeds, images): seeds are drawn anew, and images."""
-    generator = torch.Generator().manual_seed(0)
-    seeds, images = differences.shape
-    means = []
-    for _ in range(2000):
-        chosen = differences[torch.randint(seeds, (seeds,), generator=generator)]
-        means.append(chosen[:, torch.randint(images, (images,), generator=generator)].mean())
-    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975]))
-    return float(low), float(high)
-
-
 def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]], reference: str = "l1") -> str:
     """Means over images and seeds; below each, the paired difference to a method with its interval."""
     metrics = [f"{metric}/{reader}" for reader in ("fixed", "judge") for metric in READING] + list(FIDELITY)
     heads = [f"{reader}: {READING[metric]}" for reader in ("fixed", "judge") for metric in READING]
-    rows = [["", "seeds", "steps", *heads, *FIDELITY.values()]]
+    rows = []
     for name, title in TITLES.items():
         seeds = {seed: runs for seed, runs in found.items() if name in runs}
         if not seeds:
@@ -277,8 +266,7 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]], reference: str =
                 low, high = interval(difference)
                 below.append(f"{float(difference.mean()):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
         rows += [row, below] if len(below) > 3 else [row]
-    rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(["", "seeds", "steps", *heads, *FIDELITY.values()], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -59,10 +59,15 @@ def measure(images: Tensor, clean: Tensor, texts: Sequence[str], readers: Mappin
 
 
 def interval(values: Tensor) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean over test images, (N,)."""
+    """The 95 % bootstrap interval of the mean of (images,) or (seeds, images): seeds are drawn anew, and images."""
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(len(values), (2000, len(values)), generator=generator)
-    low, high = values[chosen].mean(dim=1).quantile(torch.tensor([0.025, 0.975]))
+    rows = values if values.ndim == 2 else values[None]
+    seeds, images = rows.shape
+    means = []
+    for _ in range(2000):
+        chosen = rows[torch.randint(seeds, (seeds,), generator=generator)]
+        means.append(chosen[:, torch.randint(images, (images,), generator=generator)].mean())
+    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975]))
     return float(low), float(high)
 
 

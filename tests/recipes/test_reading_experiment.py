@@ -11,7 +11,7 @@ from examples.common.data import words
 from examples.common.engine.reading import ctc
 from examples.common.networks import text_readers as readers
 from examples.experiments import few_pairs, reading
-from examples.reading import retraining
+from examples.reading import retraining, scores
 from examples.reading.training import Training
 from tests.recipes.test_reading import needs_reading
 
@@ -34,11 +34,11 @@ def test_image_gradients_are_those_of_a_loop() -> None:
 def test_the_interval_is_over_seeds_and_images() -> None:
     generator = torch.Generator().manual_seed(0)
     seeds = torch.randn(5, 1, generator=generator).expand(5, 1000)
-    low, high = reading.interval(seeds)
+    low, high = scores.interval(seeds)
     expected = 2 * 1.96 * float(seeds[:, 0].std(correction=0)) / 5**0.5
     assert high - low == pytest.approx(expected, rel=0.1)
     images = torch.randn(1, 400, generator=generator).expand(5, 400)
-    low, high = reading.interval(images)
+    low, high = scores.interval(images)
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
     assert low < float(images.mean()) < high
 
