@@ -15,20 +15,14 @@ from examples.common.engine.reading import WordsRead, ctc
 from examples.common.networks.text_readers import TDP_LAYERS, EnglishG2, to_english_g2
 from restoreloss.features import FeatureExtractor
 from restoreloss.frozen import unwrap
-from restoreloss.normalization import IMAGENET
-
-
-def statistics(network: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation that a network wants: its own (timm), or those of ImageNet."""
-    own = getattr(unwrap(network), "pretrained_cfg", None) or {}
-    return (own["mean"], own["std"]) if "mean" in own and "std" in own else IMAGENET
+from restoreloss.normalization import IMAGENET, stated_by
 
 
 def features_of(network: nn.Module, layers: Sequence[str] | None = None) -> FeatureExtractor:
     """The features of a network of images in [0, 1], normalized as it is trained here."""
     if isinstance(unwrap(network), EnglishG2):
         return FeatureExtractor(network, layers or TDP_LAYERS, normalize=to_english_g2)
-    return FeatureExtractor(network, layers, normalize="imagenet" if statistics(network) is IMAGENET else "model")
+    return FeatureExtractor(network, layers)
 
 
 class Recognition:
@@ -124,7 +118,7 @@ class Recognition:
         return self.class_names[int(prediction["labels"][best])]
 
     def _output(self, network: nn.Module, images: Tensor) -> Any:
-        mean, std = statistics(network)
+        mean, std = stated_by(unwrap(network)) or IMAGENET
         return network(normalize(images, list(mean), list(std)))
 
 
