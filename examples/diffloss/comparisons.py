@@ -7,19 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.common.engine.controls import ImageGradients
 from examples.common.engine.perceptual import LAYERS, Lite0
 from examples.common.networks.weights import load_weights
 from examples.diffloss.config import Adversarial, Diff, Filter, Perceptual
 from restoreloss import Denoiser, LatentPrior, NoiseSchedule, Phase, TDPLoss, as_denoiser
 from restoreloss.frozen import frozen, unwrap
-
-
-class ImageGradients(nn.Module):
-    """Squared error of the differences between neighboring pixels: a loss on detail that knows no network."""
-
-    def forward(self, restored: Tensor, target: Tensor) -> Tensor:
-        error = restored - target
-        return error.diff(dim=2).square().mean() + error.diff(dim=3).square().mean()
 
 
 def filter_loss(options: Filter) -> nn.Module:

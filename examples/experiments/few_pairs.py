@@ -28,10 +28,10 @@ from tqdm import tqdm
 from examples.common.data.degrade import degradation
 from examples.common.data.options import DataOptions
 from examples.common.data.words import TEST_SEED, Degradation, lines
+from examples.common.engine.controls import ImageGradients
 from examples.common.engine.run_directory import check_settings, own, to_json
 from examples.common.networks.restorers import restorer
 from examples.common.networks.text_readers import PPOCR, english_g2
-from examples.diffloss.comparisons import ImageGradients
 from examples.diffloss.train_prior import ARCHITECTURE, Recipe
 from examples.diffloss.train_prior import Trainer as PriorTrainer
 from examples.experiments.reading import plain, values

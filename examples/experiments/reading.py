@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from examples.common.data.words import TEST_SEED, Degradation, Split, lines
+from examples.common.engine.controls import ImageGradients
 from examples.common.engine.reading import words_read
 from examples.common.engine.run_directory import check_settings, own, to_json
 from examples.common.networks.restorers import restorer
 from examples.common.networks.text_readers import PPOCR, EnglishG2, Read, english_g2
-from examples.diffloss.comparisons import ImageGradients
 from examples.experiments.report import markdown
 from examples.reading.figure import save_comparison
 from examples.reading.retraining import retrained

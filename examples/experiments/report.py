@@ -33,6 +33,7 @@ from examples.common.engine.run_directory import read_json
 WORDS = {
     "oracle": "recognizer on HR", "no_restoration": "no restoration", "pre_restoration": "pixels alone",
     "pretrain": "L1", "pretrain_as_long": "L1, as long", "squared": "L1 + squared error",
+    "gradients": "L1 + squared error of gradients",
     "squared_as_long": "L1 + squared error, as long", "squared_tdp": "L1 + squared error + TDP",
     "h_fixed": "L1 + TDP, H as it is", "l_to_t": "enlarged, then H", "l_to_t_3x": "enlarged, then H, 3x steps",
     "s_to_t": "S, then H", "s_to_t_3x": "S, then H, 3x steps", "t_to_s": "H, then S", "joint": "S and H, one loss",

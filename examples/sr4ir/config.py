@@ -10,7 +10,8 @@ from examples.common.engine.options import TrainerOptions
 MethodName = Literal[
     "oracle", "l_to_t", "s_to_t", "t_to_s", "joint", "sr4ir", "no_tdp", "sr_only", "hr_only", "no_cqmix",
     "fixed_foreign", "fixed_task", "tdp_joint", "tdsr", "rsrssn", "pretrain", "l_to_t_3x", "s_to_t_3x", "tdp_detached",
-    "no_tdp_no_cqmix", "more_cqmix", "h_fixed", "squared", "squared_tdp", "sr4ir_squared",
+    "no_tdp_no_cqmix", "more_cqmix", "h_fixed", "squared", "gradients", "squared_tdp",
+    "sr4ir_squared",
 ]  # fmt: skip
 
 

@@ -18,8 +18,8 @@ class Method:
 
     Attributes:
         stages: who trains: "restorer", "recognizer", or "both" by one loss.
-        restorer_terms: weights of the losses of S: "pixel" (L1), "squared" (mean squared error), "tdp" and "task" (the
-            task loss, through H).
+        restorer_terms: weights of the losses of S: "pixel" (L1), "squared" (mean squared error), "gradients" (that of
+            the differences between neighboring pixels), "tdp" and "task" (the task loss, through H).
         recognizer_inputs: what H trains on, in equal shares: HR images, bilinearly enlarged LR ones, S's output, or
             CQMix of S's output and HR.
         reads: what H reads in the end.
@@ -70,12 +70,13 @@ METHODS: dict[str, Method] = {
     "tdsr": Method(_IN_TURN, {"pixel": 1.0, "task": 0.01}, ("sr",), begins={"task": 1 / 3}),
     # EDTR's baseline RSRSSN: end to end, features 0.1 and task 1
     "rsrssn": Method(_TOGETHER, {"pixel": 1.0, "tdp": 0.1, "task": 1.0}, ("sr",)),
-    # not in the paper: a restorer for the others to start from; TDP for a recognizer that never changes; a loss that
-    # knows none, with 97 % of the gradient at errors of 18 dB, with half beside TDP, and in TDP's place in SR4IR; as
-    # many images for H as SR4IR gives it; TDP without gradient; neither TDP nor CQMix; twice the share of CQMix
+    # not in the paper: a restorer for the others to start from; TDP for a recognizer that never changes; losses
+    # that know none, with 97 % of the gradient; squared error with half of it beside TDP, and in TDP's place in SR4IR;
+    # as many images for H as SR4IR gives it; TDP without gradient; neither TDP nor CQMix; twice the share of CQMix
     "pretrain": Method(_S, _PIXEL),
     "h_fixed": Method(_S, _TDP, features="task"),
     "squared": Method(_S, _SQUARED),
+    "gradients": Method(_S, {"pixel": 1.0, "gradients": 100.0}),
     "squared_tdp": Method(_S, {"pixel": 1.0, "squared": 4.0, "tdp": 2.0}, features="task"),
     "sr4ir_squared": Method(_IN_TURN, _SQUARED, _ALL),
     "l_to_t_3x": Method(_H, recognizer_inputs=("bilinear",), reads="bilinear", length=3),

@@ -24,6 +24,7 @@ from examples.common.data.degrade import degradation
 from examples.common.data.task_data import TEST_SEED, dataset, on_grid
 from examples.common.data.tasks import TaskData, map_images, to_device
 from examples.common.engine import command_line
+from examples.common.engine.controls import ImageGradients
 from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recognizer
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition, features_of
@@ -182,6 +183,9 @@ class Trainer(Recipe[Batch]):
         terms = {"pixel": pixel_loss(restored, batch.hr)}
         if self._active("squared", batch):
             terms["squared"] = self.method.restorer_terms["squared"] * pixel_loss(restored, batch.hr, F.mse_loss)
+        if self._active("gradients", batch):
+            loss = pixel_loss(restored, batch.hr, ImageGradients())
+            terms["gradients"] = self.method.restorer_terms["gradients"] * loss
         if self._active("tdp", batch) and self.tdp is not None:
             seen = map_images(Tensor.detach, restored) if self.method.features == "detached" else restored
             terms["tdp"] = self.method.restorer_terms["tdp"] * self.config.tdp_weight * self.tdp(seen, batch.hr)

@@ -244,6 +244,7 @@ def task_loss(trainer: Trainer, images: Tensor, targets: Tensor) -> Tensor:
     [
         ("pretrain", 1.0, {"pixel"}),
         ("squared", 0.0, {"pixel", "squared"}),
+        ("gradients", 0.0, {"pixel", "gradients"}),
         ("squared_tdp", 0.0, {"pixel", "squared", "tdp"}),
         ("sr4ir_squared", 0.0, {"pixel", "squared"}),
         ("s_to_t", 1.0, {"pixel"}),
@@ -271,6 +272,8 @@ def test_the_restorer_learns_from_the_terms_of_its_method(
     wanted = {
         "pixel": (restored - batch.hr).abs().mean(),
         "squared": METHODS[method].restorer_terms.get("squared", 0) * (restored - batch.hr).square().mean(),
+        "gradients": METHODS[method].restorer_terms.get("gradients", 0)
+        * sum((restored - batch.hr).diff(dim=dim).square().mean() for dim in (2, 3)),
         "tdp": METHODS[method].restorer_terms.get("tdp", 0) * l1(seen_by, restored, batch.hr),
         "task": METHODS[method].restorer_terms.get("task", 0) * task_loss(trainer, restored, batch.targets),
     }
