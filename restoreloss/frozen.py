@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
@@ -175,6 +176,12 @@ def unwrap(network: nn.Module) -> nn.Module:
             network = network._orig_mod  # type: ignore[assignment]
         else:
             return network
+
+
+def averages_gradients(network: nn.Module) -> bool:
+    """Whether it is in a DDP of several processes, compiled or not."""
+    network = getattr(network, "_orig_mod", network)
+    return isinstance(network, nn.parallel.DistributedDataParallel) and dist.get_world_size(network.process_group) > 1
 
 
 @contextmanager

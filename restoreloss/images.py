@@ -38,6 +38,32 @@ def check_pair(restored: Tensor, target: Tensor, *, names: tuple[str, str] = ("r
         )
 
 
+def checked_pairs(
+    restored: Tensor | Sequence[Tensor],
+    target: Tensor | Sequence[Tensor],
+    names: tuple[str, str] = ("restored", "target"),
+) -> list[tuple[Tensor, Tensor]]:
+    """The images as batches to be checked: one of (N, C, H, W), or N of (1, C, H, W)."""
+    if isinstance(restored, Tensor) or isinstance(target, Tensor):
+        check_pair(restored, target, names=names)  # type: ignore[arg-type]
+        return [(restored, target)]  # type: ignore[list-item]
+    for name, images in zip(names, (restored, target), strict=True):
+        if not isinstance(images, list | tuple):
+            raise ValueError(f"`{name}` should be a tensor or a list of tensors, found {describe(images)}.")
+        for image in images:
+            if not isinstance(image, Tensor):
+                raise ValueError(f"`{name}` should hold tensors (C, H, W), found {describe(image)}.")
+    if len(restored) != len(target) or not restored:
+        raise ValueError(
+            f"`{names[1]}` should be as many images as `{names[0]}`, at least 1, found {len(target)} and "
+            f"{len(restored)}."
+        )
+    pairs = [(z[None], x[None]) for z, x in zip(restored, target, strict=True)]
+    for z, x in pairs:
+        check_pair(z, x, names=names)
+    return pairs
+
+
 def check_images(name: str, images: Tensor) -> None:
     """Raise ``ValueError`` unless ``images`` is a float tensor (N, C, H, W) with at least one pixel."""
     if not isinstance(images, Tensor):

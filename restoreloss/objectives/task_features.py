@@ -9,14 +9,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from restoreloss.checks import check_choice, check_number, describe
 from restoreloss.distances import Distance, Reduction, distance_per_sample, reduce_samples
 from restoreloss.features import FeatureExtractor
-from restoreloss.frozen import FrozenNetwork, frozen, serving, statistics_at_rest, unwrap, warn_if_trained
-from restoreloss.images import RangeWatch, check_pair
+from restoreloss.frozen import (
+    FrozenNetwork,
+    averages_gradients,
+    frozen,
+    serving,
+    statistics_at_rest,
+    unwrap,
+    warn_if_trained,
+)
+from restoreloss.images import RangeWatch, checked_pairs
 from restoreloss.normalization import Images, Normalize, normalizes_itself
 from restoreloss.objectives.base import Objective, total
 
@@ -88,7 +95,7 @@ class TDPLoss(Objective):
 
     def terms(self, restored: Images, target: Images) -> dict[str, Tensor]:
         """The weighted distance at each layer, by its name. Arguments as in :meth:`forward`."""
-        pairs = _pairs(restored, target)
+        pairs = checked_pairs(restored, target)
         self._range.look({"restored": pairs[0][0], "target": pairs[0][1]})
         return self.compare(*self._look(restored, target), count=len(target))
 
@@ -358,13 +365,12 @@ class FeatureMatchingLoss(Objective):
         return seen, wanted
 
     def _see(self, student_images: Images, teacher_images: Images) -> dict[str, Tensor]:
-        pairs = _pairs(student_images, teacher_images, ("student_images", "teacher_images"))
+        pairs = checked_pairs(student_images, teacher_images, ("student_images", "teacher_images"))
         network = unwrap(self.student.network)
-        if torch.is_grad_enabled() and _learns(network) and _synchronizes(self.student.network):
+        if torch.is_grad_enabled() and _learns(network) and averages_gradients(self.student.network):
             raise ValueError(
                 "`student_images` should be what a student in DistributedDataParallel has seen in a pass of its own, "
-                "from `student.recording()`, found images: they would pass through the network inside, whose gradients "
-                "are not averaged over the processes."
+                "from `student.recording()`, found images: gradients of the network inside are not averaged."
             )
         if network.training and normalizes_itself(network):
             raise ValueError(
@@ -391,12 +397,6 @@ def _check_two(one: Any, other: Any, name: str, other_name: str) -> None:
             f"`{other_name}` should be another network than `{name}`, found one that shares its weights: it is frozen, "
             f"give `copy.deepcopy({name})`."
         )
-
-
-def _synchronizes(network: nn.Module) -> bool:
-    """Whether it averages gradients over several processes, inside of what ``torch.compile`` made of it or not."""
-    network = getattr(network, "_orig_mod", network)
-    return isinstance(network, nn.parallel.DistributedDataParallel) and dist.get_world_size(network.process_group) > 1
 
 
 def _learns(network: nn.Module) -> bool:
@@ -479,27 +479,3 @@ def _layer_weights(layers: Sequence[str], given: Mapping[str, float] | None) -> 
     if not any(weights.values()):
         raise ValueError(f"`layer_weights` should be not all 0, found {weights}.")
     return weights
-
-
-def _pairs(
-    restored: Images, target: Images, names: tuple[str, str] = ("restored", "target")
-) -> list[tuple[Tensor, Tensor]]:
-    """The images as batches to be checked: one of (N, C, H, W), or N of (1, C, H, W)."""
-    if isinstance(restored, Tensor) or isinstance(target, Tensor):
-        check_pair(restored, target, names=names)  # type: ignore[arg-type]
-        return [(restored, target)]  # type: ignore[list-item]
-    for name, images in zip(names, (restored, target), strict=True):
-        if not isinstance(images, list | tuple):
-            raise ValueError(f"`{name}` should be a tensor or a list of tensors, found {describe(images)}.")
-        for image in images:
-            if not isinstance(image, Tensor):
-                raise ValueError(f"`{name}` should hold tensors (C, H, W), found {describe(image)}.")
-    if len(restored) != len(target) or not restored:
-        raise ValueError(
-            f"`{names[1]}` should be as many images as `{names[0]}`, at least 1, found {len(target)} and "
-            f"{len(restored)}."
-        )
-    pairs = [(z[None], x[None]) for z, x in zip(restored, target, strict=True)]
-    for z, x in pairs:
-        check_pair(z, x, names=names)
-    return pairs

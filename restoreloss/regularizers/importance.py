@@ -283,8 +283,7 @@ class ParameterImportance(nn.Module):
             self._zero_with_graph()
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy is attached to nothing
-        return self.__dict__ | {"_attached": []}
+        return self.__dict__ | {"_attached": []}  # A copy is attached to nothing.
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Call :meth:`apply_` before each step of an optimizer, after any clipping of gradients.
@@ -333,34 +332,31 @@ class ParameterImportance(nn.Module):
         return self._named(task, "importance")
 
     def _charged(self) -> Iterable[tuple[nn.Parameter, Tensor, Tensor, float]]:
-        """(parameter, importance, anchor, weight) for each parameter and task."""
-        parameters = {plain_name(name): p for name, p in unwrap(self._model[0]).named_parameters()}
-        count = 1
-        if self.normalize == "mean":
-            measured = {name for task in range(self.tasks) for name in self._named(task, "importance")}
-            count = max(1, sum(parameter.numel() for name, parameter in parameters.items() if name in measured))
+        """(parameter, importance, anchor, weight) for each parameter and task, where the network is by now."""
+        parameters = self._known()
+        count = max(1, sum(p.numel() for p in parameters.values())) if self.normalize == "mean" else 1
         for task in range(self.tasks):
             anchors = self._named(task, "anchor")
             for name, omega in self._named(task, "importance").items():
-                if name not in parameters:
+                if name not in parameters or self._layer_weight(name) == 0:  # Left out, of whatever shape it is now.
                     continue
                 parameter, anchor = parameters[name], anchors[name]
-                if self._layer_weight(name) == 0:  # It is left out, of whatever shape it is now.
-                    continue
-                weight = self.strength * self._layer_weight(name) / count
                 _check_shape(name, parameter, omega)
-                device = parameter.device  # The network may have moved since.
-                omega, anchor = (shard_like(one.to(device), parameter) for one in (omega, anchor))
-                yield parameter, omega, anchor, weight
+                omega, anchor = (shard_like(one.to(parameter.device), parameter) for one in (omega, anchor))
+                yield parameter, omega, anchor, self.strength * self._layer_weight(name) / count
 
     def _zero_with_graph(self) -> Tensor:
         """A zero whose gradient is zeros, for where all that was measured has the weight 0."""
-        parameters = {plain_name(name): p for name, p in unwrap(self._model[0]).named_parameters()}
-        names = {name for task in range(self.tasks) for name in self._named(task, "importance")}
-        known = [parameter for name, parameter in parameters.items() if name in names]
-        if not known:
+        known = next(iter(self._known().values()), None)
+        if known is None:
             raise ValueError("`model` should have parameters that were measured, found none: was it another network?")
-        return 0.0 * gather(known[0].to(_exact(known[0])).sum())
+        return 0.0 * gather(known.to(_exact(known)).sum())
+
+    def _known(self) -> dict[str, nn.Parameter]:
+        """The parameters that some task has measured, by name."""
+        names = {name for task in range(self.tasks) for name in self._named(task, "importance")}
+        named = unwrap(self._model[0]).named_parameters()
+        return {plain_name(name): parameter for name, parameter in named if plain_name(name) in names}
 
     def _layer_weight(self, name: str) -> float:
         if name not in self._factors:
