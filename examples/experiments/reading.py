@@ -133,15 +133,17 @@ class Experiment:
         clean, texts, degraded = self.test
         found = load(self.out)
         images = {"degraded": enlarged(degraded), "clean": clean}
-        read = {name: next(runs[name]["read"] for runs in found.values() if name in runs) for name in images}
+        scores = {name: next(runs[name] for runs in found.values() if name in runs) for name in images}
         for name in ("l1", "squared", "tdp"):
             if name not in found[f"seed{seed}"]:
                 continue
             net = self._net()
             net.load_state_dict(torch.load(self.out / f"seed{seed}" / f"{name}.pt", weights_only=True))
             images[name] = restore(net, degraded, torch.device("cpu"))
-            read[name] = found[f"seed{seed}"][name]["read"]
-        save_comparison(file, images, read, texts)
+            scores[name] = found[f"seed{seed}"][name]
+        read = {name: score["read"] for name, score in scores.items()}
+        psnr = {name: float(values(score, "psnr").mean()) for name, score in scores.items()}
+        save_comparison(file, images, read, psnr, texts)
 
     def _start(self, file: Path, training: Training, seed: int) -> nn.Module:
         torch.manual_seed(seed)

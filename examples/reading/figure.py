@@ -7,7 +7,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from examples.common.engine.reading import as_compared, words_read
 
@@ -20,6 +19,7 @@ def save_comparison(
     path: Path,
     images: Mapping[str, Tensor],
     read: Mapping[str, Mapping[str, Sequence[str]]],
+    psnr: Mapping[str, float],
     texts: Sequence[str],
     *,
     rows: int = 6,
@@ -34,6 +34,7 @@ def save_comparison(
         path: of the PNG.
         images: (N, 3, H, W), named as in ``TITLES``; "squared" may be missing.
         read: by image, then by recognizer, the texts.
+        psnr: by image, the mean in dB.
         texts: what should be read.
         rows: how many words.
     """
@@ -63,7 +64,7 @@ def save_comparison(
             if row == 0:
                 totals = [f"{READERS[key]} reads {_percent(said, texts):.0f} %" for key, said in read[name].items()]
                 if name != "clean":
-                    totals.append(f"{_decibels(images[name], images['clean']):.1f} dB")
+                    totals.append(f"{psnr[name]:.1f} dB")
                 weight = "bold" if name == "tdp" else "normal"
                 panel.set_title("\n".join([title, *totals]), fontsize=14, fontweight=weight)
             for line, (key, said) in enumerate(read[name].items()):
@@ -73,12 +74,6 @@ def save_comparison(
 
 def _percent(said: Sequence[str], texts: Sequence[str]) -> float:
     return float(words_read(said, texts).mean())
-
-
-def _decibels(images: Tensor, clean: Tensor) -> float:
-    """The mean PSNR."""
-    each = peak_signal_noise_ratio(images.clamp(0, 1), clean, data_range=1.0, reduction="none", dim=(1, 2, 3))
-    return float(each.mean())
 
 
 def _write(panel: Any, reader: str, said: str, text: str, height: float) -> None:

@@ -126,7 +126,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(to_json(written, indent=1))
     (args.out / "audit.txt").write_text(f"{report}\n")
-    save_comparison(args.out / "comparison.png", images, {name: score.read for name, score in scores.items()}, texts)
+    read = {name: score.read for name, score in scores.items()}
+    psnr = {name: float(score.psnr.mean()) for name, score in scores.items()}
+    save_comparison(args.out / "comparison.png", images, read, psnr, texts)
     print(f"\n{table(scores, seconds)}\n")
     clean_read = " and ".join(f"{v.mean():.1f} % ({reader})" for reader, v in scores["clean"].words_read.items())
     print(f"words read: clean {clean_read}; where both began {start.mean():.1f} % (fixed)")

@@ -43,6 +43,9 @@ from restoreloss.objectives.base import total
 
 logger = logging.getLogger(__name__)
 
+CONTROLS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"squared": F.mse_loss, "gradients": ImageGradients()}
+"""Losses of S that know no network, by the name of their term."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -181,11 +184,9 @@ class Trainer(Recipe[Batch]):
         """Phase 1 (Eq. 3): the pixels, and what the recognizer sees in them."""
         restored = restore(self.s, batch.lr)
         terms = {"pixel": pixel_loss(restored, batch.hr)}
-        if self._active("squared", batch):
-            terms["squared"] = self.method.restorer_terms["squared"] * pixel_loss(restored, batch.hr, F.mse_loss)
-        if self._active("gradients", batch):
-            loss = pixel_loss(restored, batch.hr, ImageGradients())
-            terms["gradients"] = self.method.restorer_terms["gradients"] * loss
+        for name, control in CONTROLS.items():
+            if self._active(name, batch):
+                terms[name] = self.method.restorer_terms[name] * pixel_loss(restored, batch.hr, control)
         if self._active("tdp", batch) and self.tdp is not None:
             seen = map_images(Tensor.detach, restored) if self.method.features == "detached" else restored
             terms["tdp"] = self.method.restorer_terms["tdp"] * self.config.tdp_weight * self.tdp(seen, batch.hr)

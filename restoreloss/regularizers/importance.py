@@ -355,8 +355,7 @@ class ParameterImportance(nn.Module):
     def _known(self) -> dict[str, nn.Parameter]:
         """The parameters that some task has measured, by name."""
         names = {name for task in range(self.tasks) for name in self._named(task, "importance")}
-        named = unwrap(self._model[0]).named_parameters()
-        return {plain_name(name): parameter for name, parameter in named if plain_name(name) in names}
+        return {own: p for name, p in unwrap(self._model[0]).named_parameters() if (own := plain_name(name)) in names}
 
     def _layer_weight(self, name: str) -> float:
         if name not in self._factors:

@@ -37,9 +37,7 @@ def coco(root: Path, split: Split, *, size: int = 640) -> FolderData:
     for thing in content["annotations"]:
         if not thing.get("iscrowd"):
             boxes.setdefault(int(thing["image_id"]), []).append((numbers[int(thing["category_id"])], thing["bbox"]))
-    images: list[tuple[Path, int | Path]] = [
-        (root / part / image["file_name"], int(image["id"])) for image in content["images"]
-    ]
+    images = [(root / part / image["file_name"], int(image["id"])) for image in content["images"]]
     samples = present(images, split, index)
     names = ("background", *(str(kind["name"]) for kind in kinds))
     transform = detection_transform(split == "train", size)
