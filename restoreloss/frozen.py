@@ -54,7 +54,7 @@ class _Condition:
 
 @dataclass
 class _Parts:
-    """The modules and parameters of a network: to walk through its tree takes a millisecond, to look at these none."""
+    """The modules and parameters of a network, kept because walking its tree takes a millisecond in each call."""
 
     others: list[nn.Module]
     rnns: list[nn.RNNBase]
@@ -126,11 +126,6 @@ class FrozenNetwork(nn.Module, Generic[Network]):
         if not self._parts.at_rest():
             self._parts = _rest(self._held[0])
         return self._held[0]
-
-    def narrow(self, part: Network) -> None:
-        """Hold a part from now on, which shares its modules with the network. The rest stays frozen, and is let go."""
-        self._held = (part,)
-        self._parts = _rest(part)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenNetwork[Network]":
         self._held[0]._apply(fn, recurse)

@@ -1,4 +1,4 @@
-"""The dtype of a network's input, and gradients through frozen networks in float16, scaled so that none is lost.
+"""The dtype of a network's input, buffers that keep theirs, and gradients through frozen networks in float16.
 
 The gradient of a mean over a batch of images is about 1e-7 in each element, which float16 rounds to zero. A pair of
 doors around the network multiplies it by a power of two where it enters half precision and divides it by the same
@@ -16,6 +16,22 @@ from torch import Tensor, nn
 
 _PEAK_EXPONENT, _SUM_BITS = 6, 7
 """The largest element of a scaled gradient is below 2^7, and the sum of all elements of a sample below 2^14."""
+
+
+class ExactBuffers(nn.Module):
+    """A module whose buffers follow the device of a parent's ``.to()`` or ``.half()``, never its dtype.
+
+    Tables of levels, running means and squares of gradients lose in half precision what they are there for.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ExactBuffers":
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
 
 def reference_weight(network: nn.Module) -> Tensor | None:

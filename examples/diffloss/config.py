@@ -35,7 +35,7 @@ class Diff:
         grouped_heads: order of its attention's channels, likewise.
         noise_weight: weight of the predicted noise.
         h_space_weight: lambda, the weight of the bottleneck.
-        timesteps: timesteps to draw from, low included and high not; the default is all.
+        timesteps: timesteps to draw from, low included and high not; the default is all that hold noise.
         randomness: whether each image draws its timestep and noise by itself, so that they depend on no other image; or
             the images of a process (of a part, with ``accumulate``) draw timesteps together, one from each equal part
             of the range, which varies less.

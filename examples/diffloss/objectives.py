@@ -1,6 +1,5 @@
 """The loss of a run: the pixels, DiffLoss, and what it is compared to, with their weights."""
 
-import math
 from typing import Any
 
 import torch
@@ -36,8 +35,6 @@ def terms_of(config: Config) -> list[str]:
         "pixel": config.pixel.weight, "filter": config.filter.share,
         **{name: option.share or option.weight for name, option in options.items()},
     }  # fmt: skip
-    if wrong := [name for name, weight in weights.items() if not 0 <= weight < math.inf]:
-        raise ValueError(f"`{wrong[0]}` should have a weight of at least 0, found {weights[wrong[0]]}.")
     if not any(weight for name, weight in weights.items() if name not in shares):
         beside = f" beside {named}" if shares else ""
         raise ValueError(

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from examples.common.engine.restoring import Restore, plain_network, restore_command
 from examples.common.engine.run_directory import finished_run
 from examples.common.networks.restorers import restorer
-from examples.common.networks.weights import load_weights
 
 
 def load(given: argparse.Namespace) -> Restore:
@@ -21,10 +20,7 @@ def load(given: argparse.Namespace) -> Restore:
     """
     file = f"{given.weights}.safetensors"
     settings, _ = finished_run(given.run, "examples.diffloss.train", file)
-    if settings["network"] == "file":
-        network = restorer("file", 1, given.run / file)
-    else:
-        load_weights(network := restorer(settings["network"], 1), given.run / file)
+    network = restorer(settings["network"], 1, given.run / file)
     return plain_network(network.to(given.device).eval(), given)
 
 

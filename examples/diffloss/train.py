@@ -25,13 +25,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from examples.common.data.degradations import DEGRADATIONS
-from examples.common.data.pairs import pairs_to_test, training_pairs, worth_trying
+from examples.common.data.pairs import one_of_each_size, pairs_to_test, training_pairs
 from examples.common.engine import command_line
 from examples.common.engine.perceptual import Perception
-from examples.common.engine.recipe import Recipe, Stage, naming
+from examples.common.engine.recipe import Recipe, Stage, as_value_error
 from examples.common.engine.schedules import cosine_schedule
 from examples.common.networks.restorers import restorer
-from examples.common.seeds import derive_seed
+from examples.common.seeds import seeded
 from examples.diffloss.comparisons import AdversarialLoss
 from examples.diffloss.config import Config
 from examples.diffloss.objectives import objectives_of, terms_of
@@ -65,7 +65,7 @@ class Trainer(Recipe[Batch]):
     """One run: networks, phases, evaluation."""
 
     objectives: WeightedSum
-    of_evaluation = ("lpips", "perception")
+    evaluation_options = ("lpips", "perception")
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -96,7 +96,7 @@ class Trainer(Recipe[Batch]):
             self.networks["average"] = self.average
         if self.adversarial is not None:
             self.networks["discriminator"] = self.adversarial.discriminator
-        self.begin([] if self.evaluated is not None else [Stage("restore", _Steps(self), config.steps)])
+        self.begin(lambda: [Stage("restore", _Steps(self), config.steps)])
         logged = [row["test/psnr"] for row in self.run_directory.metrics() if "test/psnr" in row]
         self.best = max((psnr for psnr in logged if not math.isnan(psnr)), default=-math.inf)
 
@@ -104,7 +104,7 @@ class Trainer(Recipe[Batch]):
         """Pairs of the training data, which were degraded when they were read."""
         degraded, clean = images.to(self.device).unbind(1)
         numbers = range(first := self.first_number(step), first + len(degraded))
-        generators = [torch.Generator().manual_seed(derive_seed(self.config.seed, 1, number)) for number in numbers]
+        generators = [seeded(self.config.seed, 1, number) for number in numbers]
         return Batch(degraded, clean, step, generators)
 
     def phases(self) -> Alternation[Batch]:
@@ -164,14 +164,14 @@ class Trainer(Recipe[Batch]):
         """Evaluate one test image of each size."""
         tried: set[Any] = set()
         for name, found in self.tests.items():
-            pairs = worth_trying(found)
+            pairs = one_of_each_size(found)
             if not pairs:
                 raise ValueError(f"`pairs` should have test images of {name!r} that can be read, found none.")
             for pair in pairs:
                 if (size := pair[1].shape) in tried:
                     continue
                 tried.add(size)
-                with naming(f"`network` {self.config.network} should take test images of {tuple(size[2:])}"):
+                with as_value_error(f"`network` {self.config.network} should take test images of {tuple(size[2:])}"):
                     self._test_figures({name: [pair]})
 
     def _test_figures(
@@ -190,9 +190,7 @@ class Trainer(Recipe[Batch]):
                 values: dict[str, list[float]] = {}
                 for degraded, clean in found:
                     degraded, clean = degraded.to(self.device), clean.to(self.device)
-                    side = self.config.tile
-                    restored = tiled(network, degraded, tile=side, overlap=side // 4) if side else network(degraded)
-                    restored = restored.clamp(0, 1)
+                    restored = tiled(network, degraded, tile=self.config.tile or None).clamp(0, 1)
                     for prefix, image in (("", restored), ("degraded_", degraded)):
                         psnr = peak_signal_noise_ratio(image, clean, data_range=1.0)
                         ssim: Any = structural_similarity_index_measure(image, clean, data_range=1.0)

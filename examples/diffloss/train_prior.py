@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from examples.common.data.folder import Images, check_folder
 from examples.common.data.photos import levels, photographs, random_crops
-from examples.common.engine.run_directory import own
+from examples.common.engine.run_directory import lock_folder
 from examples.diffloss.prior_report import report, report_kept
 from restoreloss import NoiseSchedule
 
@@ -237,7 +237,7 @@ def main() -> None:
             raise ValueError(f"`--keep` should be steps from 0 to the {args.steps} of `--steps`, found {wrong[0]}.")
         check_folder(args.out, "--out")
         train, held_out = photographs(args.images, smallest=96)
-        owner = own(args.out)
+        owner = lock_folder(args.out)
         trainer = Trainer(Recipe(steps=args.steps, seed=args.seed))
         log = train_on(trainer, train, args.out, save_every=args.save_every, keep=args.keep)
     except ValueError as error:

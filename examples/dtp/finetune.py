@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from examples.common.data.pairs import pairs_to_test, training_pairs, worth_trying
+from examples.common.data.pairs import one_of_each_size, pairs_to_test, training_pairs
 from examples.common.engine.perceptual import lite0_distance
-from examples.common.engine.recipe import Stage, naming
+from examples.common.engine.recipe import Stage, as_value_error
+from examples.common.engine.run_directory import finished_run
 from examples.common.networks.weights import load_weights
-from examples.common.seeds import derive_seed
+from examples.common.seeds import derive_seed, seeded
 from examples.dtp.config import PAPER, Config
 from examples.dtp.gef import GEF, Batch
 from examples.dtp.generation import GenerativeRecipe, Key, Noisy
@@ -37,7 +37,7 @@ _LAST = math.sqrt(1 - 0.005**2)
 class FineTuning(GenerativeRecipe[Batch]):
     """One run of fine-tuning."""
 
-    of_evaluation = ("clean", "flips", "lite0")
+    evaluation_options = ("clean", "flips", "lite0")
 
     def __init__(self, config: Config) -> None:
         self.method = METHODS[config.method]
@@ -68,7 +68,7 @@ class FineTuning(GenerativeRecipe[Batch]):
         self.net = self.accelerator.prepare(timed)
         self.networks = {"network": self.net}
         self.turns = turns(self.t_star, config.order, config.seed)
-        self.begin([] if self.evaluated is not None else self._stages())
+        self.begin(self._stages)
         if self.main:
             self._say_timesteps()
 
@@ -127,7 +127,7 @@ class FineTuning(GenerativeRecipe[Batch]):
         config, processes = self.config, self.accelerator.num_processes
         wanted = config.replay_share * config.batch / processes
         count = max(2 if self.method.conflict == "orthogonality" else 1, math.ceil(wanted))
-        chosen = torch.rand((), generator=torch.Generator().manual_seed(derive_seed(config.seed, 9, step)))
+        chosen = torch.rand((), generator=seeded(config.seed, 9, step))
         if float(chosen) >= wanted / count:
             return []
         return [(1, step, self.accelerator.process_index * count + k) for k in range(count)]
@@ -167,9 +167,9 @@ class FineTuning(GenerativeRecipe[Batch]):
     def _load_pretrained(self, timed: nn.Module) -> None:
         """The pre-trained weights."""
         config, run = self.config, self.config.pretrained
-        if run is None or not (run / "network.safetensors").is_file():
-            raise ValueError(f"`pretrained` should be a finished run of --method pretrain, found {run}.")
-        before = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        if run is None:
+            raise ValueError("`pretrained` should be a finished run of --method pretrain, found None.")
+        before, _ = finished_run(run, "examples.dtp.train", "network.safetensors", option="pretrained")
         for name, wanted in (
             ("method", "pretrain"), ("network", config.network), ("num_timesteps", config.num_timesteps),
         ):  # fmt: skip
@@ -215,14 +215,12 @@ class FineTuning(GenerativeRecipe[Batch]):
     def restore(self, degraded: Tensor, name: str) -> Tensor:
         """Restored images in [0, 1]."""
         network, t = unwrap(self.net), self.t_star[name]
-        side = self.config.tile
 
         def whole(image: Tensor) -> Tensor:
             found: Tensor = over_flips(lambda x: network(x, t), image) if self.config.flips else network(image, t)
             return found
 
-        restored = whole(degraded) if not side else tiled(whole, degraded, tile=side, overlap=side // 4)
-        return restored.clamp(0, 1)
+        return tiled(whole, degraded, tile=self.config.tile or None).clamp(0, 1)
 
     def _tests(self) -> Iterator[tuple[str, bool, Tensor, Tensor]]:
         """Degradation, whether the data are others than in training, degraded and clean test images."""
@@ -236,13 +234,15 @@ class FineTuning(GenerativeRecipe[Batch]):
         config, network, sizes = self.config, unwrap(self.net).eval(), set()
         for name in config.degradations:
             for option, shifted in (("pairs", False), ("shifted_pairs", True)):
-                found = worth_trying(pairs_to_test(config, name, shifted=shifted))
+                found = one_of_each_size(pairs_to_test(config, name, shifted=shifted))
                 if not found and not (shifted and name not in config.shifted_pairs):
                     raise ValueError(f"`{option}` should hold test images of {name!r} that can be read, found none.")
                 for degraded, clean in found:
                     if clean.shape not in sizes:
                         sizes.add(clean.shape)
-                        with naming(f"`network` {config.network} should take test images of {tuple(clean.shape[2:])}"):
+                        with as_value_error(
+                            f"`network` {config.network} should take test images of {tuple(clean.shape[2:])}"
+                        ):
                             figures_of(self.restore(degraded.to(self.device), name), clean.to(self.device))
         self.try_generation()
         network.train()
@@ -284,6 +284,6 @@ def turns(t_star: Mapping[str, int], order: str, seed: int) -> list[list[str]]:
     if order == "descending":
         names.reverse()
     if order == "random":
-        generator = torch.Generator().manual_seed(derive_seed(seed, 8))
+        generator = seeded(seed, 8)
         names = [names[k] for k in torch.randperm(len(names), generator=generator)]
     return [names[: k + 1] for k in range(len(names))]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.common.seeds import derive_seed
+from examples.common.seeds import seeded
 from examples.dtp.generation import Noisy, Steps
 from examples.dtp.methods import aggregator
 from restoreloss import GradientOrthogonality, ParameterImportance
@@ -156,16 +156,8 @@ class GEF(Steps):
         return penalty
 
     def _add_shallow(self, loss: Tensor) -> None:
-        """The generative gradient, weighted by depth, averaged over the processes."""
-        accelerator = self.recipe.accelerator
-        before = {p: None if p.grad is None else p.grad.clone() for p in self.shallow}
+        """The generative gradient, weighted by depth."""
         add_gradients(loss, unwrap(self.recipe.net), self.shallow_weights)
-        if accelerator.num_processes > 1:
-            for parameter, old in before.items():
-                if parameter.grad is not None:
-                    added = parameter.grad if old is None else parameter.grad - old
-                    added = accelerator.reduce(added, reduction="mean")
-                    parameter.grad = added if old is None else old + added
 
     def _begin(self) -> None:
         """Measure the importance where the stage begins, on pre-training data (Algorithm 6)."""
@@ -199,7 +191,7 @@ class GEF(Steps):
             output: Tensor = model(seen, t)
             return seen - output if penalty in ("mas", "gn") else F.l1_loss(output, clean)
 
-        generator = torch.Generator().manual_seed(derive_seed(config.seed, 7))
+        generator = seeded(config.seed, 7)
         # every process draws its part of the signs of "gn", which are those of all images
         torch.randint(0, 2, (first, *noisy.clean.shape[1:]), generator=generator)
         importance.accumulate(loss_fn, [(x_t, noisy.t, noisy.clean)], generator=generator)

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from examples.common.engine.recipe import Recipe, naming
+from examples.common.engine.recipe import Recipe, as_value_error
 from examples.common.engine.schedules import cosine_schedule
-from examples.common.seeds import derive_seed
+from examples.common.seeds import seeded
 from examples.dtp.config import Config
 from examples.dtp.data import clean_images, held_out_images
 from restoreloss import DenoisingLoss, NoiseLevels
@@ -50,7 +50,7 @@ class GenerativeRecipe(Recipe[Batch]):
         """Images with noise and timesteps of their own, which the keys decide."""
         noise, t = [], []
         for key in keys:
-            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, 4, *key))
+            generator = seeded(self.config.seed, 4, *key)
             t.append(int(torch.randint(1, self.levels.num_timesteps, (), generator=generator)))
             noise.append(torch.randn(clean.shape[1:], generator=generator))
         return Noisy(clean.to(self.device), torch.stack(noise).to(self.device), torch.tensor(t, device=self.device))
@@ -65,7 +65,7 @@ class GenerativeRecipe(Recipe[Batch]):
         images = held_out_images(self.config)
         if not images:
             raise ValueError("`clean` should hold test images that can be read, found none.")
-        with naming(f"`network` {self.config.network} should take test images of {tuple(images[0].shape[2:])}"):
+        with as_value_error(f"`network` {self.config.network} should take test images of {tuple(images[0].shape[2:])}"):
             self.generative_loss(unwrap(self.net), self.noisy(images[0], [(2, 0)]))
 
     @torch.no_grad()

@@ -5,24 +5,18 @@ joins by its name, its layers and :class:`~restoreloss.TimeConditioned`.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from examples.common.networks.own import own_network
-from examples.common.networks.restorers import nafnet
-from examples.common.networks.restormer import Restormer
+from examples.common.networks.restorers import SAME_SIZE
 from restoreloss import FiLM, TimeConditioned, TimeMoE
 from restoreloss.blocks.time_conditioned import channels_of
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "nafnet-small": lambda: nafnet(12, (1, 1), 2, (1, 1)),
-    "nafnet": lambda: nafnet(64, (1, 1, 1, 28), 1, (1, 1, 1, 1)),
-    "restormer-small": lambda: Restormer(12),
-    "restormer": lambda: Restormer(48, (4, 6, 6, 8), (1, 2, 4, 8)),
-}
+NETWORKS = ("nafnet-small", "nafnet", "restormer-small", "restormer")
 
 
 def timed_network(
@@ -65,7 +59,7 @@ def _with_layers(name: str, time_layers: Sequence[str]) -> tuple[nn.Module, list
         raise ValueError(f"`time_layers` should be left out for {name}, found {list(time_layers)}.")
     if name not in NETWORKS:
         raise ValueError(f"`network` should be one of {', '.join(NETWORKS)} or module:Class, found {name!r}.")
-    network = NETWORKS[name]()
+    network = SAME_SIZE[name]()
     middle = "middle_blks" if "nafnet" in name else "middle"
     levels = [f"{part}.{k}" for part in ("encoders", "decoders") for k in range(len(network.get_submodule(part)))]  # type: ignore[arg-type]
     return network, [*levels, middle]

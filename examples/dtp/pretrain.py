@@ -16,7 +16,7 @@ from restoreloss.frozen import unwrap
 class Pretraining(GenerativeRecipe[Noisy]):
     """One run of pre-training: take the noise out of clean images."""
 
-    of_evaluation = ("clean",)
+    evaluation_options = ("clean",)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -25,7 +25,7 @@ class Pretraining(GenerativeRecipe[Noisy]):
         self.networks = {"network": self.net}
         if self.clean is not None:
             self.train_data = self.clean
-        self.begin([Stage("generation", Generation(self, config.steps), config.steps)])
+        self.begin(lambda: [Stage("generation", Generation(self, config.steps), config.steps)])
 
     def batch(self, images: Any, targets: Any, step: int, steps: int) -> Noisy:
         """Clean images with noise of their own."""

@@ -1,8 +1,8 @@
 r"""Train a restoration network that generates before it restores, and does not forget it: DTP.
 
     python -m examples.dtp.train --method pretrain --out runs/pretrained                        # TMGP
-    python -m examples.dtp.train --method gef --pretrained runs/pretrained --out runs/gef       # GEF, setting A
-    python -m examples.dtp.train --method gef --pretrained runs/pretrained --out runs/all \
+    python -m examples.dtp.train --method gef_project --pretrained runs/pretrained --out runs/gef       # GEF, setting A
+    python -m examples.dtp.train --method gef_project --pretrained runs/pretrained --out runs/all \
         --degradations '[noisy,rainy,snowy,hazy]' --moe true                                    # TIT + MoE, setting B
     python -m examples.dtp.train --evaluate runs/gef --data folders --pairs '{rainy: rain100h:DATA}' --out runs/other
 

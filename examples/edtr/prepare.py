@@ -20,7 +20,7 @@ from typing import Literal
 from examples.common.data.options import DataOptions, Degradation
 from examples.common.data.tasks import Task
 from examples.common.engine import command_line
-from examples.common.engine.options import RunOptions, shared
+from examples.common.engine.options import RunOptions, shared_options
 from examples.common.engine.train_prior import PriorConfig, train_prior
 from examples.sr4ir.config import Config as TaskConfig
 from examples.sr4ir.oracles import check_preparation, train_oracles
@@ -41,9 +41,7 @@ class Config(DataOptions, RunOptions):
         restorer: pre-restoration network: "edsr-small", "swinir", ...
         h_lr_min: where the cosine of the task networks' learning rate ends.
         pre_lr: learning rate of the pre-restoration network (AdamW).
-        pre_patch: side of the squares that it trains on; the default is whole images.
         pre_batch: images in a step of its training; the default is ``batch``.
-        pre_steps: steps of its training; the default is ``steps``.
     """
 
     tasks: list[Task] = field(default_factory=lambda: ["classification"])
@@ -57,9 +55,7 @@ class Config(DataOptions, RunOptions):
     restorer: str = "edsr-small"
     h_lr_min: float = 0.0
     pre_lr: float = 1e-3
-    pre_patch: int | None = None
     pre_batch: int | None = None
-    pre_steps: int | None = None
 
 
 def prepare(config: Config) -> None:
@@ -70,18 +66,18 @@ def prepare(config: Config) -> None:
     """
     check_preparation(config)
     settings = TaskConfig(
-        **shared(config), recognizer=config.recognizer, restorer=config.restorer, h_optimizer=config.h_optimizer,
-        h_lr=config.h_lr, h_lr_min=config.h_lr_min, s_lr=config.pre_lr,
+        **shared_options(config), recognizer=config.recognizer, restorer=config.restorer,
+        h_optimizer=config.h_optimizer, h_lr=config.h_lr, h_lr_min=config.h_lr_min, s_lr=config.pre_lr,
     )  # fmt: skip
     train_oracles(settings, [task for task in config.tasks if task != "reading"])  # whose network is trained already
     pre = replace(
-        settings, task=config.tasks[0], method="pretrain", out=config.out / "pre", patch=config.pre_patch,
-        batch=config.pre_batch or config.batch, steps=config.pre_steps or config.steps,
+        settings, task=config.tasks[0], method="pretrain", out=config.out / "pre",
+        batch=config.pre_batch or config.batch,
     )  # fmt: skip
     TaskTrainer(pre).run()
     if config.train_prior:
         options = {"task": config.tasks[0], "out": config.out / "prior", "steps": config.prior_steps}
-        train_prior(PriorConfig(**{**shared(config), **options}))
+        train_prior(PriorConfig(**{**shared_options(config), **options}))
 
 
 def main() -> None:

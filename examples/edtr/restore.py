@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model
 from torch import Tensor
 
 from examples.common.engine.restoring import Restore, restore_command
 from examples.common.engine.run_directory import finished_run
+from examples.common.networks.weights import load_saved
 from examples.edtr.model import build_edtr
 from restoreloss.restorers.edtr import EDTR
 
@@ -28,10 +27,7 @@ def load_run(run: Path) -> tuple[EDTR, int]:
     """
     settings, _ = finished_run(run, "examples.edtr.train", "edtr.safetensors")
     edtr = build_edtr(settings | {"pre": Path(settings["pre"])})
-    try:
-        load_model(edtr, run / "edtr.safetensors")
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{run / 'edtr.safetensors'} should hold the weights of this run: {error}") from error
+    load_saved(edtr, run / "edtr.safetensors")
     return edtr.eval().requires_grad_(False), int(settings["smallest"])
 
 
@@ -39,7 +35,7 @@ def load(given: argparse.Namespace) -> Restore:
     """Load the run, as a function that restores an image."""
     edtr, smallest = load_run(given.run)
     edtr = edtr.to(given.device)
-    edtr.timesteps(given.n)
+    edtr.timesteps(given.n)  # which refuses an impossible number of steps before the first image is read
     if given.smallest is not None:
         smallest = given.smallest
 

@@ -27,11 +27,11 @@ from examples.common.data.degrade import degradation
 from examples.common.data.task_data import TEST_SEED, dataset, image_side
 from examples.common.data.tasks import Task, TaskData, to_device
 from examples.common.engine import command_line
-from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recognizer
+from examples.common.engine.evaluation import evaluate, first_usable, load_recognizer
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition, features_of
-from examples.common.engine.schedules import cosine_schedule
-from examples.common.seeds import derive_seed
+from examples.common.engine.schedules import cosine_schedule, task_optimizer
+from examples.common.seeds import derive_seed, seeded
 from examples.edtr.config import Config
 from examples.edtr.methods import METHODS, Method
 from examples.edtr.model import build_edtr
@@ -40,13 +40,13 @@ from examples.edtr.readers import ALPHA, TASKS, Batch, InTurn, Reader
 from restoreloss import Alternation, FeatureMatchingLoss, HLFLoss, Objective, Phase, TDPLoss
 from restoreloss.frozen import unwrap
 from restoreloss.restorers.edtr import EDTR, Hint, color_levels_of
-from restoreloss.restorers.tiling import apart, together
+from restoreloss.restorers.tiling import crop_to, pad_to_batch
 
 
 class Trainer(Recipe[Batch]):
     """One run: networks, phases, evaluation."""
 
-    of_evaluation = ("n", "long_steps", "smallest", "judge", "draws")
+    evaluation_options = ("n", "long_steps", "smallest", "judge", "draws")
 
     def __init__(self, config: Config) -> None:
         config = with_prepared(config, TASKS if config.all_in_one else (config.task,))
@@ -66,12 +66,8 @@ class Trainer(Recipe[Batch]):
         self.edtr: nn.Module = self.accelerator.prepare(self.restorer)
         self.readers = {task: self._reader(task, path) for task, path in zip(tasks, config.references, strict=True)}
         self.networks = {"edtr": self.edtr, **{f"recognizer_{t}": reader.network for t, reader in self.readers.items()}}
-        self.judge = Judges.load(None, config.judge, self.device).judge
-        if self.evaluated is not None:
-            self.begin([])
-        else:
-            steps = InTurn(self._alternations(), self.readers)
-            self.begin([Stage(" + ".join(("edtr", *tasks)), steps, config.steps)])
+        self.judge = None if config.judge is None else load_recognizer(config.judge).to(self.device)
+        self.begin(self._stages)
 
     def sources(self) -> list[TaskData]:
         """The training data of all tasks."""
@@ -109,8 +105,8 @@ class Trainer(Recipe[Batch]):
             restored += [*second]
         degraded = [self.degrade(image[None], number)[0] for image, number in zip(restored, numbers, strict=True)]
         with self.accelerator.autocast():
-            hint = self.restorer.hint(together(degraded, self.restorer.multiple, config.smallest))
-        generators = [torch.Generator().manual_seed(derive_seed(config.seed, 1, number)) for number in numbers]
+            hint = self.restorer.hint(pad_to_batch(degraded, self.restorer.multiple, config.smallest))
+        generators = [seeded(config.seed, 1, number) for number in numbers]
         return Batch(task, first, second, targets, hint, generators)
 
     def _edtr(self) -> EDTR:
@@ -141,18 +137,17 @@ class Trainer(Recipe[Batch]):
             train_data, test_data,
         )  # fmt: skip
 
+    def _stages(self) -> list[Stage[Batch]]:
+        steps = InTurn(self._alternations(), self.readers)
+        return [Stage(" + ".join(("edtr", *self.readers)), steps, self.config.steps)]
+
     def _alternations(self) -> dict[Task, Alternation[Batch]]:
         config, count = self.config, len(self.readers)
         trained = [parameter for parameter in self.edtr.parameters() if parameter.requires_grad]
         edtr = self._schedule(torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay), config.steps)
         alternations = {}
         for turn, (task, reader) in enumerate(self.readers.items()):
-            weights = reader.network.parameters()
-            optimizer: torch.optim.Optimizer
-            if config.h_optimizer == "adamw":
-                optimizer = torch.optim.AdamW(weights, lr=config.h_lr)
-            else:
-                optimizer = torch.optim.SGD(weights, lr=config.h_lr, momentum=0.9, weight_decay=1e-4)
+            optimizer = task_optimizer(config.h_optimizer, reader.network.parameters(), config.h_lr)
             recognizer = self._schedule(optimizer, -(-(config.steps - turn) // count))
             alternations[task] = Alternation(
                 [
@@ -179,11 +174,11 @@ class Trainer(Recipe[Batch]):
         noise = edtr.noise(batch.hint, batch.generators)
         clean = None
         if hlf is None or not self.method.partial:
-            clean = edtr.encode(together(clear, edtr.multiple, self.config.smallest))
+            clean = edtr.encode(pad_to_batch(clear, edtr.multiple, self.config.smallest))
         found = self.edtr(batch.hint, t, noise=noise, latents=clean, noise_only=hlf is None)
         if hlf is None:
             return {"noise": F.mse_loss(found, noise)}
-        return hlf.terms(apart(found, clear), clear)
+        return hlf.terms(crop_to(found, clear), clear)
 
     def _recognizer_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Lines 12-22: the task on n-step results and HQ images (Eq. 8), seen as the teacher sees HQ (Eq. 9)."""
@@ -194,7 +189,7 @@ class Trainer(Recipe[Batch]):
             restored = edtr(hint, edtr.timesteps(), noise=noise, generator=generators)
             if self.config.clamp:
                 restored = restored.clamp(0, 1)
-        restored = apart(restored, batch.first)
+        restored = crop_to(restored, batch.first)
         images = torch.cat([restored, batch.second]) if isinstance(restored, Tensor) else restored + batch.second
         with reader.matching.student.recording() as seen:
             terms = {"task": reader.recognition.loss(reader.network, images, batch.targets)}
@@ -243,18 +238,20 @@ class Trainer(Recipe[Batch]):
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """The figures of one task, with n denoising steps and the noise of a seed; of all test images, or of others."""
         config, reader, edtr = self.config, self.readers[task], self.restorer
-        generator = torch.Generator().manual_seed(derive_seed(config.seed, 2, seed))
+        generator = seeded(config.seed, 2, seed)
 
-        def read(_: Any, lq: Any) -> Any:
+        def restore(_: Any, lq: Any) -> Any:
             if isinstance(lq, Tensor):
                 return edtr.restore(lq, n=n, generator=generator, smallest=config.smallest)
             return [edtr.restore(x[None], n=n, generator=generator, smallest=config.smallest)[0] for x in lq]
 
-        judge = self.judge if len(self.readers) == 1 else None
         figures, samples = evaluate(
-            reader.test_data if data is None else data, reader.recognition, read=read,
+            reader.test_data if data is None else data, reader.recognition, restore=restore,
             degrade=degradation(config, config.seed, TEST_SEED), trained=[edtr, unwrap(reader.network)],
-            recognizer=unwrap(reader.network), judges=Judges(unwrap(reader.reference.network), judge),
+            readers={
+                "score": unwrap(reader.network), "fixed_hr": unwrap(reader.reference.network),
+                "judge": self.judge if len(self.readers) == 1 else None,
+            },
             workers=config.workers,
         )  # fmt: skip
         return {**figures, "num_classes": len(reader.recognition.class_names)}, samples

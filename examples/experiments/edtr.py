@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from examples.common.engine.options import shared
+from examples.common.engine.options import shared_options
 from examples.common.engine.train_prior import PriorConfig, train_prior
 from examples.edtr.config import Config
 from examples.edtr.prepare import Config as PrepareConfig
@@ -81,7 +81,7 @@ class Experiment:
 
     def prepared(self, seed: int) -> Path:
         """Task networks on HQ images and the pre-restoration network."""
-        settings = {name: value for name, value in shared(self.base).items() if name != "task"}
+        settings = {name: value for name, value in shared_options(self.base).items() if name != "task"}
         folder = self.out / "prepared" / setting(self.base) / f"seed{seed}"
         settings |= {"out": folder, "seed": seed, "steps": self.prepare_steps}
         if self.base.task == "reading":
@@ -94,7 +94,7 @@ class Experiment:
         base, ready = replace(self.base, seed=seed), self.prepared(seed)
         out = self.out / "table" / setting(base) / name / f"seed{seed}"
         if name in (baselines := {**BASELINES, **OF_WORDS}):
-            settings = {**shared(base), "out": out, "method": baselines[name], "h_lr": base.h_lr}
+            settings = {**shared_options(base), "out": out, "method": baselines[name], "h_lr": base.h_lr}
             if base.task == "reading":  # whose networks are trained already
                 settings |= {**RECOGNIZER, "judge": JUDGE}
             else:

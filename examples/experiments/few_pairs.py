@@ -29,7 +29,8 @@ from examples.common.data.degrade import degradation
 from examples.common.data.options import DataOptions
 from examples.common.data.words import TEST_SEED, Degradation, lines
 from examples.common.engine.controls import ImageGradients
-from examples.common.engine.run_directory import check_settings, own, to_json
+from examples.common.engine.run_directory import check_settings, lock_folder, to_json
+from examples.common.engine.training import restore
 from examples.common.networks.restorers import restorer
 from examples.common.networks.text_readers import PPOCR, english_g2
 from examples.diffloss.train_prior import ARCHITECTURE, Recipe
@@ -37,7 +38,7 @@ from examples.diffloss.train_prior import Trainer as PriorTrainer
 from examples.experiments.reading import plain, values
 from examples.experiments.report import markdown
 from examples.reading.scores import FIDELITY, READING, interval, measure
-from examples.reading.training import BATCH, LR, Training, restore
+from examples.reading.training import BATCH, LR, Lines
 from restoreloss import DiffLoss, NoiseSchedule, WeightedSum, small_prior
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ RATES = {"l1_half": 0.5, "l1_double": 2.0}
 
 
 @dataclass(frozen=True)
-class Pairs(Training):
+class Pairs(Lines):
     """Lines that are degraded once."""
 
     @cached_property
@@ -142,7 +143,7 @@ class Experiment:
         folder.mkdir(parents=True, exist_ok=True)
         clean, texts, degraded = self.test
         pool = lines(pairs, "train", seed)[0]
-        training = Pairs(pool, self.degrade, torch.device("cpu"), time.process_time)
+        training = Pairs(device=torch.device("cpu"), clock=time.process_time, pool=pool, degrade=self.degrade)
         for name in methods:
             file = folder / f"{name}.json"
             if file.exists():
@@ -242,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args["extent"] is not None and (args["noise"] is not None or not args["extent"] > 0):
         parser.error("--extent should be above 0, without --noise, which belongs to smaller words")
     args["noise"] = 20.0 if args["noise"] is None else args["noise"]
-    _ = own(args["out"])
+    _ = lock_folder(args["out"])
     experiment = Experiment(**args)
     try:
         check_settings(args["out"], {name: value for name, value in args.items() if name != "out"})

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from examples.common.data.words import TEST_SEED, Degradation, Split, lines
 from examples.common.engine.controls import ImageGradients
 from examples.common.engine.reading import words_read
-from examples.common.engine.run_directory import check_settings, own, to_json
+from examples.common.engine.run_directory import check_settings, lock_folder, to_json
+from examples.common.engine.training import by_turns, restore
 from examples.common.networks.restorers import restorer
 from examples.common.networks.text_readers import PPOCR, EnglishG2, Read, english_g2
 from examples.experiments.report import markdown
@@ -37,11 +38,9 @@ from examples.reading.training import (
     FURTHER_LR,
     LR,
     TDP_BATCH,
-    Training,
-    by_turns,
+    Lines,
     check_options,
     enlarged,
-    restore,
     tdp_loss,
 )
 from restoreloss import DiffLoss, WeightedSum, small_prior
@@ -114,7 +113,7 @@ class Experiment:
         folder.mkdir(parents=True, exist_ok=True)
         clean, _, degraded = self.test
         pool, texts = lines(self.pool, "train", seed)
-        training = Training(pool, self.degrade, torch.device("cpu"), time.process_time)
+        training = Lines(device=torch.device("cpu"), clock=time.process_time, pool=pool, degrade=self.degrade)
         net = self._start(folder / "start.pt", training, seed)
         references = {"degraded": enlarged(degraded), "clean": clean}
         for name in methods:
@@ -145,7 +144,7 @@ class Experiment:
         psnr = {name: float(values(score, "psnr").mean()) for name, score in scores.items()}
         save_comparison(file, images, read, psnr, texts)
 
-    def _start(self, file: Path, training: Training, seed: int) -> nn.Module:
+    def _start(self, file: Path, training: Lines, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         net = self._net()
         if file.exists():
@@ -155,7 +154,7 @@ class Experiment:
             torch.save(net.state_dict(), file)
         return net
 
-    def _go_on(self, net: nn.Module, name: str, training: Training, seed: int) -> int:
+    def _go_on(self, net: nn.Module, name: str, training: Lines, seed: int) -> int:
         """Train on with a method for its number of steps, which is returned."""
         rate, size = FURTHER_LR * RATES.get(name, 1.0), TDP_BATCH if name in THROUGH_A_NETWORK else BATCH
         objective: nn.Module = nn.L1Loss()
@@ -175,7 +174,7 @@ class Experiment:
         torch.manual_seed(seed)
         return tdp_loss(self.network if name == "tdp" else EnglishG2().eval().requires_grad_(False))
 
-    def _retrain(self, folder: Path, training: Training, texts: list[str], seed: int) -> None:
+    def _retrain(self, folder: Path, training: Lines, texts: list[str], seed: int) -> None:
         """The reader itself learns, for the time that the restorer has had in all."""
         learn = partial(retrained, self.network, (training.pool, texts), self.degrade, seed=seed, clock=training.clock)
         l1 = self._cost("l1", training, partial(training.seconds, self._net(), nn.L1Loss(), size=BATCH))
@@ -187,14 +186,14 @@ class Experiment:
         readers = self.readers | {"fixed": reader}
         self._write(folder, "retrained", enlarged(degraded), readers=readers, steps=steps, clean_words_read=still)
 
-    def _steps(self, name: str, training: Training, objective: nn.Module, size: int) -> int:
+    def _steps(self, name: str, training: Lines, objective: nn.Module, size: int) -> int:
         """As many as take the time of L1 + TDP."""
         if name in ("tdp", "untrained"):  # the same network
             return self.tdp_steps
         cost = self._cost(name, training, partial(training.seconds, self._net(), objective, size=size))
         return max(1, round(self.tdp_steps / cost))
 
-    def _cost(self, name: str, training: Training, measure: Callable[[], float]) -> float:
+    def _cost(self, name: str, training: Lines, measure: Callable[[], float]) -> float:
         """Of a step, in steps of L1 + TDP; measured once, so that all seeds have as many."""
         file = self.out / "cost_of_a_step.json"
         known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
@@ -300,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in seeds:
             check_options({"seed": seed, **args})
         Degradation(noise=args["noise"], blur=args["blur"])
-        _ = own(args["out"])
+        _ = lock_folder(args["out"])
         experiment = Experiment(**args)
         experiment.check_settings()
         for seed in seeds:

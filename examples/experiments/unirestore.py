@@ -27,7 +27,7 @@ from examples.common.data.degrade import degradation
 from examples.common.data.task_data import TEST_SEED
 from examples.common.data.tasks import collate
 from examples.common.engine.evaluation import GAINS
-from examples.common.engine.options import shared
+from examples.common.engine.options import shared_options
 from examples.common.engine.run_directory import read_json
 from examples.common.networks.latent_diffusion import Prediction, load_latent_diffusion
 from examples.experiments.report import Sample, markdown
@@ -141,7 +141,7 @@ class Experiment:
         if out in self._prepared:
             return out
         first = None if prediction == "v_prediction" else self.prior()
-        options = {**shared(self.base), "out": out, "seed": PRIOR_SEED, "train_count": self.prior_images}
+        options = {**shared_options(self.base), "out": out, "seed": PRIOR_SEED, "train_count": self.prior_images}
         options["batch"] = self.prior_batch
         config = PrepareConfig(
             **options, prior_steps=self.prior_steps, tasks=self.base.tasks[1:], prediction=prediction, autoencoder=first
@@ -154,7 +154,13 @@ class Experiment:
         """Task networks on clean images."""
         folder = self.out / "prepared" / f"seed{seed}"
         if folder not in self._prepared:
-            options = {**shared(self.base), "out": folder, "seed": seed, "steps": self.prepare_steps, "batch": 16}
+            options = {
+                **shared_options(self.base),
+                "out": folder,
+                "seed": seed,
+                "steps": self.prepare_steps,
+                "batch": 16,
+            }
             prepare(PrepareConfig(**options, tasks=self.tasks, train_prior=False))
             self._prepared.add(folder)
         return folder

@@ -23,6 +23,7 @@ from examples.common.data.tasks import ENGLISH_G2_CHARACTERS
 from examples.common.data.words import TEST_SEED, Degradation, lines
 from examples.common.engine.reading import words_read
 from examples.common.engine.run_directory import to_json
+from examples.common.engine.training import by_turns, restore
 from examples.common.networks.restorers import restorer
 from examples.common.networks.text_readers import PPOCR, english_g2
 from examples.reading.figure import save_comparison
@@ -33,11 +34,9 @@ from examples.reading.training import (
     FURTHER_LR,
     LR,
     TDP_BATCH,
-    Training,
-    by_turns,
+    Lines,
     check_options,
     enlarged,
-    restore,
     tdp_loss,
 )
 from restoreloss import audit
@@ -82,7 +81,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     else:
         pool, (clean, texts) = own["train"][0], own["test"]
         clean, texts = clean[: args.test_words], texts[: args.test_words]
-    training = Training(pool, degrade, args.device)
+    training = Lines(device=args.device, pool=pool, degrade=degrade)
     degraded = degrade(clean, TEST_SEED)
     torch.manual_seed(args.seed)
     net = restorer("edsr-small", degrade.scale).to(args.device)

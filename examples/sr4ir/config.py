@@ -21,10 +21,10 @@ class Config(DataOptions, TrainerOptions):
 
     Attributes:
         method: training method, one of examples/sr4ir/methods.py.
-        restorer: "edsr", "edsr-small", "swinir", "swinir-light", or "file" for what spandrel finds in ``s_weights``.
-        patch: side of the squares cut from the images at random, for "pretrain" alone; the default is whole images.
+        restorer: "edsr", "edsr-small", "swinir", "swinir-light", "module:Class", or "file" for what spandrel finds in
+            ``s_weights``; of scale 1 any of examples/common/networks/restorers.py.
         s_weights: weights that the restorer starts from: a file, or a run directory.
-        recognizer: "small", "paper" or, for classification, "timm/NAME"; "english_g2" for reading.
+        recognizer: "small", "paper", "module:Class" or, for classification, "timm/NAME"; "english_g2" for reading.
         start: what the recognizer starts from: "scratch", its own initialization, or "hr", ``h_weights`` trained on HR
             images.
         h_weights: run directory of the method "oracle".
@@ -35,23 +35,22 @@ class Config(DataOptions, TrainerOptions):
         separate: run the recognizer once for each kind of input, as in the authors' code, instead of once for their
             concatenation, as in the paper. Batch normalization tells them apart.
         s_lr: learning rate of the restorer (AdamW without weight decay).
-        h_optimizer: optimizer of the recognizer, "sgd" (momentum 0.9, weight decay 1e-4) or "adamw".
+        h_optimizer: optimizer of the recognizer, "sgd" (momentum 0.9) or "adamw".
         h_lr: learning rate of the recognizer.
         h_weight_decay: weight decay of the recognizer by SGD; the authors' code has 1e-6 for some.
         s_lr_min: where the cosine of the restorer's learning rate ends; 1e-6 in the authors' code.
         h_lr_min: likewise of the recognizer's; 1e-4 in the authors' code.
-        s_warm_up: steps in which the restorer's learning rate rises linearly.
-        h_warm_up: likewise of the recognizer's.
-        restart: fraction of the training after which the cosine of both learning rates begins anew.
-        restart_all: so for all methods; else for those with a TDP loss alone, as in the authors' code.
+        warm_up: steps in which both learning rates rise linearly.
+        restart: fraction of the training after which the cosine of both learning rates begins anew. The authors' code
+            does so for methods with a TDP loss alone: 0 is what it has for the others.
         aux_weight: weight of the loss of DeepLab's auxiliary head, which "paper" then has, and which learns ten times
             as fast; 0.5 in the authors' code.
-        align_corners: how L->T and images that are looked at are enlarged; true in the authors' code.
+        align_corners: how L->T enlarges LR images; true in the authors' code.
         lite0: test with a perceptual distance by EfficientNet-Lite0 too, where its package is installed.
         pad_tests: continue test images to multiples of ``scale`` and cut what was restored back, instead of cutting
             them; so in the authors' code.
-        fixed_hr: run directory of an "oracle" that also reads the restored images (and is "task" to fixed_task and
-            h_fixed), or "english_g2", as EasyOCR has it.
+        fixed_hr: run directory of an "oracle" that also reads the restored images (and whose features
+            the TDP loss of fixed_task, h_fixed and squared_tdp compares), or "english_g2", as EasyOCR has it.
         judge: run directory of another one, of another seed, never used in training, or "pp_ocr".
         foreign: for fixed_foreign, the run directory of an "oracle" on other data, "imagenet" (torchvision's ResNet18)
             or "vgg" (its VGG19, as in Table 6, A).
@@ -59,7 +58,6 @@ class Config(DataOptions, TrainerOptions):
 
     method: MethodName = "sr4ir"
     restorer: str = "edsr-small"
-    patch: int | None = None
     s_weights: Path | None = None
     recognizer: str = "small"
     start: Literal["scratch", "hr"] = "scratch"
@@ -75,10 +73,8 @@ class Config(DataOptions, TrainerOptions):
     h_weight_decay: float = 1e-4
     s_lr_min: float = 0.0
     h_lr_min: float = 0.0
-    s_warm_up: int = 0
-    h_warm_up: int = 0
+    warm_up: int = 0
     restart: float = 0.1
-    restart_all: bool = True
     aux_weight: float = 0.0
     align_corners: bool = False
     lite0: bool = False

@@ -33,7 +33,3 @@ def pixel_loss(restored: Any, hr: Any, loss: Callable[[Tensor, Tensor], Tensor] 
     if isinstance(restored, Tensor):
         return loss(restored, hr)
     return torch.stack([loss(z, x) for z, x in zip(restored, hr, strict=True)]).mean()
-
-
-def unit(image: Tensor) -> Tensor:
-    return image.clamp(0, 1)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Reads = Literal["hr", "bilinear", "restored"]
-Input = Literal["hr", "bilinear", "sr", "mix"]
+Image = Literal["hr", "bilinear", "restored"]
+Input = Literal["hr", "bilinear", "restored", "mix"]
 Features = Literal["training", "task", "foreign", "detached"]
 PhaseName = Literal["restorer", "recognizer", "both"]
 Stages = tuple[tuple[PhaseName, ...], ...]
@@ -19,7 +19,8 @@ class Method:
     Attributes:
         stages: who trains: "restorer", "recognizer", or "both" by one loss.
         restorer_terms: weights of the losses of S: "pixel" (L1), "squared" (mean squared error), "gradients" (that of
-            the differences between neighboring pixels), "tdp" and "task" (the task loss, through H).
+            the differences between neighboring pixels), "tdp" and "task" (the task loss, through H). "both" has these
+            alone: H learns from "task".
         recognizer_inputs: what H trains on, in equal shares: HR images, bilinearly enlarged LR ones, S's output, or
             CQMix of S's output and HR.
         reads: what H reads in the end.
@@ -32,7 +33,7 @@ class Method:
     stages: Stages
     restorer_terms: Mapping[str, float] = field(default_factory=dict)
     recognizer_inputs: tuple[Input, ...] = ()
-    reads: Reads = "restored"
+    reads: Image = "restored"
     features: Features = "training"
     begins: Mapping[str, float] = field(default_factory=dict)
     length: int = 1
@@ -46,42 +47,44 @@ _PIXEL = {"pixel": 1.0}
 _TDP = {"pixel": 1.0, "tdp": 1.0}
 _SQUARED = {"pixel": 1.0, "squared": 130.0}
 _TENTH = {"tdp": 0.1}
-_ALL: tuple[Input, ...] = ("sr", "hr", "mix")
+_ALL: tuple[Input, ...] = ("restored", "hr", "mix")
 
 METHODS: dict[str, Method] = {
     # Tables 1-3; notation of the paper in the comments
     "oracle": Method(_H, recognizer_inputs=("hr",), reads="hr"),
     "l_to_t": Method(_H, recognizer_inputs=("bilinear",), reads="bilinear"),  # L -> T
-    "s_to_t": Method(_S + _H, _PIXEL, ("sr",)),  # S -> T
+    "s_to_t": Method(_S + _H, _PIXEL, ("restored",)),  # S -> T
     "t_to_s": Method(_H + _S, {"pixel": 1.0, "task": 1.0}, ("hr",)),  # T -> S
-    "joint": Method(_TOGETHER, {"pixel": 1.0, "task": 1.0}, ("sr",)),  # S + T
+    "joint": Method(_TOGETHER, {"pixel": 1.0, "task": 1.0}, ("restored",)),  # S + T
     "sr4ir": Method(_IN_TURN, _TDP, _ALL, begins=_TENTH),
     # Table 4: without TDP loss
     "no_tdp": Method(_IN_TURN, _PIXEL, _ALL),
     # Table 5: what H trains on
-    "sr_only": Method(_IN_TURN, _TDP, ("sr",), begins=_TENTH),
+    "sr_only": Method(_IN_TURN, _TDP, ("restored",), begins=_TENTH),
     "hr_only": Method(_IN_TURN, _TDP, ("hr",), begins=_TENTH),
-    "no_cqmix": Method(_IN_TURN, _TDP, ("sr", "hr"), begins=_TENTH),
+    "no_cqmix": Method(_IN_TURN, _TDP, ("restored", "hr"), begins=_TENTH),
     # Table 6: whose features
     "fixed_foreign": Method(_IN_TURN, _TDP, _ALL, features="foreign", begins=_TENTH),  # (A)
     "fixed_task": Method(_IN_TURN, _TDP, _ALL, features="task", begins=_TENTH),  # (B)
-    "tdp_joint": Method(_TOGETHER, _TDP, ("sr",), begins=_TENTH),  # (C)
+    "tdp_joint": Method(_TOGETHER, {**_TDP, "task": 1.0}, ("restored",), begins=_TENTH),  # (C)
     # Table 7: TDSR-0.01
-    "tdsr": Method(_IN_TURN, {"pixel": 1.0, "task": 0.01}, ("sr",), begins={"task": 1 / 3}),
+    "tdsr": Method(_IN_TURN, {"pixel": 1.0, "task": 0.01}, ("restored",), begins={"task": 1 / 3}),
     # EDTR's baseline RSRSSN: end to end, features 0.1 and task 1
-    "rsrssn": Method(_TOGETHER, {"pixel": 1.0, "tdp": 0.1, "task": 1.0}, ("sr",)),
-    # not in the paper: a restorer for the others to start from; TDP for a recognizer that never changes; losses
-    # that know none, with 97 % of the gradient; squared error with half of it beside TDP, and in TDP's place in SR4IR;
-    # as many images for H as SR4IR gives it; TDP without gradient; neither TDP nor CQMix; twice the share of CQMix
+    "rsrssn": Method(_TOGETHER, {"pixel": 1.0, "tdp": 0.1, "task": 1.0}, ("restored",)),
+    # Not in the paper. A restorer that the others start from:
     "pretrain": Method(_S, _PIXEL),
+    # TDP for a recognizer that never changes, alone and beside squared error:
     "h_fixed": Method(_S, _TDP, features="task"),
+    "squared_tdp": Method(_S, {"pixel": 1.0, "squared": 4.0, "tdp": 2.0}, features="task"),
+    # Losses that know no recognizer, with 97 % of the gradient, and one of them in TDP's place:
     "squared": Method(_S, _SQUARED),
     "gradients": Method(_S, {"pixel": 1.0, "gradients": 100.0}),
-    "squared_tdp": Method(_S, {"pixel": 1.0, "squared": 4.0, "tdp": 2.0}, features="task"),
     "sr4ir_squared": Method(_IN_TURN, _SQUARED, _ALL),
+    # As many images for H as SR4IR shows it:
     "l_to_t_3x": Method(_H, recognizer_inputs=("bilinear",), reads="bilinear", length=3),
-    "s_to_t_3x": Method(_S + _H, _PIXEL, ("sr",), length=3),
+    "s_to_t_3x": Method(_S + _H, _PIXEL, ("restored",), length=3),
+    # TDP without its gradient, neither TDP nor CQMix, twice the share of CQMix:
     "tdp_detached": Method(_IN_TURN, _TDP, _ALL, features="detached", begins=_TENTH),
-    "no_tdp_no_cqmix": Method(_IN_TURN, _PIXEL, ("sr", "hr")),
-    "more_cqmix": Method(_IN_TURN, _TDP, ("sr", "hr", "mix", "mix"), begins=_TENTH),
+    "no_tdp_no_cqmix": Method(_IN_TURN, _PIXEL, ("restored", "hr")),
+    "more_cqmix": Method(_IN_TURN, _TDP, ("restored", "hr", "mix", "mix"), begins=_TENTH),
 }

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from examples.common.engine.restoring import Restore, plain_network, restore_command
 from examples.common.engine.run_directory import finished_run
 from examples.common.networks.restorers import restorer
-from examples.common.networks.weights import load_weights
 from examples.sr4ir.methods import METHODS
 
 
@@ -24,12 +23,8 @@ def load(given: argparse.Namespace) -> Restore:
     settings, _ = finished_run(given.run, "examples.sr4ir.train", "restorer.safetensors")
     if not METHODS[settings["method"]].restorer_terms:
         raise ValueError(f"`run` should be one that trains a restorer, found the method {settings['method']!r}.")
-    scale, weights = settings["scale"], given.run / "restorer.safetensors"
-    if settings["restorer"] == "file":
-        network = restorer("file", scale, weights)
-    else:
-        load_weights(network := restorer(settings["restorer"], scale), weights)
-    return plain_network(network.to(given.device).eval(), given, scale)
+    network = restorer(settings["restorer"], settings["scale"], given.run / "restorer.safetensors")
+    return plain_network(network.to(given.device).eval(), given, settings["scale"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

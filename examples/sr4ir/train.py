@@ -21,30 +21,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.common.data.degrade import degradation
-from examples.common.data.task_data import TEST_SEED, dataset, on_grid
+from examples.common.data.task_data import TEST_SEED, crop_to_multiple, dataset
 from examples.common.data.tasks import TaskData, map_images, to_device
 from examples.common.engine import command_line
 from examples.common.engine.controls import ImageGradients
-from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recognizer
+from examples.common.engine.evaluation import ReaderName, evaluate, first_usable, load_recognizer
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition, features_of
 from examples.common.engine.run_directory import file_in
-from examples.common.engine.schedules import StepSchedule, cosine
+from examples.common.engine.schedules import StepSchedule, cosine, task_optimizer
 from examples.common.networks.recognizers import recognizer
 from examples.common.networks.restorers import restorer
 from examples.common.networks.weights import load_weights
-from examples.common.seeds import derive_seed
+from examples.common.seeds import derive_seed, seeded
 from examples.sr4ir.config import Config
-from examples.sr4ir.images import bilinear, pixel_loss, restore, unit
-from examples.sr4ir.methods import METHODS, Method
+from examples.sr4ir.images import bilinear, pixel_loss, restore
+from examples.sr4ir.methods import METHODS, Image, Method
 from restoreloss import Alternation, CQMix, Phase, TDPLoss
 from restoreloss.frozen import unwrap
 from restoreloss.objectives.base import total
 
 logger = logging.getLogger(__name__)
-
-CONTROLS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"squared": F.mse_loss, "gradients": ImageGradients()}
-"""Losses of S that know no network, by the name of their term."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Batch:
 class Trainer(Recipe[Batch]):
     """One run: networks, stages, evaluation."""
 
-    of_evaluation = ("fixed_hr", "judge", "lite0")
+    evaluation_options = ("fixed_hr", "judge", "lite0")
 
     def __init__(self, config: Config) -> None:
         if config.task == "detection" and config.method in ("tdp_joint", "rsrssn"):
@@ -71,8 +68,6 @@ class Trainer(Recipe[Batch]):
                 f"`task` should not be 'detection' for {config.method}: a detector in training asks for targets."
             )
         super().__init__(config)
-        if config.patch is not None and config.method != "pretrain":
-            raise ValueError(f"`patch` should be left out where a recognizer reads the images ({config.method}).")
         self.title = config.method
         self.config = config
         self.method: Method = METHODS[config.method]
@@ -97,24 +92,25 @@ class Trainer(Recipe[Batch]):
         self.h: nn.Module = self.accelerator.prepare(h) if trains_h else h.to(self.device)
         self.networks = {"restorer": self.s, "recognizer": self.h}
 
-        self.judges = Judges.load(config.fixed_hr, config.judge, self.device)
+        self.fixed_hr, self.judge = (
+            None if run is None else load_recognizer(run).to(self.device) for run in (config.fixed_hr, config.judge)
+        )
         cells = config.grid or (4 if config.task == "classification" else 8)
         self.cqmix = CQMix((cells, cells), p=config.mix)
         self._mixtures = self.method.recognizer_inputs.count("mix")
-        self.tdp = self._tdp() if "tdp" in self.method.restorer_terms and self.evaluated is None else None
+        if "tdp" in self.method.restorer_terms and self.evaluated is None:
+            self.tdp = self._tdp()
         self.degrade = degradation(config, config.seed)
-        self.begin(self._stages() if self.evaluated is None else [])
+        self.begin(self._stages)
 
     def batch(self, images: Any, targets: Any, step: int, steps: int) -> Batch:
         """HR and LR images on the device, and a generator for the step."""
         self.recognition.check(targets)
         config, rank = self.config, self.accelerator.process_index
-        if config.patch is not None:
-            images = self._patches(images, self.first_number(step))
-        hr, targets = on_grid(images, targets, config.scale)
+        hr, targets = crop_to_multiple(images, targets, config.scale)
         torch.manual_seed(derive_seed(config.seed, step, rank))  # a detector draws from it
         seeds = [(config.seed, step), *((config.seed, step, k) for k in range(1, self._mixtures))]
-        generators = [torch.Generator().manual_seed(derive_seed(*seed)) for seed in seeds]
+        generators = [seeded(*seed) for seed in seeds]
         for generator in generators:  # every process draws its part of the whole batch
             torch.rand(rank * len(hr) * self.cqmix.grid[0] * self.cqmix.grid[1], generator=generator)
         hr, targets = to_device((hr, targets), self.device)
@@ -123,22 +119,10 @@ class Trainer(Recipe[Batch]):
         lr = self.degrade(hr, self.first_number(step))
         return Batch(hr, lr, targets, step / steps, generators)
 
-    def _patches(self, images: Any, first: int) -> Tensor:
-        """A square of each image, at random."""
-        size, cut = self.config.patch or 0, []
-        for number, image in enumerate(images, start=first):
-            spare = [side - size for side in image.shape[1:]]
-            if min(spare) < 0:
-                raise ValueError(f"`patch` should fit into the images, found {size} for {tuple(image.shape[1:])}.")
-            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, 3, number))
-            top, left = (int(torch.randint(side + 1, (), generator=generator)) for side in spare)
-            cut.append(image[:, top : top + size, left : left + size])
-        return torch.stack(cut)
-
     def _stages(self) -> list[Stage[Batch]]:
         build: dict[str, Callable[[], Phase[Batch]]] = {
             "restorer": lambda: self._phase("restorer", [self.s], self._restorer_terms),
-            "recognizer": lambda: self._phase("recognizer", [self.h], self._recognizer_loss),
+            "recognizer": lambda: self._phase("recognizer", [self.h], self._recognizer_terms),
             "both": lambda: self._phase("both", [self.s, self.h], self._joint_terms),
         }
         return [
@@ -153,23 +137,21 @@ class Trainer(Recipe[Batch]):
     def _phase(
         self, name: str, trains: list[nn.Module], objective: Callable[[Batch], Mapping[str, Tensor]]
     ) -> Phase[Batch]:
-        config, steps = self.config, self.config.steps * self.method.length
-        restart = config.restart if config.restart_all or "tdp" in self.method.restorer_terms else 0.0
+        config = self.config
         optimizers, schedulers = [], []
         for network in trains:
             optimizer: torch.optim.Optimizer
             if network is self.s:
-                lr, warm_up, end = config.s_lr, config.s_warm_up, config.s_lr_min
+                lr, end = config.s_lr, config.s_lr_min
                 optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0)
             else:
-                lr, warm_up, end = config.h_lr, config.h_warm_up, config.h_lr_min
+                lr, end = config.h_lr, config.h_lr_min
                 groups = _with_faster_head(network, lr)
-                optimizer = (
-                    torch.optim.AdamW(groups, lr=lr)
-                    if config.h_optimizer == "adamw"
-                    else torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=config.h_weight_decay)
-                )
-            factor = partial(rate, steps=steps, restart=restart, warm_up=warm_up, lowest=end / lr if lr else 0.0)
+                optimizer = task_optimizer(config.h_optimizer, groups, lr, config.h_weight_decay)
+            factor = partial(
+                rate, steps=config.steps * self.method.length, restart=config.restart, warm_up=config.warm_up,
+                lowest=end / lr if lr else 0.0,
+            )  # fmt: skip
             schedulers.append(StepSchedule(optimizer, factor))
             optimizers.append(self.accelerator.prepare(optimizer))
         others = [network for network in (self.s, self.h) if network not in trains]
@@ -183,45 +165,49 @@ class Trainer(Recipe[Batch]):
     def _restorer_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Phase 1 (Eq. 3): the pixels, and what the recognizer sees in them."""
         restored = restore(self.s, batch.lr)
-        terms = {"pixel": pixel_loss(restored, batch.hr)}
-        for name, control in CONTROLS.items():
-            if self._active(name, batch):
-                terms[name] = self.method.restorer_terms[name] * pixel_loss(restored, batch.hr, control)
-        if self._active("tdp", batch) and self.tdp is not None:
-            seen = map_images(Tensor.detach, restored) if self.method.features == "detached" else restored
-            terms["tdp"] = self.method.restorer_terms["tdp"] * self.config.tdp_weight * self.tdp(seen, batch.hr)
-        if self._active("task", batch):
-            loss = self.recognition.loss(unwrap(self.h), restored, batch.targets)
-            terms["task"] = self.method.restorer_terms["task"] * loss
-        return terms
+        seen = map_images(Tensor.detach, restored) if self.method.features == "detached" else restored
+        return self._weighted(
+            batch,
+            pixel=lambda: pixel_loss(restored, batch.hr),
+            squared=lambda: pixel_loss(restored, batch.hr, F.mse_loss),
+            gradients=lambda: pixel_loss(restored, batch.hr, ImageGradients()),
+            tdp=lambda: self.config.tdp_weight * self.tdp(seen, batch.hr),
+            task=lambda: self.recognition.loss(unwrap(self.h), restored, batch.targets),
+        )
 
-    def _recognizer_loss(self, batch: Batch) -> dict[str, Tensor]:
+    def _recognizer_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Phase 2: the task on what S restores by now, on HR images, on mixtures of both."""
-        inputs = self.method.recognizer_inputs
-        made = {"hr": batch.hr}
-        if "bilinear" in inputs:
-            made["bilinear"] = self._enlarged(batch.lr)
-        if "sr" in inputs or "mix" in inputs:
-            with torch.no_grad():
-                made["sr"] = map_images(unit, restore(unwrap(self.s), batch.lr))
-        return {"task": self._task_loss(made, batch)}
+        kinds: list[Image] = ["restored" if name == "mix" else name for name in self.method.recognizer_inputs]
+        with torch.no_grad():
+            images = {kind: self._image(kind, batch.hr, batch.lr) for kind in dict.fromkeys(kinds)}
+        return {"task": self._task_loss(images, batch)}
 
     def _joint_terms(self, batch: Batch) -> dict[str, Tensor]:
         """S and H by one loss."""
         restored = restore(self.s, batch.lr)
-        terms = {"pixel": pixel_loss(restored, batch.hr)}
-        if self._active("tdp", batch) and self.tdp is not None:
-            # unlike TDPLoss, with gradient into H from both sides: the mistake that this ablation is about
-            distances = self.tdp.compare(self.tdp.features(restored), self.tdp.features(batch.hr))
-            terms["tdp"] = self.method.restorer_terms["tdp"] * self.config.tdp_weight * total(distances)
-        terms["task"] = self._task_loss({"hr": batch.hr, "sr": restored}, batch)
-        return terms
 
-    def _task_loss(self, made: dict[str, Any], batch: Batch) -> Tensor:
+        def tdp() -> Tensor:
+            # unlike TDPLoss, with gradient into H from both sides: the mistake that this ablation is about
+            return total(self.tdp.compare(self.tdp.features(restored), self.tdp.features(batch.hr)))
+
+        return self._weighted(
+            batch,
+            pixel=lambda: pixel_loss(restored, batch.hr),
+            tdp=lambda: self.config.tdp_weight * tdp(),
+            task=lambda: self._task_loss({"hr": batch.hr, "restored": restored}, batch),
+        )
+
+    def _weighted(self, batch: Batch, **losses: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """The losses that this method has and that have begun, times their weights."""
+        weights, begins = self.method.restorer_terms, self.method.begins
+        begun = (name for name in weights if batch.progress >= begins.get(name, 0.0))
+        return {name: weights[name] * losses[name]() for name in begun}
+
+    def _task_loss(self, images: Mapping[Image, Any], batch: Batch) -> Tensor:
         """The mean task loss over this method's inputs."""
         generators = iter(batch.generators)
         parts = [
-            self.cqmix(made["sr"], batch.hr, generator=next(generators)) if name == "mix" else made[name]
+            self.cqmix(images["restored"], batch.hr, generator=next(generators)) if name == "mix" else images[name]
             for name in self.method.recognizer_inputs
         ]
         if self.config.separate:
@@ -229,9 +215,6 @@ class Trainer(Recipe[Batch]):
         if isinstance(batch.hr, Tensor):
             return self.recognition.loss(self.h, torch.cat(parts), torch.cat([batch.targets] * len(parts)))
         return self.recognition.loss(self.h, [p for part in parts for p in part], list(batch.targets) * len(parts))
-
-    def _active(self, term: str, batch: Batch) -> bool:
-        return term in self.method.restorer_terms and batch.progress >= self.method.begins.get(term, 0.0)
 
     def _tdp(self) -> TDPLoss:
         config, features = self.config, self.method.features
@@ -251,23 +234,20 @@ class Trainer(Recipe[Batch]):
                 return TDPLoss(vgg19(weights=VGG19_Weights.DEFAULT).to(self.device), ["features.34"])
             return TDPLoss(features_of(load_recognizer(config.foreign).to(self.device)))
         if features == "task":
-            if self.judges.fixed_hr is None:
+            if self.fixed_hr is None:
                 raise ValueError(
                     f"`fixed_hr` should be the run directory of an oracle for {config.method!r}, found None."
                 )
-            return TDPLoss(features_of(self.judges.fixed_hr, config.layers))
+            return TDPLoss(features_of(self.fixed_hr, config.layers))
         return TDPLoss(features_of(self.h, config.layers))
 
-    def _read(self, hr: Any, lr: Any) -> Any:
-        """The images that H reads in the end; those of S in [0, 1]."""
-        if self.method.reads == "hr":
+    def _image(self, kind: Image, hr: Any, lr: Any) -> Any:
+        """What H reads: HR images, LR ones enlarged, or what S restores, in [0, 1]."""
+        if kind == "hr":
             return hr
-        if self.method.reads == "bilinear":
-            return self._enlarged(lr)
-        return map_images(unit, restore(unwrap(self.s), lr))
-
-    def _enlarged(self, lr: Any) -> Any:
-        return bilinear(lr, self.config.scale, align_corners=self.config.align_corners)
+        if kind == "bilinear":
+            return bilinear(lr, self.config.scale, align_corners=self.config.align_corners)
+        return map_images(lambda image: image.clamp(0, 1), restore(unwrap(self.s), lr))
 
     def evaluate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """All figures on the test images, and some of these."""
@@ -275,16 +255,20 @@ class Trainer(Recipe[Batch]):
 
     def try_evaluation(self) -> None:
         """Evaluate the first test image with a label."""
-        judges = self.judges.fixed_hr or self.judges.judge
-        read = bool(self.method.recognizer_inputs) or judges is not None
-        self._evaluate(first_usable(self.test_data, self.config.task, labels=read))
+        readers = [network for network in self._readers().values() if network is not None]
+        self._evaluate(first_usable(self.test_data, self.config.task, labels=bool(readers)))
+
+    def _readers(self) -> dict[ReaderName, nn.Module | None]:
+        own = unwrap(self.h) if self.method.recognizer_inputs else None
+        return {"score": own, "fixed_hr": self.fixed_hr, "judge": self.judge}
 
     def _evaluate(self, data: TaskData) -> tuple[dict[str, float], dict[str, Any]]:
-        config, networks = self.config, [unwrap(self.s), unwrap(self.h)]
+        config = self.config
         figures, samples = evaluate(
-            data, self.recognition, degrade=degradation(config, config.seed, TEST_SEED), read=self._read,
-            trained=networks, recognizer=networks[1] if self.method.recognizer_inputs else None, judges=self.judges,
-            multiple=config.scale, pad=config.pad_tests, lite0=config.lite0, workers=config.workers,
+            data, self.recognition, degrade=degradation(config, config.seed, TEST_SEED),
+            restore=partial(self._image, self.method.reads), trained=[unwrap(self.s), unwrap(self.h)],
+            readers=self._readers(), multiple=config.scale, pad=config.pad_tests, lite0=config.lite0,
+            workers=config.workers,
         )  # fmt: skip
         return {**figures, "num_classes": len(self.recognition.class_names)}, samples
 

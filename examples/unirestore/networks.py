@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from restoreloss.restorers.tiling import enlarged, reduced
+from restoreloss.restorers.tiling import resize_to, upscale_to_side
 
 
 class PlainNetwork(nn.Module):
@@ -18,5 +18,5 @@ class PlainNetwork(nn.Module):
 
     def forward(self, images: Tensor, tasks: Any, *, generator: Any = None, smallest: int = 0) -> Tensor:
         size = images.shape[2:]
-        restored: Tensor = self.network(enlarged(images, smallest))
-        return reduced(restored, size)
+        restored: Tensor = self.network(upscale_to_side(images, smallest))
+        return resize_to(restored, size)

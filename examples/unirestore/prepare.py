@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from examples.common.data.options import DataOptions, Degradation
 from examples.common.engine import command_line
-from examples.common.engine.options import RunOptions, shared
+from examples.common.engine.options import RunOptions, shared_options
 from examples.common.engine.train_prior import PriorConfig, train_prior
 from examples.common.networks.latent_diffusion import Prediction
 from examples.common.networks.recognizers import recognizer
@@ -78,7 +78,7 @@ def prepare(config: Config) -> None:
         except ValueError as error:
             raise ValueError(f"`judge`: {error}") from error
     settings = TaskConfig(
-        **shared(config), recognizer=config.recognizer, h_optimizer=config.h_optimizer, h_lr=config.h_lr
+        **shared_options(config), recognizer=config.recognizer, h_optimizer=config.h_optimizer, h_lr=config.h_lr
     )
     train_oracles(settings, trained, judge=config.judge)
     if config.train_prior:
@@ -89,7 +89,7 @@ def train_prior_of_all(config: Config, out: Path) -> None:
     """A small latent diffusion model of the images of all tasks, with two levels of features to restore."""
     tasks = ["restoration", *config.tasks]
     options = {
-        **shared(config), "out": out, "steps": config.prior_steps, "prediction": config.prediction,
+        **shared_options(config), "out": out, "steps": config.prior_steps, "prediction": config.prediction,
         "autoencoder": config.autoencoder,
     }  # fmt: skip
     of = [*tasks, *([] if config.images is None else [str(config.images)])]

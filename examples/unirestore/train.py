@@ -31,12 +31,12 @@ from examples.common.data.pairs import FolderPairs, TestPairs, layout_and_root
 from examples.common.data.task_data import TEST_SEED
 from examples.common.data.tasks import TaskData, map_images, to_device
 from examples.common.engine import command_line
-from examples.common.engine.evaluation import Judges, evaluate, first_usable, load_recognizer
+from examples.common.engine.evaluation import evaluate, first_usable, load_recognizer
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition
 from examples.common.engine.schedules import cosine_schedule
 from examples.common.networks.restorers import restorer
-from examples.common.seeds import derive_seed
+from examples.common.seeds import derive_seed, seeded
 from examples.unirestore.batch import Batch, Part
 from examples.unirestore.checks import check
 from examples.unirestore.config import FILE, TASKS, WEIGHTS, Config, StageName
@@ -66,16 +66,9 @@ class Reader:
 class Trainer(Recipe[Batch]):
     """One stage: networks, phases, evaluation."""
 
-    of_evaluation = (
-        "unseen",
-        "smallest",
-        "steps_of_diffusion",
-        "prepared",
-        "prior",
-        "images",
-        "paired_tests",
-        "every_prompt",
-    )
+    evaluation_options = (
+        "unseen", "smallest", "steps_of_diffusion", "prepared", "prior", "images", "paired_tests", "every_prompt",
+    )  # fmt: skip
 
     def __init__(self, config: Config) -> None:
         if config.evaluate is None:
@@ -93,12 +86,12 @@ class Trainer(Recipe[Batch]):
         self.networks = {FILE: self.model}
         if config.evaluate is not None:
             self.net: nn.Module = self.model
-            self.begin([])
+            self.begin(list)
             return
         wrapped = UniRestoreFirstStage(model, config.cfrm_weights) if first and isinstance(model, UniRestore) else model
         self.net = self.accelerator.prepare(wrapped)
         self.before = self._hashes()
-        self.begin([Stage(" + ".join(self.trained), self._alternation(first), config.steps)])
+        self.begin(lambda: [Stage(" + ".join(self.trained), self._alternation(first), config.steps)])
 
     def sources(self) -> list[TaskData]:
         """The data of all tasks that are trained on."""
@@ -121,7 +114,7 @@ class Trainer(Recipe[Batch]):
             reader.recognition.check(labels)
             clean, labels = to_device((clean, labels), self.device)
             numbers = range(first, first + len(clean))
-            generators = [torch.Generator().manual_seed(derive_seed(seed, 1, TASKS.index(task), n)) for n in numbers]
+            generators = [seeded(seed, 1, TASKS.index(task), n) for n in numbers]
             parts.append(Part(task, clean, reader.degrade(clean, first), labels, generators))
         return Batch(parts)
 
@@ -251,7 +244,7 @@ class Trainer(Recipe[Batch]):
 
     def restores(self, task: str) -> Callable[[Any, Any], Any]:
         """(clean, degraded) -> what the model makes of it for a task."""
-        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, 2))
+        generator = seeded(self.config.seed, 2)
 
         def restored(images: Tensor) -> Tensor:
             parts = images.split(self.config.batch)  # what fits in memory
@@ -313,9 +306,9 @@ class Trainer(Recipe[Batch]):
         kind: Any = name
         options, reader = replace(self.config, degradation=kind, clean_too=False), self.readers[task]
         return evaluate(
-            data, reader.recognition, read=read, trained=[unwrap(self.net)],
+            data, reader.recognition, restore=read, trained=[unwrap(self.net)],
             degrade=degradation(options, self.config.seed, TEST_SEED, TASKS.index(task)),
-            recognizer=reader.network, judges=Judges(None, reader.judge), workers=self.config.workers,
+            readers={"score": reader.network, "judge": reader.judge}, workers=self.config.workers,
         )  # fmt: skip
 
     def _hashes(self) -> dict[str, str]:

@@ -125,7 +125,7 @@ def _corrupted(
     )
     _check_kinds(names, severities)
     unit = at_least_float32(image).clamp(0, 1)
-    if isinstance(name, str) and isinstance(severity, int) and not isinstance(generator, Sequence):
+    if isinstance(name, str) and not isinstance(severity, Sequence) and not isinstance(generator, Sequence):
         corrupted = _apply(name, unit, severity, generator, extent)
     else:
         samples = zip(unit.split(1), names, severities, generators, strict=True)
@@ -302,8 +302,7 @@ def _check_kinds(
         if name not in CORRUPTIONS:
             raise ValueError(f"`{arguments[0]}` should be one of {', '.join(CORRUPTIONS)}, found {name!r}.")
     for severity in severities:
-        if not isinstance(severity, int) or isinstance(severity, bool) or not 1 <= severity <= 5:
-            raise ValueError(f"`{arguments[1]}` should be a whole number from 1 to 5, found {severity!r}.")
+        check_integer(arguments[1], severity, high=5)
 
 
 def _check_image(image: Tensor) -> None:

@@ -196,6 +196,12 @@ class _Act:
             raise ValueError("TimeConditioned cannot run in nn.DataParallel; use DistributedDataParallel.")
         embedding = self.owner._embedding
         if embedding is None:
+            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+                raise ValueError(
+                    f"The layer {self.layer!r} should not be recomputed within a backward pass, where the timestep is "
+                    "not known any more, found activation checkpointing inside of the network: checkpoint the whole "
+                    "TimeConditioned."
+                )
             return output
         if not isinstance(output, Tensor) or output.ndim not in (3, 4):
             what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

@@ -162,10 +162,16 @@ class _Routers(nn.Module):
             chosen = list(range(1, check_integer("timesteps", timesteps) + 1))
         if not chosen:
             raise ValueError("`timesteps` should be at least one, found none.")
-        self.register_buffer("steps", torch.tensor(chosen), persistent=False)
+        self.register_buffer("steps", torch.tensor(chosen))
         bound = channels**-0.5  # as of nn.Linear
         self.weight = nn.Parameter(torch.empty(len(chosen), experts, channels).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(len(chosen), experts).uniform_(-bound, bound))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        found = state_dict.get(f"{prefix}steps")
+        if found is not None and not torch.equal(found.to(self.steps), self.steps):
+            raise ValueError(f"`timesteps` should be {found.tolist()}, as in the state, found {self.steps.tolist()}.")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(self, means: Tensor, t: Tensor | None) -> Tensor:
         """(N, C) and timesteps (N,) to (N, experts)."""

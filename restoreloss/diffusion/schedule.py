@@ -10,14 +10,15 @@ from operator import index
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from restoreloss.checks import check_choice, check_integer, check_number, describe
+from restoreloss.precision import ExactBuffers
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "residual", "flow_prediction"]
 
 
-class NoiseSchedule(nn.Module):
+class NoiseSchedule(ExactBuffers):
     r"""The noise levels of a variance-preserving diffusion model.
 
     .. math:: x_t = \sqrt{\bar\alpha_t}\, x + \sqrt{1 - \bar\alpha_t}\, \epsilon
@@ -388,16 +389,6 @@ class NoiseSchedule(nn.Module):
         # Each of the two forms loses its digits where the other keeps them.
         of_noise, of_signal = (sigma - sigma_s) * (sigma + sigma_s), (signal_s - signal) * (signal_s + signal)
         return torch.where(signal > sigma, of_noise, of_signal)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "NoiseSchedule":
-        # The tables follow the device of a parent's .to() or .cuda(), never its dtype.
-        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            moved = self._buffers[name]
-            if moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""

@@ -30,7 +30,7 @@ from restoreloss.frozen import FrozenNetwork
 from restoreloss.generators import Generators
 from restoreloss.integrations.checks import build_from, check_kind, check_options, did_you_mean
 from restoreloss.integrations.task_networks import normalization, task_network
-from restoreloss.objectives.base import Objective, named_terms, total
+from restoreloss.objectives.base import Objective, compares, named_terms, total
 from restoreloss.weights import read_weights
 
 PIXELS = ("L1Loss", "MSELoss", "SmoothL1Loss", "HuberLoss")
@@ -48,6 +48,11 @@ class Criterion(Objective):
     def __init__(self, objective: Callable[[Tensor, Tensor], Tensor], loss_weight: float = 1.0) -> None:
         super().__init__()
         self.objective, self.loss_weight = objective, check_number("loss_weight", loss_weight)
+
+    @property
+    def reduction(self) -> str:
+        """What the objective does over samples, "mean" where it does not say."""
+        return getattr(self.objective, "reduction", "mean")
 
     def terms(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> dict[str, Tensor]:
         """The weighted terms of the objective, from two float (N, C, H, W); ``generator`` for one that draws."""
@@ -137,17 +142,13 @@ def build_ours(kind: str, options: Mapping[str, Any], own: Any = None) -> tuple[
 
 def _build_other(kind: str, given: dict[str, Any], own: Any) -> tuple[Callable[..., Any], float]:
     """An objective that is not of this library and its ``loss_weight``, which is always applied outside of it."""
-    make = _find(kind, own)
+    make = _loss_class(kind, own)
     _check_reduction(given)
     weight = given.pop("loss_weight", 1.0)
     if "loss_weight" in inspect.signature(make).parameters:
         given["loss_weight"] = 1.0
     loss = build_from(make, kind, given)
-    try:
-        inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).bind("restored", "target")
-    except TypeError:
-        return restoreloss.NoReference(loss), weight
-    return _Other(loss), weight
+    return (_ForeignLoss(loss) if compares(loss) else restoreloss.NoReference(loss)), weight
 
 
 def _check_reduction(given: Mapping[str, Any]) -> None:
@@ -156,12 +157,12 @@ def _check_reduction(given: Mapping[str, Any]) -> None:
         raise ValueError(f"`reduction` should be 'mean' or 'sum', which give one number, found {reduction!r}.")
 
 
-class _Other(Objective):
+class _ForeignLoss(Objective):
     """A loss that is not of this library, whose result may be several."""
 
     def __init__(self, loss: Callable[[Tensor, Tensor], Any]) -> None:
         super().__init__()
-        self.loss = loss
+        self.loss, self.reduction = loss, getattr(loss, "reduction", "mean")
 
     def terms(self, restored: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The result as "loss"; of a mapping and of several, all that are tensors."""
@@ -172,7 +173,7 @@ class _Other(Objective):
         return {"loss": found}
 
 
-def _find(kind: str, own: Any) -> Callable[..., Any]:
+def _loss_class(kind: str, own: Any) -> Callable[..., Any]:
     """The class of this name: the framework's own, torch's, or what is imported."""
     names: list[str] = [*OPTIONS, *PIXELS]
     if isinstance(own, ModuleType):
@@ -205,7 +206,8 @@ def _find(kind: str, own: Any) -> Callable[..., Any]:
 
 
 def _diff_loss(given: dict[str, Any], _: Any) -> Objective:
-    return restoreloss.DiffLoss(_named_prior(**_take(given, _named_prior), reading=_take(given, load_prior)), **given)
+    naming, reading = (_pop_arguments_of(given, function) for function in (_named_prior, load_prior))
+    return restoreloss.DiffLoss(_named_prior(**naming, reading=reading), **given)
 
 
 def _named_prior(
@@ -243,22 +245,22 @@ def _named_conditioning(source: str) -> Any:
 
 
 def _tdp_loss(given: dict[str, Any], _: Any) -> Objective:
-    found = _take(given, task_network)
+    found = _pop_arguments_of(given, task_network)
     network = _named_task(found)
     if "normalize" not in given:
         given["normalize"] = normalization(found["task"])
-    return _Borrowed(restoreloss.TDPLoss(network, **given), network)
+    return _WithTaskNetwork(restoreloss.TDPLoss(network, **given), network)
 
 
 def _hlf_loss(given: dict[str, Any], _: Any) -> Objective:
-    found = _take(given, task_network)
+    found = _pop_arguments_of(given, task_network)
     reference = given.pop("reference")
     network = _named_task(found)
     with named("weights", "reference"):
         other = _named_task({**found, "weights": reference})
     if "normalize" not in given:
         given["normalize"] = normalization(found["task"])
-    return _Borrowed(restoreloss.HLFLoss(network, other, **given), network)
+    return _WithTaskNetwork(restoreloss.HLFLoss(network, other, **given), network)
 
 
 def _named_task(given: Mapping[str, Any]) -> nn.Module:
@@ -266,8 +268,8 @@ def _named_task(given: Mapping[str, Any]) -> nn.Module:
         return task_network(given["task"], **{k: v for k, v in given.items() if k != "task"}).requires_grad_(False)
 
 
-class _Borrowed(Objective):
-    """A loss with the task network that it only borrows, at rest, which follows ``.to()`` by this."""
+class _WithTaskNetwork(Objective):
+    """A loss and its task network, frozen, so that ``.to()`` of the loss moves the network too."""
 
     def __init__(self, loss: restoreloss.TDPLoss | restoreloss.HLFLoss, network: nn.Module) -> None:
         super().__init__()
@@ -279,7 +281,7 @@ class _Borrowed(Objective):
 
 
 def _weighted_sum(given: dict[str, Any], own: Any) -> Objective:
-    given.pop("reduction", None)
+    reduction = given.pop("reduction", None)
     objectives, weights, shares = given.pop("objectives"), given.pop("weights", None), given.pop("shares", None)
     if not isinstance(objectives, Mapping) or not objectives:
         raise ValueError(f"`objectives` should be a mapping of names to options, found {objectives!r}.")
@@ -294,7 +296,13 @@ def _weighted_sum(given: dict[str, Any], own: Any) -> Objective:
         raise ValueError(f"`loss_weight` should be left out of what has a weight or share, found one for {twice}.")
     # An objective of weight 0 is not computed.
     without = {name: 0.0 for name, part in parts.items() if part.loss_weight == 0}
-    return restoreloss.WeightedSum(parts, {**(weights or {}), **without}, shares=shares)
+    made = restoreloss.WeightedSum(parts, {**(weights or {}), **without}, shares=shares)
+    if reduction is not None and reduction != made.reduction:
+        raise ValueError(
+            f"`reduction` should be given to each of `objectives`, whose is {made.reduction!r}, found "
+            f"{reduction!r} for their sum."
+        )
+    return made
 
 
 @dataclass(frozen=True)
@@ -303,22 +311,22 @@ class _Kind:
 
     build: Callable[[dict[str, Any], Any], Objective]
     signatures: Sequence[Callable[..., Any]]
-    made: Sequence[str]
+    excluded: Sequence[str]
     """Arguments that are no options: the networks, which have names instead."""
 
 
-def _take(given: dict[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+def _pop_arguments_of(given: dict[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
     """The options that are arguments of a function, out of the others."""
     names = [_NAMES.get(name, name) for name in inspect.signature(function).parameters]
     return {name: given.pop(name) for name in names if name in given}
 
 
 def _every(*, every: int = 1, subset: int | float | None = None, loss_weight: float = 1.0) -> None:
-    """Whose arguments every type has."""
+    """Only the signature is read: the options that every type has."""
 
 
 def _reducing(*, reduction: str = "mean") -> None:
-    """What a WeightedSum says of its parts."""
+    """Only the signature is read: an option of a WeightedSum, which it has from its parts."""
 
 
 _NAMES = {"name": "task"}
@@ -339,7 +347,7 @@ def _options_of(kind: _Kind) -> dict[str, inspect.Parameter]:
     for function in (*kind.signatures, _every):
         for parameter in inspect.signature(function).parameters.values():
             name = _NAMES.get(parameter.name, parameter.name)
-            if name not in kind.made and name not in found:
+            if name not in kind.excluded and name not in found:
                 found[name] = parameter.replace(name=name, kind=inspect.Parameter.KEYWORD_ONLY)
     return found
 

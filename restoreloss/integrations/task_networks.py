@@ -83,7 +83,10 @@ def normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | No
             return tuple(config.mean), tuple(config.std)
     if library == "torchvision":
         models = _torchvision_with(model)
-        return None if model in models.list_models(module=models.detection) else IMAGENET
+        if model in models.list_models(module=models.detection):
+            return None
+        preset = models.get_model_weights(model).DEFAULT.transforms()
+        return (tuple(preset.mean), tuple(preset.std)) if hasattr(preset, "mean") else IMAGENET
     if library == "transformers":
         transformers = require("transformers", purpose=f"{name!r}", install=extra("examples"))
         try:

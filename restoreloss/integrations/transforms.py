@@ -259,23 +259,23 @@ def _like(unit: Tensor, image: Tensor) -> Tensor:
     return unit.to(image.dtype)
 
 
-def _is_array_of_an_image(leaf: Any) -> bool:
-    return isinstance(leaf, np.ndarray) and leaf.ndim == 3 and leaf.shape[-1] in (1, 3)
-
-
 def _images_among(leaves: Sequence[Any]) -> list[int]:
-    """Places of the images: those that say that they are, or else the first tensor, as in torchvision's transforms."""
-    stated = [
-        place
-        for place, leaf in enumerate(leaves)
-        if isinstance(leaf, Image.Image | tv_tensors.Image | tv_tensors.Video) or _is_array_of_an_image(leaf)
-    ]
-    pure = [
-        place
-        for place, leaf in enumerate(leaves)
-        if isinstance(leaf, Tensor) and not isinstance(leaf, tv_tensors.TVTensor)
-    ]
-    return stated or pure[:1]
+    """Places of the images: those that say that they are, arrays of three channels, of one, or the first tensor.
+
+    Raises:
+        ValueError: For arrays of several sizes: one may hold keypoints.
+    """
+    stated = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Image.Image | tv_tensors.Image | tv_tensors.Video)]
+    arrays = [n for n, leaf in enumerate(leaves) if isinstance(leaf, np.ndarray) and leaf.ndim == 3]
+    colored, gray = ([n for n in arrays if leaves[n].shape[-1] == channels] for channels in (3, 1))
+    pure = [n for n, x in enumerate(leaves) if isinstance(x, Tensor) and not isinstance(x, tv_tensors.TVTensor)]
+    found = stated or colored or gray
+    sizes = {leaves[n].shape[:2] for n in found if n in arrays}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"Which of the arrays of sizes {sorted(sizes)} are images should be said, by `keys` of a dictionary."
+        )
+    return found or pure[:1]
 
 
 def _as_batch(image: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from restoreloss.checks import describe
+from restoreloss.checks import check_callable, describe, signature_of
 from restoreloss.generators import Generators
 
 
@@ -34,6 +34,32 @@ class Objective(nn.Module, ABC):
     def forward(self, restored: Tensor, target: Tensor) -> Tensor:
         """The sum of :meth:`terms`."""
         return total(self.terms(restored, target))
+
+
+def check_objective(name: str, objective: Any) -> None:
+    """Raise ``ValueError`` unless it is called with (restored, target)."""
+    check_callable(name, objective, "restored", "target")
+    if not compares(objective):
+        raise ValueError(
+            f"`{name}` should take the target in second place, found {describe(objective)}, which takes "
+            f"{signature_of(objective)}: `NoReference` makes an objective of a loss of one image."
+        )
+
+
+def compares(loss: Any) -> bool:
+    """Whether a loss takes the target in second place, and not an option, a weight or a mask that it can do without."""
+    signature = signature_of(loss)
+    if signature is None:  # some compiled code does not tell
+        return True
+    try:
+        signature.bind("restored", "target")
+    except TypeError:
+        return False
+    second = list(signature.parameters.values())[1:2]
+    by_default = second[0].default if second else inspect.Parameter.empty
+    if by_default is inspect.Parameter.empty:
+        return True
+    return by_default is None and second[0].name not in ("weight", "weights", "mask")
 
 
 def total(terms: Mapping[str, Tensor]) -> Tensor:

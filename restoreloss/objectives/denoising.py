@@ -34,9 +34,9 @@ class DenoisingLoss(nn.Module):
     The network is live: neither registered nor frozen nor copied. Its parameters get the gradient.
 
     Args:
-        denoiser: ``(x_t, t) -> prediction`` with t of shape (N,): a network, DDP around it, or a function; a tensor, an
-            object with ``.sample``, or a tuple that begins with the tensor. Channels beyond those of the image (a
-            learned variance) are ignored.
+        denoiser: ``(x_t, t) -> prediction`` with t of shape (N,), which is :meth:`NoiseSchedule.model_time`: a network,
+            DDP around it, or a function; a tensor, an object with ``.sample``, or a tuple that begins with the tensor.
+            Channels beyond those of the image (a learned variance) are ignored.
         schedule: :class:`~restoreloss.NoiseLevels` or :class:`~restoreloss.NoiseSchedule`.
         distance: "l1" | "mse" | "rms" | "l2"; the default is "l1" with NoiseLevels and "mse" else.
         timesteps: (low, high), low included. The default is all levels that hold noise.
@@ -92,6 +92,7 @@ class DenoisingLoss(nn.Module):
         check_choice("distance", distance, Distance)
         check_choice("reduction", reduction, Reduction)
         self._denoiser = (denoiser,)  # The tuple keeps it from being registered.
+        self._takes_timesteps = isinstance(denoiser, Denoiser)  # and tells its model what the schedule calls them
         self.schedule = schedule
         self.distance: Distance = distance
         self.reduction: Reduction = reduction
@@ -136,7 +137,8 @@ class DenoisingLoss(nn.Module):
         noise = noise.to(clean.device)
         t = self.schedule.expand_timestep(timestep, clean)
         x = clean if self.input_range is None else into_range(clean, self.input_range, self.schedule.model_range)
-        answer = prediction_in(self._denoiser[0](self.schedule.add_noise(x, noise, t), t))
+        time = t if self._takes_timesteps else self.schedule.model_time(t)
+        answer = prediction_in(self._denoiser[0](self.schedule.add_noise(x, noise, t), time))
         if answer.ndim != 4 or answer.shape[1] < x.shape[1]:
             raise ValueError(f"`denoiser` should return images like {tuple(x.shape)}, found {tuple(answer.shape)}.")
         answer = answer[:, : x.shape[1]]

@@ -196,8 +196,7 @@ class DiffLoss(Objective):
         self._encoder: FrozenNetwork[LatentEncoder] | None = None
         if latents is not None:
             warn_if_trained(latents, "encoder")
-            self._encoder = FrozenNetwork(latents)
-            self._encoder.narrow(latents.without_decoder())
+            self._encoder = FrozenNetwork(latents.without_decoder())
         self._range = RangeWatch(self.input_range)
 
     def terms(

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from restoreloss.checks import check_callable, describe
+from restoreloss.checks import describe
 from restoreloss.generators import Generators
 from restoreloss.images import check_pair
-from restoreloss.objectives.base import Objective, named_terms, total
+from restoreloss.objectives.base import Objective, check_objective, named_terms, total
 
 
 class Masked(Objective):
@@ -40,7 +40,7 @@ class Masked(Objective):
 
     def __init__(self, objective: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        check_callable("objective", objective, "restored", "target")
+        check_objective("objective", objective)
         self.objective = objective
         self._looked = False
 
@@ -58,7 +58,8 @@ class Masked(Objective):
             raise ValueError(f"`mask` should be on {restored.device}, found {mask.device}.")
         self._check_range(mask)
         target, mask = target.detach(), mask.detach().to(restored.dtype)
-        seen = target + mask * (restored - target)
+        # chosen where nothing is looked at, because 0 times NaN is NaN
+        seen = torch.where(mask == 0, target, target + mask * (restored - target))
         mean = mask.float().mean().clamp(min=1 / mask.numel())  # An empty mask has the loss 0.
         terms = named_terms("objective", self.objective, seen, target, generator)
         return {name: value / mean for name, value in terms.items()}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from restoreloss.checks import check_callable, check_number, describe
 from restoreloss.generators import Generators
-from restoreloss.objectives.base import Objective, named_terms, total
+from restoreloss.objectives.base import Objective, check_objective, named_terms, total
 
 
 class MultiOutput(Objective):
@@ -35,7 +35,7 @@ class MultiOutput(Objective):
 
     def __init__(self, objective: Callable[[Tensor, Tensor], Tensor], weights: Sequence[float] | None = None) -> None:
         super().__init__()
-        check_callable("objective", objective, "restored", "target")
+        check_objective("objective", objective)
         if isinstance(weights, str) or not (weights is None or isinstance(weights, Sequence)):
             raise ValueError(f"`weights` should be a number for each output, found {describe(weights)}.")
         self.weights = None if weights is None else [check_number(f"weights[{n}]", w) for n, w in enumerate(weights)]

@@ -1,6 +1,8 @@
 """RunningNorms: how strong the gradient of each objective was in the last calls, for weights that keep a share."""
 
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from restoreloss.gradients import gradient_at, gradient_norm
+from restoreloss.precision import ExactBuffers
 
 _AVERAGED_CALLS = 100
 _PENDING_CALLS = 8
@@ -15,7 +18,7 @@ FIRST_DRAWS = 8
 """How often losses that draw at random are measured in the first call."""
 
 
-class RunningNorms(nn.Module):
+class RunningNorms(ExactBuffers):
     r"""Running means of the norms :math:`\|\partial L_k / \partial z\|` at the restored image z.
 
     They are read where the training's own backward pass goes through: a call costs one norm for each objective, and
@@ -121,12 +124,25 @@ class BackwardPass:
         self.norms: dict[str, Tensor] = {}
         self._factors: dict[str, Tensor] = {}
         self._weights: Mapping[str, Tensor | float] = {}
+        self._terms: dict[str, set[str]] = {}
+        self._passed: dict[str, set[str]] = {}
 
     def image(self, name: str, restored: Tensor) -> Tensor:
         """The restored image for one objective, whose gradient is measured on its way back."""
 
         def measure(gradient: Tensor) -> None:
-            self.norms[name] = gradient_norm(gradient) / (self._factors[name] * self._weights[name]).abs()
+            passed = self._passed.pop(name, None)
+            if passed is None:  # a second derivative, which came by no term
+                return
+            if passed == self._terms[name]:
+                self.norms[name] = gradient_norm(gradient) / (self._factors[name] * self._weights[name]).abs()
+                return
+            self.norms[name] = torch.full_like(gradient_norm(gradient), torch.nan)  # which no mean takes in
+            warnings.warn(
+                "`shares` should be measured in one backward pass through the sum of all terms, found a pass through "
+                "some of them: the weights stay as they are.",
+                stacklevel=2,
+            )
 
         alias = restored.view_as(restored)
         alias.register_hook(measure)
@@ -140,13 +156,15 @@ class BackwardPass:
         weighted = {}
         for name, terms in values.items():
 
-            def read(gradient: Tensor, name: str = name) -> None:
+            def read(gradient: Tensor, name: str, key: str) -> None:
                 self._factors[name] = gradient.detach().float().sum()
+                self._passed.setdefault(name, set()).add(key)
 
             for key, value in terms.items():
                 weighted[key] = weights[name] * value
                 if weighted[key].requires_grad:
-                    weighted[key].register_hook(read)
+                    self._terms.setdefault(name, set()).add(key)
+                    weighted[key].register_hook(partial(read, name=name, key=key))
         return weighted
 
 

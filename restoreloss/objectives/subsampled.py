@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restoreloss.checks import check_callable, check_choice, check_integer
+from restoreloss.checks import check_choice, check_integer
 from restoreloss.distances import Reduction
 from restoreloss.generators import Generators, check_generators, forked, permutation
 from restoreloss.images import check_pair
-from restoreloss.objectives.base import Objective, named_terms, total
+from restoreloss.objectives.base import Objective, check_objective, named_terms, total
 from restoreloss.objectives.tiles import check_share
 
 
@@ -53,7 +53,7 @@ class Subsampled(Objective):
         reduction: Reduction | None = None,
     ) -> None:
         super().__init__()
-        check_callable("objective", objective, "restored", "target")
+        check_objective("objective", objective)
         self.every = check_integer("every", every)
         self.subset = None if subset is None else check_share("subset", subset)
         self.calls = 0

@@ -7,11 +7,11 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from restoreloss.checks import check_callable, check_number, describe
+from restoreloss.checks import check_number, describe
 from restoreloss.features import FeatureExtractor
 from restoreloss.generators import Generators, check_generators
 from restoreloss.images import check_pair
-from restoreloss.objectives.base import Objective, named_terms, total
+from restoreloss.objectives.base import Objective, check_objective, named_terms, total
 from restoreloss.objectives.shares import FIRST_DRAWS, BackwardPass, RunningNorms, norm_at, weights_for
 
 
@@ -39,7 +39,7 @@ class WeightedSum(Objective):
 
     Attributes:
         weights: those of fixed weight; may be changed between calls.
-        shares: the shares; may be changed between calls.
+        shares: the shares; may be changed between calls, but not added to a sum that was made without any.
         norms: the running norms, a :class:`~restoreloss.objectives.shares.RunningNorms`; None without shares. Its
             ``take_in()``, called by all of several processes before the first saves, makes a resumed training equal to
             the digit; one process does so by itself.
@@ -84,17 +84,16 @@ class WeightedSum(Objective):
         for argument, given in (("weights", weights), ("shares", shares)):
             if unknown := [name for name in given if name not in objectives]:
                 raise ValueError(f"`{argument}` should be named after objectives {list(objectives)}, found {unknown}.")
-        if twice := [name for name in weights if name in shares]:
-            raise ValueError(f"`weights` should not name what has a share, found {twice} in both.")
         self._names = tuple(objectives)
-        self.weights = {n: check_number(f"weights[{n!r}]", weights.get(n, 1.0)) for n in objectives if n not in shares}
+        given = {name: weights.get(name, 1.0) for name in objectives if name in weights or name not in shares}
+        self.weights = {name: check_number(f"weights[{name!r}]", weight) for name, weight in given.items()}
         self.shares = {name: check_number(f"shares[{name!r}]", share, low=0, high=1) for name, share in shares.items()}
         for name, objective in objectives.items():
-            check_callable(f"objectives[{name!r}]", objective, "restored", "target")
+            check_objective(f"objectives[{name!r}]", objective)
             if not isinstance(name, str) or not name or "/" in name or "." in name:
                 raise ValueError(f"`objectives` should have names without '/' and '.', found {name!r}.")
-        self._check_weights()
         self.norms = RunningNorms(self._names) if shares else None
+        self._check_weights()
         self._functions = {name: f for name, f in objectives.items() if not isinstance(f, nn.Module)}
         for name, objective in objectives.items():
             if isinstance(objective, nn.Module):
@@ -132,6 +131,10 @@ class WeightedSum(Objective):
         return {**weights_for(self.shares, self.norms.by_name(), self.weights)}
 
     def _check_weights(self) -> None:
+        if self.shares and self.norms is None:
+            raise ValueError(f"`shares` should be given at construction, found {self.shares} in a sum without.")
+        if twice := [name for name in self.weights if name in self.shares]:
+            raise ValueError(f"`weights` should not name what has a share, found {twice} in both.")
         if not any(self.weights.values()):
             found = dict(self.weights) or f"shares of {sum(self.shares.values()):g} for all"
             raise ValueError(f"`weights` should leave at least one objective a weight other than 0, found {found}.")

@@ -6,7 +6,7 @@ the second training charges for moving away. The charge is a loss to add, or a g
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from restoreloss.checks import check_callable, check_choice, check_integer, check_number, describe
 from restoreloss.frozen import RunMode, in_mode, unwrap
+from restoreloss.precision import ExactBuffers
 from restoreloss.regularizers.layer_decay import layer_of
 from restoreloss.regularizers.parameter_names import buffer_name, parameter_name, plain_name
 from restoreloss.regularizers.per_sample import Estimator, PerSample
@@ -24,7 +25,7 @@ from restoreloss.sharding import gather, is_sharded, shard_like
 Normalize = Literal["sum", "mean"]
 
 
-class ParameterImportance(nn.Module):
+class ParameterImportance(ExactBuffers):
     r"""Charge parameters for moving, each by its importance to an earlier training.
 
     .. math:: d = \theta - \theta_0, \qquad g_i = \nabla_\theta L(x_i; \theta_0) \quad\text{of a single sample}
@@ -262,11 +263,15 @@ class ParameterImportance(nn.Module):
 
         Call it once per optimizer step, after the last ``backward()``, and after ``GradScaler.unscale_``.
         """
+        self._apply_to(None)
+
+    def _apply_to(self, held: set[int] | None) -> None:
+        """:meth:`apply_`, for the parameters of these ids alone, or for all."""
         self._check_measured()
         charged = False
         for parameter, omega, anchor, weight in self._charged():
             charged = True
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or (held is not None and id(parameter) not in held):
                 continue
             slope = moved = parameter.to(omega.dtype) - anchor
             if self.estimator == "taylor2":
@@ -286,7 +291,7 @@ class ParameterImportance(nn.Module):
         return self.__dict__ | {"_attached": []}  # A copy is attached to nothing.
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Call :meth:`apply_` before each step of an optimizer, after any clipping of gradients.
+        """Call :meth:`apply_` before each step of an optimizer, for its parameters, after any clipping of gradients.
 
         Args:
             optimizer: of the network's parameters; not accelerate's wrapper, but ``wrapper.optimizer``.
@@ -314,7 +319,8 @@ class ParameterImportance(nn.Module):
                     "A fused optimizer is given scaled gradients by GradScaler: call `scaler.unscale_(optimizer)` "
                     "before `scaler.step(optimizer)`."
                 )
-            self.apply_()
+            with torch.no_grad():
+                self._apply_to({id(parameter) for group in optimizer.param_groups for parameter in group["params"]})
 
         own = {id(parameter) for parameter in unwrap(self._model[0]).parameters()}
         if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
@@ -459,9 +465,20 @@ class ParameterImportance(nn.Module):
             if name.startswith(start) and value is not None
         }
 
+    def get_extra_state(self) -> Tensor:
+        """The estimator, by its place among all: an importance means nothing to another one."""
+        return torch.tensor(get_args(Estimator).index(self.estimator))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: the estimator is this one's own."""
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        measured = state_dict.get(f"{prefix}_extra_state")
+        if measured is not None and (found := get_args(Estimator)[int(measured)]) != self.estimator:
+            raise ValueError(f"`state_dict` should hold importances of {self.estimator!r}, found those of {found!r}.")
         # What was measured elsewhere replaces what is here, with other tasks and parameters that this network lacks.
         loaded = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        loaded = [name for name in loaded if name != "_extra_state"]
         if any(name.endswith("/samples") for name in loaded):
             devices = {plain_name(name): p.device for name, p in unwrap(self._model[0]).named_parameters()}
             usual = next(iter(devices.values()), None)
@@ -472,15 +489,6 @@ class ParameterImportance(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *others)
         samples = self._buffer("samples")
         self._measured = self.estimator == "l2sp" or samples.is_meta or int(samples) > 0
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "ParameterImportance":
-        exact = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():  # Follow the device, never the dtype: squares leave half precision.
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from restoreloss.checks import check_choice, check_number, describe
 from restoreloss.frozen import RunMode, in_mode, unwrap
+from restoreloss.regularizers.gradients import average_
+from restoreloss.regularizers.parameter_names import plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +63,11 @@ def execution_order(
     if not fits:
         found = ", ".join(map(describe, inputs)) or "none"
         raise ValueError(f"`inputs` should be what {type(network).__name__} is called with, as tensors, found {found}.")
-    modules = dict(network.named_modules())
+    modules = {plain_name(f"{name}.").removesuffix("."): module for name, module in network.named_modules()}
     if blocks is None:
         chosen = [name for name, module in modules.items() if any(True for _ in module.parameters(recurse=False))]
     else:
-        chosen = list(blocks)
+        chosen = [plain_name(f"{name}.").removesuffix(".") if isinstance(name, str) else name for name in blocks]
         unknown = [name for name in chosen if name not in modules]
         if unknown:
             raise ValueError(f"`blocks` should name submodules, found {unknown}; there are {list(modules)[1:21]}, ...")
@@ -149,9 +151,8 @@ def shallow(model: nn.Module, order: Sequence[str], share: float | int = 0.5) ->
         raise ValueError(f"`model` should be a module, found {describe(model)}.")
     _check_order(order)
     chosen = set(order[: _count(share, order)])
-    parameters = [
-        p for name, p in unwrap(model).named_parameters() if p.requires_grad and layer_of(name, order) in chosen
-    ]
+    named = unwrap(model).named_parameters()
+    parameters = [p for name, p in named if p.requires_grad and layer_of(plain_name(name), order) in chosen]
     if not parameters:
         raise ValueError(f"The layers {sorted(chosen)} should have parameters that require a gradient, found none.")
     return parameters
@@ -165,6 +166,9 @@ def add_gradients(loss: Tensor, model: nn.Module, weights: Mapping[str, float], 
     A layer of weight 0, or without one, gets exactly nothing, whatever the depth of the network that the loss saw:
     ``layer_weights(order, t, share=0.5)`` confines generation to the first half. Keep the names of the other layers in
     ``weights``: without them a layer inside a shallow one would belong to that.
+
+    Over several processes of ``torch.distributed`` the mean is added, and each of them has to call; the loss is that of
+    the network inside DDP.
 
     Args:
         loss: a scalar.
@@ -190,20 +194,24 @@ def add_gradients(loss: Tensor, model: nn.Module, weights: Mapping[str, float], 
     if not isinstance(weights, Mapping):
         raise ValueError(f"`weights` should be a mapping of layers to numbers, found {describe(weights)}.")
     weights = {name: check_number(f"weights[{name!r}]", weight) for name, weight in weights.items()}
-    found = {name: layer_of(name, weights) for name, p in unwrap(model).named_parameters() if p.requires_grad}
-    factors = {name: weights[owner] for name, owner in found.items() if owner is not None and weights[owner] != 0}
-    if not factors:
+    chosen, factors = [], []
+    for name, parameter in unwrap(model).named_parameters():
+        owner = layer_of(plain_name(name), weights)
+        if parameter.requires_grad and owner is not None and weights[owner] != 0:
+            chosen.append(parameter)
+            factors.append(weights[owner])
+    if not chosen:
         raise ValueError(
             f"`weights` should name layers with parameters that require a gradient, found {list(weights)}."
         )
-    parameters = dict(unwrap(model).named_parameters())
-    chosen = [parameters[name] for name in factors]
     gradients = torch.autograd.grad(loss, chosen, retain_graph=retain_graph, allow_unused=True)
-    if all(gradient is None for gradient in gradients):
+    reached = [gradient is not None for gradient in gradients]
+    if not any(reached):
         raise ValueError("`loss` should depend on parameters that `weights` name, found that it depends on none.")
-    for parameter, gradient, factor in zip(chosen, gradients, factors.values(), strict=True):
-        if gradient is not None:
-            gradient = factor * gradient
+    added = [torch.zeros_like(p) if g is None else f * g for p, g, f in zip(chosen, gradients, factors, strict=True)]
+    average_(added)
+    for parameter, gradient, own in zip(chosen, added, reached, strict=True):
+        if own:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 

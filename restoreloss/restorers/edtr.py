@@ -20,8 +20,9 @@ from restoreloss.diffusion.latents import LatentPrior, denormalize_latents
 from restoreloss.diffusion.sampling import PredictsNoise, denoise, partial_diffusion, short_steps
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.generators import Generators, standard_normal
+from restoreloss.precision import reference_weight
 from restoreloss.restorers.shapes import Parts
-from restoreloss.restorers.tiling import tiled, together
+from restoreloss.restorers.tiling import pad_to_batch, tiled
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel
@@ -101,6 +102,7 @@ class EDTR(nn.Module):
         vae, unet, schedule, prompt = Parts.of(prior)
         self.controlnet = latent_controlnet(unet) if controlnet is None else controlnet
         self.decoder = nn.ModuleList(part for part in (vae.post_quant_conv, vae.decoder) if part is not None)
+        self.decoder.requires_grad_(True)  # whatever the prior was read with
         encoder = nn.ModuleList(part for part in (vae.encoder, vae.quant_conv) if part is not None)
         self._pre, self._encoder, self._unet = FrozenNetwork(pre), FrozenNetwork(encoder), FrozenNetwork(unet)
         self._latents = (prior.encoder,)  # A tuple, because its parts are registered above.
@@ -132,7 +134,8 @@ class EDTR(nn.Module):
                 f"`degraded` should have sides that are multiples of {self.multiple}, found {tuple(degraded.shape)}; "
                 "`restore` pads them."
             )
-        image = self._pre.network(degraded).float()
+        pre = self._pre.network
+        image = pre(degraded if (weight := reference_weight(pre)) is None else degraded.to(weight.dtype)).float()
         return Hint(image, self.encode(image))
 
     @torch.no_grad()
@@ -145,20 +148,23 @@ class EDTR(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [0, 1], up to overshoot."""
         vae: Any = self._latents[0].encoder
-        image: Tensor = vae.decode(denormalize_latents(latents, vae.config)).sample
+        image: Tensor = vae.decode(denormalize_latents(latents, vae.config).to(vae.dtype)).sample
         return (image.float() + 1) / 2  # bfloat16 does not have the 256 levels of an image.
 
     def denoiser(self, hint: Hint) -> PredictsNoise:
         """``(z_t, t) -> noise``: the diffusion model, told the hint."""
         unet: Any = self._unet.network
+        dtype = self.controlnet.dtype  # the latents stay in float32 between the steps
 
         def predict(z_t: Tensor, t: Tensor) -> Tensor:
-            prompt = self.prompt.expand(len(z_t), -1, -1)
-            residuals, middle = self.controlnet(z_t, t, prompt, controlnet_cond=hint.latents, return_dict=False)
+            prompt, noisy = self.prompt.expand(len(z_t), -1, -1).to(dtype), z_t.to(dtype)
+            residuals, middle = self.controlnet(
+                noisy, t, prompt, controlnet_cond=hint.latents.to(dtype), return_dict=False
+            )
             output = unet(
-                z_t, t, prompt, down_block_additional_residuals=residuals, mid_block_additional_residual=middle
+                noisy, t, prompt, down_block_additional_residuals=residuals, mid_block_additional_residual=middle
             ).sample
-            return self.schedule.to_noise(output, z_t, t)
+            return self.schedule.to_noise(output.float(), z_t, t)
 
         return predict
 
@@ -230,7 +236,7 @@ class EDTR(nn.Module):
             overlap: pixels that tiles share, at most half of ``tile``; a quarter by default.
         """
         check_map("degraded", degraded, 3)
-        image, steps = together(degraded, self.multiple, smallest), self.timesteps(n)
+        image, steps = pad_to_batch(degraded, self.multiple, smallest), self.timesteps(n)
         height, width = (side // self.latent_factor for side in image.shape[2:])
         channels = self._latents[0].encoder.config.latent_channels
         like = torch.empty(len(image), channels, height, width, device=image.device)
@@ -240,18 +246,9 @@ class EDTR(nn.Module):
             image: Tensor = self(self.hint(part), steps, noise=noise)
             return image
 
-        if tile is None:
-            found = restored(image, *noise)
-        else:
-            side = -(-check_integer("tile", tile) // self.multiple) * self.multiple
-            found = tiled(
-                restored,
-                image,
-                tile=side,
-                overlap=side // 4 if overlap is None else overlap,
-                fields=noise,
-                step=self.latent_factor,
-            )
+        found = tiled(
+            restored, image, tile=tile, overlap=overlap, multiple=self.multiple, fields=noise, step=self.latent_factor
+        )
         return found[..., : degraded.shape[2], : degraded.shape[3]].clamp(0, 1)
 
     def enable_checkpointing(self) -> None:

@@ -14,8 +14,9 @@ def tiled(
     function: Callable[..., Tensor],
     image: Tensor,
     *,
-    tile: int,
-    overlap: int,
+    tile: int | None,
+    overlap: int | None = None,
+    multiple: int = 1,
     fields: Sequence[Tensor] = (),
     step: int = 1,
     scale: int = 1,
@@ -25,8 +26,9 @@ def tiled(
     Args:
         function: (N, C, h, w), and the part of each of ``fields`` -> (N, C', scale h, scale w).
         image: (N, C, H, W); sides below ``tile`` are one tile.
-        tile: side of the tiles in pixels.
-        overlap: pixels that neighbors share at least, from 0 to half a tile.
+        tile: side of the tiles in pixels, brought to a multiple; None for the whole image at once.
+        overlap: pixels that neighbors share at least, from 0 to half a tile; a quarter by default.
+        multiple: of the sides that the function takes.
         fields: maps of the whole image at a ``step`` times lower resolution, (N, c, H / step, W / step). Noise that is
             drawn once for the whole image lets neighbors agree where they overlap.
         step: tiles begin at multiples of it; ``tile`` and the sides should be multiples too.
@@ -35,8 +37,11 @@ def tiled(
     Raises:
         ValueError: For an overlap out of these bounds, and sizes that are no multiples of ``step``.
     """
-    check_integer("tile", tile)
+    if tile is None:
+        return function(image, *fields)
     check_integer("step", step)
+    tile = -(-check_integer("tile", tile) // multiple) * multiple
+    overlap = tile // 4 if overlap is None else overlap
     if not 0 <= overlap <= tile // 2:
         raise ValueError(f"`overlap` should be from 0 to half a tile ({tile // 2}), found {overlap}.")
     height, width = image.shape[2:]
@@ -77,7 +82,7 @@ def _fade(size: int, overlap: int, like: Tensor) -> Tensor:
     return (edge / (overlap + 1)).clamp(max=1)
 
 
-def together(images: Tensor | Sequence[Tensor], multiple: int, smallest: int = 0) -> Tensor:
+def pad_to_batch(images: Tensor | Sequence[Tensor], multiple: int, smallest: int = 0) -> Tensor:
     """Images as one batch: continued by their last pixels, to the right and below, to one size.
 
     Args:
@@ -96,14 +101,14 @@ def together(images: Tensor | Sequence[Tensor], multiple: int, smallest: int = 0
     )
 
 
-def apart(images: Tensor, like: Any) -> Any:
-    """One batch cut to the sizes, and in the form, of what :func:`together` was given."""
+def crop_to(images: Tensor, like: Any) -> Any:
+    """One batch cut to the sizes, and in the form, of what :func:`pad_to_batch` was given."""
     if isinstance(like, Tensor):
         return images[..., : like.shape[2], : like.shape[3]]
     return [image[:, : one.shape[1], : one.shape[2]] for image, one in zip(images, like, strict=True)]
 
 
-def enlarged(images: Tensor, smallest: int) -> Tensor:
+def upscale_to_side(images: Tensor, smallest: int) -> Tensor:
     """Images enlarged (bicubic) until the shorter side is at least ``smallest``."""
     height, width = images.shape[2:]
     factor = smallest / min(height, width)
@@ -113,7 +118,7 @@ def enlarged(images: Tensor, smallest: int) -> Tensor:
     return F.interpolate(images, size=size, mode="bicubic", align_corners=False)
 
 
-def reduced(images: Tensor, size: Sequence[int]) -> Tensor:
+def resize_to(images: Tensor, size: Sequence[int]) -> Tensor:
     """Images of this size, (height, width), by bicubic interpolation with antialiasing where they have another."""
     if tuple(images.shape[2:]) == tuple(size):
         return images

@@ -29,7 +29,7 @@ from restoreloss.diffusion.sampling import PredictsNoise, denoise, partial_diffu
 from restoreloss.frozen import FrozenNetwork
 from restoreloss.generators import Generators, standard_normal
 from restoreloss.restorers.shapes import Parts
-from restoreloss.restorers.tiling import enlarged, reduced, tiled
+from restoreloss.restorers.tiling import resize_to, tiled, upscale_to_side
 from restoreloss.sizes import fit_size
 from restoreloss.weights import read_weights
 
@@ -166,7 +166,7 @@ class UniRestore(nn.Module):
                 "`restore` pads them."
             )
         vae: Any = self._vae.network
-        h, skips = vae.encoder.conv_in(2 * images - 1), []
+        h, skips = vae.encoder.conv_in((2 * images - 1).to(vae.dtype)), []
         cfrm = self.cfrm if restored else None
         for level, block in enumerate(vae.encoder.down_blocks[:-1]):
             h = block(h)
@@ -195,7 +195,7 @@ class UniRestore(nn.Module):
         """
         vae: Any = self._vae.network
         decoder, prompt = vae.decoder, None if self.tfa is None else self.tfa.prompt(tasks, len(latents))
-        h = denormalize_latents(latents, vae.config)
+        h = denormalize_latents(latents, vae.config).to(vae.dtype)
         h = decoder.conv_in(h if vae.post_quant_conv is None else vae.post_quant_conv(h))
         h = decoder.mid_block(h)
         for level, block in enumerate(decoder.up_blocks):
@@ -208,11 +208,13 @@ class UniRestore(nn.Module):
     def denoiser(self, condition: Tensor) -> PredictsNoise:
         """``(z_t, t) -> noise``: the diffusion model, steered by the latents of the degraded images."""
         unet: Any = self._unet.network
+        dtype = unet.dtype  # the latents stay in float32 between the steps
 
         def predict(z_t: Tensor, t: Tensor) -> Tensor:
-            with self._tuned(unet, self.controller(condition, t)):
-                output = unet(z_t, t, self.prompt.expand(len(z_t), -1, -1)).sample
-            return self.schedule.to_noise(output, z_t, t)
+            prompt = self.prompt.expand(len(z_t), -1, -1).to(dtype)
+            with self._tuned(unet, self.controller(condition.to(dtype), t)):
+                output = unet(z_t.to(dtype), t, prompt).sample
+            return self.schedule.to_noise(output.float(), z_t, t)
 
         return predict
 
@@ -259,10 +261,10 @@ class UniRestore(nn.Module):
             (N, 3, H, W), in [0, 1] up to overshoot.
         """
         check_map("images", images, 3)
-        large = enlarged(images, smallest)
+        large = upscale_to_side(images, smallest)
         padded = fit_size(large, self.multiple, "pad")
         restored = self._restored(padded, tasks, self._noise(padded, generator) if noise is None else noise, steps)
-        return reduced(restored[..., : large.shape[2], : large.shape[3]], images.shape[2:])
+        return resize_to(restored[..., : large.shape[2], : large.shape[3]], images.shape[2:])
 
     @torch.no_grad()
     def restore(
@@ -288,26 +290,19 @@ class UniRestore(nn.Module):
                 once for the whole image.
             overlap: pixels that tiles share, at most half of ``tile``; a quarter by default.
         """
-        if tile is None:
-            found: Tensor = self(images, tasks, generator=generator, steps=steps, smallest=smallest)
-            return found.clamp(0, 1)
         check_map("images", images, 3)
-        large = enlarged(images, smallest)
+        large = upscale_to_side(images, smallest)
         padded = fit_size(large, self.multiple, "pad")
 
         def restored(part: Tensor, noise: Tensor) -> Tensor:
             return self._restored(part, tasks, noise, steps)
 
-        side = -(-check_integer("tile", tile) // self.multiple) * self.multiple
+        noise = self._noise(padded, generator)
         found = tiled(
-            restored,
-            padded,
-            tile=side,
-            overlap=side // 4 if overlap is None else overlap,
-            fields=[self._noise(padded, generator)],
+            restored, padded, tile=tile, overlap=overlap, multiple=self.multiple, fields=[noise],
             step=self.latent_factor,
-        )
-        return reduced(found[..., : large.shape[2], : large.shape[3]], images.shape[2:]).clamp(0, 1)
+        )  # fmt: skip
+        return resize_to(found[..., : large.shape[2], : large.shape[3]], images.shape[2:]).clamp(0, 1)
 
     def _noise(self, images: Tensor, generator: Generators) -> Tensor:
         height, width = (side // self.latent_factor for side in images.shape[2:])
@@ -368,11 +363,11 @@ class UniRestore(nn.Module):
                 digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def save_trained(self, file: Path) -> None:
+    def save_trained(self, file: str | Path) -> None:
         """Write all that was trained, as safetensors."""
         _save({name: value.contiguous() for name, value in self.state_dict().items()}, file)
 
-    def load_trained(self, file: Path, *, with_adapters: bool = True) -> None:
+    def load_trained(self, file: str | Path, *, with_adapters: bool = True) -> None:
         """Load what :meth:`save_trained` wrote.
 
         Tasks that are new to this model are added; tasks that the file does not have keep their prompts.
@@ -403,14 +398,14 @@ class UniRestore(nn.Module):
             cast(TFA, self.tfa).load_prompts(prompts)
         self.load_state_dict(state, strict=False)
 
-    def save_prompts(self, file: Path, tasks: Sequence[str] | None = None) -> None:
+    def save_prompts(self, file: str | Path, tasks: Sequence[str] | None = None) -> None:
         """Write the prompts of some tasks, or of all, as safetensors: a task is a few hundred numbers."""
         adapters = self._prompts("save_prompts")
         chosen = adapters.tasks if tasks is None else tasks
         prompts = {name: adapters.prompt(name)[0].detach().clone() for name in chosen}
         _save(prompts, file, metadata={"fingerprint": self.fingerprint()})
 
-    def load_prompts(self, file: Path) -> tuple[str, ...]:
+    def load_prompts(self, file: str | Path) -> tuple[str, ...]:
         """Load what :meth:`save_prompts` wrote, for a model with the same weights.
 
         Returns:
@@ -440,14 +435,16 @@ class UniRestore(nn.Module):
         return self.tfa
 
 
-def _save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    require("safetensors.torch", purpose=f"writing {file.name}", install="safetensors").save_file(
-        tensors, file, metadata
-    )
+def _save(tensors: dict[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:
+    file = Path(file)
+    writer = require("safetensors.torch", purpose=f"writing {file.name}", install="safetensors")
+    partial = file.with_name(f"{file.name}.partial")
+    writer.save_file(tensors, partial, metadata)
+    partial.replace(file)  # at once, so that a file is whole or is not there
 
 
-def _read(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
+def _read(file: str | Path) -> dict[str, Tensor]:
+    if not Path(file).is_file():
         raise ValueError(f"The weights of a UniRestore should be in {file}, found no such file.")
     return read_weights(file)
 

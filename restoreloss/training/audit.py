@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss._optional import require
-from restoreloss.checks import check_callable, check_choice, check_integer, check_number, describe
+from restoreloss.checks import check_choice, check_integer, check_number, describe
 from restoreloss.generators import forked
 from restoreloss.gradients import gradient_at, gradient_norm
 from restoreloss.images import check_pair
-from restoreloss.objectives.base import named_terms
+from restoreloss.objectives.base import check_objective, named_terms
 from restoreloss.objectives.diffloss import DiffLoss
 from restoreloss.objectives.subsampled import Subsampled
 from restoreloss.objectives.weighted_sum import WeightedSum
@@ -318,7 +318,7 @@ def _weighed(objectives: Objectives) -> list[tuple[str, float, Callable[..., Ten
         if not objectives:
             raise ValueError("`objectives` should name at least one objective, found none.")
         for name, objective in objectives.items():
-            check_callable(f"objectives[{name!r}]", objective, "restored", "target")
+            check_objective(f"objectives[{name!r}]", objective)
         return [(name, 1.0, objective) for name, objective in objectives.items()]
     if isinstance(objectives, type) or not callable(objectives):
         raise ValueError(
@@ -361,9 +361,9 @@ def _measure(objectives: Objectives, restored: Tensor, target: Tensor, draws: in
 
 @contextmanager
 def _whole(*objectives: Any) -> Iterator[None]:
-    """Let losses look at all that train on a part: on tiles, on some samples, at every k-th call."""
+    """Let losses look at all that train on a part: tiles, some samples, every k-th call. No share is measured."""
     trees = [objective.modules() for objective in objectives if isinstance(objective, nn.Module)]
-    parts = [module for tree in trees for module in tree if isinstance(module, DiffLoss | Subsampled)]
+    parts = [module for tree in trees for module in tree if isinstance(module, DiffLoss | Subsampled | WeightedSum)]
     modes = [part.training for part in parts]
     try:
         for part in parts:

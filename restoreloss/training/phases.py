@@ -110,7 +110,7 @@ class Alternation(Generic[Batch]):
     Args:
         phases: in order. A later phase sees what an earlier one has learned from the same batch.
         precision: run the objectives under autocast in this dtype.
-        scaler: a ``torch.amp.GradScaler``, for float16.
+        scaler: a ``torch.amp.GradScaler``, which float16 needs.
         accelerator: an ``accelerate.Accelerator`` that prepared the networks and optimizers; it then does autocast,
             backward and clipping, and ``precision`` and ``scaler`` are its business.
         on_non_finite: "raise" stops before a NaN or infinity reaches the weights, for which a phase waits for the
@@ -168,6 +168,8 @@ class Alternation(Generic[Batch]):
             raise ValueError("`precision` and `scaler` should be left to the `accelerator`, found both.")
         if precision is not None and not (isinstance(precision, torch.dtype) and precision.is_floating_point):
             raise ValueError(f"`precision` should be a dtype, as torch.bfloat16, found {precision!r}.")
+        if precision == torch.float16 and scaler is None:
+            raise ValueError("`scaler` should be given for float16, in which small gradients become 0, found None.")
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise ValueError(f"`scaler` should be a torch.amp.GradScaler, found {describe(scaler)}.")
         if accelerator is not None and not hasattr(accelerator, "backward"):

@@ -338,3 +338,35 @@ def test_wrong_options_are_refused(given, message):
 def test_a_prior_that_is_not_there_is_named_as_it_was_written(tmp_path):
     with pytest.raises(FileNotFoundError, match="`prior` should be a folder, a file"):
         criterion({"type": "DiffLoss", "prior": str(tmp_path / "nowhere" / "prior")})
+
+
+class VariationLoss(nn.Module):
+    """As BasicSR has it: what comes second is a weight."""
+
+    def __init__(self, reduction="mean"):
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, pred, weight=None):
+        assert weight is None
+        return getattr(pred.diff(dim=2).abs(), self.reduction)()
+
+
+def test_a_loss_with_a_weight_in_second_place_is_one_of_the_image_alone():
+    own = ModuleType("losses")
+    own.VariationLoss = VariationLoss
+    restored, clean = images()
+    loss = criterion({"type": "VariationLoss", "loss_weight": 2.0}, own=own)
+    torch.testing.assert_close(loss(restored, clean), 2 * restored.diff(dim=2).abs().mean())
+
+
+def test_the_reduction_of_parts_is_that_of_their_sum():
+    restored, clean = images()
+    parts = {"pixel": {"type": "L1Loss", "reduction": "sum"}}
+    half = criterion({"type": "WeightedSum", "subset": 0.5, "objectives": parts})
+    assert half.reduction == "sum"
+    found = torch.stack([half(restored.requires_grad_(), clean).detach() for _ in range(200)]).mean()
+    torch.testing.assert_close(found, (restored.detach() - clean).abs().sum(), rtol=0.1, atol=0)
+    assert criterion({"type": "WeightedSum", "reduction": "sum", "objectives": parts}).reduction == "sum"
+    with pytest.raises(ValueError, match="`reduction` should be given to each of `objectives`"):
+        criterion({"type": "WeightedSum", "reduction": "sum", "objectives": {"pixel": {"type": "L1Loss"}}})

@@ -231,3 +231,11 @@ def test_wrong_weights_are_refused(tmp_path):
     transformers.ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"names its class in `architectures`, found None"):
         task_network(f"transformers/{tmp_path}", weights="random")
+
+
+def test_networks_of_torchvision_are_normalized_as_their_weights_were_trained():
+    for name in models.list_models(module=models):
+        preset = models.get_model_weights(name).DEFAULT.transforms()
+        assert normalization(f"torchvision/{name}") == (tuple(preset.mean), tuple(preset.std)), name
+    assert normalization("torchvision/efficientnet_v2_l") == ((0.5,) * 3, (0.5,) * 3)
+    assert normalization("torchvision/fasterrcnn_resnet50_fpn") is None

@@ -263,3 +263,17 @@ def test_the_successor_of_imagecorruptions() -> None:
         package_corrupt(image / 255, corruption_name="fog")
     with pytest.raises(ValueError, match="`subset`"):
         get_corruption_names("rain")
+
+
+def test_masks_and_keypoints_of_numpy_are_no_images() -> None:
+    image = np.full((32, 32, 3), 128, np.uint8)
+    mask = np.arange(1024, dtype=np.uint8).reshape(32, 32, 1) % 3
+    found = RandomMixture(p=1.0)({"image": image, "mask": mask})
+    assert not np.array_equal(found["image"], image) and np.array_equal(found["mask"], mask)
+    points = np.zeros((12, 17, 3), np.float32)
+    with pytest.raises(ValueError, match=r"sizes \[\(12, 17\), \(32, 32\)\] are images should be said, by `keys`"):
+        RandomCorruption(names=["fog"])({"image": image, "keypoints": points})
+    kept = RandomCorruption(names=["fog"], keys=["image"])({"image": image, "keypoints": points})
+    assert np.array_equal(kept["keypoints"], points) and not np.array_equal(kept["image"], image)
+    pil = RandomCorruption(names=["fog"])({"image": Image.fromarray(image), "keypoints": points})
+    assert np.array_equal(pil["keypoints"], points)

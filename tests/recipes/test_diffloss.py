@@ -411,7 +411,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"network": "file", "weights": Path("nowhere.pth")},
         "should be given a file of weights, found nowhere.pth",
     ),
-    "weight": ({"pixel": Pixel(weight=-1.0)}, "`pixel` should have a weight of at least 0, found -1.0"),
+    "weight": ({"pixel": Pixel(weight=-1.0)}, "`pixel.weight` should be at least 0, found -1.0"),
     "nothing": ({"pixel": Pixel(weight=0.0)}, "`pixel`, `diff`, .* should have a weight above 0, found none"),
     "share": ({"diff": Diff(share=1.5)}, "`diff.share` should be above 0 and below 1"),
     "perceptual": ({"perceptual": Perceptual(share=0.0)}, "`perceptual.share` should be above 0 and below 1"),

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
+from examples.common.networks.restorers import SAME_SIZE
 from examples.dtp.config import PAPER, MethodName
 from examples.dtp.finetune import FineTuning, turns
 from examples.dtp.gef import GEF, Batch
 from examples.dtp.methods import METHODS
-from examples.dtp.networks import NETWORKS, add_experts, timed_network
+from examples.dtp.networks import add_experts, timed_network
 from examples.dtp.train import trainer as build
 from examples.experiments import dtp as experiment
 from restoreloss.frozen import unwrap
@@ -198,7 +199,7 @@ def test_matched_timesteps_are_searched_with_the_pretrained_network(tmp_path: Pa
 @pytest.mark.parametrize("name", ["nafnet-small", "restormer-small"])
 def test_networks_take_any_size_and_begin_as_if_without_time_and_experts(name: str) -> None:
     timed = timed_network(name, num_timesteps=50)
-    plain, image = NETWORKS[name](), torch.rand(1, 3, 21, 30)
+    plain, image = SAME_SIZE[name](), torch.rand(1, 3, 21, 30)
     plain.load_state_dict(timed.network.state_dict())
     assert torch.equal(timed(image, 7), plain(image)) and timed(image, 7).shape == image.shape
     add_experts(timed, 3)

@@ -232,17 +232,17 @@ def test_restoring_pads_as_the_run_did(tmp_path: Path, prepared: Path, monkeypat
     assert seen == [(64, 64)]
 
 
-def test_the_pre_restoration_learns_from_patches(tmp_path: Path) -> None:
+def test_the_options_of_the_preparation_reach_its_runs(tmp_path: Path) -> None:
     config = preparing.Config(
-        out=tmp_path, steps=1, train_prior=False, pre_patch=24, pre_batch=3, pre_steps=2, pre_lr=0.125, h_lr=0.25,
+        out=tmp_path, steps=1, train_prior=False, pre_batch=3, pre_lr=0.125, h_lr=0.25,
         h_optimizer="sgd", **SMALL,
     )  # fmt: skip
     preparing.prepare(config)
     before, oracle = (
         yaml.safe_load((tmp_path / run / "config.yaml").read_text()) for run in ("pre", "classification_hq")
     )
-    assert (before["patch"], before["batch"], before["steps"], before["s_lr"]) == (24, 3, 2, 0.125)
-    assert (oracle["patch"], oracle["h_lr"], oracle["h_optimizer"]) == (None, 0.25, "sgd")
+    assert (before["batch"], before["s_lr"]) == (3, 0.125)
+    assert (oracle["batch"], oracle["h_lr"], oracle["h_optimizer"]) == (SMALL["batch"], 0.25, "sgd")
     for changes, message in (({"tasks": []}, "at least one task"), ({"task": "detection"}, "`tasks` should")):
         with pytest.raises(ValueError, match=message):
             preparing.prepare(replace(config, **changes))
@@ -259,7 +259,7 @@ def test_the_pre_restoration_learns_from_patches(tmp_path: Path) -> None:
         ({"degradation": "mixture_a"}, "`degradation` should be 'mixture_b'"),
         ({"prepared": None, "references": [Path("nowhere")]}, "`prior` and `pre` should be given"),
         ({"references": [Path("nowhere"), Path("nowhere")]}, "oracles for classification, or `prepared` .*, found 2"),
-        ({"references": [Path("nowhere")]}, "directory of a finished run"),
+        ({"references": [Path("nowhere")]}, "should be a finished run"),
         ({"prior": Path("nowhere/at/all")}, "nowhere"),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from examples.common.data.folder import AtNeed, image_files, load_folder, read_image, restore_folder
+from examples.common.data.folder import LazyTensors, image_files, load_folder, read_image, restore_folder
 from examples.common.data.pair_folders import pairs
 from examples.common.data.pairs import FolderPairs
 from examples.common.data.photos import grid_crops, levels, photographs, pyramid, random_crops
@@ -235,7 +235,7 @@ def test_no_more_is_kept_than_was_said() -> None:
         made.append(number)
         return torch.full((10,), number, dtype=torch.uint8)
 
-    tensors = AtNeed([partial(make, number) for number in range(4)], keep=25)
+    tensors = LazyTensors([partial(make, number) for number in range(4)], keep=25)
     assert [int(tensors[number][0]) for number in (0, 1, 0, 2, 0, 1, -1)] == [0, 1, 0, 2, 0, 1, 3]
     assert made == [0, 1, 2, 1, 3]
     with pytest.raises(IndexError):

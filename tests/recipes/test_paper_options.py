@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from examples.common.data.datasets import IGNORED, voc2012
 from examples.common.data.task_data import image_side, pad_to_multiple
-from examples.common.engine.evaluation import Judges, evaluate
+from examples.common.engine.evaluation import evaluate
 from examples.common.engine.recognition import Recognition
 from examples.common.networks.recognizers import recognizer
 from examples.common.networks.restorers import restorer
@@ -27,7 +27,7 @@ from examples.sr4ir.train import Trainer as SR4IRTrainer
 from examples.sr4ir.train import rate
 from restoreloss.restorers import small_latent_prior
 from restoreloss.restorers.edtr import color_levels_of
-from restoreloss.restorers.tiling import apart
+from restoreloss.restorers.tiling import crop_to
 from tests.helpers.datasets import make_voc
 from tests.recipes import cases
 
@@ -140,12 +140,12 @@ def test_the_files_of_the_papers_hold_options(file: Path) -> None:
     kind(out=Path(), **settings)
 
 
-def test_the_cosine_may_end_above_0_and_begin_anew_for_tdp_alone(tmp_path: Path) -> None:
+def test_the_cosine_may_end_above_0_and_begin_anew(tmp_path: Path) -> None:
     assert rate(0, 100, 0.1, 0, 0.2) == 1 and rate(10, 100, 0.1, 0, 0.2) == 1
     assert rate(99, 100, 0.1, 0, 0.2) == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 89 / 90)))
-    for method, anew in (("sr4ir", True), ("s_to_t", False)):
-        changes: dict[str, Any] = {"steps": 10, "restart": 0.5, "restart_all": False, "s_lr_min": 1e-4, "s_lr": 1e-3}
-        run = SR4IRTrainer(replace(cases.SR4IR, out=tmp_path / method, method=method, **changes))
+    for restart, anew in ((0.5, True), (0.0, False)):
+        changes: dict[str, Any] = {"steps": 10, "restart": restart, "s_lr_min": 1e-4, "s_lr": 1e-3}
+        run = SR4IRTrainer(replace(cases.SR4IR, out=tmp_path / str(anew), method="s_to_t", **changes))
         (phase, *_) = run.stages[0].alternation.phases  # type: ignore[attr-defined]
         factor = phase.schedulers.lr_lambdas[0] if hasattr(phase.schedulers, "lr_lambdas") else None
         factor = factor or phase.schedulers[0].lr_lambdas[0]
@@ -179,8 +179,8 @@ def test_test_images_may_be_continued_and_cut_back() -> None:
     image = torch.rand(1, 3, 10, 13)
     whole = pad_to_multiple(image, 4)
     assert whole.shape == (1, 3, 12, 16) and torch.equal(whole[..., 11, :13], image[..., 9, :])
-    assert torch.equal(apart(whole, image), image)
-    (one,) = apart(pad_to_multiple([image[0]], 8), [image[0]])
+    assert torch.equal(crop_to(whole, image), image)
+    (one,) = crop_to(pad_to_multiple([image[0]], 8), [image[0]])
     assert torch.equal(one, image[0])
 
     class One:
@@ -192,8 +192,8 @@ def test_test_images_may_be_continued_and_cut_back() -> None:
     for pad, size in ((True, (10, 13)), (False, (8, 12))):
         _, sheet = evaluate(
             One(), Recognition("classification", ("a", "b")), degrade=lambda hr, _: hr[..., ::4, ::4],  # type: ignore[arg-type]
-            read=lambda hr, lr: F.interpolate(lr, scale_factor=4.0), trained=[network], recognizer=network,
-            judges=Judges(None, None), multiple=4, pad=pad,
+            restore=lambda hr, lr: F.interpolate(lr, scale_factor=4.0), trained=[network], readers={"score": network},
+            multiple=4, pad=pad,
         )  # fmt: skip
         assert sheet["restored"].shape[2:] == sheet["hr"].shape[2:] == size
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from examples.common.data.tasks import IGNORED, InMemory
 from examples.common.engine.evaluation import first_usable
-from examples.common.engine.recipe import naming
+from examples.common.engine.recipe import as_value_error
 from examples.common.engine.run_directory import RunDirectory
 from examples.common.engine.schedules import cosine, cosine_schedule
 from examples.common.networks.restorers import restorer
@@ -118,7 +118,7 @@ def test_weights_that_are_not_finite_are_refused_before_the_first_step(tmp_path:
 def test_a_mask_may_hold_infinity(tmp_path: Path) -> None:
     trainer = Trainer(replace(TINY, out=tmp_path / "a", steps=1))
     trainer.net.register_buffer("mask", torch.tensor([0.0, -math.inf]))
-    trainer.begin(trainer.stages)
+    trainer.begin(lambda: trainer.stages)
     assert math.isfinite(trainer.run()["psnr"])
 
 
@@ -345,10 +345,10 @@ def test_a_report_names_figures_that_are_not_finite(tmp_path: Path, caplog: pyte
 def test_memory_that_runs_out_is_no_wrong_option() -> None:
     allocator = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
     for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), allocator):
-        with pytest.raises(type(error)), naming("`network` should take test images of (4, 4)"):
+        with pytest.raises(type(error)), as_value_error("`network` should take test images of (4, 4)"):
             raise error
     wrong = pytest.raises(ValueError, match="of \\(4, 4\\), found RuntimeError: sizes differ")
-    with wrong, naming("`network` should take test images of (4, 4)"):
+    with wrong, as_value_error("`network` should take test images of (4, 4)"):
         raise RuntimeError("sizes differ")
 
 

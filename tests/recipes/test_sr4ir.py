@@ -115,7 +115,7 @@ def test_configs_of_the_paper_are_valid_and_ask_for_the_data(
         ({"restorer": "file"}, "restorer .file. should be given a file of weights"),
         ({"recognizer": "resnet"}, "`recognizer` should be"),
         ({"data": "cub200"}, "`root` should be the folder"),
-        ({"judge": Path("nowhere")}, "should be the directory of a finished run"),
+        ({"judge": Path("nowhere")}, "should be a finished run"),
         ({"layers": ["stage7"]}, "`layers` should name modules"),
         ({"grid": 49}, "`grid` should have no more cells"),
     ],
@@ -156,22 +156,6 @@ def test_a_score_that_cannot_be_computed_is_found_before_the_first_step(tmp_path
     with pytest.raises(ValueError, match="should hold a box, found none in 2 images"):
         Trainer(replace(TINY, out=tmp_path / "run", **options))
     Trainer(replace(TINY, out=tmp_path / "pre", method="pretrain", **options))  # nothing reads the images
-
-
-def test_patches_are_cut_where_the_seed_says(tmp_path: Path) -> None:
-    config = Config(out=tmp_path / "run", method="pretrain", patch=16, steps=1, batch=4, train_count=8, test_count=4)
-    run = Trainer(config)
-    images, targets = next(run.read(0, 1))
-    batch = run.batch(images, targets, 0, 1)
-    assert batch.hr.shape == (4, 3, 16, 16)
-    for image, patch in zip(images, batch.hr, strict=True):
-        places = image.unfold(1, 16, 1).unfold(2, 16, 1)  # every square
-        assert ((places - patch[:, None, None]).abs().amax(dim=(0, 3, 4)) == 0).any()
-    assert torch.equal(run.batch(images, targets, 0, 1).hr, batch.hr)
-    with pytest.raises(ValueError, match="`patch` should fit"):
-        Trainer(replace(config, patch=64, out=tmp_path / "large")).batch(images, targets, 0, 1)
-    with pytest.raises(ValueError, match="`patch` should be left out"):
-        Trainer(replace(config, method="sr4ir", out=tmp_path / "other"))
 
 
 def test_rate_is_a_cosine_begun_anew() -> None:
@@ -266,8 +250,8 @@ def test_the_restorer_learns_from_the_terms_of_its_method(
     trainer, batch = trainer_and_batch(tmp_path, prepared, method, progress)
     restored = trainer.s(batch.lr)
     trainer.h.eval()
-    fixed = dict.fromkeys(("fixed_task", "squared_tdp"), trainer.judges.fixed_hr)
-    seen_by = {**fixed, "fixed_foreign": trainer.judges.judge}.get(method, trainer.h)
+    fixed = dict.fromkeys(("fixed_task", "squared_tdp"), trainer.fixed_hr)
+    seen_by = {**fixed, "fixed_foreign": trainer.judge}.get(method, trainer.h)
     assert seen_by is not None
     wanted = {
         "pixel": (restored - batch.hr).abs().mean(),
@@ -325,7 +309,7 @@ def test_the_recognizer_reads_the_images_of_its_method(
     generators = [torch.Generator().set_state(generator.get_state()) for generator in batch.generators]
     wanted = {
         "hr": batch.hr,
-        "sr": restored,
+        "restored": restored,
         "bilinear": F.interpolate(batch.lr, scale_factor=4.0, mode="bilinear"),
     }
     expected = [
@@ -341,7 +325,7 @@ def test_the_recognizer_reads_the_images_of_its_method(
         return loss(self, network, images, targets)
 
     monkeypatch.setattr(Recognition, "loss", note)
-    objective = trainer._joint_terms if together else lambda b: {"task": trainer._recognizer_loss(b)["task"]}
+    objective = trainer._joint_terms if together else lambda b: {"task": trainer._recognizer_terms(b)["task"]}
     value = objective(batch)["task"]
     assert len(read) == (len(expected) if separate else 1)
     torch.testing.assert_close(torch.cat([images for images, _ in read]), torch.cat(expected))
@@ -353,7 +337,7 @@ def test_the_recognizer_reads_the_images_of_its_method(
 
 def test_learning_rates_follow_their_cosines(tmp_path: Path, prepared: cases.Prepared) -> None:
     judge = prepared.oracle("classification")
-    changes: dict[str, Any] = {"steps": 8, "restart": 0.5, "h_warm_up": 2, "fixed_hr": judge, "judge": judge}
+    changes: dict[str, Any] = {"steps": 8, "restart": 0.5, "warm_up": 2, "fixed_hr": judge, "judge": judge}
     trainer = Trainer(replace(TINY, out=tmp_path / "run", **changes))
     seen: dict[str, list[float]] = {"restorer": [], "recognizer": []}
     (stage,) = trainer.stages
@@ -362,8 +346,8 @@ def test_learning_rates_follow_their_cosines(tmp_path: Path, prepared: cases.Pre
             seen[phase.name].append(phase.optimizers[0].param_groups[0]["lr"])
         stage.alternation.step(trainer.batch(images, targets, step, 8))
     cosine = [0.5 * (1 + math.cos(math.pi * k / 4)) for k in (0, 1, 2, 3)] * 2
-    assert seen["restorer"] == pytest.approx([1e-3 * value for value in cosine])
     rise = [0.5, 1, 1, 1, 1, 1, 1, 1]
+    assert seen["restorer"] == pytest.approx([1e-3 * a * b for a, b in zip(cosine, rise, strict=True)])
     assert seen["recognizer"] == pytest.approx([2e-3 * a * b for a, b in zip(cosine, rise, strict=True)])
 
 
@@ -376,7 +360,7 @@ def test_the_figures_are_what_they_are_called(tmp_path: Path, prepared: cases.Pr
     hr = torch.stack([data[k][0] for k in range(len(data))])  # type: ignore[index]
     labels = torch.stack([data[k][1] for k in range(len(data))])  # type: ignore[index]
     lr = low_resolution(hr, 4)
-    networks = [trainer.s, trainer.h, trainer.judges.fixed_hr, trainer.judges.judge]
+    networks = [trainer.s, trainer.h, trainer.fixed_hr, trainer.judge]
     s, h, fixed, judge = (network.eval() for network in networks if network is not None)
     with torch.no_grad():
         seen = s(lr).clamp(0, 1)

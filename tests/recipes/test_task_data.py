@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from examples.common.data.degrade import low_resolution
-from examples.common.data.task_data import on_grid
+from examples.common.data.task_data import crop_to_multiple
 from examples.common.data.tasks import Task
 from examples.common.engine.batches import Batches, loader
 from examples.common.engine.recognition import Recognition
@@ -76,9 +76,9 @@ def test_low_resolution_is_bicubic_in_eight_bits() -> None:
 
 def test_images_are_cut_to_multiples_with_their_boxes_and_masks() -> None:
     hr, mask = torch.rand(2, 3, 10, 11), torch.randint(5, (2, 10, 11))
-    cut, cut_mask = on_grid(hr, mask, 4)
+    cut, cut_mask = crop_to_multiple(hr, mask, 4)
     assert torch.equal(cut, hr[:, :, :8, :8]) and torch.equal(cut_mask, mask[:, :8, :8])
     target = {"boxes": torch.tensor([[1.0, 2, 11, 9], [9, 0, 11, 10]]), "labels": torch.tensor([3, 4])}
-    (image,), (cut_target,) = on_grid([hr[0]], [target], 4)
+    (image,), (cut_target,) = crop_to_multiple([hr[0]], [target], 4)
     assert torch.equal(image, hr[0, :, :8, :8])
     assert cut_target["boxes"].tolist() == [[1, 2, 8, 8]] and cut_target["labels"].tolist() == [3]

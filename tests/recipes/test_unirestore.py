@@ -17,7 +17,7 @@ from torchvision.utils import save_image
 
 from examples.common.data.folder import read_image
 from examples.common.data.photos import HELD_OUT, load_photo
-from examples.common.engine.evaluation import Judges, load_recognizer
+from examples.common.engine.evaluation import load_recognizer
 from examples.common.seeds import derive_seed
 from examples.unirestore import restore as restoring
 from examples.unirestore import train as training
@@ -357,8 +357,8 @@ def test_a_task_is_read_by_its_networks(tmp_path: Path, folder: Path, monkeypatc
         return images
 
     def evaluated(data: Any, recognition: Any, **options: Any) -> Any:
-        options["read"](None, uniform(1, 3, 24, 24))
-        seen.append((recognition.task, options["recognizer"], options["judges"], options["degrade"]))
+        options["restore"](None, uniform(1, 3, 24, 24))
+        seen.append((options["readers"], options["degrade"]))
         return {}, {"lr": uniform(1, 3, 4, 4), "restored": uniform(1, 3, 4, 4), "hr": uniform(1, 3, 4, 4)}
 
     monkeypatch.setattr(run.model, "forward", forward)
@@ -366,9 +366,9 @@ def test_a_task_is_read_by_its_networks(tmp_path: Path, folder: Path, monkeypatc
     run.figures(run.restores)
     tasks = ["restoration", "classification", "segmentation"]
     assert asked == [(task, 32) for task in tasks for _ in ("seen", "unseen")]
-    for (_, recognizer, judges, degrade), task in zip(seen, [task for task in tasks for _ in range(2)], strict=True):
+    for (readers, degrade), task in zip(seen, [task for task in tasks for _ in range(2)], strict=True):
         reader = run.readers[task]
-        assert recognizer is reader.network and judges == Judges(None, reader.judge)
+        assert readers == {"score": reader.network, "judge": reader.judge}
         images = uniform(2, 3, 24, 24)
         assert not torch.equal(degrade(images, 0), reader.degrade(images, 0))  # not as in training
 

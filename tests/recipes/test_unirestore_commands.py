@@ -262,7 +262,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "nothing to train first": ("stage1", {"tasks": ["classification"]}, "`tasks` should have 'restoration'"),
     "nobody to please": ("stage2", {"tasks": ["classification"], "restored_too": 1.0}, "needs the task 'restoration'"),
     "no references": ("stage2", {"prepared": None}, "`prepared` should be a folder of examples.unirestore.prepare"),
-    "none of the task": ("stage2", {"prepared": "stage1"}, "should be the directory of a finished run"),
+    "none of the task": ("stage2", {"prepared": "stage1"}, "should be a finished run"),
     "no prior": ("stage1", {"prepared": None}, "`prior` should be given, or `prepared`"),
     "wrong prior": ("stage1", {"prior": "stage1"}, "should hold vae/ as diffusers saves it"),
     "steps": ("stage2", {"steps_of_diffusion": -1}, "`steps_of_diffusion` should be at least 0, found -1"),

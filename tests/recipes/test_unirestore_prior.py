@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from examples.common.data.degrade import degradation
 from examples.common.data.options import DataOptions
-from examples.common.engine.evaluation import GAINS, _Likeness
+from examples.common.engine.evaluation import GAINS, _Fidelity
 from examples.common.networks.latent_diffusion import load_latent_diffusion, scheduler
 from examples.unirestore.prepare import Config, train_prior_of_all
 from examples.unirestore.train import Trainer
@@ -76,7 +76,7 @@ def test_gains_are_by_the_degraded_image() -> None:
     clean = torch.full((3, 3, 16, 16), 0.5)
     degraded = clean + torch.tensor([0.3, 0.08, 0.02]).view(3, 1, 1, 1)  # 10.5, 21.9 and 34 dB
     restored = clean + torch.tensor([0.1, 0.08, 0.04]).view(3, 1, 1, 1)
-    likeness = _Likeness(None)
+    likeness = _Fidelity(None)
     likeness.update(restored, clean, degraded)
     found = likeness.figures()
     mean = (0.1**2 + 0.08**2 + 0.04**2) / 3
@@ -87,7 +87,7 @@ def test_gains_are_by_the_degraded_image() -> None:
         -6.021, abs=1e-2
     )
     assert set(GAINS) - set(found) == {"gain_15_to_20"}
-    likeness = _Likeness(None)
+    likeness = _Fidelity(None)
     likeness.update(restored, clean, degraded[..., ::2, ::2])  # of another size: there is no degraded PSNR
     assert "lq_psnr" not in likeness.figures()
 

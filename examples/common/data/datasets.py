@@ -118,7 +118,7 @@ def cub200(root: Path, split: Split, *, size: int = 224) -> FolderData:
         if (part == "1") == train:
             samples.append((folder / "images" / name, int(label) - 1))
     names = [re.sub(r"^\d+\.", "", name).replace("_", " ") for name, _ in classes.values()]
-    found = present(samples, split, folder / files[2])
+    found = existing_files(samples, split, folder / files[2])
     return FolderData("classification", names, found, label_of, classification_transform(train, size))
 
 
@@ -151,7 +151,7 @@ def stanford_cars(root: Path, split: Split, *, size: int = 224) -> FolderData:
             place = f"{folder / index}, annotation {number} ({name})"
             raise ValueError(f"{place}: expected a class from 1 to {len(names)}, found {label}.")
         samples.append((folder / ("cars_train" if train else "cars_test") / name, int(label) - 1))
-    found = present(samples, split, folder / index)
+    found = existing_files(samples, split, folder / index)
     return FolderData("classification", names, found, label_of, classification_transform(train, size))
 
 
@@ -195,7 +195,7 @@ def voc2012(
         (folder / "JPEGImages" / f"{name}.jpg", folder / target_folder / f"{name}{ending}")
         for name in _table(folder / index, values=False)
     ]
-    found = present(samples, split, folder / index)
+    found = existing_files(samples, split, folder / index)
     if task == "segmentation":
         return FolderData(task, VOC_CLASSES, found, _mask, segmentation_transform(train, size, scales))
     annotate = partial(_boxes, difficult=not train)
@@ -276,7 +276,9 @@ def _matlab(file: Path, name: str) -> Any:
     return np.atleast_1d(content[name])
 
 
-def present(samples: Sequence[tuple[Path, int | Path]], split: str, index: Path) -> list[tuple[Path, int | Path]]:
+def existing_files(
+    samples: Sequence[tuple[Path, int | Path]], split: str, index: Path
+) -> list[tuple[Path, int | Path]]:
     """The samples whose files are there, after warnings that name the first files that are not and count the others."""
     if not samples:
         raise ValueError(f"{index} should list images to {split} with, found none.")

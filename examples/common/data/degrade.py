@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from examples.common.data.options import DataOptions
 from examples.common.data.tasks import map_images
-from examples.common.seeds import derive_seed
+from examples.common.seeds import derive_seed, seeded
 from restoreloss import MixtureA, MixtureB
 from restoreloss.augmentations.corruptions import CLEAN, CORRUPTIONS, Corruptions
 from restoreloss.augmentations.mixtures import jpeg
@@ -48,8 +48,7 @@ def degradation(options: DataOptions, *seed: int) -> Degrade:
 
     def degrade(images: Any, first: int) -> Any:
         degraded = [
-            drawn(image[None], generator=torch.Generator().manual_seed(derive_seed(*seed, first + number)))[0]
-            for number, image in enumerate(images)
+            drawn(image[None], generator=seeded(*seed, first + number))[0] for number, image in enumerate(images)
         ]
         return torch.stack(degraded) if isinstance(images, Tensor) else degraded
 

@@ -67,7 +67,7 @@ class Skipped:
             logger.warning("%s skipped: %s", path, reason)
 
 
-class AtNeed(Sequence[Tensor]):
+class LazyTensors(Sequence[Tensor]):
     """Tensors that are made when they are asked for; the latest ones are kept, up to a number of bytes.
 
     Args:
@@ -85,10 +85,10 @@ class AtNeed(Sequence[Tensor]):
     @overload
     def __getitem__(self, index: int) -> Tensor: ...
     @overload
-    def __getitem__(self, index: slice) -> "AtNeed": ...
-    def __getitem__(self, index: int | slice) -> "Tensor | AtNeed":
+    def __getitem__(self, index: slice) -> "LazyTensors": ...
+    def __getitem__(self, index: int | slice) -> "Tensor | LazyTensors":
         if isinstance(index, slice):
-            return AtNeed(self._makers[index], keep=self._keep)
+            return LazyTensors(self._makers[index], keep=self._keep)
         index = range(len(self))[index]
         if index in self._kept:
             self._kept.move_to_end(index)
@@ -111,7 +111,7 @@ class Images(Mapping[str, Tensor]):
     def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
         self._makers = dict(makers)
         self._numbers = {name: number for number, name in enumerate(makers)}
-        self.in_order = AtNeed(list(makers.values()))
+        self.in_order = LazyTensors(list(makers.values()))
 
     def __getitem__(self, name: str) -> Tensor:
         return self.in_order[self._numbers[name]]

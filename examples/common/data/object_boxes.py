@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import torch
 from torchvision import tv_tensors
 
-from examples.common.data.datasets import FolderData, Split, detection_transform, present
+from examples.common.data.datasets import FolderData, Split, detection_transform, existing_files
 from examples.common.data.folder import image_files
 
 RTTS_CLASSES = ("background", "bicycle", "bus", "car", "motorbike", "person")
@@ -38,7 +38,7 @@ def coco(root: Path, split: Split, *, size: int = 640) -> FolderData:
         if not thing.get("iscrowd"):
             boxes.setdefault(int(thing["image_id"]), []).append((numbers[int(thing["category_id"])], thing["bbox"]))
     images = [(root / part / image["file_name"], int(image["id"])) for image in content["images"]]
-    samples = present(images, split, index)
+    samples = existing_files(images, split, index)
     names = ("background", *(str(kind["name"]) for kind in kinds))
     transform = detection_transform(split == "train", size)
     return FolderData("detection", names, samples, partial(_of_coco, boxes), transform)

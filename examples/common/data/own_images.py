@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from examples.common.data.datasets import FolderData, Split, classification_transform, label_of, present
+from examples.common.data.datasets import FolderData, Split, classification_transform, existing_files, label_of
 from examples.common.data.folder import image_files
 
 ENDINGS = (".txt", ".csv", ".tsv")
@@ -60,7 +60,7 @@ def label_file(root: Path, split: Split, *, size: int = 224) -> FolderData:
     classes = sorted({name for _, name in known}, key=lambda name: (not name.isdigit(), name.zfill(9)))
     if unknown := sorted({name for _, name in rows} - set(classes)):
         raise ValueError(f"{file} should hold classes of the training, found {unknown[0]!r}.")
-    samples = present([(path, classes.index(name)) for path, name in rows], split, file)
+    samples = existing_files([(path, classes.index(name)) for path, name in rows], split, file)
     return _classified(samples, classes, split, size, file)
 
 

@@ -15,7 +15,7 @@ from examples.common.data.options import PairOptions
 from examples.common.data.pair_folders import LAYOUTS, own_pairs, pairs
 from examples.common.data.photos import grid_crops, photographs, pyramid, random_crops
 from examples.common.data.tasks import Task
-from examples.common.seeds import derive_seed
+from examples.common.seeds import derive_seed, seeded
 
 
 def layout_and_root(options: PairOptions, name: str, pairs: dict[str, str] | None = None) -> tuple[str, Path]:
@@ -175,7 +175,7 @@ class TestPairs(Sequence[tuple[Tensor, Tensor]]):
                 yield sample[0][:1], sample[0][1:]
 
 
-def worth_trying(found: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+def one_of_each_size(found: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """A test pair of each size; of files, which would all have to be read for that, the first that can be read."""
     if isinstance(found, TestPairs):
         return [pair for _, pair in zip(range(1), found, strict=False)]
@@ -196,7 +196,7 @@ def pairs_to_test(config: PairOptions, name: str, *, shifted: bool) -> Sequence[
         found = []
         for number, photo in enumerate(photos):
             for place, clean in enumerate(grid_crops(photo, config.test_size, each)):
-                generator = torch.Generator().manual_seed(derive_seed(number, place))
+                generator = seeded(number, place)
                 found.append((degrade(name, clean, generator, shifted=shifted)[None], clean[None]))
         return found[:count]
     if shifted:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.common.data.folder import AtNeed, Images, load_folder, unit
+from examples.common.data.folder import Images, LazyTensors, load_folder, unit
 
 TRAIN = (
     "astronaut",
@@ -83,12 +83,12 @@ def pyramid(photo: Tensor, smallest: int, scales: Sequence[float] = SCALES) -> l
     return [_resized(photo, size) for size in _sizes(photo, smallest, scales)]
 
 
-def levels(photos: Images, smallest: int) -> AtNeed:
+def levels(photos: Images, smallest: int) -> LazyTensors:
     """The :func:`pyramid` of every photograph, one after the other, each level made when it is asked for."""
     makers: list[Callable[[], Tensor]] = []
     for name, photo in photos.items():
         makers += [partial(_level, photos, name, size) for size in _sizes(photo, smallest, SCALES)]
-    return AtNeed(makers)
+    return LazyTensors(makers)
 
 
 def _level(photos: Images, name: str, size: tuple[int, int]) -> Tensor:

@@ -89,7 +89,7 @@ def image_side(config: DataOptions) -> int:
     return small.get(config.data, _SIZES.get(config.task, 48))
 
 
-def on_grid(hr: Any, targets: Any, multiple: int) -> tuple[Any, Any]:
+def crop_to_multiple(hr: Any, targets: Any, multiple: int) -> tuple[Any, Any]:
     """Images cut at the right and at the bottom to multiples of the scale; masks and boxes with them.
 
     A box that is cut away altogether is dropped.

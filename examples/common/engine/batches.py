@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from examples.common.data.tasks import InMemory, TaskData, collate
-from examples.common.seeds import derive_seed
+from examples.common.seeds import derive_seed, seeded
 
 
 class Batches(Sampler[list[tuple[int, int]]]):
@@ -34,7 +34,7 @@ class Batches(Sampler[list[tuple[int, int]]]):
         for step in range(self.first, self.last):
             epoch, place = divmod(step, self.length // self.batch)
             if epoch != shuffled:
-                generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+                generator = seeded(self.seed, epoch)
                 order = torch.randperm(self.length, generator=generator)
                 shuffled = epoch
             samples = order[place * self.batch : (place + 1) * self.batch].tolist()

@@ -1,29 +1,27 @@
 """Figures of restored images: how well networks read them, and how similar they are to the HR images."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from examples.common.data.degrade import Degrade
-from examples.common.data.task_data import on_grid, pad_to_multiple
+from examples.common.data.task_data import crop_to_multiple, pad_to_multiple
 from examples.common.data.tasks import IGNORED, InMemory, Task, TaskData, collate, to_device
 from examples.common.engine.perceptual import lite0_distance
-from examples.common.engine.recipe import naming
+from examples.common.engine.recipe import as_value_error
 from examples.common.engine.recognition import Recognition, features_of
-from examples.common.engine.run_directory import RunDirectory
+from examples.common.engine.run_directory import finished_run
 from examples.common.networks.recognizers import recognizer
 from examples.common.networks.text_readers import PPOCR, english_g2
 from examples.common.networks.weights import load_weights
 from restoreloss import frozen
-from restoreloss.restorers.tiling import apart
+from restoreloss.restorers.tiling import crop_to
 
 BATCH, SAMPLES = 50, 8
 TEXT_READERS: dict[str, Callable[[], nn.Module]] = {"english_g2": english_g2, "pp_ocr": PPOCR}
@@ -32,19 +30,8 @@ GAINS = {
     "gain_above_25": (25.0, math.inf),
 }  # fmt: skip
 """Figures by the PSNR of the degraded image, from and below."""
-
-
-@dataclass(frozen=True)
-class Judges:
-    """Networks trained on HR images in runs of their own; None where there is none."""
-
-    fixed_hr: nn.Module | None
-    judge: nn.Module | None
-
-    @classmethod
-    def load(cls, fixed_hr: Path | None, judge: Path | None, device: torch.device) -> "Judges":
-        """Read them from their run directories, or take readers of text by their names."""
-        return cls(*(None if path is None else load_recognizer(path).to(device) for path in (fixed_hr, judge)))
+ReaderName = Literal["score", "fixed_hr", "judge"]
+"""The recognizer of a run, and two that were trained on HR images in runs of their own."""
 
 
 def first_usable(data: TaskData, task: Task, name: str = "the test data", *, labels: bool = True) -> TaskData:
@@ -101,13 +88,9 @@ def load_recognizer(run: Path) -> nn.Module:
     """
     if str(run) in TEXT_READERS:
         return TEXT_READERS[str(run)]()
-    config, results = run / "config.yaml", run / "results.json"
-    if not config.exists() or not results.exists():
-        raise ValueError(f"{run} should be the directory of a finished run, found no results.json in it.")
-    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    classes = RunDirectory(run, settings, main=False).results or {}
+    settings, results = finished_run(run, "examples.sr4ir.train", "recognizer.safetensors")
     network = recognizer(
-        settings["recognizer"], settings["task"], int(classes["num_classes"]), pretrained=False,
+        settings["recognizer"], settings["task"], int(results["num_classes"]), pretrained=False,
         aux=settings["aux_weight"] > 0,
     )  # fmt: skip
     load_weights(network, run / "recognizer.safetensors")
@@ -120,10 +103,9 @@ def evaluate(
     recognition: Recognition,
     *,
     degrade: Degrade,
-    read: Callable[[Any, Any], Any],
+    restore: Callable[[Any, Any], Any],
     trained: list[nn.Module],
-    recognizer: nn.Module | None,
-    judges: Judges,
+    readers: Mapping[ReaderName, nn.Module | None],
     multiple: int = 1,
     pad: bool = False,
     lite0: bool = False,
@@ -135,29 +117,29 @@ def evaluate(
         data: test images.
         recognition: the task.
         degrade: (hr, number of the first) -> lr.
-        read: (hr, lr) -> the images that are read.
+        restore: (hr, lr) -> the images that are read.
         trained: the networks of the run, in eval mode meanwhile.
-        recognizer: the run's own, or None if it trained none.
-        judges: fixed networks that read the same images.
+        readers: the networks that read them, by the figure; None where there is none.
         multiple: of the sides; what is beyond is cut away.
         pad: continue the images by their edges to the multiple instead, and cut what is read back.
         lite0: compare by :func:`examples.common.engine.perceptual.lite0_distance` as well.
         workers: processes that read images.
 
     Returns:
-        The figures: "score" and "score_on_hr" of the recognizer, "fixed_hr" and "judge" of the others, in percent;
+        The figures: those of the readers in percent, and "score_on_hr", where the first reads HR images;
         "judge_distance", L1 between the judge's features of what was read and of HR, relative to HR's. For what is not
-        HR itself "psnr" in dB and "ssim", means over images, and "psnr_of_mse", that of the mean squared error, which
-        flat images with a PSNR above 40 do not rule. Where the degraded images have the size of HR, the first two of
-        them too as "lq_psnr" and "lq_psnr_of_mse", and "gain_below_15", "gain_15_to_20", "gain_20_to_25",
-        "gain_above_25": what was gained in PSNR, over the images whose degraded PSNR lies there. And some images: "lr",
-        "restored", "hr", "predictions", "truth".
+        HR itself "psnr" in dB, "ssim" and "lite0", means over images, and "psnr_of_mse", that of the mean squared
+        error, which a few flat images with a PSNR above 40 do not dominate. Where the degraded images have the size of
+        HR, the PSNRs of them as "lq_psnr" and "lq_psnr_of_mse", and "gain_below_15", "gain_15_to_20",
+        "gain_20_to_25", "gain_above_25": what was gained in PSNR, over the images whose degraded PSNR lies there.
+        And some images: "lr", "restored", "hr", "predictions", "truth".
     """
-    readers = {"score": recognizer, "score_on_hr": recognizer, "fixed_hr": judges.fixed_hr, "judge": judges.judge}
-    present = {name: network for name, network in readers.items() if network is not None}
+    present: dict[str, nn.Module] = {name: network for name, network in readers.items() if network is not None}
+    if "score" in present:
+        present["score_on_hr"] = present["score"]
     metrics = {name: recognition.metric() for name in present}
     device = next(p.device for network in trained for p in network.parameters())
-    likeness, sheet = _Likeness(judges.judge, lite0_distance(device) if lite0 else None), _Sheet()
+    fidelity, sheet = _Fidelity(present.get("judge"), lite0_distance(device) if lite0 else None), _Sheet()
     # segmentation images on disk differ in size, and are not cropped for a test
     batch = BATCH if isinstance(data, InMemory) else 1 if data.task == "segmentation" else 16
     batches: DataLoader[Any] = DataLoader(data, batch, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
@@ -168,28 +150,28 @@ def evaluate(
                 continue
             images, targets = images_and_targets
             recognition.check(targets)
-            hr, targets = (images, targets) if pad else on_grid(images, targets, multiple)
+            hr, targets = (images, targets) if pad else crop_to_multiple(images, targets, multiple)
             hr = to_device(hr, device)
             whole = pad_to_multiple(hr, multiple) if pad else hr
             lr = degrade(whole, count)
             count += len(hr)
-            with naming(f"The networks should take test images of {tuple(whole[0].shape[1:])}"):
-                seen = read(whole, lr)
-            seen = hr if seen is whole else apart(seen, hr) if pad else seen
+            with as_value_error(f"The networks should take test images of {tuple(whole[0].shape[1:])}"):
+                seen = restore(whole, lr)
+            seen = hr if seen is whole else crop_to(seen, hr) if pad else seen
             found = {
                 name: to_device(recognition.predict(network, hr if name == "score_on_hr" else seen), "cpu")
                 for name, network in present.items()
             }
             for name, predictions in found.items():
                 metrics[name].update(predictions, targets)
-            likeness.update(seen, hr, lr)
+            fidelity.update(seen, hr, lr)
             first = next(iter(found.values()), None)
             truth = [recognition.describe(target) for target in targets[:SAMPLES]]
             captions = [""] * len(truth) if first is None else [recognition.describe(one) for one in first[:SAMPLES]]
             sheet.update(lr, seen, hr, captions, truth)
     scores = {name: recognition.score(metric) for name, metric in metrics.items()}
     figures = {name + part: value for name, parts in scores.items() for part, value in parts.items()}
-    return figures | likeness.figures(), sheet.samples()
+    return figures | fidelity.figures(), sheet.samples()
 
 
 def _decibels(error: Tensor) -> Tensor:
@@ -197,7 +179,7 @@ def _decibels(error: Tensor) -> Tensor:
     return -10 * error.clamp(min=1e-10).log10()
 
 
-class _Likeness:
+class _Fidelity:
     """The similarity of restored images to HR: means over images."""
 
     def __init__(self, judge: nn.Module | None, distance: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:

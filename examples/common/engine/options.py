@@ -65,21 +65,13 @@ class TrainerOptions(RunOptions):
 _AT_LEAST_1 = (
     "steps", "batch", "save_every", "size", "train_count", "test_count", "patch", "scale", "grid", "n", "long_steps",
     "draws", "color_levels", "t_p", "experts", "importance_samples", "orthogonality_every", "control_channels",
-    "prior_steps", "pre_patch", "pre_batch", "pre_steps", "width", "levels", "accumulate", "adversarial.width",
-    "severities",
-)  # fmt: skip
-_AT_LEAST_0 = (
-    "seed", "data_seed", "workers", "eval_every", "blur", "mixture_extent", "contrast", "lr", "lr_min", "s_lr", "h_lr",
-    "pre_lr", "prompt_lr", "adversarial.lr", "tdp_weight", "mix", "h_warm_up", "restart", "alpha", "smallest",
-    "penalty_weight", "replay_share", "replay_weight", "orthogonality_weight", "shallow", "decay", "restored_too",
-    "weight_decay", "cfrm_weights", "severity_weights", "corruption_extent", "steps_of_diffusion", "noise", "tile",
-    "s_lr_min", "h_lr_min", "h_weight_decay", "s_warm_up", "aux_weight", "fft_weight", "betas",
+    "prior_steps", "pre_batch", "width", "levels", "accumulate", "adversarial.width", "severities", "jpeg",
 )  # fmt: skip
 LOWEST: dict[str, float] = {
-    **dict.fromkeys(_AT_LEAST_1, 1), **dict.fromkeys(_AT_LEAST_0, 0), "test_size": 6, "corruption_side": 8,
-    "num_timesteps": 2, "jpeg": 1,
+    **dict.fromkeys(_AT_LEAST_1, 1), "test_size": 6, "corruption_side": 8, "num_timesteps": 2,
+    "diff.snr_power": -math.inf, "max_norm": -math.inf,
 }  # fmt: skip
-"""The lowest value of an option; SSIM needs a side of 6 pixels."""
+"""The lowest value of an option, where it is not 0; SSIM needs a side of 6 pixels, and `max_norm` is above 0."""
 HIGHEST: dict[str, float] = {
     "jpeg": 100,
     "betas": 1,
@@ -96,8 +88,8 @@ def check_numbers(config: Any) -> None:
     for name, value in _numbers(config):
         if not math.isfinite(value):
             raise ValueError(f"`{name}` should be finite, found {value}.")
-        if value < LOWEST.get(name, -math.inf):
-            raise ValueError(f"`{name}` should be at least {LOWEST[name]:g}, found {value}.")
+        if value < (lowest := LOWEST.get(name, 0)):
+            raise ValueError(f"`{name}` should be at least {lowest:g}, found {value}.")
         if value > HIGHEST.get(name, math.inf):
             raise ValueError(f"`{name}` should be at most {HIGHEST[name]:g}, found {value}.")
     if getattr(config, "severities", None) == []:
@@ -114,7 +106,7 @@ def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
                 yield name, number
 
 
-def shared(config: Any) -> dict[str, Any]:
+def shared_options(config: Any) -> dict[str, Any]:
     """The options that all recipes share, of the config of one, to make that of another."""
     return {option.name: getattr(config, option.name) for kind in (RunOptions, DataOptions) for option in fields(kind)}
 

@@ -6,7 +6,7 @@ A recipe builds its networks and stages, says what a batch is and how to evaluat
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -60,7 +60,7 @@ class Recipe(ABC, Generic[Batch]):
         title: what the run is called in the log.
         networks: what is saved, by the name of its file.
         train_data: what is read.
-        of_evaluation: options, beside those of the data, that a finished run may be evaluated with.
+        evaluation_options: options, beside those of the data, that a finished run may be evaluated with.
         run_to_evaluate: the directory of a finished run that is evaluated; None where this run trains.
         evaluated: its settings and results.
     """
@@ -68,13 +68,13 @@ class Recipe(ABC, Generic[Batch]):
     title: str
     networks: Mapping[str, nn.Module]
     train_data: TaskData
-    of_evaluation: Collection[str] = ()
+    evaluation_options: Collection[str] = ()
 
     def __init__(self, config: RunOptions) -> None:
         self.options = config
-        check_numbers(config)
         if config.max_norm is not None and not config.max_norm > 0:
             raise ValueError(f"`max_norm` should be above 0, or left out, found {config.max_norm}.")
+        check_numbers(config)
         check_folder(config.out)
         self.run_to_evaluate = config.evaluate if isinstance(config, TrainerOptions) else None
         self.evaluated = None if self.run_to_evaluate is None else self._of_evaluated(config, self.run_to_evaluate)
@@ -85,13 +85,16 @@ class Recipe(ABC, Generic[Batch]):
         self.main = self.accelerator.is_main_process
         torch.manual_seed(derive_seed(config.seed))
 
-    def begin(self, stages: list[Stage[Batch]]) -> None:
+    def begin(self, stages: Callable[[], list[Stage[Batch]]]) -> None:
         """Open the run directory; last, so that what is refused leaves no folder.
+
+        Args:
+            stages: what the training consists of; not called where a finished run is evaluated.
 
         Raises:
             ValueError: If the test images cannot be evaluated, or the run directory cannot be that of this run.
         """
-        self.stages, self.stage = stages, 0
+        self.stages, self.stage = [] if self.evaluated is not None else stages(), 0
         self.terms = TermLog()
         if self.run_to_evaluate is not None:
             self._load(self.run_to_evaluate)
@@ -111,12 +114,12 @@ class Recipe(ABC, Generic[Batch]):
         self._infinite = {name for name, _ in _not_finite(buffers)}  # a mask may hold infinity
         self.run_directory = RunDirectory(
             self.options.out, self.options.plain(), main=self.main, ignore=("save_every", "workers"),
-            grow=("steps",) if len(stages) == 1 and self.evaluated is None else (),
+            grow=("steps",) if len(self.stages) == 1 else (),
         )  # fmt: skip
         self.accelerator.wait_for_everyone()  # results of fewer steps are no longer there for any process
 
     def _try_evaluation(self) -> None:
-        """Before the first step: can be evaluated what will be evaluated after the last? Nothing is changed by it."""
+        """Check before the first step that the final evaluation can run, and leave no trace."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             self.try_evaluation()
@@ -229,7 +232,17 @@ class Recipe(ABC, Generic[Batch]):
         """
         settings, results = finished_run(run, "this recipe", option="evaluate")
         of_data = {option.name for kind in (DataOptions, PairOptions) for option in fields(kind)} - {"task", "scale"}
-        free = {"out", "evaluate", "batch", "seed", "precision", "cpu", "workers", "save_every", *self.of_evaluation}
+        free = {
+            "out",
+            "evaluate",
+            "batch",
+            "seed",
+            "precision",
+            "cpu",
+            "workers",
+            "save_every",
+            *self.evaluation_options,
+        }
         for name, value in config.plain().items():
             if name not in of_data | free and settings.get(name) != value:
                 raise ValueError(f"`{name}` should be {settings.get(name)!r}, as in {run}, found {value!r}.")
@@ -335,7 +348,7 @@ def _tensors(state: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def naming(what: str) -> Iterator[None]:
+def as_value_error(what: str) -> Iterator[None]:
     """While it lasts, what fails is a ``ValueError`` that names what was tried, unless memory ran out."""
     try:
         yield

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from examples.common.data.folder import check_folder, restore_folder
 from examples.common.engine.command_line import device
-from examples.common.seeds import derive_seed
+from examples.common.seeds import seeded
 from restoreloss.restorers.tiling import tiled
 
 Restore = Callable[[Tensor, torch.Generator], Tensor]
@@ -61,7 +61,7 @@ def restore_command(
 
         @torch.no_grad()
         def restored(image: Tensor, number: int) -> Tensor:
-            generator = torch.Generator().manual_seed(derive_seed(given.seed, number))
+            generator = seeded(given.seed, number)
             return restore(image.to(given.device), generator)
 
         restore_folder(given.images, given.out, restored)
@@ -89,8 +89,6 @@ def plain_network(network: Callable[[Tensor], Tensor], given: argparse.Namespace
     """A function that restores an image by a network that has no randomness and enlarges by ``scale``."""
 
     def restore(image: Tensor, _: torch.Generator) -> Tensor:
-        if not given.tile:
-            return network(image).clamp(0, 1)
-        return tiled(network, image, tile=given.tile, overlap=given.overlap, scale=scale).clamp(0, 1)
+        return tiled(network, image, tile=given.tile or None, overlap=given.overlap, scale=scale).clamp(0, 1)
 
     return restore

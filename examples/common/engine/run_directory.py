@@ -98,7 +98,7 @@ class RunDirectory:
                 logger.info("goes on from the %s of %s to %s", grown[0], before[grown[0]], now[grown[0]])
                 (path / "results.json").rename(path / f"results_{before[grown[0]]}.json")
             if self.results is None:
-                self._lock = own(path)
+                self._lock = lock_folder(path)
             if not (file.exists() and before == now):
                 with _replacing(file) as out:
                     out.write(text.encode())
@@ -232,7 +232,7 @@ def finished_run(run: Path, module: str, *files: str, option: str = "run") -> tu
     return settings, read_json((run / "results.json").read_text(encoding="utf-8"))
 
 
-def own(folder: Path) -> "Lock":
+def lock_folder(folder: Path) -> "Lock":
     """Make a folder and be the one process that writes to it, for as long as what is returned lives.
 
     Raises:

@@ -19,11 +19,11 @@ from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.schedules import cosine_schedule
 from examples.common.networks.latent_diffusion import Prediction, scheduler
 from examples.common.networks.weights import load_saved
-from examples.common.seeds import derive_seed
+from examples.common.seeds import seeded
 from restoreloss import Alternation, DenoisingLoss, NoiseSchedule, Phase
 from restoreloss.frozen import unwrap
 from restoreloss.restorers.shapes import small_autoencoder, small_prompt, small_unet
-from restoreloss.restorers.tiling import together
+from restoreloss.restorers.tiling import pad_to_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +88,12 @@ class PriorTrainer(Recipe[Batch]):
             stages.insert(0, self._stage("autoencoder", self.vae, self.unet, self._reconstruction, config.steps))
         else:
             load_saved(unwrap(self.vae), config.autoencoder / "autoencoder.safetensors")
-        self.begin(stages)
+        self.begin(lambda: stages)
 
     def batch(self, images: Any, targets: Any, step: int, steps: int) -> Batch:
         """HQ images of one size."""
-        generator = torch.Generator().manual_seed(derive_seed(self.options.seed, step, self.accelerator.process_index))
-        return Batch(to_device(together(images, self.multiple), self.device), generator)
+        generator = seeded(self.options.seed, step, self.accelerator.process_index)
+        return Batch(to_device(pad_to_batch(images, self.multiple), self.device), generator)
 
     def _stage(self, name: str, trains: nn.Module, rests: nn.Module, objective: Any, steps: int) -> Stage[Batch]:
         optimizer = torch.optim.AdamW(trains.parameters(), lr=self.options.lr)  # type: ignore[attr-defined]
@@ -131,7 +131,7 @@ class PriorTrainer(Recipe[Batch]):
         read = collate(samples)
         if read is None:
             raise ValueError("The test data should hold an image that can be read, found none of the first 50.")
-        hq = to_device(together(read[0], self.multiple), self.device)
+        hq = to_device(pad_to_batch(read[0], self.multiple), self.device)
         autoencoder: Any = unwrap(self.vae).eval()
         unwrap(self.unet).eval()
         decoded = (autoencoder.vae(2 * hq - 1, sample_posterior=False).sample / 2 + 0.5).clamp(0, 1)

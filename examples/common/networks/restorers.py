@@ -49,16 +49,19 @@ def restorer(name: str, scale: int, weights: Path | None = None, *, option: str 
             raise ValueError(f"{weights} should hold a network of scale {scale}, found {described}.")
         model: nn.Module = described.model
         return fit_sizes(model.requires_grad_(True), described.size_requirements, scale)
+    if scale != 1 and (name in SAME_SIZE or name.startswith("spandrel/")):
+        raise ValueError(f"`scale` should be 1 for {name!r}, which keeps the size, found {scale}.")
     if name.startswith("spandrel/"):
-        network = _same_size(_of_spandrel, scale)(name.removeprefix("spandrel/"))
+        network = _of_spandrel(name.removeprefix("spandrel/"))
     elif ":" in name:
         network = own_network(name, option)
-    elif name in _RESTORERS:
-        network = _RESTORERS[name](scale)
+    elif name in SAME_SIZE:
+        network = SAME_SIZE[name]()
+    elif name in _ENLARGING:
+        network = _ENLARGING[name](scale)
     else:
-        raise ValueError(
-            f"`{option}` should be one of {(*_RESTORERS, 'file', 'spandrel/NAME', 'module:Class')}, found {name!r}."
-        )
+        known = (*_ENLARGING, *SAME_SIZE, "file", "spandrel/NAME", "module:Class")
+        raise ValueError(f"`{option}` should be one of {known}, found {name!r}.")
     if weights is not None:
         load_weights(network, weights)
     return network
@@ -150,22 +153,19 @@ def nafnet(width: int, encoders: tuple[int, ...], middle: int, decoders: tuple[i
     return network
 
 
-def _same_size(build: Callable[..., nn.Module], scale: int) -> Callable[..., nn.Module]:
-    if scale != 1:
-        raise ValueError(f"`scale` should be 1 for a {build.__name__}, which keeps the size, found {scale}.")
-    return build
-
-
-_RESTORERS: dict[str, Callable[[int], nn.Module]] = {
+_ENLARGING: dict[str, Callable[[int], nn.Module]] = {
     "edsr": EDSR,
     "edsr-small": lambda scale: EDSR(scale, features=24, blocks=4, light=True),
     "swinir": lambda scale: _swinir(scale, embed_dim=180, depths=[6] * 6, num_heads=[6] * 6, upsampler="pixelshuffle"),
-    "swinir-unshuffle": lambda scale: _same_size(_swinir_unshuffled, scale)(),
-    "nafnet": lambda scale: _same_size(nafnet, scale)(64, (1, 1, 1, 28), 1, (1, 1, 1, 1)),
-    "nafnet-small": lambda scale: _same_size(nafnet, scale)(16, (1, 1), 1, (1, 1)),
-    "restormer": lambda scale: _same_size(Restormer, scale)(48, (4, 6, 6, 8), (1, 2, 4, 8)),
-    "restormer-small": lambda scale: _same_size(Restormer, scale)(12),
     "swinir-light": lambda scale: _swinir(
         scale, embed_dim=60, depths=[6] * 4, num_heads=[6] * 4, upsampler="pixelshuffledirect"
     ),
+}
+"""By their scale, which may be 1."""
+SAME_SIZE: dict[str, Callable[[], nn.Module]] = {
+    "swinir-unshuffle": _swinir_unshuffled,
+    "nafnet": lambda: nafnet(64, (1, 1, 1, 28), 1, (1, 1, 1, 1)),
+    "nafnet-small": lambda: nafnet(16, (1, 1), 1, (1, 1)),
+    "restormer": lambda: Restormer(48, (4, 6, 6, 8), (1, 2, 4, 8)),
+    "restormer-small": lambda: Restormer(12),
 }

@@ -26,9 +26,9 @@ OWN = {
     "examples.diffloss.train": {
         "--patch=0": "`patch`", "--lr=0": "`lr`", "--lr=nan": "lr", "--lr=fast": "lr", "--ema=1": "`ema`", "--ema=-1": "`ema`",
         "--degradations=[foggy]": "`degradations`", "--degradations=[]": "`degradations`", "--data=folder": "data", "--network=nafnett": "`network`",
-        "--weights=nowhere.pth": "nowhere.pth", "--diff.weight=-1": "`diff` should have a weight", "--diff.weight=x": "diff.weight", "--diff.distance=L1": "diff.distance",
+        "--weights=nowhere.pth": "nowhere.pth", "--diff.weight=-1": "`diff.weight`", "--diff.weight=x": "diff.weight", "--diff.distance=L1": "diff.distance",
         "--diff.wieght=1": "wieght", "--pixel.distance=l2": "pixel.distance", "--accumulate=0": "`accumulate`", "--accumulate=3": "`accumulate`",
-        "--diff.compare=x0": "diff.compare", "--diff.timesteps=[5,1] --diff.weight=1": "`timesteps`", "--perceptual.layers=[a] --perceptual.weight=-1": "`perceptual` should have a weight",
+        "--diff.compare=x0": "diff.compare", "--diff.timesteps=[5,1] --diff.weight=1": "`timesteps`", "--perceptual.layers=[a] --perceptual.weight=-1": "`perceptual.weight`",
         "--adversarial.width=0 --adversarial.weight=1": "`adversarial.width`", "--pairs={rainy: lol} --data=folders": "`pairs`",
     },
     "examples.dtp.train": {
@@ -60,7 +60,7 @@ RESTORING = {
 }  # fmt: skip
 SCRIPTS = {
     "examples.quickstart --loss=diff": {
-        "--steps=1": "steps", "--steps=x": "steps", "--blur=99": "blur", "--blur=-1": "blur", "--noise=-1": "noise", "--noise=nan": "noise", "--share=0": "share", "--share=2": "share",
+        "--steps=0": "steps", "--steps=x": "steps", "--blur=99": "blur", "--blur=-1": "blur", "--noise=-1": "noise", "--noise=nan": "noise", "--share=0": "share", "--share=2": "share",
         "--weight=-1": "weight", "--weight=nan": "weight", "--device=cuda": "device", "--device=abacus": "device", "--timesteps 5": "timesteps", "--timesteps 600 100": "timesteps",
         "--timesteps a b": "timesteps", "--imags=x": "imags", "--images=nowhere": "images", "--seed=x": "seed", "--h-space-weight=-1": "h_space_weight",
     },

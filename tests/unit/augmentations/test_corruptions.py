@@ -1,5 +1,6 @@
 """What holds for every corruption, and the numbers of the package."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -203,3 +204,17 @@ def test_what_is_outside_is_clipped(name: str) -> None:
         one = corrupt(wild, name, 2, generator=seeded(0))
     other = corrupt(wild.clamp(0, 1), name, 2, generator=seeded(0))
     assert torch.equal(one, other)
+
+
+def test_a_severity_may_be_an_integer_of_numpy() -> None:
+    image = photo()
+    for severity in (np.int64(3), [np.int64(3)] * len(image)):
+        found = corrupt(image, "fog", severity, generator=seeded(0))  # type: ignore[arg-type]
+        assert found.shape == image.shape
+    assert torch.equal(
+        corrupt(image, "fog", np.int64(3), generator=seeded(0)),  # type: ignore[arg-type]
+        corrupt(image, "fog", 3, generator=seeded(0)),
+    )
+    for wrong in (np.int64(6), True, 2.0):
+        with pytest.raises(ValueError, match="`severity` should be a whole number of at least 1 and at most 5"):
+            corrupt(image, "fog", wrong)  # type: ignore[arg-type]

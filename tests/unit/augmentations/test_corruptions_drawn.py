@@ -80,7 +80,7 @@ def test_images_that_do_not_fit(image: Any) -> None:
         ({"name": 3}, "`name` should be one of .* found 3"),
         ({"name": ["fog", "rain"]}, "`name` should be one of .* found 'rain'"),
         ({"name": ["fog"]}, "`name` should be one, or one for each of 2, found 1"),
-        ({"severity": 0}, "`severity` should be a whole number from 1 to 5, found 0"),
+        ({"severity": 0}, "`severity` should be a whole number of at least 1 and at most 5, found 0"),
         ({"severity": 6}, "`severity` .* found 6"),
         ({"severity": 2.0}, "`severity` .* found 2.0"),
         ({"severity": True}, "`severity` .* found True"),

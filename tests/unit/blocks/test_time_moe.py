@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from restoreloss import FiLM, TimeConditioned, TimeMoE
 from restoreloss.blocks.time_conditioned import channels_of, count_parameters, time_features
@@ -440,3 +441,34 @@ def test_a_replica_of_data_parallel_is_refused() -> None:
     model.network[0]._is_replica = True  # as DataParallel marks the copies it runs
     with pytest.raises(ValueError, match="DistributedDataParallel"):
         model(torch.rand(1, 3, 4, 4), 1)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.reentrant = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = checkpoint(self.second, self.first(x), use_reentrant=self.reentrant)
+        return result
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_layer_that_is_recomputed_without_its_timestep_is_refused(reentrant: bool) -> None:
+    network = Checkpointed(reentrant)
+    timed = TimeConditioned(network, {"second": FiLM(3)})
+    with pytest.raises(ValueError, match="'second' should not be recomputed .* checkpoint the whole TimeConditioned"):
+        timed(torch.rand(2, 3, 4, 4), torch.tensor([3, 7])).sum().backward()
+
+
+def test_a_whole_network_may_be_checkpointed() -> None:
+    torch.manual_seed(0)
+    timed = TimeConditioned(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Tanh()), {"0": FiLM(3)})
+    for parameter in timed.parameters():
+        nn.init.normal_(parameter)
+    t, gradients = torch.tensor([3, 7]), []
+    for run in (timed, partial(checkpoint, timed, use_reentrant=True)):
+        image = torch.linspace(0, 1, 96).view(2, 3, 4, 4).requires_grad_()
+        run(image, t).square().sum().backward()
+        gradients.append(image.grad)
+    assert torch.equal(*gradients)

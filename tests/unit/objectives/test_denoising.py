@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restoreloss import DenoisingLoss, NoiseLevels, NoiseSchedule, as_denoiser
+from restoreloss import DenoisingLoss, FlowLevels, NoiseLevels, NoiseSchedule, as_denoiser
 from tests.helpers.networks import tiny_unet
 
 LEVELS = NoiseLevels.ir_sde()
@@ -333,3 +333,29 @@ def test_latents_are_denoised_as_they_are(count: int) -> None:
             assert torch.equal(found, torch.stack([F.mse_loss(a, b) for a, b in zip(answer, target, strict=True)]))
             # the mean of the samples' means is rounded once more than the mean of all numbers
             torch.testing.assert_close(found.mean(), F.mse_loss(answer, target), rtol=1e-6, atol=0)
+
+
+def test_a_flow_network_is_trained_with_the_time_that_samplers_give_it() -> None:
+    times: list[Tensor] = []
+
+    def network(noisy: Tensor, t: Tensor) -> Tensor:
+        times.append(t)
+        return torch.zeros_like(noisy)
+
+    levels = FlowLevels.uniform(shift=3.0)
+    denoiser, loss = as_denoiser(Recorded(network), levels), DenoisingLoss(network, levels, input_range=None)
+    clean = normal(2, 3, 8, 8, dtype=torch.float32)
+    loss(clean, timestep=249)
+    denoiser(clean, 249)
+    s = 3 * 0.25 / (1 + 2 * 0.25)  # the shift of flow matching at a quarter of the way
+    assert times[0].tolist() == times[1].tolist() == pytest.approx([1000 * s] * 2)
+
+
+class Recorded(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, noisy: Tensor, t: Tensor) -> Tensor:
+        result: Tensor = self.function(noisy, t)
+        return result

@@ -280,7 +280,7 @@ def test_latent_prior_encodes_both_and_differentiates_one() -> None:
     noise, t = torch.randn(2, 4, 9, 6), 100
     value = loss(z, x, timestep=t, noise=noise)
     value.backward()
-    assert z.grad.abs().sum() > 0 and not any(p.requires_grad for p in vae.parameters())
+    assert z.grad.abs().sum() > 0 and not any(p.requires_grad for p in vae.encoder.parameters())
     padded = [torch.nn.functional.pad(2 * u - 1, (0, 0, 0, 1), mode="reflect") for u in (z, x)]
     latents = [vae.encode(u).latent_dist.mode() * vae.config.scaling_factor for u in padded]
     expected = DiffLoss(unet, input_range=(-1, 1))(*latents, timestep=t, noise=noise)

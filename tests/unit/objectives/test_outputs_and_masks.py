@@ -117,3 +117,34 @@ def test_losses_of_piq_are_terms_of_a_sum():
     loss = WeightedSum({"ssim": piq.SSIMLoss(), "tv": NoReference(piq.TVLoss())}, weights={"tv": 1e-3})
     restored = restored.clamp(0, 1)
     torch.testing.assert_close(loss.terms(restored, target)["tv/loss"], 1e-3 * piq.total_variation(restored))
+
+
+def test_a_loss_whose_second_argument_is_no_target_is_refused():
+    def total_variation(image, weight=None):
+        return variation(image if weight is None else weight * image)
+
+    def with_option(image, strength=0.1):
+        return strength * variation(image)
+
+    for function in (total_variation, with_option):
+        for build in (Masked, MultiOutput, lambda f: WeightedSum({"tv": f})):
+            with pytest.raises(ValueError, match="should take the target in second place, .* `NoReference` makes"):
+                build(function)
+        assert NoReference(function)(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4)) > 0
+
+    def perhaps(image, target=None):
+        return image.sum() if target is None else (image - target).abs().sum()
+
+    assert WeightedSum({"l1": perhaps})(torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)) == 12
+
+
+def test_what_is_masked_may_hold_anything():
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., :2] = 1
+    restored, target = torch.ones(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
+    restored[..., 2:] = torch.nan
+    restored.requires_grad_()
+    loss = Masked(nn.L1Loss())(restored, target, mask=mask)
+    loss.backward()
+    assert loss == 1
+    torch.testing.assert_close(restored.grad, mask.expand(1, 3, 4, 4) / 24)

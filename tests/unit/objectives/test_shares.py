@@ -278,3 +278,75 @@ def test_a_state_resumes_to_the_digit():
     assert whole.current_weights() == before
     assert whole.norms.count == 6
     assert whole.current_weights() == resumed.current_weights() != trained(range(3)).current_weights()
+
+
+def test_norms_stay_in_single_precision_whatever_the_network_is_cast_to():
+    losses = [WeightedSum({"pixel": scaled(1.0), "tiny": scaled(1e-6)}, shares={"tiny": 0.5}) for _ in range(2)]
+    restored, target = images()
+    for number, loss in enumerate(losses):
+        nn.Sequential(loss).to(torch.bfloat16 if number else torch.float32)
+        assert loss.norms.mean.dtype == torch.float32
+        for _ in range(3):
+            loss(restored, target).backward()
+        assert loss.current_weights()["tiny"] == pytest.approx(1e6, rel=1e-3)
+
+
+class TwoTerms(nn.Module):
+    """Of which the second has a hundredth of the gradient."""
+
+    def terms(self, restored, target):
+        return {"large": scaled(1.0)(restored, target), "small": scaled(0.01)(restored, target)}
+
+    def forward(self, restored, target):
+        return sum(self.terms(restored, target).values())
+
+
+def test_a_backward_pass_for_each_term_measures_nothing_and_says_so():
+    loss = WeightedSum({"pixel": scaled(1.0), "two": TwoTerms()}, shares={"two": 0.5})
+    restored, target = images()
+    loss(restored, target).backward()
+    before = loss.current_weights()
+
+    def one_by_one():
+        for term in loss.terms(restored, target).values():
+            term.backward(retain_graph=True)
+
+    for _ in range(3):
+        with pytest.warns(UserWarning, match="in one backward pass through the sum of all terms"):
+            one_by_one()
+        loss.norms.take_in()
+    assert loss.current_weights() == pytest.approx(before)
+    assert before["two"] == pytest.approx(1 / 1.01)
+
+
+def test_a_second_derivative_measures_nothing():
+    loss = WeightedSum({"pixel": nn.MSELoss(), "other": nn.MSELoss()}, shares={"other": 0.5})
+    restored, target = images()
+    loss(restored, target).backward()
+    (gradient,) = torch.autograd.grad(loss(restored, target), restored, create_graph=True)
+    gradient.square().sum().backward()
+    loss.norms.take_in()
+    assert loss.current_weights()["other"] == pytest.approx(1.0)
+
+
+def test_an_audit_of_what_wraps_the_sum_leaves_its_norms_alone():
+    loss = WeightedSum({"pixel": scaled(1.0), "two": TwoTerms()}, shares={"two": 0.5})
+    wrapped = Subsampled(loss, every=2)
+    restored, target = images()
+    audit(wrapped, restored, target, draws=3)
+    assert not loss.norms.known
+    wrapped(restored, target).backward()
+    audit({"all": loss}, restored, target, draws=3)
+    loss.norms.take_in()
+    assert int(loss.norms.count) == 1 and loss.current_weights()["two"] == pytest.approx(1 / 1.01)
+
+
+def test_shares_are_given_at_construction():
+    loss = WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()})
+    loss.shares["other"] = 0.5
+    with pytest.raises(ValueError, match="`shares` should be given at construction"):
+        loss(*images())
+    loss = WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, shares={"other": 0.5})
+    loss.weights["other"] = 2.0
+    with pytest.raises(ValueError, match=r"should not name what has a share, found \['other'\]"):
+        loss(*images())

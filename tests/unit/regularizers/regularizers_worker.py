@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from restoreloss import GradientOrthogonality, ParameterImportance
+from restoreloss.regularizers.layer_decay import add_gradients
 from tests.helpers.processes import in_group
 
 
@@ -87,8 +88,22 @@ def check_orthogonality(rank):
             print(f"{policy}: equal", flush=True)
 
 
+def check_layers(rank):
+    data, weights = batch(8, 1), {"0": 0.5, "2": 1.0}
+    whole, parallel = network(), DistributedDataParallel(network())
+    for model in (whole, parallel.module):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    alone([lambda: add_gradients(squared(whole, data), whole, weights)])
+    add_gradients(squared(parallel.module, data.chunk(2)[rank]), parallel, weights)
+    for p, q in zip(whole.parameters(), parallel.module.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6)
+    print("layers: equal", flush=True)
+
+
 def main():
-    {"importance": check_importance, "orthogonality": check_orthogonality}[sys.argv[1]](dist.get_rank())
+    checks = {"importance": check_importance, "orthogonality": check_orthogonality, "layers": check_layers}
+    checks[sys.argv[1]](dist.get_rank())
 
 
 if __name__ == "__main__":

@@ -295,3 +295,19 @@ def test_an_optimizer_is_attached_to_once_and_holds_the_network() -> None:
     importance.attach(optimizer)
     with pytest.raises(ValueError, match="`optimizer` should hold parameters of `model`"):
         importance.attach(torch.optim.SGD(nn.Linear(3, 2).parameters(), lr=0.1))
+
+
+def test_each_of_two_optimizers_charges_its_own_parameters() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    importance = ParameterImportance(model, estimator="l2sp", strength=1.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.25) for layer in model]
+    for optimizer in optimizers:
+        importance.attach(optimizer)
+    for optimizer in optimizers:
+        optimizer.step()
+    for parameter, start in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), start + 0.75)  # a gradient of 1, once

@@ -165,3 +165,10 @@ def test_what_decays_is_saved_loaded_and_refined(estimator: Any) -> None:
         one._model[0].weight.data += 1
     assert again.importance()["weight"].tolist() == importance.importance()["weight"].tolist()
     assert again().item() == importance().item() > 0
+
+
+def test_importances_of_another_estimator_are_refused() -> None:
+    fisher, taylor = (ParameterImportance(linear(), estimator=kind) for kind in ("fisher", "taylor2"))
+    fisher.accumulate(squared, [BATCH])
+    with pytest.raises(ValueError, match="importances of 'taylor2', found those of 'fisher'"):
+        taylor.load_state_dict(fisher.state_dict())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss.regularizers.layer_decay import add_gradients, execution_order, layer_weights, shallow
+from tests.helpers.processes import launch
 
 
 class Backwards(nn.Module):
@@ -250,3 +251,26 @@ def test_layers_inside_one_that_ran_belong_to_it(caplog: pytest.LogCaptureFixtur
 
     assert execution_order(nn.Sequential(Outer()), torch.zeros(1, 2)) == ["0"]
     assert "did not run" not in caplog.text
+
+
+def test_a_compiled_block_is_a_layer_like_others() -> None:
+    def network() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 1))
+
+    plain, compiled = network(), network()
+    compiled[1] = torch.compile(compiled[1], backend="eager")  # type: ignore[assignment]
+    x = torch.rand(3, 2)
+    order = execution_order(compiled, x)
+    assert order == execution_order(plain, x) == ["0", "1.0", "2"]
+    assert len(shallow(compiled, order, 2)) == len(shallow(plain, order, 2)) == 4
+    for model in (plain, compiled):
+        add_gradients(model(x).sum(), model, layer_weights(order, 20))
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_two_processes_add_the_mean_of_their_gradients() -> None:
+    done = launch("tests/unit/regularizers/regularizers_worker.py", "layers")
+    assert done.stdout.count("layers: equal") == 2, done.stderr[-3000:]

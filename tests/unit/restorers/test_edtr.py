@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from restoreloss import HLFLoss, partial_diffusion
+from restoreloss import DiffLoss, HLFLoss, partial_diffusion
 from restoreloss.restorers import EDTR, small_latent_prior, stable_diffusion_prior
 from restoreloss.restorers.edtr import latent_controlnet
 from tests.helpers.restorers import small_edtr
@@ -205,3 +205,23 @@ def test_all_parts_follow_the_dtype() -> None:
     for part in (edtr.controlnet, edtr.decoder, edtr._encoder.network, edtr._unet.network, edtr._pre.network):
         assert {p.dtype for p in part.parameters()} == {torch.float64}
     assert edtr.prompt.dtype == torch.float64
+
+
+def test_one_prior_serves_difference_and_restorer() -> None:
+    for first in (True, False):
+        prior = small_latent_prior(4)
+        losses = [DiffLoss(prior)] if first else []
+        edtr = EDTR(nn.Identity(), prior)
+        losses += [] if first else [DiffLoss(prior)]
+        assert all(parameter.requires_grad for parameter in edtr.parameters())
+    assert all(p.requires_grad for p in EDTR(nn.Identity(), small_latent_prior(4).requires_grad_(False)).parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_it_restores_in_half_precision(dtype: torch.dtype) -> None:
+    edtr, image = small_edtr().eval(), torch.rand(1, 3, 32, 32)
+    whole, half = (
+        one.restore(image, generator=torch.Generator().manual_seed(0)) for one in (edtr, copy.deepcopy(edtr).to(dtype))
+    )
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, whole, atol=0.05, rtol=0)

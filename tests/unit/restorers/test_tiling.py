@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from restoreloss.restorers.tiling import apart, tiled, together
+from restoreloss.restorers.tiling import crop_to, pad_to_batch, tiled
 
 
 def test_tiles_of_a_pointwise_function_are_its_whole() -> None:
@@ -37,11 +37,11 @@ def test_tiles_fade_into_each_other() -> None:
 
 def test_together_and_apart() -> None:
     images = [torch.rand(3, 5, 9), torch.rand(3, 8, 4)]
-    batch = together(images, 4)
+    batch = pad_to_batch(images, 4)
     assert batch.shape == (2, 3, 8, 12)
     assert torch.equal(batch[0, :, 7, 11], images[0][:, 4, 8])
-    assert all(torch.equal(one, other) for one, other in zip(apart(batch, images), images, strict=True))
-    assert together(torch.rand(2, 3, 8, 8), 4, 16).shape == (2, 3, 16, 16)
+    assert all(torch.equal(one, other) for one, other in zip(crop_to(batch, images), images, strict=True))
+    assert pad_to_batch(torch.rand(2, 3, 8, 8), 4, 16).shape == (2, 3, 16, 16)
 
 
 @pytest.mark.parametrize("size", [(64, 96), (40, 88), (32, 200)])

@@ -14,7 +14,7 @@ from examples.unirestore.adapters import AdapterName
 from restoreloss import LatentPrior, NoiseSchedule
 from restoreloss.restorers import EDTR, UniRestore, small_latent_prior, stable_diffusion_prior
 from restoreloss.restorers.shapes import small_autoencoder, small_prompt, small_unet
-from restoreloss.restorers.tiling import enlarged
+from restoreloss.restorers.tiling import upscale_to_side
 from tests.helpers.restorers import (
     MODELS,
     answers,
@@ -306,7 +306,7 @@ def test_small_pictures_are_enlarged_and_reduced_again(monkeypatch: pytest.Monke
     torch.testing.assert_close(one[..., :50], large)
     restored = model(one, "look", noise=noise)[..., :50]
     torch.testing.assert_close(found, F.interpolate(restored, (20, 31), mode="bicubic", antialias=True))
-    assert enlarged(pictures, 20) is pictures
+    assert upscale_to_side(pictures, 20) is pictures
 
 
 def test_sides_that_cannot_be_halved_are_refused_where_nothing_pads() -> None:

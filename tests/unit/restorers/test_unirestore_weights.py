@@ -96,3 +96,23 @@ def test_a_model_of_stage_1_is_gone_on_from_with_adapters(tmp_path: Path) -> Non
     assert torch.equal(answers(model, ["look"]), answers(first, ["look"]))
     with pytest.raises(ValueError, match=r"tfa\."):
         model.load_trained(file)
+
+
+def test_files_may_be_named_by_a_string(tmp_path: Path) -> None:
+    model = learned(small(), 0.3)
+    file, prompts = str(tmp_path / "all.safetensors"), str(tmp_path / "prompts.safetensors")
+    model.save_trained(file)
+    model.save_prompts(prompts)
+    model.load_trained(file)
+    assert sorted(model.load_prompts(prompts)) == sorted(model.tasks)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.safetensors", "prompts.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_it_restores_in_half_precision(dtype: torch.dtype) -> None:
+    model, image = small().eval(), torch.rand(1, 3, 32, 32)
+    found = []
+    for precision in (torch.float32, dtype):
+        found.append(model.to(precision).restore(image, model.tasks[0], generator=torch.Generator().manual_seed(0)))
+    assert found[1].dtype == torch.float32
+    torch.testing.assert_close(*found, atol=0.05, rtol=0)

@@ -365,3 +365,10 @@ def test_a_scaler_that_is_off_is_none():
     broken = make_phase(network, lambda batch: root(network[2].weight) + F.mse_loss(network(batch), batch))
     with pytest.raises(FloatingPointError, match="gradient of `2.weight`"):
         Alternation([broken], scaler=torch.amp.GradScaler("cpu", enabled=False)).step(rows())
+
+
+def test_float16_without_a_scaler_is_refused():
+    network = nn.Linear(2, 1)
+    phase = Phase("fit", [network], lambda batch: network(batch).mean(), SGD(network.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="`scaler` should be given for float16"):
+        Alternation([phase], precision=torch.float16)
