@@ -107,10 +107,9 @@ def test_a_folder_without_pictures_is_refused(make: bool, tmp_path: Path, capsys
 
 
 WRONG: dict[str, list[str]] = {
-    "steps": ["--steps=3"],
+    "steps": ["--steps=0"],
     "invalid int value": ["--steps=many"],
     "share": ["--share=1.5"],
-    "weight": ["--weight=-1"],
     "blur": ["--blur=-1"],
     "h_space_weight": ["--h-space-weight=-1"],
     "timesteps": ["--timesteps", "600", "100"],
@@ -140,18 +139,18 @@ def test_quickstart_says_what_is_in_the_place_of_its_folder(tmp_path: Path, caps
 def test_quickstart_stops_where_the_loss_is_nan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch, calls = photos_run.Experiment.batch, []
+    batch, calls = photos_run.Crops.batch, []
 
-    def broken(self: photos_run.Experiment, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def broken(self: photos_run.Crops, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append(1)
-        clean, degraded = batch(self, generator)
+        clean, degraded = batch(self, size, generator)
         return clean, degraded * (float("nan") if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(photos_run.Experiment, "batch", broken)
+    monkeypatch.setattr(photos_run.Crops, "batch", broken)
     with pytest.raises(SystemExit, match="1"):
         quickstart.main(["--loss=diff", "--steps=20", f"--out={tmp_path / 'out'}"])
-    assert "quickstart: warm-up, step 2: the pixel loss is nan" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "results.json").exists()
+    assert "quickstart: L1, step 2: the loss is nan" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_quickstart_on_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,30 +160,38 @@ def test_quickstart_on_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixtur
         pixels = (load_photo(name) * 255).byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(pictures / f"{name}.png")
     (pictures / "broken.png").write_bytes(b"\x89PNG")
-    result = quickstart.main(["--loss=diff", "--images", str(pictures), "--out", str(out), "--steps", "20"])
+    result = quickstart.main(["--loss=diff", "--images", str(pictures), "--out", str(out), "--steps", "10"])
     printed = capsys.readouterr().out
-    for name in ("comparison.png", "curves.png", "audit.png", "audit.txt", "results.json"):
+    for name in ("comparison.png", "audit.png", "audit.txt", "results.json"):
         assert str(out / name) in printed
         assert (out / name).stat().st_size > 100
-    scores = json.loads((out / "results.json").read_text())["scores"]
-    assert sorted(scores) == ["degraded", "with prior", "without prior"]
+    written = json.loads((out / "results.json").read_text())
+    scores, seconds, steps = (written[name] for name in ("scores", "seconds_per_step", "steps"))
+    assert list(scores) == ["degraded", "pixel", "gradients", "diff", "pixel_long"]
     assert all(math.isfinite(v) for metrics in scores.values() for values in metrics.values() for v in values)
+    assert len({str(score) for score in scores.values()}) == 5
+    assert steps == {
+        "pixel": 10,
+        "gradients": 10,
+        "diff": 10,
+        "pixel_long": round(10 * seconds["diff"] / seconds["pixel"]),
+    }
     terms = result["audit"]["terms"]
-    shares = [terms[name]["share"] for name in ("diff/noise", "diff/h_space")]
-    assert sum(shares) == pytest.approx(0.5, abs=0.05)
-    assert scores["with prior"] != scores["without prior"]
-    assert "standard error" in printed
+    assert 0.3 < sum(terms[name]["share"] for name in ("diff/noise", "diff/h_space")) < 0.7
+    assert printed.count("±") == 6  # DiffLoss minus each of the three others, in both figures
 
 
 def test_quickstart_says_where_the_prior_does_not_help() -> None:
     up, down = torch.tensor([30.0, 31.0, 32.0]), torch.tensor([29.0, 30.0, 31.1])
-    good = {"PSNR": up, "SSIM": up / 40, "diffusion distance": down / 1000}
-    bad = {"PSNR": down, "SSIM": down / 40, "diffusion distance": up / 1000}
-    assert "WORSE" in photos_run.verdict(good, bad, 3)
-    assert "did not help" in photos_run.verdict(good, bad, 3)
-    assert "WORSE" not in photos_run.verdict(bad, good, 3)
-    assert "did not help" not in photos_run.verdict(bad, good, 3)
-    assert photos_run.verdict(good, good, 3).count("no clear change") == 3
+    good, bad = ({"PSNR": values, "SSIM": values / 40} for values in (up, down))
+    seconds, steps = (
+        dict.fromkeys(("pixel", "gradients", "diff"), 0.01),
+        dict.fromkeys(("pixel", "gradients", "diff"), 9),
+    )
+    rows = photos_run.table({"pixel": good, "gradients": good, "diff": bad}, seconds, steps, 3).splitlines()
+    assert [row.count("WORSE") for row in rows] == [0, 2, 2, 0]
+    rows = photos_run.table({"pixel": bad, "gradients": good, "diff": good}, seconds, steps, 3).splitlines()
+    assert [row.count("better") for row in rows] == [0, 2, 0, 0] and rows[2].count("no clear change") == 2
 
 
 def test_prior_training_learns_and_resumes_exactly(tmp_path: Path) -> None:
