@@ -258,16 +258,14 @@ class ParameterImportance(ExactBuffers):
         return torch.stack([term.to(terms[0]) for term in terms]).sum()
 
     @torch.no_grad()
-    def apply_(self) -> None:
+    def apply_(self, only: Iterable[nn.Parameter] | None = None) -> None:
         """Add the penalty's gradient to ``.grad``: what ``forward().backward()`` does, without a graph.
 
-        Call it once per optimizer step, after the last ``backward()``, and after ``GradScaler.unscale_``.
+        Call it once in a step, after the last ``backward()`` and ``GradScaler.unscale_``; with several optimizers for
+        ``only`` the parameters of each.
         """
-        self._apply_to(None)
-
-    def _apply_to(self, held: set[int] | None) -> None:
-        """:meth:`apply_`, for the parameters of these ids alone, or for all."""
         self._check_measured()
+        held = None if only is None else {id(parameter) for parameter in only}
         charged = False
         for parameter, omega, anchor, weight in self._charged():
             charged = True
@@ -319,8 +317,7 @@ class ParameterImportance(ExactBuffers):
                     "A fused optimizer is given scaled gradients by GradScaler: call `scaler.unscale_(optimizer)` "
                     "before `scaler.step(optimizer)`."
                 )
-            with torch.no_grad():
-                self._apply_to({id(parameter) for group in optimizer.param_groups for parameter in group["params"]})
+            self.apply_(parameter for group in optimizer.param_groups for parameter in group["params"])
 
         own = {id(parameter) for parameter in unwrap(self._model[0]).parameters()}
         if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
@@ -447,15 +444,10 @@ class ParameterImportance(ExactBuffers):
 
     def _check_measured(self) -> None:
         if not self._measured:  # Reading the buffer instead would wait for the device at every step.
-            raise ValueError(
-                "The importance should be measured first, found that it is not measured: call `accumulate(loss_fn, "
-                "batches)`."
-            )
+            raise ValueError("The importance should be there, found not measured: call `accumulate(loss_fn, batches)`.")
 
     def _buffer(self, kind: str) -> Tensor:
-        value = self._buffers[f"{self.tasks - 1}/{kind}"]
-        assert value is not None
-        return value
+        return self.get_buffer(f"{self.tasks - 1}/{kind}")
 
     def _named(self, task: int, kind: str) -> dict[str, Tensor]:
         start = f"{task}/{kind}/"
@@ -470,15 +462,14 @@ class ParameterImportance(ExactBuffers):
         return torch.tensor(get_args(Estimator).index(self.estimator))
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Nothing: the estimator is this one's own."""
+        """Checked when the state is loaded."""
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
         measured = state_dict.get(f"{prefix}_extra_state")
         if measured is not None and (found := get_args(Estimator)[int(measured)]) != self.estimator:
             raise ValueError(f"`state_dict` should hold importances of {self.estimator!r}, found those of {found!r}.")
         # What was measured elsewhere replaces what is here, with other tasks and parameters that this network lacks.
-        loaded = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
-        loaded = [name for name in loaded if name != "_extra_state"]
+        loaded = [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix) and k != f"{prefix}_extra_state"]
         if any(name.endswith("/samples") for name in loaded):
             devices = {plain_name(name): p.device for name, p in unwrap(self._model[0]).named_parameters()}
             usual = next(iter(devices.values()), None)
