@@ -12,6 +12,7 @@ import argparse
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from examples.common.data.folder import check_folder
 from examples.common.data.photos import grid_crops, photographs, random_crops
 from examples.common.engine.controls import ImageGradients
 from examples.common.engine.run_directory import to_json
-from examples.common.engine.training import Training, restore
+from examples.common.engine.training import Training, by_turns, restore
 from examples.common.networks.restorers import restorer
 from restoreloss import DiffLoss, WeightedSum, audit, small_prior
 
@@ -153,15 +154,18 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     for name, term in (("gradients", ImageGradients()), ("diff", diff)):
         parts = {"pixel": nn.L1Loss(), name: term}
         objectives[name] = WeightedSum(parts, shares={name: args.share}).to(args.device)
-    objectives["pixel_long"] = nn.L1Loss()
-    nets, seconds, steps = {}, dict[str, float](), dict[str, int]()
+    nets = {name: copy.deepcopy(start) for name in objectives}
+    learn = partial(training.run, size=BATCH, lr=LR, seed=args.seed)
     for name, objective in objectives.items():
-        nets[name] = copy.deepcopy(start)
-        equal_time = seconds["diff"] / seconds["pixel"] if name == "pixel_long" else 1
-        steps[name] = round(equal_time * args.steps)
-        seconds[name] = training.run(
-            nets[name], objective, steps=steps[name], size=BATCH, lr=LR, seed=args.seed, title=TITLES[name]
-        )
+        learn(nets[name], objective, steps=args.steps, title=TITLES[name])
+    # measured by turns, afterwards: shares are means over what was trained
+    costs = {name: partial(training.seconds, start, objective, size=BATCH) for name, objective in objectives.items()}
+    seconds = by_turns(costs)
+    seconds["pixel_long"] = seconds["pixel"]
+    steps = dict.fromkeys(objectives, args.steps)
+    steps["pixel_long"] = max(1, round(args.steps * seconds["diff"] / seconds["pixel"]))
+    nets["pixel_long"] = copy.deepcopy(start)
+    learn(nets["pixel_long"], nn.L1Loss(), steps=steps["pixel_long"], title=TITLES["pixel_long"])
 
     images = {"degraded": degraded.clamp(0, 1)}
     images |= {name: restore(net, degraded, args.device) for name, net in nets.items()}
