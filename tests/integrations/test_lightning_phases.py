@@ -172,7 +172,7 @@ def refused(module, tmp_path, **options):
 def test_importance_that_charges_nothing_here_is_refused(tmp_path):
     module = Restorer()
     unmeasured = ImportanceCallback(ParameterImportance(module.network))
-    assert "The importance should be measured first" in refused(module, tmp_path, callbacks=[unmeasured])
+    assert "found not measured: call `accumulate(" in refused(module, tmp_path, callbacks=[unmeasured])
     elsewhere = ImportanceCallback(measured(copy.deepcopy(module.network)))
     assert "does it hold a copy of the network?" in refused(module, tmp_path, callbacks=[elsewhere])
     with pytest.raises(ValueError, match="`importance` should be a ParameterImportance, found a Conv2d"):
