@@ -49,8 +49,8 @@ class Config(DataOptions, TrainerOptions):
         lite0: test with a perceptual distance by EfficientNet-Lite0 too, where its package is installed.
         pad_tests: continue test images to multiples of ``scale`` and cut what was restored back, instead of cutting
             them; so in the authors' code.
-        fixed_hr: run directory of an "oracle" that also reads the restored images (and whose features
-            the TDP loss of fixed_task, h_fixed and squared_tdp compares), or "english_g2", as EasyOCR has it.
+        fixed_hr: run directory of an "oracle" that also reads the restored images (and whose features the TDP loss of
+            fixed_task, h_fixed and squared_tdp compares), or "english_g2", as EasyOCR has it.
         judge: run directory of another one, of another seed, never used in training, or "pp_ocr".
         foreign: for fixed_foreign, the run directory of an "oracle" on other data, "imagenet" (torchvision's ResNet18)
             or "vgg" (its VGG19, as in Table 6, A).

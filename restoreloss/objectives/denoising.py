@@ -92,7 +92,6 @@ class DenoisingLoss(nn.Module):
         check_choice("distance", distance, Distance)
         check_choice("reduction", reduction, Reduction)
         self._denoiser = (denoiser,)  # The tuple keeps it from being registered.
-        self._takes_timesteps = isinstance(denoiser, Denoiser)  # and tells its model what the schedule calls them
         self.schedule = schedule
         self.distance: Distance = distance
         self.reduction: Reduction = reduction
@@ -137,8 +136,9 @@ class DenoisingLoss(nn.Module):
         noise = noise.to(clean.device)
         t = self.schedule.expand_timestep(timestep, clean)
         x = clean if self.input_range is None else into_range(clean, self.input_range, self.schedule.model_range)
-        time = t if self._takes_timesteps else self.schedule.model_time(t)
-        answer = prediction_in(self._denoiser[0](self.schedule.add_noise(x, noise, t), time))
+        (denoiser,) = self._denoiser
+        time = t if isinstance(denoiser, Denoiser) else self.schedule.model_time(t)  # a Denoiser asks its own schedule
+        answer = prediction_in(denoiser(self.schedule.add_noise(x, noise, t), time))
         if answer.ndim != 4 or answer.shape[1] < x.shape[1]:
             raise ValueError(f"`denoiser` should return images like {tuple(x.shape)}, found {tuple(answer.shape)}.")
         answer = answer[:, : x.shape[1]]
