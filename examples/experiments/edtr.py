@@ -71,7 +71,7 @@ class Experiment:
 
     def prior(self) -> Path:
         """One diffusion model for all seeds, of images of its own, as a hub's would be."""
-        out = self.out / f"prior_{self.base.data}"
+        out = self.out / f"prior_{self.base.task}_{self.base.data}"
         settings = {
             name: getattr(self.base, name) for name in ("task", "data", "size", "contrast", "batch", "precision", "cpu")
         }
