@@ -40,6 +40,7 @@ copybutton_prompt_is_regexp = True
 
 myst_heading_anchors = 4
 myst_enable_extensions = ["dollarmath"]
+myst_fence_as_directive = ["math"]  # as forges render it
 
 autosummary_generate = True
 autosummary_context = {"exported": [*restoreloss.__all__, *restorers.__all__]}  # these have pages of their own
