@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from restoreloss.checks import describe
 from restoreloss.default_layers import default_layers
 from restoreloss.frozen import unwrap
-from restoreloss.images import at_least_float32, check_range
+from restoreloss.images import at_least_float32, check_range, into_range
 from restoreloss.normalization import Images, Normalize, Statistics, normalization
 from restoreloss.precision import enter, leave, reference_weight
 
@@ -268,9 +268,7 @@ class FeatureExtractor:
 
     def _unit(self, image: Tensor) -> Tensor:
         """In [0, 1], in float32 or higher."""
-        image = at_least_float32(image)
-        low, high = self.input_range
-        return image if (low, high) == (0.0, 1.0) else (image - low) / (high - low)
+        return into_range(at_least_float32(image), self.input_range, (0.0, 1.0))
 
     @staticmethod
     def _normalized(image: Tensor, statistics: Statistics | None) -> Tensor:

@@ -105,8 +105,9 @@ def into_range(image: Tensor, source: tuple[float, float], target: tuple[float, 
     """Map one range onto another, in float32 or higher unless they are the same; overshoot stays overshoot."""
     if source == target:
         return image
-    low, high = target
-    return to_signed_range(image, source) * ((high - low) / 2) + (low + high) / 2
+    (low, high), (first, last) = source, target
+    unit = (at_least_float32(image) - low) / (high - low)
+    return unit if target == (0.0, 1.0) else unit * (last - first) + first
 
 
 _MIN_VALUES = 192

@@ -218,7 +218,9 @@ class Corruptions(nn.Module):
             generators = _one_for_each("generator", generator, len(image))
             samples = zip(unit.split(1), drawn, generators, strict=True)
             corrupted = torch.cat([apply_corruption(x, what, generator=one) for x, what, one in samples])
-        return into_range(corrupted, (0.0, 1.0), self.input_range).to(image.dtype)
+        corrupted = into_range(corrupted, (0.0, 1.0), self.input_range).to(image.dtype)
+        clean = torch.tensor([what.name == CLEAN for what in drawn], device=image.device).view(-1, 1, 1, 1)
+        return torch.where(clean, image.clamp(*self.input_range), corrupted)
 
     def draw(self, count: int, *, generator: Generators = None, side: int | None = None) -> list[Corruption]:
         """What to do to ``count`` images, whose shorter side has ``side`` pixels; without it none is reduced."""

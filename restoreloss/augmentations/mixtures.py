@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from restoreloss._optional import require
 from restoreloss.checks import check_integer, check_number, describe
 from restoreloss.generators import check_generators, standard_normal, uniform
-from restoreloss.images import RangeWatch, at_least_float32, check_images, check_range, continued, mirrored
+from restoreloss.images import RangeWatch, at_least_float32, check_images, check_range, continued, into_range, mirrored
 
 Span = tuple[float, float]
 
@@ -274,14 +274,11 @@ def _to_unit(images: Tensor, watch: RangeWatch) -> Tensor:
     if images.shape[1] not in (1, 3):
         raise ValueError(f"`images` should have one or three channels, as JPEG does, found {images.shape[1]}.")
     watch.look({"images": images})
-    low, high = watch.input_range
-    wide = at_least_float32(images)
-    return ((wide - low) / (high - low)).clamp(0, 1)
+    return into_range(at_least_float32(images), watch.input_range, (0.0, 1.0)).clamp(0, 1)
 
 
 def _from_unit(unit: Tensor, like: Tensor, input_range: Span) -> Tensor:
-    low, high = input_range
-    return (unit * (high - low) + low).to(like.dtype)
+    return into_range(unit, (0.0, 1.0), input_range).to(like.dtype)
 
 
 def _span(name: str, values: Span, lowest: float, highest: float) -> Span:

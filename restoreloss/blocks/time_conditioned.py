@@ -6,6 +6,7 @@ identity, so that a wrapped network computes what it did before.
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -78,6 +79,8 @@ class TimeConditioned(nn.Module):
         self._embedding: Tensor | None = None
         self._steps: Tensor | None = None
         self._sides: tuple[int, ...] = (1, 1)
+        self._acted: set[str] = set()
+        self._told: set[str] = set()
         self.attach({} if blocks is None else blocks)
 
     @property
@@ -106,6 +109,12 @@ class TimeConditioned(nn.Module):
                 some = ", ".join(list(modules)[1:31])
                 raise ValueError(f"`blocks` should name layers of the network, found {layer!r}; there are {some}, ...")
         for layer, block in blocks.items():
+            if self._is_compiled(layer):
+                warnings.warn(
+                    f"The layer {layer!r} was compiled before it got a block: if it was called since, it runs no hook "
+                    "of a later time, and the block does nothing. Wrap the network first, and compile it then.",
+                    stacklevel=2,
+                )
             key = _key(layer)
             earlier = _parts(self.blocks[key]) if key in self.blocks else []
             self.blocks[key] = _Chain(*earlier, block) if earlier else block
@@ -165,13 +174,33 @@ class TimeConditioned(nn.Module):
             raise ValueError(f"`t` should be one timestep or {len(image)}, found shape {tuple(steps.shape)}.")
         steps = steps.reshape(-1).expand(len(image))
         dtype = next(self.embed.parameters()).dtype
-        before = self._embedding, self._steps
+        before, self._acted = (self._embedding, self._steps), set()
         try:
             self._steps, self._sides = steps, tuple(image.shape[-2:])
             self._embedding = self.embed(time_features(steps, self.time_dim, self.num_timesteps).to(dtype))
-            return self.network(image, steps) if self.passes_time else self.network(image)
+            found = self.network(image, steps) if self.passes_time else self.network(image)
         finally:
             self._embedding, self._steps = before
+        if not torch.compiler.is_compiling():
+            self._tell_of_idle()
+        return found
+
+    def _tell_of_idle(self) -> None:
+        """Warn once of layers that were not passed, so that their blocks did nothing. Compiled ones do not say."""
+        idle = {layer for layer in set(self.layers) - self._acted - self._told if not self._is_compiled(layer)}
+        if idle:
+            self._told |= idle
+            warnings.warn(
+                f"The network ran without passing {sorted(idle)}, so that the blocks there did nothing. (A list of "
+                "modules is not called itself.)",
+                stacklevel=3,
+            )
+
+    def _is_compiled(self, layer: str) -> bool:
+        """Whether the layer, or what it lies in, was compiled in place."""
+        names = layer.split(".")
+        modules = [self.network, *(self.network.get_submodule(".".join(names[: n + 1])) for n in range(len(names)))]
+        return any(getattr(module, "_compiled_call_impl", None) is not None for module in modules)
 
     def _hook(self) -> None:
         for handle in self._handles.values():
@@ -203,6 +232,8 @@ class _Act:
                     "TimeConditioned."
                 )
             return output
+        if not torch.compiler.is_compiling():
+            self.owner._acted.add(self.layer)
         if not isinstance(output, Tensor) or output.ndim not in (3, 4):
             what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(

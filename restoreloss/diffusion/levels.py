@@ -6,7 +6,7 @@ at the other end of a straight line from the image (:class:`FlowLevels`).
 
 import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,10 @@ class NoiseLevels(NoiseSchedule):
         total = theta.cumsum(0) - theta[0]
         sigma = sigma_max * (1 - torch.exp(2 * math.log(0.005) * total / total[-1])).sqrt()
         return cls(sigma, prediction_type=prediction_type)
+
+    def zero_terminal_snr(self) -> NoReturn:
+        """Raise ``ValueError``: the signal stays 1."""
+        raise ValueError("`zero_terminal_snr` is for schedules that mix noise in, found NoiseLevels, which add it.")
 
     @staticmethod
     def _fallen(level: tuple[Tensor, Tensor], previous: tuple[Tensor, Tensor]) -> Tensor:
@@ -177,6 +181,10 @@ class FlowLevels(NoiseSchedule):
         # A shift that depends on the size of the image is one of sampling, not of training.
         dynamic = getattr(config, "use_dynamic_shifting", False)
         return cls.uniform(config.num_train_timesteps, shift=1.0 if dynamic else getattr(config, "shift", 1.0))
+
+    def zero_terminal_snr(self) -> NoReturn:
+        """Raise ``ValueError``: levels up to 1 say it."""
+        raise ValueError("`zero_terminal_snr` is not for FlowLevels, found them: a last level of 1 is noise alone.")
 
     def model_time(self, t: Tensor) -> Tensor:
         """``time_scale`` times s at timesteps (N,)."""

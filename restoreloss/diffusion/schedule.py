@@ -242,11 +242,12 @@ class NoiseSchedule(ExactBuffers):
             The mean in the dtype of ``x_t``, and the standard deviation of shape (N, 1, ...) in float32 or higher.
 
         Raises:
-            ValueError: If shapes differ or a timestep does not fit.
+            ValueError: If shapes differ, a timestep does not fit, or there is no noise at ``t``.
 
         Source: Ho et al. 2020 (Eqs. 6, 7); Nichol & Dhariwal 2021 (Section 4) for strides.
         """
         _check_alike(x_t, x0, "x_t", "x0")
+        self._check_noisy(t)
         signal, sigma = self._levels(t, x_t)
         signal_s, sigma_s = self._levels(previous, x_t)
         unread = any(isinstance(step, Tensor) and step.device.type != "cpu" for step in (t, previous))

@@ -52,6 +52,8 @@ def corrupt(image: Any, severity: int = 1, corruption_name: str | None = None, c
     Randomness is torch's global one (``torch.manual_seed``), where the package has numpy's. What differs otherwise is
     listed at :func:`restoreloss.corrupt`.
     """
+    if isinstance(image, Image.Image) and image.mode not in ("RGB", "L"):
+        raise ValueError(f"A PIL image should be RGB, found mode {image.mode!r}: `image.convert('RGB')` makes one.")
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
         raise ValueError(

@@ -13,6 +13,7 @@ from torch import Tensor
 from restoreloss.integrations.drop_in import Framework, register_all
 from restoreloss.integrations.options import OPTIONS, Criterion, registrable
 from restoreloss.objectives.base import Objective
+from restoreloss.objectives.weighted_sum import WeightedSum
 
 _log = logging.getLogger(__name__)
 
@@ -24,16 +25,23 @@ class ByTerm(Criterion):
 
     Raises:
         ValueError: At construction for a part of weight below 0, whose terms the trainer would drop.
+
+    It warns once of each term that is below 0, for the same reason.
     """
 
     def __init__(self, objective: Objective, loss_weight: float = 1.0) -> None:
         super().__init__(objective, loss_weight)
+        self._negative: set[str] = set()
         for name, part in objective.named_modules():
-            if isinstance(part, Criterion) and part.loss_weight < 0:
-                inner = name.replace("objective_", "").replace(".objective.", "/")
-                raise ValueError(
-                    f"`loss_weight` of {inner!r} should be at least 0, found {part.loss_weight}: it would be dropped."
-                )
+            inner = name.replace("objective_", "").replace(".objective.", "/")
+            weights = {inner: part.loss_weight} if isinstance(part, Criterion) else {}
+            if isinstance(part, WeightedSum):
+                weights = {f"{inner}/{key}".strip("/"): weight for key, weight in part.weights.items()}
+            for which, weight in weights.items():
+                if weight < 0:
+                    raise ValueError(
+                        f"The weight of {which!r} should be at least 0, found {weight}: the trainer would drop it."
+                    )
 
     def forward(self, restored: Tensor, target: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         """The unweighted terms by name, from two float (N, C, H, W)."""
@@ -44,6 +52,9 @@ class ByTerm(Criterion):
 
     def _countable(self, name: str, value: Tensor) -> Tensor:
         """The term; infinity for NaN, which the trainer would drop as not above 0 and never count or mention."""
+        if bool(value.detach() < 0) and name not in self._negative:
+            self._negative.add(name)
+            _log.warning("%s: the term %r is below 0, and traiNNer-redux drops it.", type(self).__name__, name)
         if not bool(value.isnan()):
             return value
         _log.warning("%s: the term %r is NaN.", type(self).__name__, name)

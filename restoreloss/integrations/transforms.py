@@ -37,8 +37,8 @@ class _OnImages(v2.Transform, ABC):  # type: ignore[misc]
 
     Args:
         p: probability that an image is changed, for each image of a batch by itself; the others stay bit for bit.
-        keys: entries of a dict to change; all others stay as they are, so that ``keys=("lq",)`` leaves "gt". Default:
-            all images of the sample.
+        keys: entries of a dict to change, with all the images in them; all others stay as they are, so that
+            ``keys=("lq",)`` leaves "gt". Default: all images of the sample.
         return_drawn: return (sample, drawn), with what was drawn for each image, None where it stays.
     """
 
@@ -65,43 +65,43 @@ class _OnImages(v2.Transform, ABC):  # type: ignore[misc]
         """The sample with its images changed: an image, a tuple, a list or a dict, of any depth.
 
         Raises:
-            TypeError: For a sample without an image, and one without the ``keys``.
+            TypeError: For a sample without an image, one without the ``keys``, and a key that holds none.
         """
         sample = inputs if len(inputs) > 1 else inputs[0]
         if self.keys is None:
-            changed, drawn = self._changed(sample)
+            leaves, structure = tree_flatten(sample)
+            drawn = self._change(leaves, _images_among(leaves))
+            changed = tree_unflatten(leaves, structure)
         else:
             if not isinstance(sample, Mapping) or not all(key in sample for key in self.keys):
                 found = list(sample) if isinstance(sample, Mapping) else describe(sample)
                 raise TypeError(f"`keys` should be entries of the sample, found {list(self.keys)} and {found}.")
-            part, drawn = self._changed({key: sample[key] for key in self.keys})
-            changed = {**sample, **part}
+            for key in self.keys:
+                if not any(_is_image(leaf) for leaf in tree_flatten(sample[key])[0]):
+                    raise TypeError(
+                        f"`keys` should be entries that hold an image, found {key!r}, {describe(sample[key])}."
+                    )
+            leaves, structure = tree_flatten({key: sample[key] for key in self.keys})
+            drawn = self._change(leaves, [n for n, leaf in enumerate(leaves) if _is_image(leaf)])
+            changed = {**sample, **tree_unflatten(leaves, structure)}
         return (changed, drawn) if self.return_drawn else changed
 
-    def _changed(self, sample: Any) -> tuple[Any, list[Any]]:
-        leaves, structure = tree_flatten(sample)
-        places = _images_among(leaves)
+    def _change(self, leaves: list[Any], places: Sequence[int]) -> list[Any]:
+        """Change the images at these places, the n-th of each by the same parameters, and return what was drawn."""
         if not places:
             raise TypeError(f"The sample should hold an image, found {[describe(leaf) for leaf in leaves]}.")
-        drawn: list[Any] = []
-        for place in places:
-            leaves[place], drawn = self._change(leaves[place], drawn)
-        return tree_unflatten(leaves, structure), drawn
-
-    def _change(self, image: Any, drawn: list[Any]) -> tuple[Any, list[Any]]:
-        """A changed image of the same kind; the images of one sample have the parameters of the first."""
-        batch, back = _as_batch(image)
-        if batch.is_floating_point():
-            self._range.look({"image": batch})
-        if len(drawn) < len(batch):
-            chosen = uniform(torch.empty(len(batch), dtype=torch.float64)) < self.p
-            new = self.draw(len(batch), min(batch.shape[2:]))
-            drawn = [what if take else None for what, take in zip(new, chosen.tolist(), strict=True)]
-        changed = [
-            one if what is None else self.change(one, what)
-            for one, what in zip(batch.split(1), drawn[: len(batch)], strict=True)
-        ]
-        return back(torch.cat(changed)), drawn
+        batches = [_as_batch(leaves[place]) for place in places]
+        for batch, _ in batches:
+            if batch.is_floating_point():
+                self._range.look({"image": batch})
+        count = max(len(batch) for batch, _ in batches)
+        chosen = uniform(torch.empty(count, dtype=torch.float64)) < self.p
+        new = self.draw(count, min(batches[0][0].shape[2:]))
+        drawn = [what if take else None for what, take in zip(new, chosen.tolist(), strict=True)]
+        for place, (batch, back) in zip(places, batches, strict=True):
+            pairs = zip(batch.split(1), drawn[: len(batch)], strict=True)
+            leaves[place] = back(torch.cat([one if what is None else self.change(one, what) for one, what in pairs]))
+        return drawn
 
 
 class RandomCorruption(_OnImages):
@@ -117,8 +117,8 @@ class RandomCorruption(_OnImages):
         return_drawn: return (sample, drawn), a :class:`Corruption` for each image, None where it stays.
 
     An image is a PIL image in RGB, a ``tv_tensors.Image``, a numpy array (H, W, 3) or, where the sample has none of
-    these, its first tensor (..., 3, H, W): uint8, or float in [0, 1]. It comes back in its own kind and dtype, uint8
-    rounded. Randomness is torch's global one, which a ``DataLoader`` seeds in each worker.
+    these, its first tensor (..., 3, H, W), and below ``keys`` every tensor: uint8, or float in [0, 1]. It comes back in
+    its own kind and dtype, uint8 rounded. Randomness is torch's global one, which a ``DataLoader`` seeds for workers.
 
     Raises:
         ValueError: At construction for options that :class:`Corruptions` refuses, at a call for images of another kind.
@@ -168,7 +168,8 @@ class RandomMixture(_OnImages):
         p: probability that an image is degraded, for each image of a batch by itself.
         mixture: a :class:`MixtureA` or :class:`MixtureB` of images in [0, 1]. Default: ``MixtureB()``.
         keys: entries of a dict to change; all others stay as they are. Default: all images of the sample.
-        return_drawn: return (sample, drawn), a ``Degradation`` for each image, None where it stays.
+        return_drawn: return (sample, drawn), a ``Degradation`` for each image (of a :class:`MixtureA` the mixture
+            itself, which draws nothing), None where it stays.
 
     Images, kinds and randomness are those of :class:`RandomCorruption`; gray ones may have one channel.
 
@@ -257,6 +258,13 @@ def _like(unit: Tensor, image: Tensor) -> Tensor:
     if image.dtype == torch.uint8:  # By way of int16 it is twice as fast.
         return unit.mul_(255).round_().to(torch.int16).to(torch.uint8)
     return unit.to(image.dtype)
+
+
+def _is_image(leaf: Any) -> bool:
+    """Whether what lies below a key is an image: boxes and labels have fewer dimensions, masks say what they are."""
+    if isinstance(leaf, Tensor) and not isinstance(leaf, tv_tensors.Image | tv_tensors.Video):
+        return leaf.ndim >= 3 and not isinstance(leaf, tv_tensors.TVTensor)
+    return isinstance(leaf, Image.Image | Tensor) or (isinstance(leaf, np.ndarray) and leaf.ndim == 3)
 
 
 def _images_among(leaves: Sequence[Any]) -> list[int]:

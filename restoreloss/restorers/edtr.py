@@ -18,8 +18,9 @@ from restoreloss.blocks.wavelet import WaveletColorFix
 from restoreloss.checks import check_integer, check_map, describe
 from restoreloss.diffusion.latents import LatentPrior, denormalize_latents
 from restoreloss.diffusion.sampling import PredictsNoise, denoise, partial_diffusion, short_steps
-from restoreloss.frozen import FrozenNetwork
+from restoreloss.frozen import FrozenNetwork, warn_if_trained
 from restoreloss.generators import Generators, standard_normal
+from restoreloss.images import RangeWatch
 from restoreloss.precision import reference_weight
 from restoreloss.restorers.shapes import Parts
 from restoreloss.restorers.tiling import pad_to_batch, tiled
@@ -100,9 +101,12 @@ class EDTR(nn.Module):
         if not isinstance(pre, nn.Module):
             raise ValueError(f"`pre` should be a network, or nn.Identity(), found {describe(pre)}.")
         vae, unet, schedule, prompt = Parts.of(prior)
+        warn_if_trained(pre, "pre")
+        warn_if_trained(unet, "prior")
         self.controlnet = latent_controlnet(unet) if controlnet is None else controlnet
         self.decoder = nn.ModuleList(part for part in (vae.post_quant_conv, vae.decoder) if part is not None)
-        self.decoder.requires_grad_(True)  # whatever the prior was read with
+        for part in (self.controlnet, self.decoder):
+            part.requires_grad_(True)  # whatever they were read with
         encoder = nn.ModuleList(part for part in (vae.encoder, vae.quant_conv) if part is not None)
         self._pre, self._encoder, self._unet = FrozenNetwork(pre), FrozenNetwork(encoder), FrozenNetwork(unet)
         self._latents = (prior.encoder,)  # A tuple, because its parts are registered above.
@@ -116,6 +120,7 @@ class EDTR(nn.Module):
         self.latent_factor: int = prior.encoder.multiple
         self.multiple: int = self.latent_factor * 2 ** (len(unet.config.block_out_channels) - 1)
         self.timesteps(n)
+        self._range = RangeWatch((0.0, 1.0))
 
     def timesteps(self, n: int | None = None) -> list[int]:
         """The n timesteps of a restoration, the noisiest first."""
@@ -134,6 +139,7 @@ class EDTR(nn.Module):
                 f"`degraded` should have sides that are multiples of {self.multiple}, found {tuple(degraded.shape)}; "
                 "`restore` pads them."
             )
+        self._range.look({"degraded": degraded})
         pre = self._pre.network
         image = pre(degraded if (weight := reference_weight(pre)) is None else degraded.to(weight.dtype)).float()
         return Hint(image, self.encode(image))
@@ -158,11 +164,12 @@ class EDTR(nn.Module):
 
         def predict(z_t: Tensor, t: Tensor) -> Tensor:
             prompt, noisy = self.prompt.expand(len(z_t), -1, -1).to(dtype), z_t.to(dtype)
+            time = self.schedule.model_time(t)
             residuals, middle = self.controlnet(
-                noisy, t, prompt, controlnet_cond=hint.latents.to(dtype), return_dict=False
+                noisy, time, prompt, controlnet_cond=hint.latents.to(dtype), return_dict=False
             )
             output = unet(
-                noisy, t, prompt, down_block_additional_residuals=residuals, mid_block_additional_residual=middle
+                noisy, time, prompt, down_block_additional_residuals=residuals, mid_block_additional_residual=middle
             ).sample
             return self.schedule.to_noise(output.float(), z_t, t)
 

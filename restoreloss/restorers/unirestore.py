@@ -12,7 +12,7 @@ and the diffusion model are frozen, and run block by block or with hooks for the
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,8 +26,9 @@ from restoreloss.blocks.tfa import TFA, Gate
 from restoreloss.checks import check_integer, check_map, describe
 from restoreloss.diffusion.latents import LatentPrior, denormalize_latents, normalize_latents
 from restoreloss.diffusion.sampling import PredictsNoise, denoise, partial_diffusion
-from restoreloss.frozen import FrozenNetwork
+from restoreloss.frozen import FrozenNetwork, warn_if_trained
 from restoreloss.generators import Generators, standard_normal
+from restoreloss.images import RangeWatch
 from restoreloss.restorers.shapes import Parts
 from restoreloss.restorers.tiling import resize_to, tiled, upscale_to_side
 from restoreloss.sizes import fit_size
@@ -105,6 +106,8 @@ class UniRestore(nn.Module):
     ) -> None:
         super().__init__()
         vae, unet, self.schedule, prompt = Parts.of(prior)
+        warn_if_trained(vae, "prior")
+        warn_if_trained(unet, "prior")
         self._vae, self._unet = FrozenNetwork(vae), FrozenNetwork(unet)
         self.register_buffer("prompt", prompt, persistent=False)
         widths = list(vae.config.block_out_channels)
@@ -137,6 +140,7 @@ class UniRestore(nn.Module):
         self.timesteps(steps)
         self.latent_factor = prior.encoder.multiple
         self.multiple = self.latent_factor * 2 ** (levels - 1)
+        self._range = RangeWatch((0.0, 1.0))
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -145,10 +149,13 @@ class UniRestore(nn.Module):
         return names
 
     def timesteps(self, steps: int | None = None) -> list[int]:
-        """The timesteps of a restoration, from the noisiest down: 999, or 999, 749, 499 and 249; of 0 steps none."""
+        """The timesteps of a restoration, from the noisiest down: 999, or 999, 749, 499 and 249; of 0 steps none.
+
+        Where the last level is noise alone (zero terminal SNR), the one below it is taken in its place.
+        """
         last = self.schedule.num_timesteps
         steps = check_integer("steps", self.steps if steps is None else steps, low=0, high=last)
-        return [last * k // steps - 1 for k in range(steps, 0, -1)]
+        return [min(last * k // steps - 1, self.schedule.last_timestep) for k in range(steps, 0, -1)]
 
     def encode(self, images: Tensor, *, restored: bool = True) -> tuple[Tensor, list[Tensor]]:
         """Latents of images in [0, 1], and the features behind each level of the encoder but the last.
@@ -165,6 +172,7 @@ class UniRestore(nn.Module):
                 f"`images` should have sides that are multiples of {self.multiple}, found {tuple(images.shape)}; "
                 "`restore` pads them."
             )
+        self._range.look({"images": images})
         vae: Any = self._vae.network
         h, skips = vae.encoder.conv_in((2 * images - 1).to(vae.dtype)), []
         cfrm = self.cfrm if restored else None
@@ -211,9 +219,9 @@ class UniRestore(nn.Module):
         dtype = unet.dtype  # the latents stay in float32 between the steps
 
         def predict(z_t: Tensor, t: Tensor) -> Tensor:
-            prompt = self.prompt.expand(len(z_t), -1, -1).to(dtype)
-            with self._tuned(unet, self.controller(condition.to(dtype), t)):
-                output = unet(z_t.to(dtype), t, prompt).sample
+            prompt, time = self.prompt.expand(len(z_t), -1, -1).to(dtype), self.schedule.model_time(t)
+            with self._tuned(unet, self.controller(condition.to(dtype), time)):
+                output = unet(z_t.to(dtype), time, prompt).sample
             return self.schedule.to_noise(output.float(), z_t, t)
 
         return predict
@@ -330,7 +338,10 @@ class UniRestore(nn.Module):
 
     @contextmanager
     def _tuned(self, unet: "UNet2DConditionModel", control: Sequence[Tensor]) -> Iterator[None]:
-        """A block in which the skips that reach the U-Net's up blocks pass the SC-Tuners."""
+        """A block in which the skips that reach the U-Net's up blocks pass the SC-Tuners.
+
+        A U-Net that was compiled by itself runs eagerly here: compiled code knows only the hooks of its first call.
+        """
 
         def tune(first: int) -> Any:
             def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -347,7 +358,8 @@ class UniRestore(nn.Module):
             for block in unet.up_blocks:  # Each block takes the last of the skips that are left.
                 last -= len(block.resnets)
                 handles.append(block.register_forward_pre_hook(tune(last), with_kwargs=True))
-            yield
+            with nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager"):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -365,7 +377,8 @@ class UniRestore(nn.Module):
 
     def save_trained(self, file: str | Path) -> None:
         """Write all that was trained, as safetensors."""
-        _save({name: value.contiguous() for name, value in self.state_dict().items()}, file)
+        state = {name: value.contiguous() for name, value in self.state_dict().items()}
+        _save(state, file, metadata={"gate": self.gate})
 
     def load_trained(self, file: str | Path, *, with_adapters: bool = True) -> None:
         """Load what :meth:`save_trained` wrote.
@@ -377,9 +390,11 @@ class UniRestore(nn.Module):
             with_adapters: False for a file of stage 1, where there were none.
 
         Raises:
-            ValueError: If there is no such file, or it is of another model.
+            ValueError: If there is no such file, or it is of another model or gate.
         """
-        state = _read(file)
+        state, gate = _read(file), _metadata(file).get("gate", self.gate)
+        if with_adapters and gate != self.gate:
+            raise ValueError(f"{file} should be of the gate {self.gate!r}, found {gate!r}.")
         prompts = {name.removeprefix(PROMPTS): state.pop(name) for name in list(state) if name.startswith(PROMPTS)}
         own = {
             name: value for name, value in self.state_dict().items()
@@ -415,12 +430,7 @@ class UniRestore(nn.Module):
             ValueError: If there is no such file, or it was written for other weights.
         """
         adapters, prompts = self._prompts("load_prompts"), _read(file)
-        safetensors = require("safetensors", purpose="load_prompts()", install="safetensors")
-        try:
-            with safetensors.safe_open(file, "pt") as opened:
-                written = (opened.metadata() or {}).get("fingerprint", "none")
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{file} should be a file of safetensors: {error}") from error
+        written = _metadata(file).get("fingerprint", "none")
         if written != (own := self.fingerprint()):
             raise ValueError(
                 f"{file} should hold prompts for a model with the fingerprint {own[:12]}, found {written[:12]}: "
@@ -447,6 +457,16 @@ def _read(file: str | Path) -> dict[str, Tensor]:
     if not Path(file).is_file():
         raise ValueError(f"The weights of a UniRestore should be in {file}, found no such file.")
     return read_weights(file)
+
+
+def _metadata(file: str | Path) -> dict[str, str]:
+    """What is written beside the tensors."""
+    safetensors = require("safetensors", purpose=f"reading {Path(file).name}", install="safetensors")
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            return opened.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} should be a file of safetensors: {error}") from error
 
 
 def _multipliers(levels: int) -> list[int]:

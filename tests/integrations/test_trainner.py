@@ -10,7 +10,9 @@ import torch
 import yaml
 
 import restoreloss
+from restoreloss import NoReference
 from restoreloss.integrations import trainner
+from restoreloss.integrations.options import registrable
 from tests.integrations.frameworks import checkout, copied, import_losses
 
 CROP = (2, 3, 24, 24)
@@ -183,7 +185,7 @@ def test_a_term_that_is_nan_is_named_and_counted_instead_of_dropped(build_loss, 
         (
             {"type": "WeightedSum", "objectives": {"a": {"type": "L1Loss", "loss_weight": -1}}},
             ValueError,
-            "`loss_weight` of 'a' should be at least 0, found -1",
+            "The weight of 'a' should be at least 0, found -1",
         ),
     ],
 )
@@ -239,3 +241,19 @@ def test_it_is_a_command(tmp_path):
     command = [sys.executable, "-m", "restoreloss.integrations.trainner", str(tmp_path)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "should be a checkout of traiNNer-redux" in done.stderr
+
+
+def test_terms_that_the_trainer_would_drop_are_told(caplog):
+    objectives = {"pixel": {"type": "MSELoss"}, "less": {"type": "MSELoss"}}
+    kind = registrable("WeightedSum", base=trainner.ByTerm)
+    with pytest.raises(ValueError, match=r"The weight of 'less' should be at least 0, found -0.5: the trainer would"):
+        kind(objectives=objectives, weights={"less": -0.5})
+    objectives["less"]["loss_weight"] = -0.5
+    with pytest.raises(ValueError, match=r"The weight of 'less' should be at least 0, found -0.5"):
+        kind(objectives=objectives)
+    reward = trainner.ByTerm(NoReference(lambda image: -image.mean()))
+    for _ in range(2):
+        reward(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8))
+    assert [record.message for record in caplog.records if "below 0" in record.message] == [
+        "ByTerm: the term 'loss' is below 0, and traiNNer-redux drops it."
+    ]

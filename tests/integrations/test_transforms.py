@@ -277,3 +277,34 @@ def test_masks_and_keypoints_of_numpy_are_no_images() -> None:
     assert np.array_equal(kept["keypoints"], points) and not np.array_equal(kept["image"], image)
     pil = RandomCorruption(names=["fog"])({"image": Image.fromarray(image), "keypoints": points})
     assert np.array_equal(pil["keypoints"], points)
+
+
+@both
+def test_every_image_below_the_keys_is_changed(make: Any) -> None:
+    image = KINDS["float"]
+    found = make(keys=("lq", "gt"))({"lq": image, "gt": image.clone(), "label": torch.tensor(3)})
+    assert not torch.equal(found["lq"], image) and not torch.equal(found["gt"], image)
+    frames = make(keys=("frames",))({"frames": [image, image, (image, torch.tensor([1, 2]))]})["frames"]
+    assert all(not torch.equal(one, image) for one in (frames[0], frames[1], frames[2][0]))
+    assert torch.equal(frames[2][1], torch.tensor([1, 2]))
+    mixed = make(keys=("lq", "gt"))({"lq": image, "gt": KINDS["numpy"]})
+    assert not torch.equal(mixed["lq"], image) and not np.array_equal(mixed["gt"], KINDS["numpy"])
+    masked = make(keys=("lq",))({"lq": [image, tv_tensors.Mask(torch.ones(1, 48, 64))]})["lq"]
+    assert bool((masked[1] == 1).all())
+    with pytest.raises(TypeError, match="`keys` should be entries that hold an image, found 'label', "):
+        make(keys=("lq", "label"))({"lq": image, "label": torch.tensor(3)})
+
+
+def test_what_was_drawn_is_one_list_for_images_of_several_numbers() -> None:
+    for seed in range(8):
+        torch.manual_seed(seed)
+        sample = (tv_tensors.Image(BYTES), tv_tensors.Video(BYTES.repeat(4, 1, 1, 1)))
+        (image, video), drawn = RandomCorruption(p=0.5, names=["fog"], return_drawn=True)(sample)
+        changed = [not torch.equal(frame, BYTES) for frame in video]
+        assert len(drawn) == 4 and changed == [what is not None for what in drawn]
+        assert (not torch.equal(image, BYTES)) == changed[0]
+
+
+def test_a_palette_is_no_image() -> None:
+    with pytest.raises(ValueError, match=r"should be RGB, found mode 'P': `image.convert\('RGB'\)` makes one"):
+        package_corrupt(KINDS["PIL"].convert("P"), 1, "brightness")

@@ -114,3 +114,12 @@ def test_options_that_do_not_exist(make: Any, name: str) -> None:
 def test_as_many_generators_as_pictures_are_drawn_for() -> None:
     with pytest.raises(ValueError, match="`generator` should be one, or one for each of 2, found 3"):
         Corruptions()(torch.rand(2, 3, 8, 8), generator=[seeded(n) for n in range(3)])
+
+
+def test_clean_images_stay_bit_for_bit_and_are_clipped_like_all_others() -> None:
+    bytes_of = torch.randint(0, 256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(Corruptions(["clean"], input_range=(0, 255))(bytes_of), bytes_of)
+    over = torch.full((2, 3, 32, 32), 1.1)
+    assert torch.equal(Corruptions(["clean"])(over), torch.ones(2, 3, 32, 32))
+    mixed = Corruptions(["clean", "brightness"])(over.repeat(8, 1, 1, 1))
+    assert float(mixed.max()) == 1

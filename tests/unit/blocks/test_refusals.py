@@ -1,5 +1,6 @@
 """What blocks refuse: numbers that are none, maps of another layout, and timesteps outside of the table."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -236,3 +237,44 @@ def test_a_refused_block_leaves_the_network_as_it_was() -> None:
     ):
         wrapped(features(1, 3, 4, 4), 3)
     assert channels_of(network(), "0", features(1, 3, 4, 4)) == {"0": 8}
+
+
+class Listed(nn.Module):
+    """Layers in a list, which is not called itself, and one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleList([nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 1)])
+        self.unused = nn.Conv2d(8, 8, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        for layer in self.body:
+            image = layer(image)
+        return image
+
+
+def test_blocks_that_did_nothing_are_told_once() -> None:
+    timed = TimeConditioned(Listed(), {"body": FiLM(8), "unused": TimeMoE(8, experts=2), "body.0": FiLM(8)})
+    with pytest.warns(UserWarning, match=r"ran without passing \['body', 'unused'\], so that the blocks there did"):
+        timed(features(1, 3, 8, 8), 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        timed(features(1, 3, 8, 8), 2)
+
+
+def test_hooks_that_compiled_code_does_not_know_are_told() -> None:
+    late, early = network(), network()
+    late.compile(backend="eager")
+    late(features(1, 3, 8, 8))
+    with pytest.warns(UserWarning, match="'0' was compiled before it got a block: .* Wrap the network first, and"):
+        timed = TimeConditioned(late, {"0": FiLM(8)})
+    for parameter in timed.blocks.parameters():
+        nn.init.ones_(parameter)
+    assert torch.equal(timed(features(1, 3, 8, 8), 1), late(features(1, 3, 8, 8)))  # which is why it is told
+    inside, outside = TimeConditioned(early, {"0": FiLM(8)}), TimeConditioned(network(), {"0": FiLM(8)})
+    early.compile(backend="aot_eager")
+    with warnings.catch_warnings(record=True) as found:
+        for steps in (1, 2):
+            inside(features(1, 3, 8, 8), steps)
+            torch.compile(outside, backend="aot_eager")(features(1, 3, 8, 8), torch.tensor([steps]))
+    assert not [warning for warning in found if "block" in str(warning.message)]

@@ -292,3 +292,17 @@ def test_a_model_may_count_its_time_otherwise() -> None:
 def test_levels_that_are_none_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_is_not_mixed_in_has_no_zero_terminal_snr() -> None:
+    for levels in (NoiseLevels.ir_sde(), FlowLevels.uniform(10)):
+        with pytest.raises(ValueError, match=f"`zero_terminal_snr` is .* found (them|{type(levels).__name__})"):
+            levels.zero_terminal_snr()
+
+
+def test_a_level_without_noise_has_no_posterior() -> None:
+    x = torch.rand(1, 3, 4, 4)
+    with pytest.raises(
+        ValueError, match="`timestep` should be at least 1, the first level of this schedule that holds"
+    ):
+        NoiseLevels.ir_sde().posterior(x, x, 0, 0)
