@@ -1,7 +1,8 @@
 """The quickstart: what a restoration network gains from a loss of this library, in five minutes on two cores.
 
-python -m examples.quickstart                # words, with and without TDPLoss, for a reader that stays as it is
-python -m examples.quickstart --loss diff    # photographs, with and without DiffLoss
+python -m examples.quickstart                     # words, for a recognizer that stays as it is: TDPLoss
+python -m examples.quickstart --on textures       # textures, for a classifier that stays as it is: TDPLoss
+python -m examples.quickstart --on photographs    # photographs: DiffLoss
 """
 
 import argparse
@@ -16,16 +17,20 @@ import torch
 
 from examples.common.engine import command_line
 
-RUNS = {"tdp": "examples.reading.words_run", "diff": "examples.diffloss.photos_run"}
+RUNS = {
+    "textures": "examples.sr4ir.textures_run",
+    "words": "examples.reading.words_run",
+    "photographs": "examples.diffloss.photos_run",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = sys.argv[1:] if arguments is None else arguments
-    loss = argparse.ArgumentParser("quickstart", add_help=False, allow_abbrev=False)
-    loss.add_argument("--loss", choices=RUNS, default="tdp", help="(default: %(default)s)")
-    run = import_module(RUNS[loss.parse_known_args(arguments)[0].loss])
+    on = argparse.ArgumentParser("quickstart", add_help=False, allow_abbrev=False)
+    on.add_argument("--on", choices=RUNS, default="words", help="(default: %(default)s)")
+    run = import_module(RUNS[on.parse_known_args(arguments)[0].on])
     parser = argparse.ArgumentParser(
-        "quickstart", parents=[loss], description=run.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "quickstart", parents=[on], description=run.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="(default: %(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     run.add_arguments(parser)
     args, others = parser.parse_known_args(arguments)
     if others:
-        parser.error(f"unrecognized arguments with --loss {args.loss}: {' '.join(others)}")
+        parser.error(f"unrecognized arguments with --on {args.on}: {' '.join(others)}")
     logging.basicConfig(format="%(message)s")
     try:
         return dict(run.compare(args))

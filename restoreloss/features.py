@@ -32,11 +32,11 @@ class FeatureExtractor:
             a mapping, list or tuple (a feature pyramid), "backbone" stands for all its tensors and "backbone/0" for
             one. Default: :func:`~restoreloss.default_layers.default_layers`. A layer that runs more than once in a pass
             is seen at its first run.
-        normalize: "auto" (what the network states: a timm model in its ``pretrained_cfg``; else ImageNet's) |
-            "imagenet" | "model" (what the network states, or an error) | torchvision weights
-            (``ResNet18_Weights.DEFAULT``) | ((mean, ...), (std, ...)) | a callable, from images in [0, 1] to the
-            network's input, of which a tuple is its positional arguments | None. A torchvision detector normalizes its
-            own input: with a name it is left to.
+        normalize: "auto" (what the network states: a timm model in its ``pretrained_cfg``; else ImageNet's, with a
+            warning for what is not torchvision's) | "imagenet" | "model" (what the network states, or an error) |
+            torchvision weights (``ResNet18_Weights.DEFAULT``) | ((mean, ...), (std, ...)) | a callable, from images in
+            [0, 1] to the network's input, of which a tuple is its positional arguments | None. A torchvision detector
+            normalizes its own input: with a name it is left to.
         input_range: what the caller's images span.
 
     Raises:

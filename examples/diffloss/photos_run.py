@@ -1,6 +1,6 @@
 """The quickstart on photographs: a restoration network with and without DiffLoss, and its controls, in a few minutes.
 
-    python -m examples.quickstart --loss diff
+    python -m examples.quickstart --on photographs
 
 Crops of photographs are blurred (Gaussian, sigma 1.5) and made noisy (standard deviation 25/255). A small NAFNet learns
 to restore them four times from one start: with L1, with the squared error of image gradients beside L1 (two lines, no

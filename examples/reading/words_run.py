@@ -5,8 +5,7 @@
 Rendered words are reduced by four and made noisy. A small EDSR learns to restore them with the L1 loss until that has
 little more to give. From there it goes on twice: with L1 + ``TDPLoss`` through EasyOCR's recognition network, which
 stays as it is, and with L1 alone for the same time. Both are compared on words and fonts that neither was trained on,
-by that reader and by an independent judge, PP-OCRv4, that takes part in no training. Photographs and DiffLoss: --loss
-diff.
+by that reader and by an independent judge, PP-OCRv4, that takes part in no training.
 """
 
 import argparse
