@@ -100,7 +100,7 @@ def test_a_folder_without_pictures_is_refused(make: bool, tmp_path: Path, capsys
     with pytest.raises(ValueError, match="The folder should hold an image|There should be a folder of images"):
         load_folder(folder, smallest=96)
     with pytest.raises(SystemExit, match="2"):
-        quickstart.main(["--loss=diff", "--images", str(folder), "--out", str(tmp_path / "out")])
+        quickstart.main(["--on=photographs", "--images", str(folder), "--out", str(tmp_path / "out")])
     last = capsys.readouterr().err.splitlines()[-1]
     assert "The folder should hold an image" in last or "There should be a folder of images" in last
     assert not (tmp_path / "out").exists()
@@ -124,7 +124,7 @@ def test_wrong_use_of_quickstart_is_one_line_and_leaves_no_folder(
     name: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        quickstart.main(["--loss=diff", *arguments, f"--out={tmp_path / 'out'}"])
+        quickstart.main(["--on=photographs", *arguments, f"--out={tmp_path / 'out'}"])
     assert name in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
@@ -132,7 +132,7 @@ def test_wrong_use_of_quickstart_is_one_line_and_leaves_no_folder(
 def test_quickstart_says_what_is_in_the_place_of_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="2"):
-        quickstart.main(["--loss=diff", f"--out={tmp_path / 'file' / 'out'}"])
+        quickstart.main(["--on=photographs", f"--out={tmp_path / 'file' / 'out'}"])
     assert "`--out` should be a folder, found the file" in capsys.readouterr().err
 
 
@@ -148,7 +148,7 @@ def test_quickstart_stops_where_the_loss_is_nan(
 
     monkeypatch.setattr(photos_run.Crops, "batch", broken)
     with pytest.raises(SystemExit, match="1"):
-        quickstart.main(["--loss=diff", "--steps=20", f"--out={tmp_path / 'out'}"])
+        quickstart.main(["--on=photographs", "--steps=20", f"--out={tmp_path / 'out'}"])
     assert "quickstart: L1, step 2: the loss is nan" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -160,7 +160,7 @@ def test_quickstart_on_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixtur
         pixels = (load_photo(name) * 255).byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(pictures / f"{name}.png")
     (pictures / "broken.png").write_bytes(b"\x89PNG")
-    result = quickstart.main(["--loss=diff", "--images", str(pictures), "--out", str(out), "--steps", "10"])
+    result = quickstart.main(["--on=photographs", "--images", str(pictures), "--out", str(out), "--steps", "10"])
     printed = capsys.readouterr().out
     for name in ("comparison.png", "audit.png", "audit.txt", "results.json"):
         assert str(out / name) in printed

@@ -215,9 +215,9 @@ WRONG = {
     "`noise` should": ["--noise=-1"],
     "--l1-steps should": ["--l1-steps=0"],
     "no such device": ["--device=abacus"],
-    "unrecognized arguments with --loss tdp": ["--images=nowhere"],
+    "unrecognized arguments with --on words": ["--images=nowhere"],
     "a folder of lines, found none in nowhere": ["--words=nowhere"],
-    "invalid choice": ["--loss=l2"],
+    "invalid choice": ["--on=l2"],
 }
 
 
@@ -233,7 +233,7 @@ def test_wrong_use_is_one_line_and_leaves_no_folder(
 
 def test_the_run_on_photographs_is_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        quickstart.main(["--loss", "diff", "--images=nowhere", f"--out={tmp_path / 'out'}"])
+        quickstart.main(["--on", "photographs", "--images=nowhere", f"--out={tmp_path / 'out'}"])
     assert "There should be a folder of images, found none at nowhere" in capsys.readouterr().err
 
 

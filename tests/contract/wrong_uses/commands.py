@@ -59,12 +59,16 @@ RESTORING = {
     "run in out --seed=-1": "`seed`", "run in out --seed=x": "seed", "run in out --overlap=x": "overlap", "run in out --overlap=300": "`overlap`", "run in out --device=abacus": "device",
 }  # fmt: skip
 SCRIPTS = {
-    "examples.quickstart --loss=diff": {
+    "examples.quickstart --on=textures": {
+        "--steps=0": "--steps", "--tdp-steps=0": "--tdp-steps", "--classifier-steps=0": "--classifier-steps", "--judge-steps=0": "--judge-steps", "--pool=0": "--pool", "--seed=-1": "--seed",
+        "--test-patches=10": "--test-patches", "--share=1": "--share", "--share=nan": "--share", "--device=abacus": "device", "--words=x": "words",
+    },
+    "examples.quickstart --on=photographs": {
         "--steps=0": "steps", "--steps=x": "steps", "--blur=99": "blur", "--blur=-1": "blur", "--noise=-1": "noise", "--noise=nan": "noise", "--share=0": "share", "--share=2": "share",
         "--weight=-1": "weight", "--weight=nan": "weight", "--device=cuda": "device", "--device=abacus": "device", "--timesteps 5": "timesteps", "--timesteps 600 100": "timesteps",
         "--timesteps a b": "timesteps", "--imags=x": "imags", "--images=nowhere": "images", "--seed=x": "seed", "--h-space-weight=-1": "h_space_weight",
     },
-    "examples.quickstart --loss=tdp": {
+    "examples.quickstart --on=words": {
         "--steps=0": "--steps", "--tdp-steps=0": "--tdp-steps", "--l1-steps=0": "--l1-steps", "--pool=0": "--pool", "--test-words=7": "--test-words", "--seed=-1": "--seed",
         "--share=1": "--share", "--share=nan": "--share", "--noise=-1": "`noise`", "--noise=nan": "`noise`", "--device=abacus": "device", "--words=nowhere": "nowhere", "--images=x": "images",
     },

@@ -1,0 +1,66 @@
+"""The quickstart on textures: what it writes, whom it freezes, and that its reader sees gray images."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from examples import quickstart
+from examples.sr4ir import textures_run
+
+SHORT = ["--steps=2", "--tdp-steps=2", "--classifier-steps=3", "--judge-steps=2", "--pool=22", "--test-patches=22"]
+
+
+def test_it_writes_its_files_and_compares_four_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    quickstart.main(["--on=textures", *SHORT, f"--out={out}"])
+    printed = capsys.readouterr().out
+    for name in ("comparison.png", "audit.txt", "results.json"):
+        assert str(out / name) in printed and (out / name).stat().st_size > 100
+    found = json.loads((out / "results.json").read_text())
+    trained = ["l1", "squared", "gradients", "tdp"]
+    assert list(found["right"]) == ["degraded", *trained, "clean"]
+    for hits in found["right"].values():
+        assert list(hits) == ["fixed", "judge"]
+        assert all(round(percent * 22 / 100, 4).is_integer() for percent in hits.values())  # of 22 patches
+    assert list(found["psnr"]) == ["degraded", *trained] and len(set(found["psnr"].values())) == 5
+    seconds, steps = found["seconds_per_step"], found["steps"]
+    assert steps == {name: max(1, round(2 * seconds["tdp"] / seconds[name])) for name in trained}
+    assert 0.9 < found["audit"]["terms"]["tdp/backbone"]["share"] <= 1
+    assert printed.count("±") == 6  # what TDP gains over each of three others, by both classifiers
+
+
+def test_the_classifiers_learn_and_are_not_trained_again() -> None:
+    args = argparse.Namespace(device=torch.device("cpu"), pool=33, seed=0, classifier_steps=60)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 48 * 48, 11))
+    before = network[1].weight.clone()
+    found = textures_run._classifier(args, network, 0, "classifier", 1e-2)
+    assert not torch.equal(found[1].weight, before)
+    assert not found.training and not any(parameter.requires_grad for parameter in found.parameters())
+    patches, labels = textures_run._patches(args, 0)
+    assert float((textures_run.classes(found, patches, args.device) == labels).float().mean()) > 0.8
+
+
+def test_restored_patches_are_gray() -> None:
+    torch.manual_seed(0)
+    network = nn.Conv2d(3, 3, 3, padding=1)
+    image = torch.rand(2, 3, 8, 8)
+    found = textures_run.Gray(network)(image)
+    torch.testing.assert_close(found, network(image).mean(dim=1)[:, None].repeat(1, 3, 1, 1))
+
+
+def test_the_table_gives_the_gain_of_each_row_with_its_error() -> None:
+    yes, no = torch.ones(100, dtype=torch.bool), torch.zeros(100, dtype=torch.bool)
+    half = torch.arange(100) % 2 == 0
+    right = {"l1": {"fixed": no, "judge": half}, "tdp": {"fixed": yes, "judge": half}}
+    percent = {
+        name: {key: 100 * float(hit.float().mean()) for key, hit in hits.items()} for name, hits in right.items()
+    }
+    steps, seconds = {"l1": 10, "tdp": 5}, {"l1": 0.01, "tdp": 0.02}
+    result = {"right": percent, "psnr": {"l1": 21.0, "tdp": 20.0}, "steps": steps, "seconds_per_step": seconds}
+    rows = textures_run.table(result, right).splitlines()
+    assert rows[1].endswith("+100.0 ± 0.0, +0.0 ± 0.0") and "21.00" in rows[1] and rows[2].endswith("20")
