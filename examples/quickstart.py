@@ -1,7 +1,7 @@
-"""The quickstart: what a restoration network gains from a loss of this library, in five minutes on two cores.
+"""The quickstart: what a restoration network gains from a loss of this library, in minutes on two cores.
 
-python -m examples.quickstart                     # words, for a recognizer that stays as it is: TDPLoss
-python -m examples.quickstart --on textures       # textures, for a classifier that stays as it is: TDPLoss
+python -m examples.quickstart                     # textures, for a classifier that stays as it is: TDPLoss
+python -m examples.quickstart --on words          # words, for EasyOCR's recognizer: TDPLoss
 python -m examples.quickstart --on photographs    # photographs: DiffLoss
 """
 
@@ -27,7 +27,7 @@ RUNS = {
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = sys.argv[1:] if arguments is None else arguments
     on = argparse.ArgumentParser("quickstart", add_help=False, allow_abbrev=False)
-    on.add_argument("--on", choices=RUNS, default="words", help="(default: %(default)s)")
+    on.add_argument("--on", choices=RUNS, default="textures", help="(default: %(default)s)")
     run = import_module(RUNS[on.parse_known_args(arguments)[0].on])
     parser = argparse.ArgumentParser(
         "quickstart", parents=[on], description=run.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

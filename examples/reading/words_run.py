@@ -1,6 +1,6 @@
 """The quickstart on words: a restoration network with and without TDPLoss, for a reader that nobody may retrain.
 
-    python -m examples.quickstart
+    python -m examples.quickstart --on words
 
 Rendered words are reduced by four and made noisy. A small EDSR learns to restore them with the L1 loss until that has
 little more to give. From there it goes on twice: with L1 + ``TDPLoss`` through EasyOCR's recognition network, which

@@ -1,6 +1,6 @@
 """The quickstart on textures: a restoration network with and without TDPLoss, for a classifier that stays as it is.
 
-    python -m examples.quickstart --on textures
+    python -m examples.quickstart
 
 Gray patches of eleven photographs (brick, grass, gravel, ...) are reduced by four: which photograph is it? A classifier
 was trained on sharp patches and is not trained again. A small EDSR learns to restore with the L1 loss. From there four

@@ -188,7 +188,7 @@ def test_interval_covers_the_mean_as_often_as_it_says() -> None:
 def test_quickstart_writes_its_files_and_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     options = ["--steps=2", "--tdp-steps=2", "--l1-steps=2", "--test-words=8", "--pool=16", f"--out={out}"]
-    quickstart.main(options)
+    quickstart.main(["--on=words", *options])
     printed = capsys.readouterr().out
     for name in ("comparison.png", "audit.txt", "results.json"):
         assert str(out / name) in printed
@@ -226,7 +226,7 @@ def test_wrong_use_is_one_line_and_leaves_no_folder(
     message: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        quickstart.main([*options, f"--out={tmp_path / 'out'}"])
+        quickstart.main(["--on=words", *options, f"--out={tmp_path / 'out'}"])
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
@@ -242,7 +242,7 @@ def test_quickstart_without_the_extra_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(readers.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="2"):
-        quickstart.main([f"--out={tmp_path / 'out'}"])
+        quickstart.main(["--on=words", f"--out={tmp_path / 'out'}"])
     assert 'pip install -e ".[reading]"' in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -3,12 +3,14 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from examples import quickstart
+from examples.experiments import textures
 from examples.sr4ir import textures_run
 
 SHORT = ["--steps=2", "--tdp-steps=2", "--classifier-steps=3", "--judge-steps=2", "--pool=22", "--test-patches=22"]
@@ -16,7 +18,7 @@ SHORT = ["--steps=2", "--tdp-steps=2", "--classifier-steps=3", "--judge-steps=2"
 
 def test_it_writes_its_files_and_compares_four_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    quickstart.main(["--on=textures", *SHORT, f"--out={out}"])
+    quickstart.main([*SHORT, f"--out={out}"])
     printed = capsys.readouterr().out
     for name in ("comparison.png", "audit.txt", "results.json"):
         assert str(out / name) in printed and (out / name).stat().st_size > 100
@@ -64,3 +66,29 @@ def test_the_table_gives_the_gain_of_each_row_with_its_error() -> None:
     result = {"right": percent, "psnr": {"l1": 21.0, "tdp": 20.0}, "steps": steps, "seconds_per_step": seconds}
     rows = textures_run.table(result, right).splitlines()
     assert rows[1].endswith("+100.0 ± 0.0, +0.0 ± 0.0") and "21.00" in rows[1] and rows[2].endswith("20")
+
+
+def test_the_table_of_seeds_pairs_them(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    for seed, (l1, tdp) in enumerate([(40.0, 70.0), (50.0, 82.0), (45.0, 76.0)]):
+        value = dict.fromkeys(textures_run.TITLES, l1) | {"tdp": tdp}
+        run = {
+            "arguments": {"seed": seed, "out": str(seed), "share": 0.97},
+            "right": {name: {"fixed": percent, "judge": percent} for name, percent in value.items()},
+            "psnr": dict.fromkeys(textures_run.TITLES, 20.0),
+            "steps": {"l1": 10 + seed, "squared": 9, "gradients": 9, "tdp": 5},
+        }
+        (tmp_path / f"seed{seed}").mkdir()
+        (tmp_path / f"seed{seed}" / "results.json").write_text(json.dumps(run))
+    monkeypatch.setattr("sys.argv", ["textures", str(tmp_path)])
+    textures.main()
+    rows = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()]
+    of_l1 = next(n for n, row in enumerate(rows) if len(row) > 1 and row[1] == "L1")
+    assert rows[of_l1][2:6] == ["45.0 ± 5.0", "45.0 ± 5.0", "20.00 ± 0.00", "10-12"]
+    half = 4.302652729911275 * 1.0 / 3**0.5  # Student's t of three; gains of 30, 32 and 31 have a deviation of 1
+    assert rows[of_l1 + 1][2] == f"+31.0 [{31 - half:+.1f}, {31 + half:+.1f}]"
+    (tmp_path / "seed0" / "results.json").write_text(
+        json.dumps({**run, "arguments": {"seed": 0, "out": "", "share": 0.5}})
+    )
+    with pytest.raises(SystemExit, match="2"):
+        textures.main()
+    assert "should hold runs that differ by their seed alone, found 2 settings" in capsys.readouterr().err
