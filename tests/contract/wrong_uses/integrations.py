@@ -138,7 +138,7 @@ WRONG = [
     *(wrong(f"{n}.main", "nothing", partial(m.FRAMEWORK.main, []), "repository", by=SystemExit) for n, m in {"neosr": neosr, "trainner": trainner}.items()),
     *(wrong(f"{n}.register", k, partial(m.register, v), "registry") for n, m in {"neosr": neosr, "trainner": trainner}.items() for k, v in {"None": None, "a list": [], "a mapping": {}}.items()),
     *(wrong(f"{n}.register", "a name that is taken", partial(m.register, Registry(DiffLoss=Other)), "DiffLoss") for n, m in {"neosr": neosr, "trainner": trainner}.items()),
-    wrong("trainner.WeightedSum", "a negative weight", lambda: options.registrable("WeightedSum", base=trainner.ByTerm)(objectives={"a": {**L1, "loss_weight": -1.0}}), "`loss_weight`"),
+    wrong("trainner.WeightedSum", "a negative weight", lambda: options.registrable("WeightedSum", base=trainner.ByTerm)(objectives={"a": {**L1, "loss_weight": -1.0}}), "weight of 'a'"),
     *(wrong("basicsr.register", k, partial(basicsr.register, v), "`registry`") for k, v in {"a class": nn.L1Loss, "text": "basicsr.models.losses", "a list": []}.items()),
     wrong("basicsr.register", "another module", lambda: basicsr.register(torch), "`where`"),
     wrong("basicsr.register", "a name that is taken", lambda: basicsr.register(_fork(DiffLoss=Other)), "DiffLoss"),

@@ -108,9 +108,11 @@ PAIRED = {
     "WeightedSum": weighted,
 }
 LOOKING = {
-    "TDPLoss": lambda **o: TDPLoss(reader(), "stage", **o),
-    "HLFLoss": lambda **o: HLFLoss(reader(), reference(), "stage", **o),
-    "FeatureMatchingLoss": lambda **o: FeatureMatchingLoss(reader(), reference(), "stage", **o),
+    "TDPLoss": lambda **o: TDPLoss(reader(), "stage", **{"normalize": "imagenet", **o}),
+    "HLFLoss": lambda **o: HLFLoss(reader(), reference(), "stage", **{"normalize": "imagenet", **o}),
+    "FeatureMatchingLoss": lambda **o: FeatureMatchingLoss(
+        reader(), reference(), "stage", **{"normalize": "imagenet", **o}
+    ),
 }
 NOT_NETWORKS: dict[str, Any] = {
     "None": None, "a class": nn.Conv2d, "text": "resnet50", "a path": Path("resnet50.pth"), "a function": fill,
@@ -269,7 +271,8 @@ WRONG = [
     *(wrong("FeatureMatchingLoss", f"{k} for student", partial(lambda v: FeatureMatchingLoss(v, reference(), "stage"), v), "`student`") for k, v in NOT_NETWORKS.items()),
     *(wrong("FeatureMatchingLoss", f"{k} for teacher", partial(lambda v: FeatureMatchingLoss(reader(), v, "stage"), v), "`teacher`") for k, v in NOT_NETWORKS.items()),
     *(wrong("FeatureExtractor", f"{k} for network", partial(lambda v: FeatureExtractor(v, "stage"), v), "`network`") for k, v in NOT_NETWORKS.items()),
-    wrong("HLFLoss", "exchanged networks", lambda: HLFLoss(reference(), with_gradients(live_recogniser()), "stage"), "`reference`", by=Warning),
+    wrong("TDPLoss", "a network that states no normalization", lambda: TDPLoss(reader(), "stage"), "`normalize`", by=Warning),
+    wrong("HLFLoss", "exchanged networks", lambda: HLFLoss(reference(), with_gradients(live_recogniser()), "stage", normalize=None), "`reference`", by=Warning),
     wrong("FeatureMatchingLoss", "exchanged networks", lambda: FeatureMatchingLoss(reference(), with_gradients(live_recogniser()), "stage"), "`student`"),
     wrong("FeatureMatchingLoss", "a student at rest", lambda: FeatureMatchingLoss(reference(), reference(), "stage")(clean(), clean()), "student"),
     wrong("HLFLoss", "one network for both", lambda: HLFLoss(reader(), reader(), "stage"), "reference"),

@@ -110,17 +110,17 @@ def diff_unet() -> DiffLoss:
 
 def tdp(**options: Any) -> TDPLoss:
     """A TDPLoss through a live classifier."""
-    return TDPLoss(reader(), "stage", **options)
+    return TDPLoss(reader(), "stage", **{"normalize": "imagenet", **options})
 
 
 def hlf(**options: Any) -> HLFLoss:
     """A HLFLoss through a live classifier and a frozen one."""
-    return HLFLoss(reader(), reference(), "stage", **options)
+    return HLFLoss(reader(), reference(), "stage", **{"normalize": "imagenet", **options})
 
 
 def matching(**options: Any) -> FeatureMatchingLoss:
     """A FeatureMatchingLoss of a live classifier and a frozen one."""
-    return FeatureMatchingLoss(reader(), reference(), "stage", **options)
+    return FeatureMatchingLoss(reader(), reference(), "stage", **{"normalize": "imagenet", **options})
 
 
 def weighted(**options: Any) -> WeightedSum:
