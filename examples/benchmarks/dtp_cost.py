@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from examples.benchmarks.measure import median_seconds
 from examples.dtp.networks import timed_network
 from restoreloss import GradientOrthogonality, ParameterImportance
-from restoreloss.blocks.time_conditioned import count_parameters
 from restoreloss.regularizers.layer_decay import execution_order, shallow
 
 
@@ -144,7 +143,7 @@ def experts(name: str, size: int, count: int, rounds: int) -> tuple[float, ...]:
     if rounds:
         seconds = median_seconds({"without": step(False), "with": step(True)}, rounds, "experts")
         ratio = seconds["with"] / seconds["without"]
-    counts = [count_parameters(network) for network in networks.values()]
+    counts = [sum(p.numel() for p in network.parameters() if p.requires_grad) for network in networks.values()]
     return ratio, counts[0] / 1e6, counts[1] / 1e6, floating[0] / 2e9, floating[1] / 2e9
 
 

@@ -313,11 +313,6 @@ def channels_of(network: nn.Module, layers: Iterable[str], image: Tensor) -> dic
     return {name: found[name].shape[dim] for name, dim in dims.items() if dim is not None}
 
 
-def count_parameters(module: nn.Module) -> int:
-    """The trainable numbers in a module."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
 class _Chain(nn.Module):
     """Blocks of one layer, the earlier ones first."""
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from restoreloss import FiLM, TimeConditioned, TimeMoE
-from restoreloss.blocks.time_conditioned import channels_of, count_parameters, time_features
+from restoreloss.blocks.time_conditioned import channels_of, time_features
 from tests.helpers.networks import live_recogniser
+from tests.helpers.parameters import count_parameters
 
 CodeMoE = partial(TimeMoE, form="code")
 """The form of the authors' code, whose gate reads the embedding; that of the paper is in test_time_moe_paper.py."""

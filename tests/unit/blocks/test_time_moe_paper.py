@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoreloss import FiLM, TimeConditioned, TimeMoE
-from restoreloss.blocks.time_conditioned import count_parameters
+from tests.helpers.parameters import count_parameters
 
 NAFNET_64 = (512, 256, 128, 64)
 """The channels behind the decoder levels of NAFNet of 64 channels."""
