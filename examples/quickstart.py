@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         "quickstart", parents=[on], description=run.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="(default: %(default)s)")
+    folder = Path("runs/quickstart") / on.parse_known_args(arguments)[0].on
+    parser.add_argument("--out", type=Path, default=folder, help="(default: %(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=command_line.device, default=device, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")

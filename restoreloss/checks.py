@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Real
@@ -143,3 +144,11 @@ def check_embedding(embedding: Any, count: int, time_dim: int) -> None:
             f"`embedding` should be of the timestep, ({count}, {time_dim}), as `TimeConditioned` makes it, found "
             f"{describe(embedding)}."
         )
+
+
+def caller_level() -> int:
+    """The ``stacklevel`` of a warning that shall name the first line outside of this package and of torch's modules."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("restoreloss.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    return level

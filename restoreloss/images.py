@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from restoreloss.checks import describe
+from restoreloss.checks import caller_level, describe
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -123,14 +123,15 @@ class RangeWatch:
 
     Args:
         input_range: what the images should span.
+        fixed: whether the caller cannot say another one. Images that were degraded may overshoot it by more.
 
     Example:
         >>> watch = RangeWatch((0.0, 255.0))
         >>> watch.look({"target": torch.linspace(0, 255, 12).view(1, 3, 2, 2)})
     """
 
-    def __init__(self, input_range: tuple[float, float]) -> None:
-        self.input_range = input_range
+    def __init__(self, input_range: tuple[float, float], *, fixed: bool = False) -> None:
+        self.input_range, self.fixed = input_range, fixed
         self.warned = False
         self._calls = 0
 
@@ -140,11 +141,12 @@ class RangeWatch:
             return
         self._calls += 1
         if self._calls in (1, 100, 1000):
-            self.warned = warn_if_out_of_range(images, self.input_range, settled=self._calls > 1)
+            settled = self._calls > 1
+            self.warned = warn_if_out_of_range(images, self.input_range, settled=settled, fixed=self.fixed)
 
 
 def warn_if_out_of_range(
-    images: Mapping[str, Tensor], input_range: tuple[float, float], *, settled: bool = False
+    images: Mapping[str, Tensor], input_range: tuple[float, float], *, settled: bool = False, fixed: bool = False
 ) -> bool:
     """Warn where images can hardly span ``input_range``, and return whether any did not.
 
@@ -154,16 +156,17 @@ def warn_if_out_of_range(
         input_range: what they should span.
         settled: whether the network has been trained for a while. One that has not may overshoot by fifty times the
             range, but not end where a signed range does, as the output of a tanh.
+        fixed: as for :class:`RangeWatch`.
     """
     low, high = input_range
     span = high - low
     found = []
     for name, image in images.items():
         made = name in ("restored", "student_images")
-        slack = span * (0.25 if not made else 0.75 if settled else 50)
+        slack = span * (1 if fixed else 0.25 if not made else 0.75 if settled else 50)
         darkest, brightest = (float(value) for value in image.detach().aminmax())
         outside = -math.inf < darkest < low - slack or math.inf > brightest > high + slack
-        if made and low == 0:
+        if (made or fixed) and low == 0:
             outside |= -1.005 * high <= darkest <= -0.9 * high and 0.75 * high <= brightest <= 1.005 * high
         # No photograph lacks a pixel in the lower half of a signed range, or in the upper 99 % of a wide one.
         narrow = image.numel() >= _MIN_VALUES and darkest < brightest and (not made or settled)
@@ -171,10 +174,11 @@ def warn_if_out_of_range(
         if outside or inside:
             found.append(f"`{name}` spans [{darkest:.4g}, {brightest:.4g}]")
     if found:
+        said = f"where [{low:g}, {high:g}] is expected" if fixed else f"while `input_range` says ({low:g}, {high:g})"
+        remedy = "map them to this one" if fixed else "give it as `input_range`"
         warnings.warn(
-            f"{' and '.join(found)} while `input_range` says ({low:g}, {high:g}). If your images have another range, "
-            "give it as `input_range`; this is said once.",
-            stacklevel=3,
+            f"{' and '.join(found)} {said}. If your images have another range, {remedy}; this is said once.",
+            stacklevel=caller_level(),
         )
     return bool(found)
 

@@ -1,14 +1,13 @@
 """The normalization of a task network: how images in [0, 1] become its input."""
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from restoreloss.checks import check_callable
+from restoreloss.checks import caller_level, check_callable
 
 Images: TypeAlias = Tensor | Sequence[Tensor]
 """Float (N, C, H, W), or a list of (C, H, W) for networks that take lists (torchvision's detectors)."""
@@ -35,12 +34,13 @@ def normalization(network: nn.Module, normalize: Normalize) -> Statistics | Call
     if normalize is None or (by_itself and named in ("auto", "imagenet", "model")):
         return None
     own = stated_by(network)
-    if named == "auto" and own is None and not type(network).__module__.startswith("torchvision."):
+    known = any(kind.__module__.startswith("torchvision.") for kind in type(network).__mro__)
+    if named == "auto" and own is None and not known:
         warnings.warn(
             f"`normalize` should be said for {type(network).__name__}, which states none and is taken for a network of "
             "ImageNet's mean and standard deviation: 'imagenet' if it is one, None if it reads images in [0, 1], else "
             "((mean, ...), (std, ...)) or a function.",
-            stacklevel=_of_the_caller(),
+            stacklevel=caller_level(),
         )
     if named == "imagenet" or (named == "auto" and own is None):
         return IMAGENET
@@ -85,14 +85,6 @@ def normalization(network: nn.Module, normalize: Normalize) -> Statistics | Call
 def normalizes_itself(network: nn.Module) -> bool:
     """Whether this is a detector of torchvision."""
     return hasattr(getattr(network, "transform", None), "image_mean")
-
-
-def _of_the_caller() -> int:
-    """The ``stacklevel`` of a warning that shall name the first line outside of this package."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("restoreloss."):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def stated_by(network: nn.Module) -> Statistics | None:

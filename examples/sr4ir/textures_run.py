@@ -40,7 +40,7 @@ TITLES = {
     "degraded": "reduced by 4", "l1": "L1", "squared": "L1 + squared error", "gradients": "L1 + image gradients",
     "tdp": "L1 + TDP", "clean": "sharp",
 }  # fmt: skip
-READERS = {"fixed": "classifier", "judge": "independent ResNet18"}
+READERS = {"fixed": "classifier", "judge": "independent"}
 RIGHT, WRONG = "#118a2e", "#d4111b"
 LEAST = {
     "steps": 1, "tdp_steps": 1, "classifier_steps": 1, "judge_steps": 1, "pool": 1, "test_patches": 11, "seed": 0,
@@ -208,7 +208,8 @@ def classes(network: nn.Module, images: Tensor, device: torch.device) -> Tensor:
 def table(result: Mapping[str, Any], right: Mapping[str, Mapping[str, Tensor]]) -> str:
     """A line for each image: patches that are recognized, PSNR, and what TDP gains over it with its standard error."""
     head = "".join(f"{f'{title} (%)':>26}" for title in READERS.values())
-    lines = [f"{'right by the':<22}{head}{'PSNR (dB)':>11}{'steps':>7}{'ms/step':>9}   TDP gains: {', '.join(READERS)}"]
+    gained = f"TDP gains: {', '.join(READERS.values())}"
+    lines = [f"{'right by the':<22}{head}{'PSNR (dB)':>11}{'steps':>7}{'ms/step':>9}   {gained}"]
     for name, hits in right.items():
         cells = "".join(f"{result['right'][name][key]:>26.1f}" for key in READERS)
         cells += f"{result['psnr'][name]:>11.2f}" if name in result["psnr"] else ""
@@ -233,6 +234,7 @@ def save_comparison(
 ) -> None:
     """A row for each of six classes: its first test patch, and below each image what both classifiers take it for."""
     rows = [int((labels == number).nonzero()[0]) for number in labels.unique().tolist()][:6]
+    names = [name.replace("_", " ") for name in CLASSES]
     width, height = 2.2 * len(images), 2.65 * len(rows) + 0.9
     figure = Figure(figsize=(width, height), facecolor="white")
     figure.subplots_adjust(0.005, 0.45 / height, 0.995, 1 - 0.95 / height, wspace=0.04, hspace=0.22)
@@ -243,7 +245,9 @@ def save_comparison(
             panel.set_xticks([])
             panel.set_yticks([])
             if row == 0:
-                totals = [f"{100 * float(hits.float().mean()):.0f} % by {key}" for key, hits in right[name].items()]
+                totals = [
+                    f"{READERS[key]}: {100 * float(hits.float().mean()):.0f} %" for key, hits in right[name].items()
+                ]
                 totals += [f"{psnr[name]:.1f} dB"] if name in psnr else [""]
                 weight = "bold" if name == "tdp" else "normal"
                 panel.set_title("\n".join([TITLES[name], *totals]), fontsize=10, fontweight=weight)
@@ -251,7 +255,7 @@ def save_comparison(
                 hit = bool(right[name][key][index])
                 mark = "\N{HEAVY CHECK MARK}" if hit else "\N{BALLOT X}"
                 panel.text(
-                    0, -0.08 - 0.1 * line, f"{mark} {key}: {CLASSES[int(found[index])].replace('_', ' ')[:14]}",
+                    0, -0.08 - 0.1 * line, f"{mark} {READERS[key]}: {names[int(found[index])][:10]}",
                     transform=panel.transAxes, fontsize=9, color=RIGHT if hit else WRONG, family="DejaVu Sans",
                     va="center",
                 )  # fmt: skip

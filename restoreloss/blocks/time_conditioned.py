@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from restoreloss.blocks.film import FiLM
 from restoreloss.blocks.layouts import as_map, channel_dim
 from restoreloss.blocks.time_moe import TimeMoE
-from restoreloss.checks import check_integer, check_time, describe
+from restoreloss.checks import caller_level, check_integer, check_time, describe
 from restoreloss.features import FeatureExtractor
 from restoreloss.frozen import frozen
 
@@ -109,11 +109,11 @@ class TimeConditioned(nn.Module):
                 some = ", ".join(list(modules)[1:31])
                 raise ValueError(f"`blocks` should name layers of the network, found {layer!r}; there are {some}, ...")
         for layer, block in blocks.items():
-            if self._is_compiled(layer):
+            if any(getattr(module, "_compiled_call_impl", None) for module in self._above(layer)):
                 warnings.warn(
                     f"The layer {layer!r} was compiled before it got a block: if it was called since, it runs no hook "
                     "of a later time, and the block does nothing. Wrap the network first, and compile it then.",
-                    stacklevel=2,
+                    stacklevel=caller_level(),
                 )
             key = _key(layer)
             earlier = _parts(self.blocks[key]) if key in self.blocks else []
@@ -187,20 +187,24 @@ class TimeConditioned(nn.Module):
 
     def _tell_of_idle(self) -> None:
         """Warn once of layers that were not passed, so that their blocks did nothing. Compiled ones do not say."""
-        idle = {layer for layer in set(self.layers) - self._acted - self._told if not self._is_compiled(layer)}
+        idle = {
+            layer
+            for layer in set(self.layers) - self._acted - self._told
+            if not any(_is_compiled(module) for module in self._above(layer))
+        }
         if idle:
             self._told |= idle
             warnings.warn(
                 f"The network ran without passing {sorted(idle)}, so that the blocks there did nothing. (A list of "
                 "modules is not called itself.)",
-                stacklevel=3,
+                stacklevel=caller_level(),
             )
 
-    def _is_compiled(self, layer: str) -> bool:
-        """Whether the layer, or what it lies in, was compiled in place."""
-        names = layer.split(".")
-        modules = [self.network, *(self.network.get_submodule(".".join(names[: n + 1])) for n in range(len(names)))]
-        return any(getattr(module, "_compiled_call_impl", None) is not None for module in modules)
+    def _above(self, layer: str) -> list[nn.Module]:
+        """The layer, and what it lies in."""
+        names, modules = layer.split("."), dict(self.network.named_modules())
+        paths = [".".join(names[:number]) for number in range(len(names) + 1)]
+        return [modules[path] for path in paths if path in modules]
 
     def _hook(self) -> None:
         for handle in self._handles.values():
@@ -258,6 +262,12 @@ class _Act:
             value, back = found
             output = back(part(value, given, self.owner._steps) if isinstance(part, TimeMoE) else part(value, given))
         return output
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a module is compiled: in place, by ``torch.compile``, or in its ``forward``."""
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return in_place or "_orig_mod" in module._modules or hasattr(module.forward, "_torchdynamo_orig_callable")
 
 
 def _reads_embedding(block: nn.Module) -> bool:

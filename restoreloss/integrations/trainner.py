@@ -6,6 +6,7 @@ docs/integrations/trainner-neosr.md has the YAML. traiNNer-redux multiplies what
 """
 
 import logging
+import math
 from typing import Any, cast
 
 from torch import Tensor
@@ -52,10 +53,11 @@ class ByTerm(Criterion):
 
     def _countable(self, name: str, value: Tensor) -> Tensor:
         """The term; infinity for NaN, which the trainer would drop as not above 0 and never count or mention."""
-        if bool(value.detach() < 0) and name not in self._negative:
+        number = float(value.detach())
+        if number < 0 and name not in self._negative:
             self._negative.add(name)
             _log.warning("%s: the term %r is below 0, and traiNNer-redux drops it.", type(self).__name__, name)
-        if not bool(value.isnan()):
+        if not math.isnan(number):
             return value
         _log.warning("%s: the term %r is NaN.", type(self).__name__, name)
         return value.new_full((), float("inf"))

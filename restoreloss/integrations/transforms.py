@@ -51,7 +51,7 @@ class _OnImages(v2.Transform, ABC):  # type: ignore[misc]
         if not isinstance(return_drawn, bool):
             raise ValueError(f"`return_drawn` should be True or False, found {return_drawn!r}.")
         self.return_drawn = return_drawn
-        self._range = RangeWatch((0.0, 1.0))
+        self._range = RangeWatch((0.0, 1.0), fixed=True)
 
     @abstractmethod
     def draw(self, count: int, side: int) -> list[Any]:
@@ -69,39 +69,40 @@ class _OnImages(v2.Transform, ABC):  # type: ignore[misc]
         """
         sample = inputs if len(inputs) > 1 else inputs[0]
         if self.keys is None:
-            leaves, structure = tree_flatten(sample)
-            drawn = self._change(leaves, _images_among(leaves))
-            changed = tree_unflatten(leaves, structure)
+            changed, drawn = self._changed({"": sample}, _images_among)
+            changed = changed[""]
         else:
             if not isinstance(sample, Mapping) or not all(key in sample for key in self.keys):
                 found = list(sample) if isinstance(sample, Mapping) else describe(sample)
                 raise TypeError(f"`keys` should be entries of the sample, found {list(self.keys)} and {found}.")
-            for key in self.keys:
-                if not any(_is_image(leaf) for leaf in tree_flatten(sample[key])[0]):
-                    raise TypeError(
-                        f"`keys` should be entries that hold an image, found {key!r}, {describe(sample[key])}."
-                    )
-            leaves, structure = tree_flatten({key: sample[key] for key in self.keys})
-            drawn = self._change(leaves, [n for n, leaf in enumerate(leaves) if _is_image(leaf)])
-            changed = {**sample, **tree_unflatten(leaves, structure)}
+            part, drawn = self._changed({key: sample[key] for key in self.keys}, _all_images_among)
+            changed = {**sample, **part}
         return (changed, drawn) if self.return_drawn else changed
 
-    def _change(self, leaves: list[Any], places: Sequence[int]) -> list[Any]:
-        """Change the images at these places, the n-th of each by the same parameters, and return what was drawn."""
-        if not places:
-            raise TypeError(f"The sample should hold an image, found {[describe(leaf) for leaf in leaves]}.")
-        batches = [_as_batch(leaves[place]) for place in places]
-        for batch, _ in batches:
+    def _changed(
+        self, parts: Mapping[str, Any], find: Callable[[Sequence[Any]], list[int]]
+    ) -> tuple[dict[str, Any], list[Any]]:
+        """The parts with their images changed, the n-th of each by the same parameters, and what was drawn."""
+        trees = {key: tree_flatten(part) for key, part in parts.items()}
+        batches: dict[tuple[str, int], tuple[Tensor, Callable[[Tensor], Any]]] = {}
+        for key, (leaves, _) in trees.items():
+            if not (places := find(leaves)):
+                where = f"`{key}`" if key else "The sample"
+                raise TypeError(f"{where} should hold an image, found {[describe(leaf) for leaf in leaves]}.")
+            batches |= {(key, place): _as_batch(leaves[place]) for place in places}
+        for batch, _ in batches.values():
             if batch.is_floating_point():
                 self._range.look({"image": batch})
-        count = max(len(batch) for batch, _ in batches)
+        sizes = [tuple(batch.shape) for batch, _ in batches.values()]
+        count = max(size[0] for size in sizes)
         chosen = uniform(torch.empty(count, dtype=torch.float64)) < self.p
-        new = self.draw(count, min(batches[0][0].shape[2:]))
+        new = self.draw(count, min(sizes[0][2:]))
         drawn = [what if take else None for what, take in zip(new, chosen.tolist(), strict=True)]
-        for place, (batch, back) in zip(places, batches, strict=True):
+        for (key, place), (batch, back) in batches.items():
             pairs = zip(batch.split(1), drawn[: len(batch)], strict=True)
-            leaves[place] = back(torch.cat([one if what is None else self.change(one, what) for one, what in pairs]))
-        return drawn
+            changed = torch.cat([one if what is None else self.change(one, what) for one, what in pairs])
+            trees[key][0][place] = back(changed)
+        return {key: tree_unflatten(leaves, structure) for key, (leaves, structure) in trees.items()}, drawn
 
 
 class RandomCorruption(_OnImages):
@@ -117,8 +118,9 @@ class RandomCorruption(_OnImages):
         return_drawn: return (sample, drawn), a :class:`Corruption` for each image, None where it stays.
 
     An image is a PIL image in RGB, a ``tv_tensors.Image``, a numpy array (H, W, 3) or, where the sample has none of
-    these, its first tensor (..., 3, H, W), and below ``keys`` every tensor: uint8, or float in [0, 1]. It comes back in
-    its own kind and dtype, uint8 rounded. Randomness is torch's global one, which a ``DataLoader`` seeds for workers.
+    these, its first tensor (..., 3, H, W), and below a key every such tensor: uint8, or float in [0, 1]. It comes back
+    in its own kind and dtype, uint8 rounded. Randomness is torch's global one, which a ``DataLoader`` seeds in each
+    worker.
 
     Raises:
         ValueError: At construction for options that :class:`Corruptions` refuses, at a call for images of another kind.
@@ -260,11 +262,21 @@ def _like(unit: Tensor, image: Tensor) -> Tensor:
     return unit.to(image.dtype)
 
 
-def _is_image(leaf: Any) -> bool:
-    """Whether what lies below a key is an image: boxes and labels have fewer dimensions, masks say what they are."""
-    if isinstance(leaf, Tensor) and not isinstance(leaf, tv_tensors.Image | tv_tensors.Video):
-        return leaf.ndim >= 3 and not isinstance(leaf, tv_tensors.TVTensor)
-    return isinstance(leaf, Image.Image | Tensor) or (isinstance(leaf, np.ndarray) and leaf.ndim == 3)
+STATED = (Image.Image, tv_tensors.Image, tv_tensors.Video)
+"""What says that it is an image."""
+
+
+def _all_images_among(leaves: Sequence[Any]) -> list[int]:
+    """Places below a key: of the images that say that they are, else of all arrays and tensors that can be one."""
+
+    def can_be(leaf: Any) -> bool:
+        if isinstance(leaf, np.ndarray):
+            return leaf.ndim == 3
+        plain = isinstance(leaf, Tensor) and not isinstance(leaf, tv_tensors.TVTensor) and leaf.ndim >= 3
+        return plain and leaf.shape[-3] in (1, 3) and (leaf.dtype == torch.uint8 or leaf.is_floating_point())
+
+    stated = [n for n, leaf in enumerate(leaves) if isinstance(leaf, STATED)]
+    return stated or [n for n, leaf in enumerate(leaves) if can_be(leaf)]
 
 
 def _images_among(leaves: Sequence[Any]) -> list[int]:
@@ -273,7 +285,7 @@ def _images_among(leaves: Sequence[Any]) -> list[int]:
     Raises:
         ValueError: For arrays of several sizes: one may hold keypoints.
     """
-    stated = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Image.Image | tv_tensors.Image | tv_tensors.Video)]
+    stated = [n for n, leaf in enumerate(leaves) if isinstance(leaf, STATED)]
     arrays = [n for n, leaf in enumerate(leaves) if isinstance(leaf, np.ndarray) and leaf.ndim == 3]
     colored, gray = ([n for n in arrays if leaves[n].shape[-1] == channels] for channels in (3, 1))
     pure = [n for n, x in enumerate(leaves) if isinstance(x, Tensor) and not isinstance(x, tv_tensors.TVTensor)]

@@ -60,7 +60,8 @@ class EDTR(nn.Module):
             ``nn.Identity()``.
         prior: an ``AutoencoderKL`` and a ``UNet2DConditionModel`` with the empty prompt, as :func:`load_prior` reads
             them. They are taken over, not copied.
-        controlnet: that of diffusers, with latents as its hint. The default is :func:`latent_controlnet` of the U-Net.
+        controlnet: that of diffusers, with latents as its hint; what of it requires a gradient trains. The default is
+            :func:`latent_controlnet` of the U-Net.
         t_p: the timestep up to which the pre-restored latents are made noisy; None begins from pure noise instead.
         n: the denoising steps of :meth:`restore`.
         color_fix: take the low frequencies from the pre-restored image (Eq. 6).
@@ -105,8 +106,7 @@ class EDTR(nn.Module):
         warn_if_trained(unet, "prior")
         self.controlnet = latent_controlnet(unet) if controlnet is None else controlnet
         self.decoder = nn.ModuleList(part for part in (vae.post_quant_conv, vae.decoder) if part is not None)
-        for part in (self.controlnet, self.decoder):
-            part.requires_grad_(True)  # whatever they were read with
+        self.decoder.requires_grad_(True)  # whatever the prior was read with
         encoder = nn.ModuleList(part for part in (vae.encoder, vae.quant_conv) if part is not None)
         self._pre, self._encoder, self._unet = FrozenNetwork(pre), FrozenNetwork(encoder), FrozenNetwork(unet)
         self._latents = (prior.encoder,)  # A tuple, because its parts are registered above.
@@ -120,7 +120,7 @@ class EDTR(nn.Module):
         self.latent_factor: int = prior.encoder.multiple
         self.multiple: int = self.latent_factor * 2 ** (len(unet.config.block_out_channels) - 1)
         self.timesteps(n)
-        self._range = RangeWatch((0.0, 1.0))
+        self._range = RangeWatch((0.0, 1.0), fixed=True)
 
     def timesteps(self, n: int | None = None) -> list[int]:
         """The n timesteps of a restoration, the noisiest first."""

@@ -67,11 +67,14 @@ class UniRestoreFirstStage(nn.Module):
         Args:
             degraded: (N, 3, H, W) in [0, 1].
             clean: the same shape.
-            timestep: one, or one for each image, (N,); the authors draw from :data:`TIMESTEPS`.
+            timestep: one, or one for each image, (N,); the authors draw from :data:`TIMESTEPS`. Where the last level
+                of the schedule is noise alone, the one below it takes its place.
             generator: for the noise: one, or one for each image.
         """
         check_pair(degraded, clean, names=("degraded", "clean"))
         model = self.model
+        last = model.schedule.last_timestep
+        timestep = timestep.clamp(max=last) if isinstance(timestep, Tensor) else min(timestep, last)
         degraded, clean = (fit_size(images, model.multiple, "pad") for images in (degraded, clean))
         with torch.no_grad():
             z_0, wanted = model.encode(clean, restored=False)

@@ -140,7 +140,7 @@ class UniRestore(nn.Module):
         self.timesteps(steps)
         self.latent_factor = prior.encoder.multiple
         self.multiple = self.latent_factor * 2 ** (levels - 1)
-        self._range = RangeWatch((0.0, 1.0))
+        self._range = RangeWatch((0.0, 1.0), fixed=True)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -151,11 +151,11 @@ class UniRestore(nn.Module):
     def timesteps(self, steps: int | None = None) -> list[int]:
         """The timesteps of a restoration, from the noisiest down: 999, or 999, 749, 499 and 249; of 0 steps none.
 
-        Where the last level is noise alone (zero terminal SNR), the one below it is taken in its place.
+        A last level that is noise alone (zero terminal SNR) is none of them.
         """
-        last = self.schedule.num_timesteps
-        steps = check_integer("steps", self.steps if steps is None else steps, low=0, high=last)
-        return [min(last * k // steps - 1, self.schedule.last_timestep) for k in range(steps, 0, -1)]
+        levels = self.schedule.last_timestep + 1
+        steps = check_integer("steps", self.steps if steps is None else steps, low=0, high=levels)
+        return [levels * k // steps - 1 for k in range(steps, 0, -1)]
 
     def encode(self, images: Tensor, *, restored: bool = True) -> tuple[Tensor, list[Tensor]]:
         """Latents of images in [0, 1], and the features behind each level of the encoder but the last.
@@ -340,7 +340,7 @@ class UniRestore(nn.Module):
     def _tuned(self, unet: "UNet2DConditionModel", control: Sequence[Tensor]) -> Iterator[None]:
         """A block in which the skips that reach the U-Net's up blocks pass the SC-Tuners.
 
-        A U-Net that was compiled by itself runs eagerly here: compiled code knows only the hooks of its first call.
+        A U-Net that was compiled in place runs eagerly here: compiled code knows only the hooks of its first call.
         """
 
         def tune(first: int) -> Any:
@@ -358,7 +358,8 @@ class UniRestore(nn.Module):
             for block in unet.up_blocks:  # Each block takes the last of the skips that are left.
                 last -= len(block.resnets)
                 handles.append(block.register_forward_pre_hook(tune(last), with_kwargs=True))
-            with nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager"):
+            in_place = any(getattr(module, "_compiled_call_impl", None) is not None for module in unet.modules())
+            with torch.compiler.set_stance("force_eager") if in_place else nullcontext():
                 yield
         finally:
             for handle in handles:
@@ -393,7 +394,7 @@ class UniRestore(nn.Module):
             ValueError: If there is no such file, or it is of another model or gate.
         """
         state, gate = _read(file), _metadata(file).get("gate", self.gate)
-        if with_adapters and gate != self.gate:
+        if with_adapters and self.tfa is not None and gate != self.gate:
             raise ValueError(f"{file} should be of the gate {self.gate!r}, found {gate!r}.")
         prompts = {name.removeprefix(PROMPTS): state.pop(name) for name in list(state) if name.startswith(PROMPTS)}
         own = {
@@ -460,13 +461,13 @@ def _read(file: str | Path) -> dict[str, Tensor]:
 
 
 def _metadata(file: str | Path) -> dict[str, str]:
-    """What is written beside the tensors."""
+    """What is written beside the tensors; nothing beside those of ``torch.save``."""
     safetensors = require("safetensors", purpose=f"reading {Path(file).name}", install="safetensors")
     try:
         with safetensors.safe_open(file, "pt") as opened:
             return opened.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} should be a file of safetensors: {error}") from error
+    except safetensors.SafetensorError:
+        return {}
 
 
 def _multipliers(levels: int) -> list[int]:

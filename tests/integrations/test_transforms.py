@@ -289,9 +289,12 @@ def test_every_image_below_the_keys_is_changed(make: Any) -> None:
     assert torch.equal(frames[2][1], torch.tensor([1, 2]))
     mixed = make(keys=("lq", "gt"))({"lq": image, "gt": KINDS["numpy"]})
     assert not torch.equal(mixed["lq"], image) and not np.array_equal(mixed["gt"], KINDS["numpy"])
-    masked = make(keys=("lq",))({"lq": [image, tv_tensors.Mask(torch.ones(1, 48, 64))]})["lq"]
-    assert bool((masked[1] == 1).all())
-    with pytest.raises(TypeError, match="`keys` should be entries that hold an image, found 'label', "):
+    masks = [tv_tensors.Mask(torch.ones(1, 48, 64)), torch.ones(4, 48, 64, dtype=torch.bool), torch.ones(7, 48, 64)]
+    assert all(bool((mask == 1).all()) for mask in make(keys=("lq",))({"lq": [image, *masks]})["lq"][1:])
+    normals = torch.ones(3, 48, 64)  # beside what says that it is an image no tensor is one
+    kept = make(keys=("s",))({"s": {"image": KINDS["tv_tensor"], "normals": normals}})["s"]
+    assert torch.equal(kept["normals"], normals) and not torch.equal(kept["image"], KINDS["tv_tensor"])
+    with pytest.raises(TypeError, match="`label` should hold an image, found"):
         make(keys=("lq", "label"))({"lq": image, "label": torch.tensor(3)})
 
 

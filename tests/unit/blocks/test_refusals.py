@@ -273,7 +273,12 @@ def test_hooks_that_compiled_code_does_not_know_are_told() -> None:
     assert torch.equal(timed(features(1, 3, 8, 8), 1), late(features(1, 3, 8, 8)))  # which is why it is told
     inside, outside = TimeConditioned(early, {"0": FiLM(8)}), TimeConditioned(network(), {"0": FiLM(8)})
     early.compile(backend="aot_eager")
+    forward = network()
+    forward.forward = torch.compile(forward.forward, backend="aot_eager")  # type: ignore[method-assign]
+    wrapped = TimeConditioned(torch.compile(network(), backend="aot_eager"), {"_orig_mod.0": FiLM(8)})
     with warnings.catch_warnings(record=True) as found:
+        TimeConditioned(forward, {"0": FiLM(8)})(features(1, 3, 8, 8), 1)
+        wrapped(features(1, 3, 8, 8), 1)
         for steps in (1, 2):
             inside(features(1, 3, 8, 8), steps)
             torch.compile(outside, backend="aot_eager")(features(1, 3, 8, 8), torch.tensor([steps]))
