@@ -291,8 +291,8 @@ def test_a_wrong_range_is_said_once(build: Any) -> None:
     assert all(f"`{name}` spans" in messages[0] for name in names)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        build(network(0), network(1), ["4"])(z, x)
-        build(network(0), network(1), ["4"], input_range=(0, 255))(255 * z, 255 * x)
+        build(network(0), network(1), ["4"], normalize="imagenet")(z, x)
+        build(network(0), network(1), ["4"], normalize="imagenet", input_range=(0, 255))(255 * z, 255 * x)
 
 
 def test_lists_of_images_get_no_gradient_from_matching_and_theirs_from_hlf() -> None:
