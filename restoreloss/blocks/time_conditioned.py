@@ -111,8 +111,8 @@ class TimeConditioned(nn.Module):
         for layer, block in blocks.items():
             if any(getattr(module, "_compiled_call_impl", None) for module in self._above(layer)):
                 warnings.warn(
-                    f"The layer {layer!r} was compiled before it got a block: if it was called since, it runs no hook "
-                    "of a later time, and the block does nothing. Wrap the network first, and compile it then.",
+                    f"The layer {layer!r} was compiled before it got a block: if it was called since, newer torch runs "
+                    "no hook of a later time, and the block does nothing. Wrap the network first, and compile it then.",
                     stacklevel=caller_level(),
                 )
             key = _key(layer)
