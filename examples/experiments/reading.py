@@ -26,7 +26,7 @@ from examples.common.data.words import TEST_SEED, Degradation, Split, lines
 from examples.common.engine.controls import ImageGradients
 from examples.common.engine.reading import words_read
 from examples.common.engine.run_directory import check_settings, lock_folder, to_json
-from examples.common.engine.training import by_turns, restore
+from examples.common.engine.training import by_turns, check_options, restore
 from examples.common.networks.restorers import restorer
 from examples.common.networks.text_readers import PPOCR, EnglishG2, Read, english_g2
 from examples.experiments.report import markdown
@@ -36,10 +36,10 @@ from examples.reading.scores import FIDELITY, READING, interval, measure
 from examples.reading.training import (
     BATCH,
     FURTHER_LR,
+    LEAST,
     LR,
     TDP_BATCH,
     Lines,
-    check_options,
     enlarged,
     tdp_loss,
 )
@@ -297,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seeds, methods, picture, reference = (args.pop(name) for name in ("seeds", "methods", "picture", "reference"))
     try:
         for seed in seeds:
-            check_options({"seed": seed, **args})
+            check_options({"seed": seed, **args}, LEAST)
         Degradation(noise=args["noise"], blur=args["blur"])
         _ = lock_folder(args["out"])
         experiment = Experiment(**args)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +19,6 @@ LR, FURTHER_LR = 2e-3, 1e-3
 
 LEAST = {"steps": 1, "tdp_steps": 1, "l1_steps": 1, "pool": 1, "test_words": 8, "seed": 0}
 """The smallest values of options."""
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` for those of ``LEAST`` that are smaller, and for a share outside of (0, 1)."""
-    for name, value in options.items():
-        if value is not None and name in LEAST and value < LEAST[name]:
-            raise ValueError(f"--{name.replace('_', '-')} should be at least {LEAST[name]}, found {value}.")
-    if not 0 < options["share"] < 1:
-        raise ValueError(f"--share should be between 0 and 1, found {options['share']}.")
 
 
 @dataclass(frozen=True, kw_only=True)

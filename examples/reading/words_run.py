@@ -22,7 +22,7 @@ from examples.common.data.tasks import ENGLISH_G2_CHARACTERS
 from examples.common.data.words import TEST_SEED, Degradation, lines
 from examples.common.engine.reading import words_read
 from examples.common.engine.run_directory import to_json
-from examples.common.engine.training import by_turns, restore
+from examples.common.engine.training import by_turns, check_options, restore
 from examples.common.networks.restorers import restorer
 from examples.common.networks.text_readers import PPOCR, english_g2
 from examples.reading.figure import save_comparison
@@ -31,10 +31,10 @@ from examples.reading.scores import METHODS, measure, results, table
 from examples.reading.training import (
     BATCH,
     FURTHER_LR,
+    LEAST,
     LR,
     TDP_BATCH,
     Lines,
-    check_options,
     enlarged,
     tdp_loss,
 )
@@ -68,7 +68,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: For options that cannot be, and where weights or fonts are missing; nothing has been written then.
         FloatingPointError: If a training becomes NaN or infinite.
     """
-    check_options(vars(args))
+    check_options(vars(args), LEAST)
     check_folder(args.out, "--out")
     degrade = Degradation(noise=args.noise, blur=args.blur)
     # before the weights: what is wrong with own lines is told also where a package is missing

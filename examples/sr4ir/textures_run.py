@@ -29,7 +29,7 @@ from examples.common.data.folder import check_folder
 from examples.common.data.photo_textures import CLASSES, photo_textures
 from examples.common.engine.controls import ImageGradients
 from examples.common.engine.run_directory import to_json
-from examples.common.engine.training import Training, by_turns, restore
+from examples.common.engine.training import Training, by_turns, check_options, restore
 from examples.common.networks.recognizers import recognizer
 from examples.common.networks.restorers import restorer
 from restoreloss import TDPLoss, WeightedSum, audit
@@ -109,11 +109,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: For options that cannot be; nothing has been written then.
         FloatingPointError: If a training becomes NaN or infinite.
     """
-    for name, least in LEAST.items():
-        if (value := getattr(args, name)) < least:
-            raise ValueError(f"--{name.replace('_', '-')} should be at least {least}, found {value}.")
-    if not 0 < args.share < 1:
-        raise ValueError(f"--share should be between 0 and 1, found {args.share}.")
+    check_options(vars(args), LEAST)
     check_folder(args.out, "--out")
     test = photo_textures("classification", "test", args.test_patches, TEST_SEED)
     clean, labels = test.images, torch.as_tensor(test.targets)

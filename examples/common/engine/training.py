@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,15 @@ class Training(ABC):
     def seconds(self, net: nn.Module, objective: nn.Module, *, size: int) -> float:
         """The seconds of a step, from three of them on a copy."""
         return self.run(copy.deepcopy(net), objective, steps=3, size=size, lr=1e-3, seed=0)
+
+
+def check_options(options: Mapping[str, Any], least: Mapping[str, int]) -> None:
+    """Raise ``ValueError`` for options that are smaller than their ``least``, and for a share outside of (0, 1)."""
+    for name, value in options.items():
+        if value is not None and name in least and value < least[name]:
+            raise ValueError(f"--{name.replace('_', '-')} should be at least {least[name]}, found {value}.")
+    if not 0 < options["share"] < 1:
+        raise ValueError(f"--share should be between 0 and 1, found {options['share']}.")
 
 
 def by_turns(measures: Mapping[str, Callable[[], float]], *, rounds: int = 6) -> dict[str, float]:
