@@ -77,12 +77,19 @@ def linear_errors(
 
 
 def report_kept(folders: Mapping[int, Path], held_out: Mapping[str, Tensor], path: Path) -> None:
-    """Write the held-out error at each timestep of the states that a training kept, by their steps, as CSV."""
+    """Write the held-out error at each timestep of the states that a training kept, by their steps, as CSV.
+
+    The last row, "small", is the prior that ships.
+    """
     schedule, crops = NoiseSchedule.linear(), crops_of(held_out.values(), CROPS_EACH)
+    priors = {
+        f"{step}": as_denoiser(UNet2DModel.from_pretrained(folder, variant="fp16").float().eval())
+        for step, folder in sorted(folders.items())
+    }
+    priors["small"] = as_denoiser(small_prior())
     rows = []
-    for step, folder in sorted(folders.items()):
-        prior = UNet2DModel.from_pretrained(folder, variant="fp16").float().eval()
-        rows.append([step, *(f"{error:.6f}" for error in noise_errors(as_denoiser(prior), schedule, crops))])
+    for name, prior in priors.items():
+        rows.append([name, *(f"{error:.6f}" for error in noise_errors(prior, schedule, crops))])
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([["step", *TIMESTEPS], *rows])
 

@@ -4,7 +4,7 @@
     python -m examples.experiments.diffloss constrain --out runs/diffloss   # Table 4: noise, x0-hat, x_{t-1}
     python -m examples.experiments.diffloss controls --out runs/diffloss    # what a loss without the prior gives
     python -m examples.experiments.diffloss settings --out runs/diffloss    # low timesteps, h-space, no Jacobian
-    python -m examples.diffloss.train_prior --out runs/prior --keep 0 300 1000 3000 10000
+    python -m examples.diffloss.train_prior --out runs/prior --steps 1000 --keep 0 100 300 1000
     python -m examples.experiments.diffloss dose --prior runs/prior --out runs/diffloss   # how much a prior has learned
     python -m examples.experiments.diffloss tables --out runs/diffloss
     python -m examples.experiments.diffloss plot --out runs/diffloss
@@ -78,7 +78,8 @@ class Experiment:
         elif study in ("settings", "dose"):
             diffs = self._settings() if study == "settings" else self._doses()
             losses: dict[str, dict[str, Any]] = {name: {"diff": diff} for name, diff in diffs.items()}
-            yield from _tuned({"pixel": {}, "gradients": {"filter": Filter(share=0.5)}, **losses})
+            for name, options in {"pixel": {}, "gradients": {"filter": Filter(share=0.5)}, **losses}.items():
+                yield name, {**options, "lr": TUNED}
         else:
             for name, diff in self._priors(study):
                 yield name, {"diff": diff}
@@ -101,10 +102,11 @@ class Experiment:
         }
 
     def _doses(self) -> dict[str, Diff]:
-        """Half of the gradient for each state of one prior."""
+        """Half of the gradient for each state of one prior, and for the prior that ships."""
         if self.prior is None:
             raise ValueError("`--prior` should be the folder of a prior that was trained with --keep, found none.")
-        return {f"prior_{step}": replace(NOISE, prior=str(self.prior / "kept" / step)) for step in _errors(self.prior)}
+        kept = {step: str(self.prior / "kept" / step) for step in _errors(self.prior)}
+        return {f"prior_{step}": replace(NOISE, prior=folder) for step, folder in {**kept, "small": "small"}.items()}
 
     def _controls(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Half of the gradient each, learning rates of the pixel loss alone, and the time of DiffLoss without it."""
@@ -193,33 +195,28 @@ class Experiment:
         return [plot() for study, plot in plots.items() if self.results(study)]
 
     def _plot_dose(self) -> Path:
-        """What a prior adds by how well it predicts noise: PSNR against its held-out error, by learning rate."""
+        """What a prior adds by how well it predicts noise: PSNR against its held-out error."""
         from matplotlib import pyplot
         from matplotlib.ticker import NullFormatter
 
         if self.prior is None:
             raise ValueError("`--prior` should be the folder of the prior whose states were compared, found none.")
         (runs,) = self.results("dose").values()
-        errors = _errors(self.prior)
         figure, axis = pyplot.subplots(figsize=(5, 3.6))
-        for color, rate in (("tab:blue", ""), ("tab:orange", f"_lr_{TUNED:g}")):
-            plain, points = runs.get(f"pixel{rate}", {}), []
-            for step, error in errors.items():
-                gain = _gain(runs.get(f"prior_{step}{rate}", {}), plain)
-                if gain.values:
-                    points.append((error, gain.mean, gain.std or 0.0))
-                    if not rate:
-                        axis.annotate(f"{int(step):,}", points[-1][:2], (4, 4), textcoords="offset points", fontsize=7)
-            label = f"learning rate {TUNED if rate else self.base.lr:g}"
-            if points:
-                axis.errorbar(*zip(*points, strict=True), marker="o", capsize=3, color=color, label=label)
-            free = _gain(runs.get(f"gradients{rate}", {}), plain)
-            if free.values:
-                axis.axhline(free.mean, color=color, linestyle="--", linewidth=1, label="squared image gradients")
+        points = []
+        for step, error in _errors(self.prior).items():
+            gain = _gain(runs.get(f"prior_{step}", {}), runs["pixel"])
+            if gain.values:
+                points.append((error, gain.mean, gain.std or 0.0))
+                axis.annotate(step, points[-1][:2], (4, 4), textcoords="offset points", fontsize=7)
+        axis.errorbar(*zip(*points, strict=True), marker="o", capsize=3, label="DiffLoss, by the prior's steps")
+        free = _gain(runs.get("gradients", {}), runs["pixel"])
+        if free.values:
+            axis.axhline(free.mean, color="tab:orange", linestyle="--", linewidth=1, label="squared image gradients")
         axis.axhline(0, color="gray", linewidth=0.8)
         axis.set(
             xscale="log",
-            xlabel="held-out error of the predicted noise (by training steps)",
+            xlabel="held-out error of the predicted noise",
             ylabel="PSNR, difference to pixels (dB)",
         )
         axis.xaxis.set_minor_formatter(NullFormatter())
@@ -270,7 +267,7 @@ def _tuned(losses: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, dict[str
 
 
 def _errors(prior: Path) -> dict[str, float]:
-    """The mean held-out error at timesteps from 100 to 600, of each state of a prior, by its steps."""
+    """The mean held-out error at timesteps from 100 to 600: of each state of a prior, by its steps, and of "small"."""
     file = prior / "kept.csv"
     if not file.is_file():
         raise ValueError(f"`--prior` should be a folder that train_prior wrote with --keep, found no {file}.")

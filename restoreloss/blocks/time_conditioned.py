@@ -185,6 +185,27 @@ class TimeConditioned(nn.Module):
             self._tell_of_idle()
         return found
 
+    def get_extra_state(self) -> Tensor:
+        """T: a timestep means nothing without it."""
+        return torch.tensor(self.num_timesteps)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse the weights of another T.
+
+        Raises:
+            ValueError: For a state of another ``num_timesteps``.
+        """
+        if int(state) != self.num_timesteps:
+            raise ValueError(
+                f"`num_timesteps` should be {int(state)}, as in the state, found {self.num_timesteps}: the same "
+                "timestep would be another."
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        # a state that was put together by hand need not say it
+        state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def _tell_of_idle(self) -> None:
         """Warn once of layers that were not passed, so that their blocks did nothing. Compiled ones do not say."""
         idle = {

@@ -105,7 +105,7 @@ def test_a_batch_may_draw_its_timesteps_together(tmp_path: Path, monkeypatch: py
 def test_a_training_keeps_its_states_and_the_experiment_compares_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = train_prior.Recipe(steps=3, batch=1, crop=16, bf16=False)
+    recipe = train_prior.Recipe(steps=3, batch=1, crop=16)
     photos = Images({"chelsea": lambda: load_photo("chelsea")})
     trainer = train_prior.Trainer(recipe)
     start = {name: value.clone() for name, value in trainer.net.state_dict().items()}
@@ -128,18 +128,19 @@ def test_a_training_keeps_its_states_and_the_experiment_compares_them(
     folders = {step: out / "kept" / f"{step}" for step in (3, 0)}
     prior_report.report_kept(folders, {"chelsea": load_photo("chelsea")}, out / "kept.csv")
     rows = (out / "kept.csv").read_text().splitlines()
-    assert rows[0].startswith("step,10,25,") and [row.split(",")[0] for row in rows[1:]] == ["0", "3"]
+    assert rows[0].startswith("step,10,25,") and [row.split(",")[0] for row in rows[1:]] == ["0", "3", "small"]
     assert 0.5 < float(rows[1].split(",")[4]) < 3  # untrained, at t = 100
 
     study = experiment.Experiment(tmp_path, replace(TINY, steps=1), out)
     configs = dict(study.configs("dose", 1))
-    rows = ["pixel", "gradients", "prior_0", "prior_3"]
-    assert list(configs) == [f"rainy/{row}{rate}" for row in rows for rate in ("", "_lr_0.003")]
-    assert configs["rainy/prior_3_lr_0.003"].diff.prior == str(out / "kept" / "3")
-    study.run("dose", [1], ["pixel_lr_0.003", "gradients_lr_0.003", "prior_3_lr_0.003"])
+    rows = ["pixel", "gradients", "prior_0", "prior_3", "prior_small"]
+    assert list(configs) == [f"rainy/{row}" for row in rows]
+    assert {config.lr for config in configs.values()} == {3e-3}
+    assert configs["rainy/prior_3"].diff.prior == str(out / "kept" / "3")
+    study.run("dose", [1], ["pixel", "gradients", "prior_3"])
     found = {name: seeds["seed1"]["psnr"] for name, seeds in study.results("dose")["rainy"].items()}
-    gain = found["prior_3_lr_0.003"] - found["pixel_lr_0.003"]
-    row = next(line for line in study.tables().splitlines() if "`prior_3_lr_0.003`" in line)
+    gain = found["prior_3"] - found["pixel"]
+    row = next(line for line in study.tables().splitlines() if "`prior_3`" in line)
     assert row.split("|")[2].strip() == f"{gain:+.2f}"
     assert [path.name for path in study.plot() if path.stat().st_size > 5000] == ["diffloss-dose.png"]
     with pytest.raises(ValueError, match="`--prior` should be the folder"):

@@ -195,7 +195,7 @@ def test_quickstart_says_where_the_prior_does_not_help() -> None:
 
 
 def test_prior_training_learns_and_resumes_exactly(tmp_path: Path) -> None:
-    recipe = Recipe(steps=8, batch=2, crop=16, bf16=False)
+    recipe = Recipe(steps=8, batch=2, crop=16)
     photos = [load_photo("chelsea")]
     straight, first = Trainer(recipe), Trainer(recipe)
     for _ in range(8):

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from examples.common.data.tasks import Task
 from examples.common.engine.recognition import Recognition, features_of
 from examples.common.networks.edsr import EDSR
 from examples.common.networks.recognizers import recognizer
@@ -78,6 +79,18 @@ def test_networks_of_timm_are_shown_what_they_were_trained_on() -> None:
     assert shown[0].abs().max() < 1e-6
     features_of(network, ["blocks.0"])(torch.full((1, 3, 224, 224), 0.5))
     assert shown[1].abs().max() < 1e-6
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_what_networks_of_ours_are_shown_is_no_guess(task: Task) -> None:
+    network = recognizer("small", task, 3).eval()
+    shown: list[Tensor] = []
+    network.register_forward_pre_hook(lambda m, i: shown.append(i[0]))
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    Recognition(task, "abc").predict(network, image)
+    features_of(network, ["backbone"])(image)
+    torch.testing.assert_close(shown[0], shown[1])
 
 
 @pytest.mark.parametrize("name", ["RetinexFormer", "HVICIDNet", "Uformer"])

@@ -17,6 +17,7 @@ from torchvision.utils import save_image
 
 from examples.common.data.folder import read_image
 from examples.common.data.photos import HELD_OUT, load_photo
+from examples.common.engine import recipe
 from examples.common.engine.evaluation import load_recognizer
 from examples.common.seeds import derive_seed
 from examples.unirestore import restore as restoring
@@ -305,11 +306,20 @@ def test_a_plain_network_stands_in(tasks: list[str], tmp_path: Path, folder: Pat
         restoring.load_run(tmp_path / "run")
 
 
-def test_half_precision_trains(tmp_path: Path, folder: Path, request: pytest.FixtureRequest) -> None:
+def test_half_precision_trains(
+    tmp_path: Path,
+    folder: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     AcceleratorState._reset_state(True)
     request.addfinalizer(lambda: AcceleratorState._reset_state(True))
-    for stage in STAGES:
+    for stage, capability in zip(STAGES, ("AVX2", "AVX512", "NO AVX"), strict=True):
+        monkeypatch.setattr(recipe, "get_cpu_capability", lambda capability=capability: capability)
+        caplog.clear()
         results = trainer(tmp_path / stage, folder, stage, precision="bf16", max_norm=1.0, steps=1, test_count=2).run()
+        assert ("no instructions for bfloat16" in caplog.text) == (capability != "AVX512")
         assert all(math.isfinite(value) for value in results.values())
         assert all(
             value.dtype == torch.float32 for value in load_file(tmp_path / stage / "unirestore.safetensors").values()

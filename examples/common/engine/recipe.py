@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.backends.cpu import get_cpu_capability
 from tqdm import tqdm
 
 from examples.common.data.folder import check_folder
@@ -82,6 +83,8 @@ class Recipe(ABC, Generic[Batch]):
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
         self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.cpu, kwargs_handlers=[patience])
         self.device = self.accelerator.device
+        if config.precision == "bf16" and self.device.type == "cpu" and get_cpu_capability() in ("NO AVX", "AVX2"):
+            logger.warning("This CPU has no instructions for bfloat16: a step takes ten times as long as in float32.")
         self.main = self.accelerator.is_main_process
         torch.manual_seed(derive_seed(config.seed))
 

@@ -22,7 +22,7 @@ def features_of(network: nn.Module, layers: Sequence[str] | None = None) -> Feat
     """The features of a network of images in [0, 1], normalized as it is trained here."""
     if isinstance(unwrap(network), EnglishG2):
         return FeatureExtractor(network, layers or TDP_LAYERS, normalize=to_english_g2)
-    return FeatureExtractor(network, layers)
+    return FeatureExtractor(network, layers, normalize=stated_by(unwrap(network)) or "imagenet")
 
 
 class Recognition:

@@ -117,3 +117,16 @@ def test_routers_of_other_timesteps_are_refused() -> None:
     TimeMoE(8, timesteps=(47, 4)).load_state_dict(learned_at)
     with pytest.raises(ValueError, match=r"`timesteps` should be \[4, 47\], as in the state, found \[1, 2\]"):
         TimeMoE(8, timesteps=(1, 2)).load_state_dict(learned_at)
+
+
+def test_weights_of_another_number_of_timesteps_are_refused() -> None:
+    def timed(num_timesteps: int) -> TimeConditioned:
+        return TimeConditioned(nn.Sequential(nn.Conv2d(3, 8, 1)), {"0": FiLM(8)}, num_timesteps=num_timesteps)
+
+    learned = timed(1000).state_dict()
+    timed(1000).load_state_dict(learned)
+    nn.Sequential(timed(1000)).load_state_dict({f"0.{name}": value for name, value in learned.items()})
+    with pytest.raises(ValueError, match="`num_timesteps` should be 1000, as in the state, found 50"):
+        timed(50).load_state_dict(learned)
+    del learned["_extra_state"]  # of weights alone nothing is known
+    timed(50).load_state_dict(learned)
