@@ -267,8 +267,9 @@ class FeatureExtractor:
         ), door
 
     def _unit(self, image: Tensor) -> Tensor:
-        """In [0, 1], in float32 or higher."""
-        return into_range(at_least_float32(image), self.input_range, (0.0, 1.0))
+        """In [0, 1], in float32 or higher; never the image itself, which what reads it may change in place."""
+        unit = into_range(at_least_float32(image), self.input_range, (0.0, 1.0))
+        return unit.clone() if unit is image else unit
 
     @staticmethod
     def _normalized(image: Tensor, statistics: Statistics | None) -> Tensor:

@@ -139,6 +139,28 @@ class FrozenNetwork(nn.Module, Generic[Network]):
         return f"{type(self._held[0]).__name__}, {count:,} parameters, hidden"
 
 
+@contextmanager
+def without_checkpointing(network: nn.Module) -> Iterator[None]:
+    """Leave out the activation checkpointing of timm, transformers and diffusers for the length of a block.
+
+    A borrowed network has its own modes and flags back before the backward pass, in which checkpointed layers would run
+    once more, and compute something else.
+    """
+    switches = [
+        (module, name)
+        for module in network.modules()
+        for name in ("grad_checkpointing", "gradient_checkpointing")
+        if getattr(module, name, None) is True
+    ]
+    try:
+        for module, name in switches:
+            setattr(module, name, False)
+        yield
+    finally:
+        for module, name in switches:
+            setattr(module, name, True)
+
+
 def serving(*held: FrozenNetwork[Any]) -> AbstractContextManager[None]:
     """A block in which frozen networks serve their owner; if their first use raises, they are given back as found.
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -46,6 +47,7 @@ def _defocus_blur(x: Tensor, level: int, _: Generator, extent: float = 1.0) -> T
     return blur(x, soft[0, 0].to(x.device, x.dtype))
 
 
+@lru_cache(maxsize=64)
 def _disk(radius: float, softness: float) -> Tensor:
     """The share of each pixel that lies within a radius of any length, softened; it sums to 1."""
     reach, parts = math.ceil(radius + 3 * softness), 16

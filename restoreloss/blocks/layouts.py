@@ -3,25 +3,31 @@
 from collections.abc import Callable, Sequence
 from math import isqrt
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def channel_dim(shape: Sequence[int], sides: Sequence[int]) -> int | None:
+def has_channels_last(layer: nn.Module) -> bool:
+    """Whether a layer certainly has its channels last; of a subclass that is not known."""
+    return type(layer) in (nn.Linear, nn.LayerNorm)
+
+
+def channel_dim(shape: Sequence[int], sides: Sequence[int], *, last: bool = False) -> int | None:
     """Which dimension holds the channels of a layer's output, 1 or -1; None of what is no feature map.
 
     Args:
         shape: of the output. Transformers as SwinIR return (N, L, C), and others (N, H, W, C).
-        sides: height and width of the image; a map has sides in the same ratio. Where both fit, channels come first.
+        sides: height and width of the image; a map has sides in the same ratio.
+        last: where both fit, whether channels come last. They come first otherwise.
     """
     if len(shape) == 3:
         return -1
     if len(shape) != 4:
         return None
-    return -1 if _is_reduced(shape[1:3], sides) and not _is_reduced(shape[2:], sides) else 1
+    return -1 if _is_reduced(shape[1:3], sides) and (last or not _is_reduced(shape[2:], sides)) else 1
 
 
 def as_map(
-    value: Tensor, channels: int, sides: Sequence[int], *, spatial: bool
+    value: Tensor, channels: int, sides: Sequence[int], *, spatial: bool, last: bool = False
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
     """The output of a layer as (N, C, H, W), and the way back; None where it does not have these channels.
 
@@ -31,8 +37,9 @@ def as_map(
         sides: height and width of the image.
         spatial: whether what is done to it looks at neighbors. A sequence then has to fill a map in the ratio of the
             image; otherwise it is (N, C, L, 1).
+        last: as for :func:`channel_dim`.
     """
-    dim = channel_dim(value.shape, sides)
+    dim = channel_dim(value.shape, sides, last=last)
     if value.ndim == 4 and not _is_reduced(value.shape[1:3], sides) and not _is_reduced(value.shape[2:], sides):
         dim = 1 if value.shape[1] == channels else -1  # The sides do not tell, so that the channels have to.
     if dim is None or value.shape[dim] != channels:

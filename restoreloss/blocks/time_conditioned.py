@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from restoreloss.blocks.film import FiLM
-from restoreloss.blocks.layouts import as_map, channel_dim
+from restoreloss.blocks.layouts import as_map, channel_dim, has_channels_last
 from restoreloss.blocks.time_moe import TimeMoE
 from restoreloss.checks import caller_level, check_integer, check_time, describe
 from restoreloss.features import FeatureExtractor
@@ -27,7 +27,8 @@ class TimeConditioned(nn.Module):
     """A network with the timestep as a second argument: ``(image, t) -> what the network returns``.
 
     Blocks act on the outputs of named layers by hooks. The network is not edited, and :meth:`detach` removes them. A
-    layer returns (N, C, H, W), or as transformers do (N, H, W, C) or (N, L, C).
+    layer returns (N, C, H, W), or as transformers do (N, H, W, C) or (N, L, C). Of a map that may be either, as high as
+    it has channels, they are taken to come first, but after an ``nn.LayerNorm`` or ``nn.Linear``.
 
     Args:
         network: any, called with the image alone.
@@ -195,9 +196,9 @@ class TimeConditioned(nn.Module):
         Raises:
             ValueError: For a state of another ``num_timesteps``.
         """
-        if int(state) != self.num_timesteps:
+        if (found := round(float(state))) != self.num_timesteps:  # averages of weights average it too
             raise ValueError(
-                f"`num_timesteps` should be {int(state)}, as in the state, found {self.num_timesteps}: the same "
+                f"`num_timesteps` should be {found}, as in the state, found {self.num_timesteps}: the same "
                 "timestep would be another."
             )
 
@@ -270,9 +271,10 @@ class _Act:
             if not isinstance(part, FiLM | TimeMoE):
                 output = part(output, given)
                 continue
-            found = as_map(output, part.channels, self.owner._sides, spatial=_is_spatial(part))
+            last = has_channels_last(_module)
+            found = as_map(output, part.channels, self.owner._sides, spatial=_is_spatial(part), last=last)
             if found is None:
-                channels = output.shape[channel_dim(output.shape, self.owner._sides) or 1]
+                channels = output.shape[channel_dim(output.shape, self.owner._sides, last=last) or 1]
                 hint = "`channels_of` finds them"
                 if channels == part.channels:
                     hint = f'{tuple(output.shape)} is no whole image, which form="code" looks at'
@@ -334,7 +336,11 @@ def channels_of(network: nn.Module, layers: Iterable[str], image: Tensor) -> dic
     names = [layers] if isinstance(layers, str) else list(layers)
     with torch.no_grad(), frozen(network):
         found = FeatureExtractor(network, names, normalize=None)(image)
-    dims = {name: channel_dim(feature.shape, image.shape[-2:]) for name, feature in found.items()}
+    modules = dict(network.named_modules())
+    dims = {
+        name: channel_dim(feature.shape, image.shape[-2:], last=name in modules and has_channels_last(modules[name]))
+        for name, feature in found.items()
+    }
     for name, dim in dims.items():
         if dim is None:
             raise ValueError(

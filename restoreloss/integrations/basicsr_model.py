@@ -185,13 +185,15 @@ class WithRestoreloss:
         """What BasicSR saves, and under "restoreloss" the state of our losses and the importances; all or nothing."""
         if current_iter == -1 or self.opt["rank"] != 0:
             return
+        losses = self._losses()
+        frozen = _frozen_in(losses)
         state = {
             "epoch": epoch,
             "iter": current_iter,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "restoreloss": {
-                "losses": self._losses().state_dict(),
+                "losses": {name: value for name, value in losses.state_dict().items() if name not in frozen},
                 "importance": None if self.importance is None else self.importance.state_dict(),
             },
         }
@@ -214,9 +216,10 @@ class WithRestoreloss:
         if state is None:
             _log.warning("The training state is of another model: what our losses count begins at 0.")
             return
-        changed = self._losses().load_state_dict(state["losses"], strict=False)
-        if any(changed):
-            _log.warning("The losses are others than before, and begin anew where they are: %s.", changed)
+        losses = self._losses()
+        changed = losses.load_state_dict(state["losses"], strict=False)
+        if others := sorted({*changed.unexpected_keys, *changed.missing_keys} - _frozen_in(losses)):
+            _log.warning("The losses are others than before, and begin anew where they are: %s.", others)
         if self.importance is not None and state["importance"] is not None:
             self.importance.load_state_dict(state["importance"])
 
@@ -324,6 +327,11 @@ class WithRestoreloss:
         with torch.random.fork_rng(devices):
             torch.manual_seed(1_000_003 * (self.opt["manual_seed"] + self.opt["rank"]) + current_iter)
             yield
+
+
+def _frozen_in(losses: nn.Module) -> set[str]:
+    """The names of what is not trained, as the VGG of a perceptual loss, which needs no place in a checkpoint."""
+    return {name for name, parameter in losses.named_parameters() if not parameter.requires_grad}
 
 
 def read_labels(path: str | Path) -> dict[str, int]:

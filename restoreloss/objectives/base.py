@@ -39,6 +39,12 @@ class Objective(nn.Module, ABC):
 def check_objective(name: str, objective: Any) -> None:
     """Raise ``ValueError`` unless it is called with (restored, target)."""
     check_callable(name, objective, "restored", "target")
+    # as torchmetrics and pyiqa state it
+    if getattr(objective, "higher_is_better", None) is True or getattr(objective, "lower_better", None) is False:
+        raise ValueError(
+            f"`{name}` should be less where images are alike, found {describe(objective)}, of which more is better: a "
+            "function may return 1 minus it."
+        )
     if not compares(objective):
         raise ValueError(
             f"`{name}` should take the target in second place, found {describe(objective)}, which takes "

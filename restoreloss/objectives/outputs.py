@@ -111,7 +111,7 @@ class NoReference(Objective):
         value: Any = self.function(restored)
         if not isinstance(value, Tensor):
             raise ValueError(f"`function` should return a tensor, found {describe(value)}.")
-        return {"loss": self.sign * (value.squeeze() if value.numel() == 1 else value)}
+        return {"loss": self.sign * (value.squeeze() if value.numel() == 1 and value.ndim > 1 else value)}
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""

@@ -1,7 +1,7 @@
 """RunningNorms: how strong the gradient of each objective was in the last calls, for weights that keep a share."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,34 +22,36 @@ class RunningNorms(ExactBuffers):
     r"""Running means of the norms :math:`\|\partial L_k / \partial z\|` at the restored image z.
 
     They are read where the training's own backward pass goes through: a call costs one norm for each objective, and
-    nothing waits for the device. The first call is measured directly, as no backward pass has been yet. The mean is
-    over all calls so far, and from the hundredth on over the last hundred or so (an exponential average). With
-    ``torch.distributed`` the norms are those of the whole batch over all processes, each of which has to call.
+    nothing waits for the device. The first call is measured directly, as no backward pass has been yet. The mean of an
+    objective is over all calls so far that computed it, and from the hundredth on over the last hundred or so (an
+    exponential average). With ``torch.distributed`` the norms are those of the whole batch over all processes, each of
+    which has to call.
+
+    Each objective has buffers of its own, "mean_NAME" and "calls_NAME", so that no state gives one the norm of another.
 
     Args:
         names: of the objectives.
     """
 
-    mean: Tensor
-    count: Tensor
-
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
         self.names = tuple(names)
-        self.register_buffer("mean", torch.zeros(len(self.names)))
-        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        for name in self.names:
+            self.register_buffer(f"mean_{name}", torch.zeros(()))
+            self.register_buffer(f"calls_{name}", torch.zeros((), dtype=torch.long))
         self._reset()
 
     def _reset(self) -> None:
-        self._known = False
+        self._known: frozenset[str] | None = None
         self._pending: list[BackwardPass] = []
 
-    @property
-    def known(self) -> bool:
-        """Whether a call has been measured. Asks the device once."""
-        if not self._known:
-            self._known = bool(self.count > 0)
-        return self._known
+    def known(self, names: Collection[str]) -> bool:
+        """Whether all of these have been measured. Asks the device once for each choice of names."""
+        chosen = frozenset(names)
+        if self._known != chosen:
+            measured = bool(torch.stack([self.get_buffer(f"calls_{name}") for name in names]).min() > 0)
+            self._known = chosen if measured else None
+        return self._known is not None
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_pending": []}
@@ -60,18 +62,21 @@ class RunningNorms(ExactBuffers):
         super()._save_to_state_dict(*arguments)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        # a checkpoint of before there was this loss says nothing of it, which is no error: they are measured
-        for name, buffer in self.named_buffers():
-            state_dict.setdefault(f"{prefix}{name}", buffer)
+        # a checkpoint of before there was this loss, or of other objectives, is no error: they are measured
+        own = {f"{prefix}{name}": buffer for name, buffer in self.named_buffers()}
+        saved = [name for name in state_dict if name.startswith(prefix)]
+        if set(saved) != set(own):
+            for name in saved:
+                del state_dict[name]
+            state_dict.update(own)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         self._reset()
 
     @torch.no_grad()
     def over_processes(self, measured: Mapping[str, Tensor]) -> Tensor:
         """The norms of one call over all processes, the same numbers in each of them. What is absent is 0."""
-        found = torch.stack(
-            [measured[name].to(self.mean) if name in measured else 0 * self.mean[0] for name in self.names]
-        )
+        nothing = torch.zeros_like(next(self.buffers()))
+        found = torch.stack([measured.get(name, nothing).to(nothing) for name in self.names])
         if (processes := _world_size()) > 1:
             # the loss is the mean over processes, whose images are different ones
             squares = (found / processes).square()
@@ -80,12 +85,14 @@ class RunningNorms(ExactBuffers):
         return found
 
     @torch.no_grad()
-    def update(self, found: Tensor) -> None:
-        """Take the norms of one call into the mean, unless one is not finite or all are zero."""
+    def update(self, found: Tensor, computed: Collection[str]) -> None:
+        """Take the norms of one call into the means of what it computed, unless one is not finite or all are zero."""
         usable = found.isfinite().all() & (found > 0).any()
-        self.count += usable
-        step = 1 / self.count.clamp(1, _AVERAGED_CALLS)
-        self.mean.copy_(torch.where(usable, self.mean + step * (found - self.mean), self.mean))
+        for name, norm in zip(self.names, found, strict=True):
+            if name in computed:
+                mean, calls = self.get_buffer(f"mean_{name}"), self.get_buffer(f"calls_{name}")
+                calls += usable
+                mean += torch.where(usable, (norm - mean) / calls.clamp(1, _AVERAGED_CALLS), 0)
 
     def begin(self) -> "BackwardPass":
         """The hooks of a call whose backward pass will tell the norms. Takes in those of the calls before."""
@@ -98,12 +105,12 @@ class RunningNorms(ExactBuffers):
         # several calls may wait for one backward pass; the oldest may wait for none
         for call in self._pending:
             if call.norms:
-                self.update(self.over_processes(call.norms))
+                self.update(self.over_processes(call.norms), call.computed)
         self._pending = [call for call in self._pending if not call.norms][-_PENDING_CALLS:]
 
     def by_name(self) -> dict[str, Tensor]:
         """The mean norms."""
-        return dict(zip(self.names, self.mean.unbind(), strict=True))
+        return {name: self.get_buffer(f"mean_{name}") for name in self.names}
 
 
 def take_in_norms(module: nn.Module) -> None:
@@ -122,6 +129,7 @@ class BackwardPass:
 
     def __init__(self) -> None:
         self.norms: dict[str, Tensor] = {}
+        self.computed: tuple[str, ...] = ()
         self._factors: dict[str, Tensor] = {}
         self._weights: Mapping[str, Tensor | float] = {}
         self._terms: dict[str, set[str]] = {}
@@ -152,7 +160,7 @@ class BackwardPass:
         self, values: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Tensor | float]
     ) -> dict[str, Tensor]:
         """The weighted terms, at which the factor behind them is read: that of a GradScaler, or of accumulation."""
-        self._weights = weights
+        self._weights, self.computed = weights, tuple(values)
         weighted = {}
         for name, terms in values.items():
 

@@ -1,6 +1,7 @@
 """Subsampled: any objective on fewer calls or fewer samples, right on average."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -157,6 +158,20 @@ class Subsampled(Objective):
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
         return f"every={self.every}, subset={self.subset}"
+
+
+@contextmanager
+def at_every_call(module: nn.Module) -> Iterator[bool]:
+    """Compute what is within a module at every call, once, without counting; tells whether that changes anything."""
+    parts = [part for part in module.modules() if isinstance(part, Subsampled) and part.every > 1]
+    every = [part.every for part in parts]
+    try:
+        for part in parts:
+            part.every = 1
+        yield bool(parts)
+    finally:
+        for part, number in zip(parts, every, strict=True):
+            part.every = number
 
 
 def zeros_with_graph(restored: Tensor, shape: Sequence[int]) -> Tensor:

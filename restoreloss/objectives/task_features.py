@@ -22,6 +22,7 @@ from restoreloss.frozen import (
     statistics_at_rest,
     unwrap,
     warn_if_trained,
+    without_checkpointing,
 )
 from restoreloss.images import RangeWatch, checked_pairs
 from restoreloss.normalization import Images, Normalize, normalizes_itself
@@ -133,7 +134,8 @@ class TDPLoss(Objective):
     # The flags and modes of a live network change here, which cannot be part of a graph.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _look(self, restored: Images, target: Images) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        with frozen(unwrap(self.features.network)):
+        network = unwrap(self.features.network)
+        with frozen(network), without_checkpointing(network):
             with torch.no_grad():
                 seen_in_target = self.features(target)
             seen_in_restored = self.features(restored)
@@ -378,7 +380,7 @@ class FeatureMatchingLoss(Objective):
                 "seen in its training pass, from `student.recording()`, found images."
             )
         unwatched = pairs[0][0].detach() if isinstance(student_images, Tensor) else [z[0].detach() for z, _ in pairs]
-        with statistics_at_rest(network):
+        with statistics_at_rest(network), without_checkpointing(network):
             seen: dict[str, Tensor] = self.student(unwatched)
         return seen
 
@@ -445,10 +447,10 @@ def _distances(
         names = [name for name in wanted if name == layer or name.startswith(f"{layer}/")]
         for name in names:
             values = distance_per_sample(seen[name], wanted[name], distance)
-            if reduction == "none" and len(values) != count:
+            if (reduction != "mean" or distance in ("rms", "l2")) and len(values) != count:
                 raise ValueError(
-                    f"Layer {name!r} should have the {count} images as its first dimension for `reduction` 'none', "
-                    f"found {tuple(wanted[name].shape)}."
+                    f"Layer {name!r} should have the {count} images as its first dimension for `reduction` "
+                    f"{reduction!r} and `distance` {distance!r}, found {tuple(wanted[name].shape)}."
                 )
             terms[name] = layer_weight / len(names) * reduce_samples(values, reduction)
     return terms

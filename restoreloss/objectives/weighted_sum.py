@@ -13,6 +13,7 @@ from restoreloss.generators import Generators, check_generators
 from restoreloss.images import check_pair
 from restoreloss.objectives.base import Objective, check_objective, named_terms, total
 from restoreloss.objectives.shares import FIRST_DRAWS, BackwardPass, RunningNorms, norm_at, weights_for
+from restoreloss.objectives.subsampled import at_every_call
 
 
 class WeightedSum(Objective):
@@ -40,6 +41,7 @@ class WeightedSum(Objective):
     Attributes:
         weights: those of fixed weight; may be changed between calls.
         shares: the shares; may be changed between calls, but not added to a sum that was made without any.
+            Where a call computes what none did before, its norms are measured directly once more.
         norms: the running norms, a :class:`~restoreloss.objectives.shares.RunningNorms`; None without shares. Its
             ``take_in()``, called by all of several processes before the first saves, makes a resumed training equal to
             the digit; one process does so by itself.
@@ -125,8 +127,12 @@ class WeightedSum(Objective):
         weights = self.weights | {name: float(weight) for name, weight in self._weights_of_shares().items()}
         return {name: weights[name] for name in self._names}
 
+    def _is_measured(self) -> bool:
+        """Whether there are norms of all that is computed: weights may have changed since the last call."""
+        return self.norms is not None and self.norms.known([n for n in self._names if self.weights.get(n) != 0])
+
     def _weights_of_shares(self) -> dict[str, Tensor | float]:
-        if self.norms is None or not self.norms.known:
+        if self.norms is None or not self._is_measured():
             return dict.fromkeys(self.shares, 1.0)
         return {**weights_for(self.shares, self.norms.by_name(), self.weights)}
 
@@ -182,27 +188,29 @@ class WeightedSum(Objective):
         """The terms, measured where they are trained with. Not compiled: hooks on the backward pass are not."""
         if not (self.training and restored.requires_grad and torch.is_grad_enabled()):
             return self._weighted_terms(restored, target, generator, None)
-        if norms.known:
+        if self._is_measured():
             return self._weighted_terms(restored, target, generator, norms.begin())
         values = self._values(restored, target, generator, None)
-        measured = norms.over_processes(self._measured(restored, values))
-        norms.update(measured)
-        for _ in range(FIRST_DRAWS - 1):  # A loss that draws timesteps may be far from its mean in one draw.
-            again = norms.over_processes(self._measured(restored, self._values(restored, target, generator, None)))
-            if torch.equal(again, measured):  # decided alike by all processes, which would wait for each other else
-                break
-            norms.update(again)
-        found = dict(zip(norms.names, measured.tolist(), strict=True))
+        first: Tensor | None = None
+        with at_every_call(self) as changed:  # a call that is left out would be measured as zero
+            for draw in range(FIRST_DRAWS):  # A loss that draws timesteps may be far from its mean in one draw.
+                drawn = self._values(restored, target, generator, None) if draw or changed else values
+                own = {name: norm_at(restored, list(terms.values())) for name, terms in drawn.items()}
+                found = norms.over_processes(own)
+                if first is not None and torch.equal(found, first):
+                    break  # decided alike by all processes, which would wait for each other else
+                norms.update(found, drawn)
+                first = found if first is None else first
+        assert first is not None
+        measured = dict(zip(norms.names, first.tolist(), strict=True))
+        fixed = sum(abs(weight) * measured[name] for name, weight in self.weights.items())
         # where all are zero (the image is its target) there is nothing to measure yet
-        if any(found.values()) and not all(0 < found[name] < math.inf for name in self.shares):
+        if any(measured.values()) and not all(0 < n < math.inf for n in (fixed, *(measured[s] for s in self.shares))):
             raise ValueError(
-                f"Objectives with a share should have a finite gradient above 0 at `restored`, found the norms {found}."
+                "Objectives with a share, and one of the others, should have a finite gradient above 0 at `restored`, "
+                f"found the norms {measured}."
             )
         return self._weigh(values, None)
-
-    @staticmethod
-    def _measured(restored: Tensor, values: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: norm_at(restored, list(terms.values())) for name, terms in values.items()}
 
     def _weighted_terms(
         self, restored: Tensor, target: Tensor, generator: Generators, backward: BackwardPass | None

@@ -7,7 +7,7 @@ in which they were written, which need not be the same.
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from restoreloss.checks import check_choice, check_number, describe
 from restoreloss.frozen import RunMode, in_mode, unwrap
-from restoreloss.regularizers.gradients import average_
+from restoreloss.regularizers.gradients import average_, reached_anywhere
 from restoreloss.regularizers.parameter_names import plain_name
 
 logger = logging.getLogger(__name__)
@@ -150,9 +150,9 @@ def shallow(model: nn.Module, order: Sequence[str], share: float | int = 0.5) ->
     if not isinstance(model, nn.Module):
         raise ValueError(f"`model` should be a module, found {describe(model)}.")
     _check_order(order)
-    chosen = set(order[: _count(share, order)])
+    chosen, layers = set(order[: _count(share, order)]), set(order)
     named = unwrap(model).named_parameters()
-    parameters = [p for name, p in named if p.requires_grad and layer_of(plain_name(name), order) in chosen]
+    parameters = [p for name, p in named if p.requires_grad and layer_of(plain_name(name), layers) in chosen]
     if not parameters:
         raise ValueError(f"The layers {sorted(chosen)} should have parameters that require a gradient, found none.")
     return parameters
@@ -205,13 +205,14 @@ def add_gradients(loss: Tensor, model: nn.Module, weights: Mapping[str, float], 
             f"`weights` should name layers with parameters that require a gradient, found {list(weights)}."
         )
     gradients = torch.autograd.grad(loss, chosen, retain_graph=retain_graph, allow_unused=True)
-    reached = [gradient is not None for gradient in gradients]
+    # replicas would drift apart if each changed only what its own loss reached
+    reached = reached_anywhere([gradient is not None for gradient in gradients], loss.device)
     if not any(reached):
         raise ValueError("`loss` should depend on parameters that `weights` name, found that it depends on none.")
     added = [torch.zeros_like(p) if g is None else f * g for p, g, f in zip(chosen, gradients, factors, strict=True)]
     average_(added)
-    for parameter, gradient, own in zip(chosen, added, reached, strict=True):
-        if own:
+    for parameter, gradient, changes in zip(chosen, added, reached, strict=True):
+        if changes:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
@@ -233,11 +234,12 @@ def _count(share: float | int, order: Sequence[str]) -> int:
     return count
 
 
-def layer_of(name: str, layers: Iterable[str]) -> str | None:
-    """The layer that a parameter belongs to: the longest of the names that fit."""
+def layer_of(name: str, layers: Collection[str]) -> str | None:
+    """The layer that a parameter belongs to: the longest of the names that fit. Sets and mappings are fast."""
     if not isinstance(name, str):
         raise ValueError(f"`name` should be the name of a parameter, found {describe(name)}.")
     if isinstance(layers, str):
         raise ValueError(f"`layers` should be names, found one, {layers!r}.")
-    fitting = [layer for layer in layers if layer == "" or name == layer or name.startswith(f"{layer}.")]
-    return max(fitting, key=len) if fitting else None
+    while name not in layers and name:
+        name = name.rpartition(".")[0]
+    return name if name in layers else None

@@ -1,10 +1,11 @@
 """FeatureExtractor: how images are normalized, lists of images, and what is refused."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import detection
 from torchvision.transforms._presets import ImageClassification
@@ -303,3 +304,22 @@ def test_integer_images_are_refused(normalize):
     batch = (255 * images()).to(torch.uint8)
     with pytest.raises(ValueError, match="float"):
         FeatureExtractor(sequential(), ["0"], normalize=normalize)(batch)
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images.sub_(0.5))
+
+
+@pytest.mark.parametrize("normalize", [None, lambda images: images.mul_(2)], ids=["network", "normalize"])
+def test_what_changes_its_input_in_place_does_not_change_the_images(normalize: Any) -> None:
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    before = images.clone()
+    network = InPlace()
+    seen = FeatureExtractor(network, ["layer"], normalize=normalize)(images)["layer"]
+    assert torch.equal(images, before)
+    torch.testing.assert_close(seen, network.layer((before if normalize is None else 2 * before) - 0.5))

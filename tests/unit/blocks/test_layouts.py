@@ -95,3 +95,16 @@ def test_blocks_of_transformers_are_conditioned(name):
     with torch.no_grad():
         timed.blocks[layer.replace(".", "/")].to_scale_shift.bias.fill_(0.3)
     assert not torch.allclose(timed(image, 3), network(image))
+
+
+@pytest.mark.parametrize("side", [5, 6])
+@pytest.mark.parametrize("layer", [lambda: nn.LayerNorm(5), lambda: nn.Linear(5, 5)], ids=["norm", "linear"])
+def test_a_square_map_with_as_many_channels_as_rows_is_read_as_any_other(side, layer):
+    network = nn.Sequential(nn.Conv2d(3, 5, 1), Last(), layer())
+    assert channels_of(network, "2", torch.rand(1, 3, side, side)) == {"2": 5}
+    timed = TimeConditioned(network, {"2": FiLM(5)})
+    with torch.no_grad():
+        timed.blocks["2"].to_scale_shift.bias[5 + 3] = 1.0  # shifts the fourth channel
+    image = torch.rand(1, 3, side, side)
+    change = (timed(image, 7) - network(image)).detach()
+    torch.testing.assert_close(change, torch.tensor([0.0, 0, 0, 1, 0]).expand_as(change))

@@ -111,6 +111,14 @@ def test_a_loss_of_the_output_alone_is_a_term_of_a_sum():
     assert audit(WeightedSum({"pixel": nn.L1Loss(), "s": NoReference(variation)}, shares={"s": 0.2}), restored, target)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_loss_of_the_output_alone_may_be_one_for_each_sample(count):
+    restored, target = images(shape=(count, 3, 8, 8))
+    smooth = NoReference(lambda image: image.diff(dim=2).abs().mean(dim=(1, 2, 3)))
+    distance = TDPLoss(nn.Sequential(nn.Conv2d(3, 4, 1)), "0", normalize=None, reduction="none")
+    assert WeightedSum({"seen": distance, "smooth": smooth})(restored, target).shape == (count,)
+
+
 def test_losses_of_piq_are_terms_of_a_sum():
     piq = pytest.importorskip("piq")
     restored, target = images(shape=(2, 3, 24, 24))

@@ -139,7 +139,8 @@ def test_a_resumed_run_goes_on_with_the_same_weights(carry):
         resumed = copy.deepcopy(half) if carry == "deepcopy" else pickle.loads(pickle.dumps(half))
     again = run(new(), range(4))
     assert run(resumed, range(4, 8)).current_weights() == run(again, range(4, 8)).current_weights()
-    assert set(half.state_dict()) == {"norms.mean", "norms.count"}
+    kept = {f"{kind}_{name}" for kind in ("mean", "calls") for name in ("pixel", "other")}
+    assert set(half.state_dict()) == {f"norms.{name}" for name in kept}
     assert not list(half.parameters())
 
 
@@ -245,8 +246,8 @@ def test_calls_that_share_one_backward_pass_are_all_counted():
     for number in (1, 2, 3):
         calls = loss.norms._pending
         apart(*images(number)).backward()
-    assert len(calls) == 3 and loss.state_dict()["norms.count"] == apart.state_dict()["norms.count"] == 4
-    torch.testing.assert_close(loss.norms.mean, apart.norms.mean)
+    assert len(calls) == 3 and loss.state_dict()["norms.calls_other"] == apart.state_dict()["norms.calls_other"] == 4
+    torch.testing.assert_close(loss.norms.by_name(), apart.norms.by_name())
     assert loss.current_weights() != weights
 
 
@@ -255,9 +256,9 @@ def test_calls_without_a_backward_pass_are_forgotten():
     loss(*images(0)).backward()
     for number in range(20):
         loss(*images(number))
-    assert len(loss.norms._pending) < 10 and loss.state_dict()["norms.count"] == 1
+    assert len(loss.norms._pending) < 10 and loss.state_dict()["norms.calls_other"] == 1
     loss(*images(1)).backward()
-    assert loss.state_dict()["norms.count"] == 2
+    assert loss.state_dict()["norms.calls_other"] == 2
 
 
 def test_a_state_resumes_to_the_digit():
@@ -276,7 +277,7 @@ def test_a_state_resumes_to_the_digit():
         nn.ModuleDict({"network": nn.Linear(2, 2)}).state_dict()  # of before there was this loss
     )
     assert whole.current_weights() == before
-    assert whole.norms.count == 6
+    assert whole.norms.calls_other == 6
     assert whole.current_weights() == resumed.current_weights() != trained(range(3)).current_weights()
 
 
@@ -285,7 +286,7 @@ def test_norms_stay_in_single_precision_whatever_the_network_is_cast_to():
     restored, target = images()
     for number, loss in enumerate(losses):
         nn.Sequential(loss).to(torch.bfloat16 if number else torch.float32)
-        assert loss.norms.mean.dtype == torch.float32
+        assert loss.norms.mean_tiny.dtype == torch.float32
         for _ in range(3):
             loss(restored, target).backward()
         assert loss.current_weights()["tiny"] == pytest.approx(1e6, rel=1e-3)
@@ -334,11 +335,11 @@ def test_an_audit_of_what_wraps_the_sum_leaves_its_norms_alone():
     wrapped = Subsampled(loss, every=2)
     restored, target = images()
     audit(wrapped, restored, target, draws=3)
-    assert not loss.norms.known
+    assert loss.norms.calls_two == 0
     wrapped(restored, target).backward()
     audit({"all": loss}, restored, target, draws=3)
     loss.norms.take_in()
-    assert int(loss.norms.count) == 1 and loss.current_weights()["two"] == pytest.approx(1 / 1.01)
+    assert int(loss.norms.calls_two) == 1 and loss.current_weights()["two"] == pytest.approx(1 / 1.01)
 
 
 def test_shares_are_given_at_construction():
@@ -349,4 +350,54 @@ def test_shares_are_given_at_construction():
     loss = WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, shares={"other": 0.5})
     loss.weights["other"] = 2.0
     with pytest.raises(ValueError, match=r"should not name what has a share, found \['other'\]"):
+        loss(*images())
+
+
+def test_weights_that_change_are_measured_anew():
+    restored, target = images()
+
+    def reached(loss):
+        terms = loss.terms(restored, target)
+        found = shares_of(terms, restored)["other"]
+        sum(terms.values()).backward()
+        return found
+
+    objectives = {"pixel": scaled(1.0), "later": scaled(30.0), "other": scaled(100.0)}
+    loss = WeightedSum(objectives, weights={"later": 0.0}, shares={"other": 0.5})
+    assert [reached(loss) for _ in range(20)] == pytest.approx([0.5] * 20, rel=1e-4)
+    loss.weights.update(pixel=0.0, later=1.0)  # another in its place
+    assert [reached(loss) for _ in range(20)] == pytest.approx([0.5] * 20, rel=1e-4)
+    loss.weights.update(pixel=1.0)  # both, which were measured
+    assert [reached(loss) for _ in range(20)] == pytest.approx([0.5] * 20, rel=1e-4)
+
+
+def test_a_state_of_other_objectives_gives_none_the_norm_of_another():
+    objectives = {"pixel": scaled(1.0), "big": scaled(100.0)}
+    state = run(WeightedSum(objectives, shares={"big": 0.5}), range(3)).state_dict()
+    turned = WeightedSum(dict(reversed(objectives.items())), shares={"big": 0.5})
+    turned.load_state_dict(state)
+    assert turned.current_weights() == pytest.approx({"big": 0.01, "pixel": 1.0})
+    for more in ({**objectives, "more": scaled(1.0)}, {"pixel": scaled(1.0), "more": scaled(0.1)}):
+        name = list(more)[-1]
+        others = WeightedSum(more, shares={name: 0.5})
+        others.load_state_dict(state)
+        assert others.norms.calls_pixel == 0
+        run(others, range(1))
+        assert others.current_weights()[name] == pytest.approx(101.0 if "big" in more else 10.0)
+
+
+def test_what_is_computed_now_and_then_may_be_measured_at_any_call():
+    for before in range(1, 9):
+        other = Subsampled(scaled(4.0), every=8)
+        other.calls = before  # a resumed training
+        loss = WeightedSum({"pixel": scaled(1.0), "other": other}, shares={"other": 0.5})
+        value = loss.terms(*images())["other/loss"].item()
+        assert loss.current_weights()["other"] == pytest.approx(0.25) and other.calls == before + 1
+        whole = 8 * 0.25 * float(scaled(4.0)(*images()))
+        assert value == pytest.approx(whole if before == 8 else 0)
+
+
+def test_shares_beside_fixed_objectives_without_a_gradient_are_refused():
+    loss = WeightedSum({"pixel": scaled(0.0), "other": scaled(1.0)}, shares={"other": 0.5})
+    with pytest.raises(ValueError, match="and one of the others"):
         loss(*images())

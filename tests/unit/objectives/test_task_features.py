@@ -440,3 +440,22 @@ def test_options_that_contradict_a_shared_extractor_are_refused(options):
 def test_layers_that_a_shared_extractor_lacks_are_refused(layers):
     with pytest.raises(ValueError, match=r"`layers` should be of the shared extractor, \['stage', 'head'\]"):
         TDPLoss(FeatureExtractor(live_recogniser(), ["stage", "head"]), layers)
+
+
+class Recurrent(nn.Module):
+    """Gives (T, N, C), as readers of text do."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = nn.LSTM(3, 4)
+
+    def forward(self, images):
+        return self.steps(images.mean(dim=2).permute(2, 0, 1))[0]
+
+
+@pytest.mark.parametrize(("reduction", "distance"), [("none", "l1"), ("sum", "l1"), ("mean", "rms"), ("mean", "l2")])
+def test_distances_of_samples_need_them_in_the_first_dimension(reduction, distance):
+    loss = TDPLoss(Recurrent(), "steps", normalize=None, reduction=reduction, distance=distance)
+    with pytest.raises(ValueError, match="the 2 images as its first dimension"):
+        loss(*pair((2, 3, 8, 16)))
+    assert TDPLoss(Recurrent(), "steps", normalize=None)(*pair((2, 3, 8, 16))) > 0

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import densenet, vision_transformer
 
-from restoreloss import FeatureExtractor, TDPLoss, WeightedSum, audit, frozen
+from restoreloss import FeatureExtractor, FeatureMatchingLoss, TDPLoss, WeightedSum, audit, frozen
 from tests.helpers.networks import live_detector, live_recogniser
 from tests.helpers.task_features import pair, stage, value_and_gradient
 
@@ -365,6 +365,27 @@ def test_checkpointed_networks_are_seen_as_others_while_they_rest_in_the_backwar
     expected = value_and_gradient(loss, z, x)
     if found is not None:
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["timm vit", "timm resnet"])
+def test_a_live_network_is_looked_through_without_its_checkpointing(kind):
+    torch.manual_seed(0)
+    network, layers, compute_as_others = CHECKPOINTED[kind]()
+    teacher = copy.deepcopy(network)
+    teacher.set_grad_checkpointing(False)
+    network.train()
+    z, x = pair((2, 3, 32, 32))
+    loss, matching = TDPLoss(network, layers), FeatureMatchingLoss(network, teacher, layers)
+
+    def results():
+        network.zero_grad()
+        matching(z, x).backward()
+        return value_and_gradient(loss, z, x), [parameter.grad for parameter in network.parameters()]
+
+    found = results()
+    assert any(getattr(module, "grad_checkpointing", False) for module in network.modules())
+    compute_as_others()
+    torch.testing.assert_close(found, results())
 
 
 def test_features_taken_elsewhere_are_compared_with_their_gradient():

@@ -362,3 +362,14 @@ def test_objectives_without_names_are_refused(objectives):
 def test_wrong_generators_are_refused_also_where_nothing_draws(generator):
     with pytest.raises(ValueError, match="`generator` should be"):
         WeightedSum({"pixel": nn.L1Loss()})(torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4), generator=generator)
+
+
+def test_a_metric_of_which_more_is_better_is_refused():
+    metrics = pytest.importorskip("torchmetrics.image")
+    with pytest.raises(ValueError, match=r"`objectives\['ssim'\]` should be less where images are alike"):
+        WeightedSum({"pixel": nn.L1Loss(), "ssim": metrics.StructuralSimilarityIndexMeasure(data_range=1.0)})
+    WeightedSum({"pixel": nn.L1Loss(), "distortion": metrics.SpectralAngleMapper()})
+    quality = nn.MSELoss()
+    quality.lower_better = False
+    with pytest.raises(ValueError, match="of which more is better"):
+        WeightedSum({"quality": quality})

@@ -98,6 +98,16 @@ def check_layers(rank):
     add_gradients(squared(parallel.module, data.chunk(2)[rank]), parallel, weights)
     for p, q in zip(whole.parameters(), parallel.module.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6)
+    heads = nn.ModuleDict({name: nn.Conv2d(1, 1, 1) for name in "abc"})  # of which each process reaches one
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.fill_(0.5)
+    add_gradients(heads["ab"[rank]](data[:, :1]).square().mean(), heads, {"": 1.0})
+    one = heads["a"](data[:, :1]).square().mean()
+    wanted = torch.autograd.grad(one / 2, heads["a"].weight)[0]
+    for name in "ab":
+        torch.testing.assert_close(heads[name].weight.grad, wanted)
+    assert heads["c"].weight.grad is None
     print("layers: equal", flush=True)
 
 

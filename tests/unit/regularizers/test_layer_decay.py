@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from restoreloss.regularizers.layer_decay import add_gradients, execution_order, layer_weights, shallow
+from restoreloss.regularizers.layer_decay import add_gradients, execution_order, layer_of, layer_weights, shallow
 from tests.helpers.processes import launch
 
 
@@ -274,3 +276,9 @@ def test_a_compiled_block_is_a_layer_like_others() -> None:
 def test_two_processes_add_the_mean_of_their_gradients() -> None:
     done = launch("tests/unit/regularizers/regularizers_worker.py", "layers")
     assert done.stdout.count("layers: equal") == 2, done.stderr[-3000:]
+
+
+@given(st.text("ab.", max_size=12), st.sets(st.text("ab.", max_size=6)))
+def test_the_longest_name_that_fits_is_the_layer(name: str, layers: set[str]) -> None:
+    fitting = [layer for layer in layers if layer == "" or name == layer or name.startswith(f"{layer}.")]
+    assert layer_of(name, layers) == (max(fitting, key=len) if fitting else None)
