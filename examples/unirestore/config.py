@@ -54,8 +54,8 @@ class Config(DataOptions, TrainerOptions):
         every_prompt: test the images of each task as every prompt restores them, the same images for all.
     """
 
-    stage: StageName = "stage1"
-    name: str | None = None
+    stage: StageName = field(default="stage1", metadata={"positional": True})
+    name: str | None = field(default=None, metadata={"positional": True})
     after: Path | None = None
     prepared: Path | None = None
     prior: Path | None = None

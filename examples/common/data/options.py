@@ -30,9 +30,9 @@ class DataOptions:
         test_count: number of test images that are made on the spot.
         data_seed: seed of the images that are made on the spot; the default is ``seed``.
         contrast: lowest and highest amplitude of the textures of "generated".
-        degradation: "bicubic" reduction by ``scale``, or what keeps the size: the mixtures of EDTR, one of the 15
-            corruptions of ImageNet-C, or one of the four that it keeps for validation ("unseen_corruptions"); "none"
-            for images that are foggy or hazy as they are.
+        degradation: "bicubic" reduction by ``scale``, or what keeps the size: "mixture_a" and "mixture_b" of EDTR,
+            "corruptions", which are one of the 15 of ImageNet-C at random for each image, or "unseen_corruptions", one
+            of the four that it keeps for validation; "none" for images that are foggy or hazy as they are.
         scale: scale of the super-resolution.
         blur: standard deviation of a Gaussian blur before a bicubic reduction (SR4IR, Table S5).
         noise: standard deviation of Gaussian noise after a bicubic reduction, in 1/255.

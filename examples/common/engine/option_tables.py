@@ -33,7 +33,8 @@ def option_table(config: type) -> str:
     rows = ["| option | default | what it is |", "|---|---|---|"]
     for name, field in _own(config):
         default = f"`{_default(field)}`" if (default := _default(field)) != "" else "required"
-        rows.append(f"| `--{name}` | {default} | {said.get(name, '')} |")
+        shown = name if field.metadata.get("positional") else f"--{name}"
+        rows.append(f"| `{shown}` | {default} | {said.get(name, '')} |")
     return "\n".join(rows)
 
 
