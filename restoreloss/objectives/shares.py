@@ -45,6 +45,11 @@ class RunningNorms(ExactBuffers):
         self._known: frozenset[str] | None = None
         self._pending: list[BackwardPass] = []
 
+    def follow(self, device: torch.device) -> None:
+        """Be where the images are, also for who never moved the loss: else each call would wait for the device."""
+        if next(self.buffers()).device != device:
+            self.to(device)
+
     def known(self, names: Collection[str]) -> bool:
         """Whether all of these have been measured. Asks the device once for each choice of names."""
         chosen = frozenset(names)

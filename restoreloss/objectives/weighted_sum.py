@@ -188,29 +188,32 @@ class WeightedSum(Objective):
         """The terms, measured where they are trained with. Not compiled: hooks on the backward pass are not."""
         if not (self.training and restored.requires_grad and torch.is_grad_enabled()):
             return self._weighted_terms(restored, target, generator, None)
+        norms.follow(restored.device)
         if self._is_measured():
             return self._weighted_terms(restored, target, generator, norms.begin())
         values = self._values(restored, target, generator, None)
         first: Tensor | None = None
-        with at_every_call(self) as changed:  # a call that is left out would be measured as zero
+        with at_every_call(self) as changed:  # A call that is left out would be measured as zero.
             for draw in range(FIRST_DRAWS):  # A loss that draws timesteps may be far from its mean in one draw.
                 drawn = self._values(restored, target, generator, None) if draw or changed else values
                 own = {name: norm_at(restored, list(terms.values())) for name, terms in drawn.items()}
                 found = norms.over_processes(own)
-                if first is not None and torch.equal(found, first):
+                if first is None:
+                    self._check_norms(dict(zip(norms.names, found.tolist(), strict=True)))
+                    first = found
+                elif torch.equal(found, first):
                     break  # decided alike by all processes, which would wait for each other else
                 norms.update(found, drawn)
-                first = found if first is None else first
-        assert first is not None
-        measured = dict(zip(norms.names, first.tolist(), strict=True))
-        fixed = sum(abs(weight) * measured[name] for name, weight in self.weights.items())
+        return self._weigh(values, None)
+
+    def _check_norms(self, found: Mapping[str, float]) -> None:
+        fixed = sum(abs(weight) * found[name] for name, weight in self.weights.items())
         # where all are zero (the image is its target) there is nothing to measure yet
-        if any(measured.values()) and not all(0 < n < math.inf for n in (fixed, *(measured[s] for s in self.shares))):
+        if any(found.values()) and not all(0 < norm < math.inf for norm in (fixed, *(found[n] for n in self.shares))):
             raise ValueError(
                 "Objectives with a share, and one of the others, should have a finite gradient above 0 at `restored`, "
-                f"found the norms {measured}."
+                f"found the norms {found}."
             )
-        return self._weigh(values, None)
 
     def _weighted_terms(
         self, restored: Tensor, target: Tensor, generator: Generators, backward: BackwardPass | None

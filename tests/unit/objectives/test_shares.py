@@ -399,5 +399,12 @@ def test_what_is_computed_now_and_then_may_be_measured_at_any_call():
 
 def test_shares_beside_fixed_objectives_without_a_gradient_are_refused():
     loss = WeightedSum({"pixel": scaled(0.0), "other": scaled(1.0)}, shares={"other": 0.5})
-    with pytest.raises(ValueError, match="and one of the others"):
-        loss(*images())
+    for _ in range(2):  # nothing was taken in, after which it would pass
+        with pytest.raises(ValueError, match="and one of the others"):
+            loss(*images())
+
+
+def test_norms_go_where_the_images_are():
+    norms = WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, shares={"other": 0.3}).norms
+    norms.follow(torch.device("meta"))
+    assert {buffer.device.type for buffer in norms.buffers()} == {"meta"}
