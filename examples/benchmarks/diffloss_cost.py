@@ -34,6 +34,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "naive": {},
     "ours": {},
     "ours, h-space only": {"noise_weight": 0.0},
+    "ours, no Jacobian": {"h_space_weight": 0.0, "jacobian": False},
     "ours, crop=0.5": {"crop": 0.5},
     "ours, subset=0.25": {"subset": 0.25},
     "ours, checkpointing": {"checkpointing": True},
