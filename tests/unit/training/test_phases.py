@@ -207,7 +207,8 @@ def test_an_exception_in_a_later_phase_keeps_what_an_earlier_one_learned():
     training = Alternation([first, Phase("second", [classifier], fail, SGD(classifier.parameters(), lr=0.1))])
     with pytest.raises(RuntimeError, match="stumbled"):
         training.step(make_batch())
-    assert len(changed(restorer, before[0])) == 6
+    # the gradient of the bias before a batch normalization is zero, and only by rounding another number
+    assert {"0.weight", "1.weight", "1.bias", "4.weight", "4.bias"} <= set(changed(restorer, before[0]))
     assert see(restorer)[:2] == before[0][:2]
     assert_untouched(classifier, before[1])
 
