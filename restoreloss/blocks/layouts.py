@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 def has_channels_last(layer: nn.Module) -> bool:
     """Whether a layer certainly has its channels last; of a subclass that is not known."""
-    return type(layer) in (nn.Linear, nn.LayerNorm)
+    # over several dimensions, (C, H, W), a layer normalization has them first
+    return type(layer) is nn.Linear or (type(layer) is nn.LayerNorm and len(layer.normalized_shape) == 1)
 
 
 def channel_dim(shape: Sequence[int], sides: Sequence[int], *, last: bool = False) -> int | None:

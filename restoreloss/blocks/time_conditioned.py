@@ -187,8 +187,8 @@ class TimeConditioned(nn.Module):
         return found
 
     def get_extra_state(self) -> Tensor:
-        """T: a timestep means nothing without it."""
-        return torch.tensor(self.num_timesteps)
+        """T: a timestep means nothing without it. A float, as the rest of a state that is averaged or cast."""
+        return torch.tensor(float(self.num_timesteps))
 
     def set_extra_state(self, state: Tensor) -> None:
         """Refuse the weights of another T.
@@ -196,7 +196,8 @@ class TimeConditioned(nn.Module):
         Raises:
             ValueError: For a state of another ``num_timesteps``.
         """
-        if (found := round(float(state))) != self.num_timesteps:  # averages of weights average it too
+        found = round(float(state))
+        if abs(found - self.num_timesteps) > self.num_timesteps / 256:  # to which bfloat16 rounds
             raise ValueError(
                 f"`num_timesteps` should be {found}, as in the state, found {self.num_timesteps}: the same "
                 "timestep would be another."
@@ -246,8 +247,8 @@ class _Act:
     def __init__(self, owner: TimeConditioned, layer: str) -> None:
         self.owner, self.layer = owner, layer
 
-    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        if getattr(_module, "_is_replica", False):
+    def __call__(self, module: nn.Module, _args: Any, output: Any) -> Any:
+        if getattr(module, "_is_replica", False):
             raise ValueError("TimeConditioned cannot run in nn.DataParallel; use DistributedDataParallel.")
         embedding = self.owner._embedding
         if embedding is None:
@@ -266,12 +267,12 @@ class _Act:
                 f"The layer {self.layer!r} should return (N, C, H, W), (N, H, W, C) or (N, L, C) to be conditioned, "
                 f"found {what}."
             )
+        last = has_channels_last(module)
         for part in _parts(self.owner.blocks[_key(self.layer)]):
             given = embedding.to(output.dtype)
             if not isinstance(part, FiLM | TimeMoE):
                 output = part(output, given)
                 continue
-            last = has_channels_last(_module)
             found = as_map(output, part.channels, self.owner._sides, spatial=_is_spatial(part), last=last)
             if found is None:
                 channels = output.shape[channel_dim(output.shape, self.owner._sides, last=last) or 1]

@@ -36,19 +36,28 @@ class Objective(nn.Module, ABC):
         return total(self.terms(restored, target))
 
 
-def check_objective(name: str, objective: Any) -> None:
-    """Raise ``ValueError`` unless it is called with (restored, target)."""
+def check_objective(name: str, objective: Any, *, sign: int = 1) -> None:
+    """Raise ``ValueError`` unless it is called with (restored, target), and is a loss once it has this sign."""
     check_callable(name, objective, "restored", "target")
-    # as torchmetrics and pyiqa state it
-    if getattr(objective, "higher_is_better", None) is True or getattr(objective, "lower_better", None) is False:
-        raise ValueError(
-            f"`{name}` should be less where images are alike, found {describe(objective)}, of which more is better: a "
-            "function may return 1 minus it."
-        )
+    if sign > 0:
+        check_sign(name, objective, sign)
     if not compares(objective):
         raise ValueError(
             f"`{name}` should take the target in second place, found {describe(objective)}, which takes "
             f"{signature_of(objective)}: `NoReference` makes an objective of a loss of one image."
+        )
+
+
+def check_sign(name: str, function: Any, sign: int) -> None:
+    """Raise ``ValueError`` for a metric that says of itself that with this sign it is no loss."""
+    higher = getattr(function, "higher_is_better", None)  # as torchmetrics states it
+    if isinstance(lower := getattr(function, "lower_better", None), bool):  # as pyiqa does
+        higher = not lower
+    if higher is (sign > 0):
+        more, than = ("more", "below") if sign > 0 else ("less", "above")
+        raise ValueError(
+            f"`{name}` should be less where images are better, found {describe(function)}, of which {more} is better: "
+            f"it needs a weight or a sign {than} 0."
         )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from restoreloss.checks import check_callable, check_number, describe
 from restoreloss.generators import Generators
-from restoreloss.objectives.base import Objective, check_objective, named_terms, total
+from restoreloss.objectives.base import Objective, check_objective, check_sign, named_terms, total
 
 
 class MultiOutput(Objective):
@@ -89,7 +89,8 @@ class NoReference(Objective):
         sign: -1 for a quality, of which more is better.
 
     Raises:
-        ValueError: For something else than a function or module of one argument, and another sign.
+        ValueError: For something else than a function or module of one argument, another sign, and a metric that says
+            of itself that it needs the other sign.
 
     Example:
         >>> def variation(image):
@@ -104,6 +105,7 @@ class NoReference(Objective):
         check_callable("function", function, "restored")
         if sign not in (1, -1):
             raise ValueError(f"`sign` should be 1 or -1, found {sign!r}.")
+        check_sign("function", function, sign)
         self.function, self.sign = function, sign
 
     def terms(self, restored: Tensor, target: Tensor) -> dict[str, Tensor]:

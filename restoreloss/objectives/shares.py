@@ -24,21 +24,25 @@ class RunningNorms(ExactBuffers):
     They are read where the training's own backward pass goes through: a call costs one norm for each objective, and
     nothing waits for the device. The first call is measured directly, as no backward pass has been yet. The mean of an
     objective is over all calls so far that computed it, and from the hundredth on over the last hundred or so (an
-    exponential average). With ``torch.distributed`` the norms are those of the whole batch over all processes, each of
-    which has to call.
+    exponential average). Calls in which it has no gradient do not count, as those of a hinge that is satisfied: it
+    keeps its weight for when it has one again. With ``torch.distributed`` the norms are those of the whole batch over
+    all processes, each of which has to call, and to run the backward pass.
 
-    Each objective has buffers of its own, "mean_NAME" and "calls_NAME", so that no state gives one the norm of another.
+    Each objective has buffers of its own, "mean_NAME" and so on, so that no state gives one the norm of another.
 
     Args:
         names: of the objectives.
+        every: of how many calls an objective computes one, by name; 1 where absent. Those that it leaves out count.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], every: Mapping[str, int] | None = None) -> None:
         super().__init__()
         self.names = tuple(names)
+        self.every = {} if every is None else dict(every)
         for name in self.names:
             self.register_buffer(f"mean_{name}", torch.zeros(()))
             self.register_buffer(f"calls_{name}", torch.zeros((), dtype=torch.long))
+            self.register_buffer(f"idle_{name}", torch.zeros((), dtype=torch.long))  # calls without a gradient in a row
         self._reset()
 
     def _reset(self) -> None:
@@ -95,9 +99,13 @@ class RunningNorms(ExactBuffers):
         usable = found.isfinite().all() & (found > 0).any()
         for name, norm in zip(self.names, found, strict=True):
             if name in computed:
-                mean, calls = self.get_buffer(f"mean_{name}"), self.get_buffer(f"calls_{name}")
-                calls += usable
-                mean += torch.where(usable, (norm - mean) / calls.clamp(1, _AVERAGED_CALLS), 0)
+                mean, calls, idle = (self.get_buffer(f"{kind}_{name}") for kind in ("mean", "calls", "idle"))
+                counts = usable & (norm > 0)
+                run = (idle + 1).clamp(max=self.every.get(name, 1))  # this call, and those left out before it
+                idle.copy_(torch.where(counts, 0, idle + usable))
+                calls += counts * run
+                part = (run / calls.clamp(1, _AVERAGED_CALLS)).clamp(max=1)
+                mean += torch.where(counts, part * (norm / run - mean), 0)
 
     def begin(self) -> "BackwardPass":
         """The hooks of a call whose backward pass will tell the norms. Takes in those of the calls before."""

@@ -162,7 +162,7 @@ class Subsampled(Objective):
 
 @contextmanager
 def at_every_call(module: nn.Module) -> Iterator[bool]:
-    """Compute what is within a module at every call, once, without counting; tells whether that changes anything."""
+    """Let every `Subsampled` within a module compute at each call, without counting; tells whether there is one."""
     parts = [part for part in module.modules() if isinstance(part, Subsampled) and part.every > 1]
     every = [part.every for part in parts]
     try:
@@ -172,6 +172,12 @@ def at_every_call(module: nn.Module) -> Iterator[bool]:
     finally:
         for part, number in zip(parts, every, strict=True):
             part.every = number
+
+
+def period_of(objective: Any) -> int:
+    """Of how many calls an objective computes one, by what is within it; of a plain function that is not known."""
+    parts = objective.modules() if isinstance(objective, nn.Module) else ()
+    return max((part.every for part in parts if isinstance(part, Subsampled)), default=1)
 
 
 def zeros_with_graph(restored: Tensor, shape: Sequence[int]) -> Tensor:

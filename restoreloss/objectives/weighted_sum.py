@@ -1,8 +1,9 @@
 """WeightedSum: several named objectives as one loss, each still seen by itself."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from restoreloss.generators import Generators, check_generators
 from restoreloss.images import check_pair
 from restoreloss.objectives.base import Objective, check_objective, named_terms, total
 from restoreloss.objectives.shares import FIRST_DRAWS, BackwardPass, RunningNorms, norm_at, weights_for
-from restoreloss.objectives.subsampled import at_every_call
+from restoreloss.objectives.subsampled import at_every_call, period_of
 
 
 class WeightedSum(Objective):
@@ -28,7 +29,7 @@ class WeightedSum(Objective):
     where i runs over the objectives of fixed weight and the norms are means over the last hundred calls or so, read
     where the training's own backward pass goes through; the first call looks at up to eight draws of the losses. They
     are buffers: the state dict of this module resumes them.
-    Processes of ``torch.distributed`` measure together and each of them has to call.
+    Processes of ``torch.distributed`` measure together: each of them has to call, and to run the backward pass.
 
     Args:
         objectives: anything called with (restored, target), by name: torch losses, objectives, functions. Modules
@@ -49,8 +50,8 @@ class WeightedSum(Objective):
     Raises:
         ValueError: At construction for an empty mapping, a name with "/", a weight of an unknown name or one that is
             not finite, and shares that leave nothing to the others; at a call for an objective that returns no tensor,
-            or returns another shape than the others; at the first call in training for one with a share whose gradient
-            at the restored image is zero or not finite.
+            or returns another shape than the others; in training, where one with a share is measured first, for a
+            gradient at the restored image that is zero or not finite.
 
     Example:
         >>> loss = WeightedSum({"l1": nn.L1Loss(), "l2": nn.MSELoss()}, weights={"l2": 0.5})
@@ -91,10 +92,11 @@ class WeightedSum(Objective):
         self.weights = {name: check_number(f"weights[{name!r}]", weight) for name, weight in given.items()}
         self.shares = {name: check_number(f"shares[{name!r}]", share, low=0, high=1) for name, share in shares.items()}
         for name, objective in objectives.items():
-            check_objective(f"objectives[{name!r}]", objective)
+            check_objective(f"objectives[{name!r}]", objective, sign=-1 if self.weights.get(name, 1) < 0 else 1)
             if not isinstance(name, str) or not name or "/" in name or "." in name:
                 raise ValueError(f"`objectives` should have names without '/' and '.', found {name!r}.")
-        self.norms = RunningNorms(self._names) if shares else None
+        every = {name: period_of(objective) for name, objective in objectives.items()}
+        self.norms = RunningNorms(self._names, every) if shares else None
         self._check_weights()
         self._functions = {name: f for name, f in objectives.items() if not isinstance(f, nn.Module)}
         for name, objective in objectives.items():
@@ -121,6 +123,13 @@ class WeightedSum(Objective):
         return {
             name: functions[name] if name in functions else getattr(self, f"objective_{name}") for name in self._names
         }
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        # fixed weights may follow on shares, whose norms nobody asks for any more
+        if self.norms is None:
+            for name in [name for name in state_dict if name.startswith(f"{prefix}norms.")]:
+                del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def current_weights(self) -> dict[str, float]:
         """All weights by name: the fixed ones, and what the shares come to; these weigh 1 before they are measured."""
@@ -193,23 +202,25 @@ class WeightedSum(Objective):
             return self._weighted_terms(restored, target, generator, norms.begin())
         values = self._values(restored, target, generator, None)
         first: Tensor | None = None
+        new = [name for name in values if not norms.get_buffer(f"calls_{name}")]
         with at_every_call(self) as changed:  # A call that is left out would be measured as zero.
             for draw in range(FIRST_DRAWS):  # A loss that draws timesteps may be far from its mean in one draw.
                 drawn = self._values(restored, target, generator, None) if draw or changed else values
                 own = {name: norm_at(restored, list(terms.values())) for name, terms in drawn.items()}
                 found = norms.over_processes(own)
                 if first is None:
-                    self._check_norms(dict(zip(norms.names, found.tolist(), strict=True)))
+                    self._check_norms(dict(zip(norms.names, found.tolist(), strict=True)), new)
                     first = found
                 elif torch.equal(found, first):
                     break  # decided alike by all processes, which would wait for each other else
-                norms.update(found, drawn)
+                norms.update(found, new)
         return self._weigh(values, None)
 
-    def _check_norms(self, found: Mapping[str, float]) -> None:
+    def _check_norms(self, found: Mapping[str, float], new: Sequence[str]) -> None:
         fixed = sum(abs(weight) * found[name] for name, weight in self.weights.items())
+        asked = [found[name] for name in self.shares if name in new]
         # where all are zero (the image is its target) there is nothing to measure yet
-        if any(found.values()) and not all(0 < norm < math.inf for norm in (fixed, *(found[n] for n in self.shares))):
+        if any(found.values()) and not all(0 < norm < math.inf for norm in (fixed, *asked)):
             raise ValueError(
                 "Objectives with a share, and one of the others, should have a finite gradient above 0 at `restored`, "
                 f"found the norms {found}."

@@ -108,3 +108,13 @@ def test_a_square_map_with_as_many_channels_as_rows_is_read_as_any_other(side, l
     image = torch.rand(1, 3, side, side)
     change = (timed(image, 7) - network(image)).detach()
     torch.testing.assert_close(change, torch.tensor([0.0, 0, 0, 1, 0]).expand_as(change))
+
+
+def test_a_normalization_of_whole_maps_has_its_channels_first():
+    network = nn.Sequential(nn.Conv2d(3, 5, 1), nn.LayerNorm((5, 5, 5)))
+    timed = TimeConditioned(network, {"1": FiLM(5)})
+    with torch.no_grad():
+        timed.blocks["1"].to_scale_shift.bias[5 + 3] = 1.0
+    image = torch.rand(1, 3, 5, 5)
+    change = (timed(image, 7) - network(image)).detach()
+    torch.testing.assert_close(change, torch.tensor([0.0, 0, 0, 1, 0]).reshape(5, 1, 1).expand_as(change))

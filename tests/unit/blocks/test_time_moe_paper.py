@@ -126,6 +126,11 @@ def test_weights_of_another_number_of_timesteps_are_refused() -> None:
     learned = timed(1000).state_dict()
     timed(1000).load_state_dict(learned)
     nn.Sequential(timed(1000)).load_state_dict({f"0.{name}": value for name, value in learned.items()})
+    average = {name: value.clone() for name, value in learned.items()}
+    for name, value in timed(1000).state_dict().items():  # as an average of weights is kept by hand
+        average[name].mul_(0.9).add_(value, alpha=0.1)
+    timed(1000).load_state_dict(average)
+    timed(1001).load_state_dict({name: value.bfloat16() for name, value in timed(1001).state_dict().items()})
     with pytest.raises(ValueError, match="`num_timesteps` should be 1000, as in the state, found 50"):
         timed(50).load_state_dict(learned)
     del learned["_extra_state"]  # of weights alone nothing is known

@@ -111,6 +111,15 @@ def test_a_loss_of_the_output_alone_is_a_term_of_a_sum():
     assert audit(WeightedSum({"pixel": nn.L1Loss(), "s": NoReference(variation)}, shares={"s": 0.2}), restored, target)
 
 
+@pytest.mark.parametrize(("lower_better", "sign"), [(False, 1), (True, -1)])
+def test_a_quality_with_the_wrong_sign_is_refused(lower_better, sign):
+    quality = nn.Module()
+    quality.forward, quality.lower_better = variation, lower_better
+    NoReference(quality, sign=-sign)
+    with pytest.raises(ValueError, match=f"of which {'less' if lower_better else 'more'} is better"):
+        NoReference(quality, sign=sign)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_loss_of_the_output_alone_may_be_one_for_each_sample(count):
     restored, target = images(shape=(count, 3, 8, 8))

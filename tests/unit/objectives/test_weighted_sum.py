@@ -366,8 +366,12 @@ def test_wrong_generators_are_refused_also_where_nothing_draws(generator):
 
 def test_a_metric_of_which_more_is_better_is_refused():
     metrics = pytest.importorskip("torchmetrics.image")
-    with pytest.raises(ValueError, match=r"`objectives\['ssim'\]` should be less where images are alike"):
+    with pytest.raises(ValueError, match=r"`objectives\['ssim'\]` should be less where images are better"):
         WeightedSum({"pixel": nn.L1Loss(), "ssim": metrics.StructuralSimilarityIndexMeasure(data_range=1.0)})
+    similarity = metrics.StructuralSimilarityIndexMeasure(data_range=1.0)
+    loss = WeightedSum({"pixel": nn.L1Loss(), "ssim": similarity}, weights={"ssim": -0.1})
+    image = torch.rand(1, 3, 16, 16)
+    torch.testing.assert_close(loss(image, image), torch.tensor(-0.1))
     WeightedSum({"pixel": nn.L1Loss(), "distortion": metrics.SpectralAngleMapper()})
     quality = nn.MSELoss()
     quality.lower_better = False
