@@ -18,6 +18,8 @@ def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
     """A row for each loss, and one for what TDP gains over it, paired by seed, with a 95 % interval."""
     rows = []
     for name, title in TITLES.items():
+        if not all(name in run["right"] for run in runs.values()):  # the loss of an option
+            continue
         cells = [Sample.of(run["right"][name][key] for run in runs.values()).spread(1) for key in READERS]
         if name == "clean":
             rows.append([title, *cells, "", ""])

