@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from restoreloss.distributed import world_size
+
 
 def check_equal_batches(batch: Any) -> None:
     r"""Compare the numbers of samples over all processes; with one process there is nothing to compare.
@@ -25,9 +27,9 @@ def check_equal_batches(batch: Any) -> None:
     Example:
         >>> check_equal_batches({"degraded": torch.rand(4, 3, 8, 8), "clean": torch.rand(4, 3, 8, 8)})
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if (count := world_size()) == 1:
         return
-    found: list[Any] = [None] * torch.distributed.get_world_size()
+    found: list[Any] = [None] * count
     torch.distributed.all_gather_object(found, _size(batch))
     if None in found:
         raise ValueError(f"`batch` should hold tensors of several samples, found {type(batch).__name__}.")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from restoreloss._optional import extra, require
 from restoreloss.checks import check_choice, check_number, describe
-from restoreloss.regularizers.gradients import average_, gradients_of
+from restoreloss.distributed import average_, world_size
+from restoreloss.regularizers.gradients import gradients_of
 from restoreloss.regularizers.orthogonality import Policy, as_parameters
 from restoreloss.sharding import is_sharded
 
@@ -172,7 +173,7 @@ def _write(jacobians: list[Tensor], shared: list[nn.Parameter], aggregator: nn.M
         gradient = flat.grad
     else:  # A solver would raise, and the scaler would not see it.
         gradient = matrix.sum(dim=0)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if world_size() > 1:
         for drawn in [gradient] if weights is None else [gradient, weights]:
             torch.distributed.broadcast(drawn, 0)
     for parameter, part in zip(shared, gradient.split([p.numel() for p in shared]), strict=True):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from restoreloss.distributed import world_size
 from restoreloss.gradients import gradient_at, gradient_norm
 from restoreloss.precision import ExactBuffers
 
@@ -66,7 +67,7 @@ class RunningNorms(ExactBuffers):
         return self.__dict__ | {"_pending": []}
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
-        if _world_size() == 1:  # else all processes would have to save
+        if world_size() == 1:  # else all processes would have to save
             self.take_in()
         super()._save_to_state_dict(*arguments)
 
@@ -86,7 +87,7 @@ class RunningNorms(ExactBuffers):
         """The norms of one call over all processes, the same numbers in each of them. What is absent is 0."""
         nothing = torch.zeros_like(next(self.buffers()))
         found = torch.stack([measured.get(name, nothing).to(nothing) for name in self.names])
-        if (processes := _world_size()) > 1:
+        if (processes := world_size()) > 1:
             # the loss is the mean over processes, whose images are different ones
             squares = (found / processes).square()
             dist.all_reduce(squares)
@@ -131,10 +132,6 @@ def take_in_norms(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, RunningNorms):
             part.take_in()
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class BackwardPass:

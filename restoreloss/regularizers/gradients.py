@@ -1,4 +1,4 @@
-"""Gradients of single losses, and their mean over processes: what projections and aggregators begin with."""
+"""Gradients of single losses: what projections and aggregators begin with."""
 
 from collections.abc import Sequence
 
@@ -26,20 +26,3 @@ def gradients_of(
         raise ValueError(f"`{name}` should depend on the parameters, found a loss that depends on none of them.")
     pairs = zip(found, tensors, strict=True)
     return [torch.zeros_like(tensor) if gradient is None else gradient for gradient, tensor in pairs]
-
-
-def reached_anywhere(reached: Sequence[bool], device: torch.device) -> list[bool]:
-    """What any of all processes has reached. One process alone does not wait for its device."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return list(reached)
-    counts = torch.tensor(reached, dtype=torch.float32, device=device)
-    torch.distributed.all_reduce(counts)
-    return [count > 0 for count in counts.tolist()]
-
-
-def average_(gradients: Sequence[Tensor]) -> None:
-    """Replace each by its mean over all processes."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for gradient in gradients:
-            torch.distributed.all_reduce(gradient)
-            gradient /= torch.distributed.get_world_size()

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from restoreloss.checks import check_callable, check_choice, check_integer, check_number, describe
+from restoreloss.distributed import world_size
 from restoreloss.frozen import RunMode, in_mode, unwrap
 from restoreloss.precision import ExactBuffers
 from restoreloss.regularizers.layer_decay import layer_of
@@ -382,7 +383,7 @@ class ParameterImportance(ExactBuffers):
 
     def _keep(self, parameters: Mapping[str, nn.Parameter], sums: dict[str, Tensor], count: int) -> None:
         total = torch.tensor(count, device=next(iter(sums.values())).device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if world_size() > 1:
             for tensor in [*sums.values(), total]:
                 torch.distributed.all_reduce(tensor)
         task, new = self.tasks - 1, int(total)

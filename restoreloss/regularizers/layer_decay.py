@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss.checks import check_choice, check_number, describe
+from restoreloss.distributed import average_, reached_anywhere
 from restoreloss.frozen import RunMode, in_mode, unwrap
-from restoreloss.regularizers.gradients import average_, reached_anywhere
 from restoreloss.regularizers.parameter_names import plain_name
 
 logger = logging.getLogger(__name__)

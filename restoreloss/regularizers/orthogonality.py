@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from restoreloss.checks import check_choice, check_number, describe
-from restoreloss.regularizers.gradients import average_, gradients_of
+from restoreloss.distributed import average_
+from restoreloss.regularizers.gradients import gradients_of
 from restoreloss.sharding import is_sharded
 
 Losses = Tensor | Sequence[Tensor]
