@@ -21,6 +21,7 @@ from restoreloss.blocks.time_moe import TimeMoE
 from restoreloss.checks import caller_level, check_integer, check_time, describe
 from restoreloss.features import FeatureExtractor
 from restoreloss.frozen import frozen
+from restoreloss.precision import same_integers
 
 
 class TimeConditioned(nn.Module):
@@ -187,7 +188,7 @@ class TimeConditioned(nn.Module):
         return found
 
     def get_extra_state(self) -> Tensor:
-        """T: a timestep means nothing without it. A float, as the rest of a state that is averaged or cast."""
+        """T: a timestep means nothing without it."""
         return torch.tensor(float(self.num_timesteps))
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -196,11 +197,10 @@ class TimeConditioned(nn.Module):
         Raises:
             ValueError: For a state of another ``num_timesteps``.
         """
-        found = round(float(state))
-        if abs(found - self.num_timesteps) > self.num_timesteps / 256:  # to which bfloat16 rounds
+        if not same_integers(state, torch.tensor(self.num_timesteps)):
             raise ValueError(
-                f"`num_timesteps` should be {found}, as in the state, found {self.num_timesteps}: the same "
-                "timestep would be another."
+                f"`num_timesteps` should be {round(float(state))}, as in the state, found {self.num_timesteps}: the "
+                "same timestep would be another."
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:

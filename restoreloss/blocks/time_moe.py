@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoreloss.checks import check_choice, check_embedding, check_integer, check_map, describe
+from restoreloss.precision import same_integers
 
 MoEForm: TypeAlias = Literal["paper", "code"]
 
@@ -162,15 +163,23 @@ class _Routers(nn.Module):
             chosen = list(range(1, check_integer("timesteps", timesteps) + 1))
         if not chosen:
             raise ValueError("`timesteps` should be at least one, found none.")
-        self.register_buffer("steps", torch.tensor(chosen))
+        self.register_buffer("steps", torch.tensor(chosen), persistent=False)
         bound = channels**-0.5  # as of nn.Linear
         self.weight = nn.Parameter(torch.empty(len(chosen), experts, channels).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(len(chosen), experts).uniform_(-bound, bound))
 
+    def get_extra_state(self) -> Tensor:
+        """The timesteps."""
+        return self.steps.float()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: the timesteps are given at construction, and compared before anything is loaded."""
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        found = state_dict.get(f"{prefix}steps")
-        if found is not None and not torch.equal(found.to(self.steps), self.steps):
-            raise ValueError(f"`timesteps` should be {found.tolist()}, as in the state, found {self.steps.tolist()}.")
+        found = state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        if not same_integers(found, self.steps):
+            steps = found.round().int().tolist()
+            raise ValueError(f"`timesteps` should be {steps}, as in the state, found {self.steps.tolist()}.")
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(self, means: Tensor, t: Tensor | None) -> Tensor:
