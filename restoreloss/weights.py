@@ -4,6 +4,7 @@ All that loads weights goes through it: :func:`load_prior`, the task networks of
 """
 
 import argparse
+import hashlib
 import logging
 import pickle
 import re
@@ -146,6 +147,15 @@ def load_state(network: nn.Module, weights: Mapping[str, Tensor], path: str | Pa
         found = "; ".join(f"{what} {_some(names)}" for what, names in wrong.items() if names)
         raise ValueError(f"{path} should hold the weights of this {type(network).__name__}, found that it {found}.")
     network.load_state_dict({wanted[name]: value for name, value in weights.items()}, strict=len(weights) == len(own))
+
+
+def hash_of(state: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 of names and values, to the digit, and of a text before them; in any order of the names."""
+    digest = hashlib.sha256(text.encode())
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _has_tensors(value: Any) -> bool:

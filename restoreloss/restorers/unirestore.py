@@ -9,8 +9,8 @@ CFRM in the encoder, Controller and SC-Tuner at the diffusion model, and TFA in 
 and the diffusion model are frozen, and run block by block or with hooks for the length of a call: neither is edited.
 """
 
-import hashlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -32,7 +32,7 @@ from restoreloss.images import RangeWatch
 from restoreloss.restorers.shapes import Parts
 from restoreloss.restorers.tiling import resize_to, tiled, upscale_to_side
 from restoreloss.sizes import fit_size
-from restoreloss.weights import read_weights
+from restoreloss.weights import hash_of, read_weights
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -367,24 +367,23 @@ class UniRestore(nn.Module):
 
     def fingerprint(self) -> str:
         """A hash of the gate and of all weights but prompts, frozen ones too; models with the same share prompts."""
-        digest = hashlib.sha256(self.gate.encode())
-        frozen = {f"{name}.{key}": value for name, network in (("vae", self._vae), ("unet", self._unet))
-                  for key, value in network.network.state_dict().items()}  # fmt: skip
-        for name, value in sorted((self.state_dict() | frozen).items()):
-            if not name.startswith(PROMPTS):
-                digest.update(name.encode())
-                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        trained = {name: value for name, value in self.state_dict().items() if not name.startswith(PROMPTS)}
+        return hash_of(trained | self._prior_state(), self.gate)
+
+    def _prior_state(self) -> dict[str, Tensor]:
+        frozen = {"vae": self._vae.network, "unet": self._unet.network}
+        return {f"{name}.{key}": value for name, part in frozen.items() for key, value in part.state_dict().items()}
 
     def save_trained(self, file: str | Path) -> None:
-        """Write all that was trained, as safetensors."""
+        """Write all that was trained, as safetensors, and a hash of the frozen prior."""
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
-        _save(state, file, metadata={"gate": self.gate})
+        _save(state, file, metadata={"gate": self.gate, "prior": hash_of(self._prior_state())})
 
     def load_trained(self, file: str | Path, *, with_adapters: bool = True) -> None:
         """Load what :meth:`save_trained` wrote.
 
-        Tasks that are new to this model are added; tasks that the file does not have keep their prompts.
+        Tasks that are new to this model are added; tasks that the file does not have keep their prompts. A prior that
+        is not the one of the file, to the digit, is warned of.
 
         Args:
             file: a file of safetensors.
@@ -393,7 +392,8 @@ class UniRestore(nn.Module):
         Raises:
             ValueError: If there is no such file, or it is of another model or gate.
         """
-        state, gate = _read(file), _metadata(file).get("gate", self.gate)
+        state, metadata = _read(file), _metadata(file)
+        gate = metadata.get("gate", self.gate)
         if with_adapters and self.tfa is not None and gate != self.gate:
             raise ValueError(f"{file} should be of the gate {self.gate!r}, found {gate!r}.")
         prompts = {name.removeprefix(PROMPTS): state.pop(name) for name in list(state) if name.startswith(PROMPTS)}
@@ -413,6 +413,13 @@ class UniRestore(nn.Module):
         if prompts:
             cast(TFA, self.tfa).load_prompts(prompts)
         self.load_state_dict(state, strict=False)
+        found = hash_of(self._prior_state())
+        if (prior := metadata.get("prior", found)) != found:
+            warnings.warn(
+                f"{file} was trained with the prior {prior[:12]}, found {found[:12]}: another one, or the same in "
+                "another precision. What was trained for one prior is of no use with another.",
+                stacklevel=2,
+            )
 
     def save_prompts(self, file: str | Path, tasks: Sequence[str] | None = None) -> None:
         """Write the prompts of some tasks, or of all, as safetensors: a task is a few hundred numbers."""

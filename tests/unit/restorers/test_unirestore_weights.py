@@ -1,5 +1,6 @@
 """What was trained of UniRestore: saved, loaded, refused for another model, and gone on from."""
 
+import warnings
 from pathlib import Path
 from typing import Any, get_args
 
@@ -86,6 +87,18 @@ def test_weights_of_another_model_are_refused_and_load_nothing(tmp_path: Path) -
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(ValueError, match="should be a whole safetensors file"):
         model.load_trained(tmp_path / "text.safetensors")
+
+
+def test_a_file_that_was_trained_with_another_prior_is_told(tmp_path: Path) -> None:
+    model, file = learned(small()), tmp_path / "trained.safetensors"
+    model.save_trained(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_trained(file)
+    with torch.no_grad():
+        next(model._unet.network.parameters()).add_(0.01)
+    with pytest.warns(UserWarning, match="was trained with the prior [0-9a-f]{12}, found"):
+        model.load_trained(file)
 
 
 def test_a_model_of_stage_1_is_gone_on_from_with_adapters(tmp_path: Path) -> None:
