@@ -117,6 +117,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     """
     check_options(vars(args), LEAST)
     check_folder(args.out, "--out")
+    imagenet = Lite0() if args.imagenet else None  # a missing package is told before anything is trained
     test = photo_textures("classification", "test", args.test_patches, TEST_SEED)
     clean, labels = test.images, torch.as_tensor(test.targets)
     degraded = low_resolution(clean, SCALE)
@@ -134,7 +135,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
     tdp = TDPLoss(classifier, normalize=None)  # this classifier reads images in [0, 1] as they are
     beside: dict[str, nn.Module] = {"squared": nn.MSELoss(), "gradients": ImageGradients()}
-    beside |= ({"imagenet": Lite0()} if args.imagenet else {}) | {"tdp": tdp}
+    if imagenet is not None:
+        beside["imagenet"] = imagenet
+    beside["tdp"] = tdp
     objectives: dict[str, nn.Module] = {"l1": nn.L1Loss()}
     for name, loss in beside.items():
         objectives[name] = WeightedSum({"pixel": nn.L1Loss(), name: loss}, shares={name: args.share}).to(args.device)

@@ -39,11 +39,12 @@ class RunningNorms(ExactBuffers):
     def __init__(self, names: Sequence[str], every: Mapping[str, int] | None = None) -> None:
         super().__init__()
         self.names = tuple(names)
-        self.every = {} if every is None else dict(every)
+        self.every = {name: count for name, count in (every or {}).items() if count > 1}
         for name in self.names:
             self.register_buffer(f"mean_{name}", torch.zeros(()))
             self.register_buffer(f"calls_{name}", torch.zeros((), dtype=torch.long))
-            self.register_buffer(f"idle_{name}", torch.zeros((), dtype=torch.long))  # calls without a gradient in a row
+        for name in self.every:  # calls without a gradient in a row
+            self.register_buffer(f"idle_{name}", torch.zeros((), dtype=torch.long))
         self._reset()
 
     def _reset(self) -> None:
@@ -100,10 +101,13 @@ class RunningNorms(ExactBuffers):
         usable = found.isfinite().all() & (found > 0).any()
         for name, norm in zip(self.names, found, strict=True):
             if name in computed:
-                mean, calls, idle = (self.get_buffer(f"{kind}_{name}") for kind in ("mean", "calls", "idle"))
+                mean, calls = self.get_buffer(f"mean_{name}"), self.get_buffer(f"calls_{name}")
                 counts = usable & (norm > 0)
-                run = (idle + 1).clamp(max=self.every.get(name, 1))  # this call, and those left out before it
-                idle.copy_(torch.where(counts, 0, idle + usable))
+                run = torch.ones_like(calls)
+                if name in self.every:  # this call, and those left out before it
+                    idle = self.get_buffer(f"idle_{name}")
+                    run = (idle + 1).clamp(max=self.every[name])
+                    idle.copy_(torch.where(counts, 0, idle + usable))
                 calls += counts * run
                 part = (run / calls.clamp(1, _AVERAGED_CALLS)).clamp(max=1)
                 mean += torch.where(counts, part * (norm / run - mean), 0)

@@ -95,8 +95,7 @@ class WeightedSum(Objective):
             check_objective(f"objectives[{name!r}]", objective, sign=-1 if self.weights.get(name, 1) < 0 else 1)
             if not isinstance(name, str) or not name or "/" in name or "." in name:
                 raise ValueError(f"`objectives` should have names without '/' and '.', found {name!r}.")
-        every = {name: period_of(objective) for name, objective in objectives.items()}
-        self.norms = RunningNorms(self._names, every) if shares else None
+        self.norms = RunningNorms(self._names, {n: period_of(f) for n, f in objectives.items()}) if shares else None
         self._check_weights()
         self._functions = {name: f for name, f in objectives.items() if not isinstance(f, nn.Module)}
         for name, objective in objectives.items():

@@ -413,8 +413,8 @@ class UniRestore(nn.Module):
         if prompts:
             cast(TFA, self.tfa).load_prompts(prompts)
         self.load_state_dict(state, strict=False)
-        found = hash_of(self._prior_state())
-        if (prior := metadata.get("prior", found)) != found:
+        prior = metadata.get("prior")
+        if prior is not None and (found := hash_of(self._prior_state())) != prior:
             warnings.warn(
                 f"{file} was trained with the prior {prior[:12]}, found {found[:12]}: another one, or the same in "
                 "another precision. What was trained for one prior is of no use with another.",
