@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 def has_channels_last(layer: nn.Module) -> bool:
     """Whether a layer certainly has its channels last; of a subclass that is not known."""
-    # over several dimensions, (C, H, W), a layer normalization has them first
+    # a layer normalization over several dimensions is taken for one over (C, H, W)
     return type(layer) is nn.Linear or (type(layer) is nn.LayerNorm and len(layer.normalized_shape) == 1)
 
 

@@ -29,7 +29,8 @@ class TimeConditioned(nn.Module):
 
     Blocks act on the outputs of named layers by hooks. The network is not edited, and :meth:`detach` removes them. A
     layer returns (N, C, H, W), or as transformers do (N, H, W, C) or (N, L, C). Of a map that may be either, as high as
-    it has channels, they are taken to come first, but after an ``nn.LayerNorm`` or ``nn.Linear``.
+    it has channels, they are taken to come first, but after an ``nn.Linear`` or an ``nn.LayerNorm`` over one
+    dimension.
 
     Args:
         network: any, called with the image alone.
@@ -199,7 +200,7 @@ class TimeConditioned(nn.Module):
         """
         if not same_integers(state, torch.tensor(self.num_timesteps)):
             raise ValueError(
-                f"`num_timesteps` should be {round(float(state))}, as in the state, found {self.num_timesteps}: the "
+                f"`num_timesteps` should be {float(state):g}, as in the state, found {self.num_timesteps}: the "
                 "same timestep would be another."
             )
 

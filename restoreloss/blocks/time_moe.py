@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoreloss.checks import check_choice, check_embedding, check_integer, check_map, describe
-from restoreloss.precision import same_integers
+from restoreloss.precision import ExactBuffers, same_integers
 
 MoEForm: TypeAlias = Literal["paper", "code"]
 
@@ -150,7 +150,7 @@ class TimeMoE(nn.Module):
         return mixed
 
 
-class _Routers(nn.Module):
+class _Routers(ExactBuffers):
     """A linear layer for each of several timesteps."""
 
     steps: Tensor
@@ -163,23 +163,20 @@ class _Routers(nn.Module):
             chosen = list(range(1, check_integer("timesteps", timesteps) + 1))
         if not chosen:
             raise ValueError("`timesteps` should be at least one, found none.")
-        self.register_buffer("steps", torch.tensor(chosen), persistent=False)
+        # floats, of which averages of weights can be taken
+        self.register_buffer("steps", torch.tensor(chosen, dtype=torch.float32))
         bound = channels**-0.5  # as of nn.Linear
         self.weight = nn.Parameter(torch.empty(len(chosen), experts, channels).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(len(chosen), experts).uniform_(-bound, bound))
 
-    def get_extra_state(self) -> Tensor:
-        """The timesteps."""
-        return self.steps.float()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Nothing: the timesteps are given at construction, and compared before anything is loaded."""
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        found = state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
-        if not same_integers(found, self.steps):
-            steps = found.round().int().tolist()
-            raise ValueError(f"`timesteps` should be {steps}, as in the state, found {self.steps.tolist()}.")
+        saved = state_dict.get(f"{prefix}steps", self.steps)
+        if not same_integers(saved, self.steps):
+            wanted, found = ([f"{step:g}" for step in steps.tolist()] for steps in (saved, self.steps))
+            raise ValueError(
+                f"`timesteps` should be [{', '.join(wanted)}], as in the state, found [{', '.join(found)}]."
+            )
+        state_dict[f"{prefix}steps"] = self.steps  # exact, where those of the state were cast
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(self, means: Tensor, t: Tensor | None) -> Tensor:

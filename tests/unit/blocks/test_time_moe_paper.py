@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from restoreloss import FiLM, TimeConditioned, TimeMoE
 from tests.helpers.parameters import count_parameters
@@ -79,7 +80,7 @@ def test_a_wrapped_network_tells_it_the_timestep(compiled: bool) -> None:
         model.blocks["1"].gate.bias[2, 0] += 3.0  # of t = 3
     moved = model(image, torch.tensor([3, 40]))
     assert not torch.allclose(moved[0], together[0]) and torch.allclose(moved[1], together[1], rtol=1e-4, atol=1e-5)
-    assert sum(name.endswith("gate._extra_state") for name in state) == 2
+    assert sum(name.endswith("gate.steps") for name in state) == 2
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,21 @@ def test_routers_of_other_timesteps_are_refused() -> None:
     TimeMoE(8, timesteps=(47, 4)).load_state_dict(learned_at)
     with pytest.raises(ValueError, match=r"`timesteps` should be \[4, 47\], as in the state, found \[1, 2\]"):
         TimeMoE(8, timesteps=(1, 2)).load_state_dict(learned_at)
+    with pytest.raises(ValueError, match=r"`timesteps` should be \[500, 502\], as in the state, found \[501, 502\]"):
+        TimeMoE(8, timesteps=(501, 502)).load_state_dict(TimeMoE(8, timesteps=(500, 502)).state_dict())
+    with pytest.raises(ValueError, match=r"`timesteps` should be \[nan, nan\], as in the state"):
+        TimeMoE(8, timesteps=2).load_state_dict(learned_at | {"gate.steps": torch.full((2,), torch.nan)})
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_an_average_of_the_weights_has_the_same_timesteps(decay: float) -> None:
+    adapter = learned(TimeMoE(8, timesteps=50))
+    average = AveragedModel(adapter, use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    for _ in range(20):
+        average.update_parameters(adapter)
+    h, t = normal(50, 8, 3, 3), torch.arange(1, 51)
+    torch.testing.assert_close(average(h, normal(50, 64), t), adapter(h, normal(50, 64), t))
+    TimeMoE(8, timesteps=50).load_state_dict(average.module.state_dict())
 
 
 def test_weights_of_another_number_of_timesteps_are_refused() -> None:
@@ -135,7 +151,8 @@ def test_weights_of_another_number_of_timesteps_are_refused() -> None:
         average[name].mul_(0.9).add_(value, alpha=0.1)
     timed(1000).load_state_dict(average)
     timed(1001).load_state_dict({name: value.bfloat16() for name, value in timed(1001).state_dict().items()})
-    with pytest.raises(ValueError, match="`num_timesteps` should be 1000, as in the state, found 50"):
-        timed(50).load_state_dict(learned)
+    for count in (50, 999):
+        with pytest.raises(ValueError, match=f"`num_timesteps` should be 1000, as in the state, found {count}"):
+            timed(count).load_state_dict(learned)
     del learned["_extra_state"]  # of weights alone nothing is known
     timed(50).load_state_dict(learned)
