@@ -149,9 +149,9 @@ def load_state(network: nn.Module, weights: Mapping[str, Tensor], path: str | Pa
     network.load_state_dict({wanted[name]: value for name, value in weights.items()}, strict=len(weights) == len(own))
 
 
-def hash_of(state: Mapping[str, Tensor], text: str = "") -> str:
-    """SHA-256 of names and values, to the digit, and of a text before them; in any order of the names."""
-    digest = hashlib.sha256(text.encode())
+def hash_of(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and values, to the digit, in any order of the names."""
+    digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -366,13 +366,17 @@ class UniRestore(nn.Module):
                 handle.remove()
 
     def fingerprint(self) -> str:
-        """A hash of the gate and of all weights but prompts, frozen ones too; models with the same share prompts."""
+        """A hash of the gate, the prior and all weights but prompts; models with the same share prompts."""
         trained = {name: value for name, value in self.state_dict().items() if not name.startswith(PROMPTS)}
-        return hash_of(trained | self._prior_state(), self.gate)
+        return hash_of(trained | self._prior_state() | {f"gate.{self.gate}": torch.empty(0)})
 
     def _prior_state(self) -> dict[str, Tensor]:
-        frozen = {"vae": self._vae.network, "unet": self._unet.network}
-        return {f"{name}.{key}": value for name, part in frozen.items() for key, value in part.state_dict().items()}
+        """All that makes the prior what it is: its weights, its empty prompt, and its schedule."""
+        state = {"prompt": self.prompt}
+        for name, part in (("vae", self._vae.network), ("unet", self._unet.network)):
+            state |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
+        kind = f"{type(self.schedule).__name__}.{self.schedule.prediction_type}"
+        return state | {f"{kind}.{key}": value for key, value in self.schedule.named_buffers()}
 
     def save_trained(self, file: str | Path) -> None:
         """Write all that was trained, as safetensors, and a hash of the frozen prior."""

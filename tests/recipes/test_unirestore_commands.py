@@ -68,6 +68,10 @@ def test_a_folder_is_restored_for_a_task(tmp_path: Path, folder: Path, caplog: p
     assert not torch.equal(read_image(tmp_path / "more" / "0.png"), plain[0])
     shutil.copytree(folder / "prepared" / "prior", tmp_path / "prior")
     assert all(map(torch.equal, plain, restore("stage2", "moved", "--prior", str(tmp_path / "prior"))))
+    schedule = tmp_path / "prior" / "scheduler" / "scheduler_config.json"
+    schedule.write_text(json.dumps(json.loads(schedule.read_text()) | {"beta_end": 0.02}))
+    with pytest.warns(UserWarning, match="was trained with the prior"):
+        restore("stage2", "other", "--prior", str(tmp_path / "prior"))
 
 
 def test_restoring_enlarges_as_the_run_did(tmp_path: Path, folder: Path) -> None:

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from examples.common.data.folder import check_folder
+from restoreloss.restorers import UniRestore
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +159,10 @@ class RunDirectory:
         """Write ``name.safetensors``, a plain state dict."""
         if self.main:
             partial = _partial(self.path / f"{name}.safetensors")
-            save_model(network, str(partial))
+            if isinstance(network, UniRestore):  # which tells its gate and its prior as well
+                network.save_trained(partial)
+            else:
+                save_model(network, str(partial))
             partial.replace(self.path / f"{name}.safetensors")
 
     def load(self, map_location: str | torch.device = "cpu") -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from examples.unirestore.adapters import AdapterName
+from restoreloss import NoiseSchedule
 from tests.helpers.restorers import answers, learned, small, small_like, stable_diffusion
 
 ADAPTERS: tuple[AdapterName, ...] = get_args(AdapterName)
@@ -99,6 +100,23 @@ def test_a_file_that_was_trained_with_another_prior_is_told(tmp_path: Path) -> N
         next(model._unet.network.parameters()).add_(0.01)
     with pytest.warns(UserWarning, match="was trained with the prior [0-9a-f]{12}, found"):
         model.load_trained(file)
+
+
+@pytest.mark.parametrize("part", ["prompt", "prediction type", "schedule"])
+def test_the_prompt_and_the_schedule_belong_to_the_prior(part: str, tmp_path: Path) -> None:
+    model, file, prompts = learned(small()), tmp_path / "trained.safetensors", tmp_path / "prompts.safetensors"
+    model.save_trained(file)
+    model.save_prompts(prompts)
+    if part == "prompt":
+        model.prompt += 1
+    elif part == "schedule":
+        model.schedule = NoiseSchedule.linear(prediction_type=model.schedule.prediction_type)
+    else:
+        model.schedule = NoiseSchedule(model.schedule.alphas_cumprod, prediction_type="v_prediction")
+    with pytest.warns(UserWarning, match="was trained with the prior"):
+        model.load_trained(file)
+    with pytest.raises(ValueError, match="should hold prompts for a model with the fingerprint"):
+        model.load_prompts(prompts)
 
 
 def test_a_model_of_stage_1_is_gone_on_from_with_adapters(tmp_path: Path) -> None:
