@@ -16,8 +16,8 @@ def average_(tensors: Sequence[Tensor]) -> None:
     """Replace each by its mean over all processes."""
     if (count := world_size()) > 1:
         for tensor in tensors:
+            tensor /= count  # first: a sum may be beyond float16
             dist.all_reduce(tensor)
-            tensor /= count
 
 
 def reached_anywhere(reached: Sequence[bool], device: torch.device) -> list[bool]:

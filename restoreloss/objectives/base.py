@@ -36,11 +36,9 @@ class Objective(nn.Module, ABC):
         return total(self.terms(restored, target))
 
 
-def check_objective(name: str, objective: Any, *, sign: int = 1) -> None:
-    """Raise ``ValueError`` unless it is called with (restored, target), and is a loss once it has this sign."""
+def check_objective(name: str, objective: Any) -> None:
+    """Raise ``ValueError`` unless it is called with (restored, target)."""
     check_callable(name, objective, "restored", "target")
-    if sign > 0:
-        check_sign(name, objective, sign)
     if not compares(objective):
         raise ValueError(
             f"`{name}` should take the target in second place, found {describe(objective)}, which takes "
@@ -48,16 +46,21 @@ def check_objective(name: str, objective: Any, *, sign: int = 1) -> None:
         )
 
 
-def check_sign(name: str, function: Any, sign: int) -> None:
-    """Raise ``ValueError`` for a metric that says of itself that with this sign it is no loss."""
+def check_sign(name: str, function: Any, weight: float = 1.0) -> None:
+    """Raise ``ValueError`` for a metric that says of itself that with this weight it is no loss."""
     higher = getattr(function, "higher_is_better", None)  # as torchmetrics states it
     if isinstance(lower := getattr(function, "lower_better", None), bool):  # as pyiqa does
         higher = not lower
-    if higher is (sign > 0):
-        more, than = ("more", "below") if sign > 0 else ("less", "above")
+    if higher is True and weight > 0:
         raise ValueError(
-            f"`{name}` should be less where images are better, found {describe(function)}, of which {more} is better: "
-            f"it needs a weight or a sign {than} 0."
+            f"`{name}` should be less where images are better, found {describe(function)}, of which more is better: a "
+            "`WeightedSum` takes it with a weight below 0, `NoReference` with `sign=-1`, and a function may return its "
+            "negative."
+        )
+    if higher is False and weight < 0:
+        raise ValueError(
+            f"`{name}` should be more where images are better, to be weighed by {weight:g}, found "
+            f"{describe(function)}, of which less is better."
         )
 
 

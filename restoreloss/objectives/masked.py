@@ -8,7 +8,7 @@ from torch import Tensor
 from restoreloss.checks import describe
 from restoreloss.generators import Generators
 from restoreloss.images import check_pair
-from restoreloss.objectives.base import Objective, check_objective, named_terms, total
+from restoreloss.objectives.base import Objective, check_objective, check_sign, named_terms, total
 
 
 class Masked(Objective):
@@ -41,6 +41,7 @@ class Masked(Objective):
     def __init__(self, objective: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         check_objective("objective", objective)
+        check_sign("objective", objective)
         self.objective = objective
         self._looked = False
 

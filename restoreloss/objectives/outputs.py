@@ -41,6 +41,8 @@ class MultiOutput(Objective):
         self.weights = None if weights is None else [check_number(f"weights[{n}]", w) for n, w in enumerate(weights)]
         if self.weights is not None and not any(self.weights):
             raise ValueError(f"`weights` should leave at least one output a weight other than 0, found {weights}.")
+        for weight in [1.0] if self.weights is None else self.weights:
+            check_sign("objective", objective, weight)
         self.objective = objective
 
     def terms(  # type: ignore[override]

@@ -15,6 +15,7 @@ from restoreloss.precision import ExactBuffers
 
 _AVERAGED_CALLS = 100
 _PENDING_CALLS = 8
+_LEFT_OUT_CALLS = 16
 FIRST_DRAWS = 8
 """How often losses that draw at random are measured in the first call."""
 
@@ -25,26 +26,30 @@ class RunningNorms(ExactBuffers):
     They are read where the training's own backward pass goes through: a call costs one norm for each objective, and
     nothing waits for the device. The first call is measured directly, as no backward pass has been yet. The mean of an
     objective is over all calls so far that computed it, and from the hundredth on over the last hundred or so (an
-    exponential average). Calls in which it has no gradient do not count, as those of a hinge that is satisfied: it
-    keeps its weight for when it has one again. With ``torch.distributed`` the norms are those of the whole batch over
-    all processes, each of which has to call, and to run the backward pass.
+    exponential average). With ``torch.distributed`` the norms are those of the whole batch over all processes, each of
+    which has to call, and to run the backward pass.
+
+    What has a share is divided by its mean, which may not fall to zero where it rests, as a hinge that is satisfied.
+    Its calls without a gradient count once it has one again, and then so many of them as an objective that is computed
+    now and then leaves out. It keeps its share on average, and at rest its weight.
 
     Each objective has buffers of its own, "mean_NAME" and so on, so that no state gives one the norm of another.
 
     Args:
         names: of the objectives.
-        every: of how many calls an objective computes one, by name; 1 where absent. Those that it leaves out count.
+        periods: of how many calls an objective computes one, by name; up to 16 need not be named.
     """
 
-    def __init__(self, names: Sequence[str], every: Mapping[str, int] | None = None) -> None:
+    def __init__(self, names: Sequence[str], periods: Mapping[str, int] | None = None) -> None:
         super().__init__()
         self.names = tuple(names)
-        self.every = {name: count for name, count in (every or {}).items() if count > 1}
+        self.longest = dict.fromkeys(names, _LEFT_OUT_CALLS)
+        for name, period in (periods or {}).items():
+            self.longest[name] = max(period, _LEFT_OUT_CALLS)
         for name in self.names:
             self.register_buffer(f"mean_{name}", torch.zeros(()))
             self.register_buffer(f"calls_{name}", torch.zeros((), dtype=torch.long))
-        for name in self.every:  # calls without a gradient in a row
-            self.register_buffer(f"idle_{name}", torch.zeros((), dtype=torch.long))
+            self.register_buffer(f"idle_{name}", torch.zeros((), dtype=torch.long))  # calls without a gradient in a row
         self._reset()
 
     def _reset(self) -> None:
@@ -65,21 +70,24 @@ class RunningNorms(ExactBuffers):
         return self._known is not None
 
     def __getstate__(self) -> dict[str, object]:
+        self._take_in_alone()
         return self.__dict__ | {"_pending": []}
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
-        if world_size() == 1:  # else all processes would have to save
-            self.take_in()
+        self._take_in_alone()
         super()._save_to_state_dict(*arguments)
 
+    def _take_in_alone(self) -> None:
+        if world_size() == 1:  # else all processes would have to save, or to copy
+            self.take_in()
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        # a checkpoint of before there was this loss, or of other objectives, is no error: they are measured
+        # a checkpoint of before there was this loss, or of other objectives, is no error: what is new is measured
         own = {f"{prefix}{name}": buffer for name, buffer in self.named_buffers()}
-        saved = [name for name in state_dict if name.startswith(prefix)]
-        if set(saved) != set(own):
-            for name in saved:
-                del state_dict[name]
-            state_dict.update(own)
+        for name in [name for name in state_dict if name.startswith(prefix) and name not in own]:
+            del state_dict[name]
+        for name, buffer in own.items():
+            state_dict.setdefault(name, buffer)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         self._reset()
 
@@ -96,26 +104,32 @@ class RunningNorms(ExactBuffers):
         return found
 
     @torch.no_grad()
-    def update(self, found: Tensor, computed: Collection[str]) -> None:
-        """Take the norms of one call into the means of what it computed, unless one is not finite or all are zero."""
+    def update(self, found: Tensor, computed: Collection[str], shared: Collection[str]) -> None:
+        """Take the norms of one call into the means of what it computed, unless one is not finite or all are zero.
+
+        Args:
+            found: of all objectives, in their order.
+            computed: the names of those that the call computed.
+            shared: the names of those that have a share.
+        """
         usable = found.isfinite().all() & (found > 0).any()
         for name, norm in zip(self.names, found, strict=True):
             if name in computed:
                 mean, calls = self.get_buffer(f"mean_{name}"), self.get_buffer(f"calls_{name}")
-                counts = usable & (norm > 0)
-                run = torch.ones_like(calls)
-                if name in self.every:  # this call, and those left out before it
+                counts, run = usable, torch.ones_like(calls)
+                if name in shared:  # this call, and those left out before it
                     idle = self.get_buffer(f"idle_{name}")
-                    run = (idle + 1).clamp(max=self.every[name])
+                    counts = usable & (norm > 0)
+                    run = (idle + 1).clamp(max=self.longest[name])
                     idle.copy_(torch.where(counts, 0, idle + usable))
                 calls += counts * run
                 part = (run / calls.clamp(1, _AVERAGED_CALLS)).clamp(max=1)
                 mean += torch.where(counts, part * (norm / run - mean), 0)
 
-    def begin(self) -> "BackwardPass":
+    def begin(self, shared: Collection[str]) -> "BackwardPass":
         """The hooks of a call whose backward pass will tell the norms. Takes in those of the calls before."""
         self.take_in()
-        self._pending.append(BackwardPass())
+        self._pending.append(BackwardPass(shared))
         return self._pending[-1]
 
     def take_in(self) -> None:
@@ -123,7 +137,7 @@ class RunningNorms(ExactBuffers):
         # several calls may wait for one backward pass; the oldest may wait for none
         for call in self._pending:
             if call.norms:
-                self.update(self.over_processes(call.norms), call.computed)
+                self.update(self.over_processes(call.norms), call.computed, call.shared)
         self._pending = [call for call in self._pending if not call.norms][-_PENDING_CALLS:]
 
     def by_name(self) -> dict[str, Tensor]:
@@ -141,7 +155,8 @@ def take_in_norms(module: nn.Module) -> None:
 class BackwardPass:
     """Hooks on what each objective reads and returns in one call, which tell the norm of its own gradient."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared: Collection[str]) -> None:
+        self.shared = tuple(shared)
         self.norms: dict[str, Tensor] = {}
         self.computed: tuple[str, ...] = ()
         self._factors: dict[str, Tensor] = {}

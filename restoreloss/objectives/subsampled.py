@@ -11,7 +11,7 @@ from restoreloss.checks import check_choice, check_integer
 from restoreloss.distances import Reduction
 from restoreloss.generators import Generators, check_generators, forked, permutation
 from restoreloss.images import check_pair
-from restoreloss.objectives.base import Objective, check_objective, named_terms, total
+from restoreloss.objectives.base import Objective, check_objective, check_sign, named_terms, total
 from restoreloss.objectives.tiles import check_share
 
 
@@ -55,6 +55,7 @@ class Subsampled(Objective):
     ) -> None:
         super().__init__()
         check_objective("objective", objective)
+        check_sign("objective", objective)
         self.every = check_integer("every", every)
         self.subset = None if subset is None else check_share("subset", subset)
         self.calls = 0
@@ -176,8 +177,10 @@ def at_every_call(module: nn.Module) -> Iterator[bool]:
 
 def period_of(objective: Any) -> int:
     """Of how many calls an objective computes one, by what is within it; of a plain function that is not known."""
-    parts = objective.modules() if isinstance(objective, nn.Module) else ()
-    return max((part.every for part in parts if isinstance(part, Subsampled)), default=1)
+    if not isinstance(objective, nn.Module):
+        return 1
+    within = max(map(period_of, objective.children()), default=1)
+    return objective.every * within if isinstance(objective, Subsampled) else within
 
 
 def zeros_with_graph(restored: Tensor, shape: Sequence[int]) -> Tensor:

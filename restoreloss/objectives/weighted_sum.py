@@ -12,7 +12,7 @@ from restoreloss.checks import check_number, describe
 from restoreloss.features import FeatureExtractor
 from restoreloss.generators import Generators, check_generators
 from restoreloss.images import check_pair
-from restoreloss.objectives.base import Objective, check_objective, named_terms, total
+from restoreloss.objectives.base import Objective, check_objective, check_sign, named_terms, total
 from restoreloss.objectives.shares import FIRST_DRAWS, BackwardPass, RunningNorms, norm_at, weights_for
 from restoreloss.objectives.subsampled import at_every_call, period_of
 
@@ -35,9 +35,10 @@ class WeightedSum(Objective):
         objectives: anything called with (restored, target), by name: torch losses, objectives, functions. Modules
             become submodules, so their parameters (a learned loss has some) are trained and saved with this one.
         weights: by name; what is absent weighs 1. An objective of weight 0 is not computed.
-        shares: by name, each between 0 and 1, in sum below 1: of the sum of the norms of all weighted gradients. At
-            least one objective has a fixed weight. Shares are measured in training mode, where a gradient is asked
-            for; before the first such call an objective with a share weighs 1.
+        shares: by name, each between 0 and 1, in sum below 1: of the sum of the norms of all weighted gradients, on
+            average over the calls. While an objective has no gradient, as a hinge that is satisfied, it keeps its
+            weight. At least one objective has a fixed weight. Shares are measured in training mode, where a gradient
+            is asked for; before the first such call an objective with a share weighs 1.
 
     Attributes:
         weights: those of fixed weight; may be changed between calls.
@@ -92,16 +93,16 @@ class WeightedSum(Objective):
         self.weights = {name: check_number(f"weights[{name!r}]", weight) for name, weight in given.items()}
         self.shares = {name: check_number(f"shares[{name!r}]", share, low=0, high=1) for name, share in shares.items()}
         for name, objective in objectives.items():
-            check_objective(f"objectives[{name!r}]", objective, sign=-1 if self.weights.get(name, 1) < 0 else 1)
+            check_objective(f"objectives[{name!r}]", objective)
             if not isinstance(name, str) or not name or "/" in name or "." in name:
                 raise ValueError(f"`objectives` should have names without '/' and '.', found {name!r}.")
         self.norms = RunningNorms(self._names, {n: period_of(f) for n, f in objectives.items()}) if shares else None
-        self._check_weights()
         self._functions = {name: f for name, f in objectives.items() if not isinstance(f, nn.Module)}
         for name, objective in objectives.items():
             if isinstance(objective, nn.Module):
                 # prefixed: a name like "train" or "type" must not shadow nn.Module's own
                 self.add_module(f"objective_{name}", objective)
+        self._check_weights()
 
     @property
     def reduction(self) -> str:
@@ -156,6 +157,8 @@ class WeightedSum(Objective):
             raise ValueError(
                 f"`shares` should each be above 0 and leave some of 1 to {list(self.weights)}, found {self.shares}."
             )
+        for name, objective in self.objectives.items():
+            check_sign(f"objectives[{name!r}]", objective, self.weights.get(name, 1.0))
 
     def terms(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> dict[str, Tensor]:
         """The weighted terms: "diff/noise" for a term of an objective that has terms, "pixel" for one that has none.
@@ -198,7 +201,7 @@ class WeightedSum(Objective):
             return self._weighted_terms(restored, target, generator, None)
         norms.follow(restored.device)
         if self._is_measured():
-            return self._weighted_terms(restored, target, generator, norms.begin())
+            return self._weighted_terms(restored, target, generator, norms.begin(self.shares))
         values = self._values(restored, target, generator, None)
         first: Tensor | None = None
         new = [name for name in values if not norms.get_buffer(f"calls_{name}")]
@@ -212,7 +215,7 @@ class WeightedSum(Objective):
                     first = found
                 elif torch.equal(found, first):
                     break  # decided alike by all processes, which would wait for each other else
-                norms.update(found, new)
+                norms.update(found, new, self.shares)
         return self._weigh(values, None)
 
     def _check_norms(self, found: Mapping[str, float], new: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from restoreloss.checks import check_choice, check_integer, check_number, descri
 from restoreloss.generators import forked
 from restoreloss.gradients import gradient_at, gradient_norm
 from restoreloss.images import check_pair
-from restoreloss.objectives.base import check_objective, named_terms
+from restoreloss.objectives.base import check_objective, check_sign, named_terms
 from restoreloss.objectives.diffloss import DiffLoss
 from restoreloss.objectives.subsampled import Subsampled
 from restoreloss.objectives.weighted_sum import WeightedSum
@@ -319,6 +319,7 @@ def _weighed(objectives: Objectives) -> list[tuple[str, float, Callable[..., Ten
             raise ValueError("`objectives` should name at least one objective, found none.")
         for name, objective in objectives.items():
             check_objective(f"objectives[{name!r}]", objective)
+            check_sign(f"objectives[{name!r}]", objective)
         return [(name, 1.0, objective) for name, objective in objectives.items()]
     if isinstance(objectives, type) or not callable(objectives):
         raise ValueError(

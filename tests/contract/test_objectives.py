@@ -111,7 +111,7 @@ def test_frozen_networks_stay_frozen_and_hidden(case: Case) -> None:
     parent = nn.Sequential(objective).train().requires_grad_(True)
     assert list(parent.parameters()) == []
     # the running norms of shares and the number of calls are state of the loss itself
-    own = re.compile(r"(norms\.(mean|calls)_\w+|_extra_state)$")
+    own = re.compile(r"(norms\.(mean|calls|idle)_\w+|_extra_state)$")
     assert [name for name in parent.state_dict() if not own.search(name)] == []
     for network in networks(objective):
         network.train().requires_grad_(True)  # by somebody who holds it as well

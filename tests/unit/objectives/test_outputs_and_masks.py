@@ -120,6 +120,15 @@ def test_a_quality_with_the_wrong_sign_is_refused(lower_better, sign):
         NoReference(quality, sign=sign)
 
 
+def test_outputs_of_a_metric_of_which_more_is_better_weigh_less_than_nothing():
+    quality = nn.MSELoss()
+    quality.lower_better = False
+    MultiOutput(quality, [-1.0, -0.5])
+    for weights in (None, [-1.0, 0.5]):
+        with pytest.raises(ValueError, match="`objective` should be less where images are better"):
+            MultiOutput(quality, weights)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_loss_of_the_output_alone_may_be_one_for_each_sample(count):
     restored, target = images(shape=(count, 3, 8, 8))

@@ -377,3 +377,14 @@ def test_a_metric_of_which_more_is_better_is_refused():
     quality.lower_better = False
     with pytest.raises(ValueError, match="of which more is better"):
         WeightedSum({"quality": quality})
+    with pytest.raises(ValueError, match="a `WeightedSum` takes it with a weight below 0"):
+        WeightedSum({"pixel": nn.L1Loss(), "quality": quality}, shares={"quality": 0.5})
+    loss = WeightedSum({"pixel": nn.L1Loss(), "quality": quality}, weights={"quality": -1.0})
+    loss.weights["quality"] = 1.0
+    with pytest.raises(ValueError, match="of which more is better"):
+        loss(image, image)
+    quality.lower_better = True
+    with pytest.raises(
+        ValueError, match="should be more where images are better, to be weighed by -1, found a MSELoss"
+    ):
+        WeightedSum({"pixel": nn.L1Loss(), "quality": quality}, weights={"quality": -1.0})
