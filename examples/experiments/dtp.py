@@ -116,7 +116,8 @@ class Experiment:
             yield "parts", f"shallow_{share:g}", {**gef, "shallow": share}
         for share in (0.05, 0.3, 0.5):
             yield "parts", f"replay_{share:g}", {**gef, "replay_share": share}
-        for method in ("plain", "gef_project"):
+        yield "parts", "plain_fft", {"method": "plain", "fft_weight": 0.1}
+        for method in ("scratch", "plain", "gef_project"):
             code = {"fft_weight": 0.1, "betas": (0.9, 0.99), "flips": True}
             yield "parts", f"{method}_as_in_the_code", {**gef, "method": method, **code}
 
