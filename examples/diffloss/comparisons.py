@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.common.engine.controls import ImageGradients
+from examples.common.engine.controls import FourierTransforms, ImageGradients
 from examples.common.engine.perceptual import LAYERS, Lite0
 from examples.common.networks.weights import load_weights
 from examples.diffloss.config import Adversarial, Diff, Filter, Perceptual
@@ -17,7 +17,10 @@ from restoreloss.frozen import frozen, unwrap
 
 def filter_loss(options: Filter) -> nn.Module:
     """The loss without a network."""
-    return nn.MSELoss() if options.kind == "images" else ImageGradients()
+    losses: dict[str, type[nn.Module]] = {
+        "images": nn.MSELoss, "gradients": ImageGradients, "fourier": FourierTransforms,
+    }  # fmt: skip
+    return losses[options.kind]()
 
 
 class Discriminator(nn.Sequential):

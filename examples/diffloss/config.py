@@ -79,11 +79,12 @@ class Filter:
     """A loss that knows no network and costs nothing, to compare the prior to.
 
     Attributes:
-        kind: squared error of the images, or of their gradients: the differences between neighboring pixels.
+        kind: squared error of the images, or of their gradients, which are the differences between neighboring
+            pixels; or L1 of their Fourier transforms.
         share: the share of the gradient that it keeps; 0 leaves it out.
     """
 
-    kind: Literal["images", "gradients"] = "gradients"
+    kind: Literal["images", "gradients", "fourier"] = "gradients"
     share: float = 0.0
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.common.engine.controls import FourierTransforms
 from examples.common.seeds import seeded
 from examples.dtp.generation import Noisy, Steps
 from examples.dtp.methods import aggregator
@@ -36,12 +37,6 @@ class Batch:
     clean: Tensor
     t: Tensor
     replay: Noisy | None
-
-
-def fourier_loss(restored: Tensor, clean: Tensor) -> Tensor:
-    """Mean L1 distance of the Fourier transforms, real and imaginary parts, without a factor (Cho et al. 2021)."""
-    gap: Tensor = torch.view_as_real(torch.fft.fft2(restored.float()) - torch.fft.fft2(clean.float()))
-    return gap.abs().mean()
 
 
 class GEF(Steps):
@@ -134,7 +129,7 @@ class GEF(Steps):
     def _restoration(self, network: nn.Module, batch: Batch) -> Tensor:
         restored = network(batch.degraded, batch.t)
         loss, weight = F.l1_loss(restored, batch.clean), self.recipe.config.fft_weight
-        return loss + weight * fourier_loss(restored, batch.clean) if weight else loss
+        return loss + weight * FourierTransforms()(restored, batch.clean) if weight else loss
 
     def _balance(self) -> Tensor | float:
         network: Any = unwrap(self.recipe.net)

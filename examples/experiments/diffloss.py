@@ -116,6 +116,7 @@ class Experiment:
         losses: dict[str, dict[str, Any]] = {
             "images": {"filter": Filter(kind="images", share=0.5)},
             "gradients": {"filter": Filter(kind="gradients", share=0.5)},
+            "fourier": {"filter": Filter(kind="fourier", share=0.5)},
             "lite0": {"perceptual": Perceptual(network="lite0", share=0.5)},
             "adversarial": {"adversarial": Adversarial(share=0.5)},
         }

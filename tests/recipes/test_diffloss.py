@@ -187,7 +187,7 @@ def test_terms_are_what_the_options_say(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(p.grad is None for p in trainer.net.parameters())
 
 
-@pytest.mark.parametrize("kind", ["images", "gradients"])
+@pytest.mark.parametrize("kind", ["images", "gradients", "fourier"])
 def test_a_loss_without_a_network_has_its_share(tmp_path: Path, kind: Any) -> None:
     trainer = Trainer(replace(TINY, out=tmp_path / "run", filter=Filter(kind=kind, share=0.5)))
     batch = trainer.batch(*next(trainer.read(0, 1)), 0, 4)
@@ -198,9 +198,13 @@ def test_a_loss_without_a_network_has_its_share(tmp_path: Path, kind: Any) -> No
         error = trainer.net(batch.degraded) - batch.clean
     if kind == "images":
         expected = error.square().mean()
-    else:
+    elif kind == "gradients":
         across, down = error[..., 1:] - error[..., :-1], error[..., 1:, :] - error[..., :-1, :]
         expected = across.square().mean() + down.square().mean()
+    else:
+        waves = [torch.exp(-2j * torch.pi * torch.outer(k, k) / len(k)) for k in map(torch.arange, error.shape[2:])]
+        spectrum = waves[0] @ error.to(torch.complex64) @ waves[1]  # by the definition
+        expected = (spectrum.real.abs().mean() + spectrum.imag.abs().mean()) / 2
     torch.testing.assert_close(terms["filter"], weight * expected)
     restored = trainer.net(batch.degraded).detach()
     assert audit(trainer.objectives, restored, batch.clean)["filter"].share == pytest.approx(0.5, abs=1e-4)

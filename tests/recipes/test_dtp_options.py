@@ -13,8 +13,8 @@ import torch.nn.functional as F
 import yaml
 
 from examples.common.data.folder import read_image
+from examples.common.engine.controls import FourierTransforms
 from examples.common.engine.perceptual import PACKAGE, lite0_distance
-from examples.dtp.gef import fourier_loss
 from examples.dtp.testing import over_flips
 from examples.dtp.train import trainer as build
 from restoreloss.frozen import unwrap
@@ -50,7 +50,7 @@ def test_the_loss_in_frequencies_is_added(tmp_path: Path, pretrained: Path) -> N
     restored = network(batch.degraded, batch.t)
     gap = torch.fft.fft2(restored) - torch.fft.fft2(batch.clean)
     wanted = (gap.real.abs().mean() + gap.imag.abs().mean()) / 2
-    torch.testing.assert_close(fourier_loss(restored, batch.clean), wanted)
+    torch.testing.assert_close(FourierTransforms()(restored, batch.clean), wanted)
     l1 = F.l1_loss(restored, batch.clean)
     for run, expected in ((plain, l1), (both, l1 + 0.1 * wanted)):
         torch.testing.assert_close(run.stages[0].alternation.step(first_batch(run))["restoration"], expected.detach())
