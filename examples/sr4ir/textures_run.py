@@ -27,7 +27,7 @@ from torchvision.models import resnet18
 from examples.common.data.degrade import low_resolution
 from examples.common.data.folder import check_folder
 from examples.common.data.photo_textures import CLASSES, photo_textures
-from examples.common.engine.controls import ImageGradients
+from examples.common.engine.controls import FourierTransforms, ImageGradients
 from examples.common.engine.perceptual import Lite0
 from examples.common.engine.run_directory import to_json
 from examples.common.engine.training import Training, by_turns, check_options, restore
@@ -39,7 +39,7 @@ SCALE, BATCH, LR, FURTHER_LR = 4, 16, 2e-3, 1e-3
 TEST_SEED, JUDGE_SEED = 9000, 5000
 TITLES = {
     "degraded": "reduced by 4", "l1": "L1", "squared": "L1 + squared error", "gradients": "L1 + image gradients",
-    "imagenet": "L1 + ImageNet features", "tdp": "L1 + TDP", "clean": "sharp",
+    "fourier": "L1 + Fourier transforms", "imagenet": "L1 + ImageNet features", "tdp": "L1 + TDP", "clean": "sharp",
 }  # fmt: skip
 READERS = {"fixed": "classifier", "judge": "independent"}
 RIGHT, WRONG = "#118a2e", "#d4111b"
@@ -99,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--share", type=float, default=0.97, help="of the gradient, of each loss beside L1 (default: %(default)s)"
     )
+    parser.add_argument("--fourier", action="store_true", help="also L1 with L1 of the Fourier transforms")
     parser.add_argument(
         "--imagenet", action="store_true",
         help="also L1 with a perceptual loss that knows nothing of the task: features of EfficientNet-Lite0, of the "
@@ -135,6 +136,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
     tdp = TDPLoss(classifier, normalize=None)  # this classifier reads images in [0, 1] as they are
     beside: dict[str, nn.Module] = {"squared": nn.MSELoss(), "gradients": ImageGradients()}
+    if args.fourier:
+        beside["fourier"] = FourierTransforms()
     if imagenet is not None:
         beside["imagenet"] = imagenet
     beside["tdp"] = tdp

