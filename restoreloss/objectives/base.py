@@ -48,9 +48,7 @@ def check_objective(name: str, objective: Any) -> None:
 
 def check_sign(name: str, function: Any, weight: float = 1.0) -> None:
     """Raise ``ValueError`` for a metric that says of itself that with this weight it is no loss."""
-    higher = getattr(function, "higher_is_better", None)  # as torchmetrics states it
-    if isinstance(lower := getattr(function, "lower_better", None), bool):  # as pyiqa does
-        higher = not lower
+    higher = higher_is_better(function)
     if higher is True and weight > 0:
         raise ValueError(
             f"`{name}` should be less where images are better, found {describe(function)}, of which more is better: a "
@@ -62,6 +60,13 @@ def check_sign(name: str, function: Any, weight: float = 1.0) -> None:
             f"`{name}` should be more where images are better, to be weighed by {weight:g}, found "
             f"{describe(function)}, of which less is better."
         )
+
+
+def higher_is_better(function: Any) -> bool | None:
+    """What a metric says of itself, None where it says nothing."""
+    if isinstance(lower := getattr(function, "lower_better", None), bool):  # as pyiqa states it
+        return not lower
+    return getattr(function, "higher_is_better", None)  # as torchmetrics does
 
 
 def compares(loss: Any) -> bool:

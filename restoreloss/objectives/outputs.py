@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from restoreloss.checks import check_callable, check_number, describe
 from restoreloss.generators import Generators
-from restoreloss.objectives.base import Objective, check_objective, check_sign, named_terms, total
+from restoreloss.objectives.base import Objective, check_objective, check_sign, higher_is_better, named_terms, total
 
 
 class MultiOutput(Objective):
@@ -109,6 +109,8 @@ class NoReference(Objective):
             raise ValueError(f"`sign` should be 1 or -1, found {sign!r}.")
         check_sign("function", function, sign)
         self.function, self.sign = function, sign
+        # for a `WeightedSum`, whose weight below 0 would turn the sign once more
+        self.higher_is_better = False if sign < 0 else higher_is_better(function)
 
     def terms(self, restored: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The loss of ``restored``, as "loss"; ``target`` is not looked at."""

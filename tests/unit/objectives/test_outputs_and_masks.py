@@ -120,6 +120,15 @@ def test_a_quality_with_the_wrong_sign_is_refused(lower_better, sign):
         NoReference(quality, sign=sign)
 
 
+def test_a_weight_below_zero_does_not_turn_a_sign_that_was_turned():
+    known = nn.Module()
+    known.forward, known.lower_better = variation, True
+    for quality in (NoReference(variation, sign=-1), NoReference(known)):
+        with pytest.raises(ValueError, match="should be more where images are better, to be weighed by -0.1"):
+            WeightedSum({"pixel": nn.L1Loss(), "quality": quality}, weights={"quality": -0.1})
+    WeightedSum({"pixel": nn.L1Loss(), "quality": NoReference(variation)}, weights={"quality": -0.1})
+
+
 def test_outputs_of_a_metric_of_which_more_is_better_weigh_less_than_nothing():
     quality = nn.MSELoss()
     quality.lower_better = False
