@@ -154,6 +154,7 @@ class _Routers(ExactBuffers):
     """A linear layer for each of several timesteps."""
 
     steps: Tensor
+    """As floats, of which averages of weights can be taken."""
 
     def __init__(self, channels: int, experts: int, timesteps: int | Sequence[int]) -> None:
         super().__init__()
@@ -163,7 +164,7 @@ class _Routers(ExactBuffers):
             chosen = list(range(1, check_integer("timesteps", timesteps) + 1))
         if not chosen:
             raise ValueError("`timesteps` should be at least one, found none.")
-        # floats, of which averages of weights can be taken
+        self._chosen = tuple(chosen)
         self.register_buffer("steps", torch.tensor(chosen, dtype=torch.float32))
         bound = channels**-0.5  # as of nn.Linear
         self.weight = nn.Parameter(torch.empty(len(chosen), experts, channels).uniform_(-bound, bound))
@@ -171,12 +172,14 @@ class _Routers(ExactBuffers):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         saved = state_dict.get(f"{prefix}steps", self.steps)
-        if not same_integers(saved, self.steps):
-            wanted, found = ([f"{step:g}" for step in steps.tolist()] for steps in (saved, self.steps))
+        own = torch.tensor(self._chosen, dtype=torch.float32, device=saved.device)
+        if not saved.is_meta and not same_integers(saved, own):
+            wanted, found = ([f"{step:g}" for step in steps.tolist()] for steps in (saved, own))
             raise ValueError(
                 f"`timesteps` should be [{', '.join(wanted)}], as in the state, found [{', '.join(found)}]."
             )
-        state_dict[f"{prefix}steps"] = self.steps  # exact, where those of the state were cast
+        # exact, where those of the state were cast, and where this module is on the meta device
+        state_dict[f"{prefix}steps"] = own
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(self, means: Tensor, t: Tensor | None) -> Tensor:

@@ -19,7 +19,8 @@ class Masked(Objective):
     where m is the mask and :math:`\bar m` its mean over the batch. Outside of the mask the objective is shown the
     target twice, so that it sees no difference there, and has no gradient. This is right for any objective, also for
     those that look through a network, which a weight for each pixel of its result is not. For L1 and squared error
-    with :math:`m \in \{0, 1\}` it is their mean over the masked pixels.
+    with :math:`m \in \{0, 1\}` it is their mean over the masked pixels. The shares of a `WeightedSum` within are of the
+    gradient at what it is shown, some of which, of losses that see a neighborhood, is outside of the mask.
 
     Args:
         objective: anything called with (restored, target): a loss, a :class:`WeightedSum`, a function. It should be a

@@ -37,23 +37,22 @@ class RunningNorms(ExactBuffers):
 
     Args:
         names: of the objectives.
-        periods: of how many calls an objective computes one, by name; up to 16 need not be named.
+        periods: of how many calls an objective computes one, as far as that is known; below 16 it need not be.
     """
 
-    def __init__(self, names: Sequence[str], periods: Mapping[str, int] | None = None) -> None:
+    def __init__(self, names: Sequence[str], periods: Mapping[str, int]) -> None:
         super().__init__()
         self.names = tuple(names)
-        self.longest = dict.fromkeys(names, _LEFT_OUT_CALLS)
-        for name, period in (periods or {}).items():
-            self.longest[name] = max(period, _LEFT_OUT_CALLS)
+        self.longest = {name: max(periods[name], _LEFT_OUT_CALLS) for name in names}
         for name in self.names:
             self.register_buffer(f"mean_{name}", torch.zeros(()))
             self.register_buffer(f"calls_{name}", torch.zeros((), dtype=torch.long))
-            self.register_buffer(f"idle_{name}", torch.zeros((), dtype=torch.long))  # calls without a gradient in a row
+            # calls without a gradient in a row; -1 for a fixed weight, whose mean is over those calls too
+            self.register_buffer(f"idle_{name}", torch.zeros((), dtype=torch.long))
         self._reset()
 
     def _reset(self) -> None:
-        self._known: frozenset[str] | None = None
+        self._settled: tuple[frozenset[str], frozenset[str]] | None = None
         self._pending: list[BackwardPass] = []
 
     def follow(self, device: torch.device) -> None:
@@ -61,13 +60,27 @@ class RunningNorms(ExactBuffers):
         if next(self.buffers()).device != device:
             self.to(device)
 
-    def known(self, names: Collection[str]) -> bool:
-        """Whether all of these have been measured. Asks the device once for each choice of names."""
-        chosen = frozenset(names)
-        if self._known != chosen:
-            measured = bool(torch.stack([self.get_buffer(f"calls_{name}") for name in names]).min() > 0)
-            self._known = chosen if measured else None
-        return self._known is not None
+    def new(self, names: Collection[str], shared: Collection[str]) -> list[str]:
+        """Those of ``names`` that have not been measured, what has a share as such.
+
+        It asks the device once for each choice of names.
+        """
+        choice = frozenset(names), frozenset(shared)
+        if self._settled == choice:
+            return []
+        calls, idle = (
+            torch.stack([self.get_buffer(f"{kind}_{name}") for name in names]).tolist() for kind in ("calls", "idle")
+        )
+        new = [name for name, n, i in zip(names, calls, idle, strict=True) if n == 0 or (name in shared and i < 0)]
+        if not new:
+            self._settled = choice
+        return new
+
+    def forget(self, names: Collection[str]) -> None:
+        """Begin anew with these."""
+        for name in names:
+            for kind in ("mean", "calls", "idle"):
+                self.get_buffer(f"{kind}_{name}").zero_()
 
     def __getstate__(self) -> dict[str, object]:
         self._take_in_alone()
@@ -98,9 +111,9 @@ class RunningNorms(ExactBuffers):
         found = torch.stack([measured.get(name, nothing).to(nothing) for name in self.names])
         if (processes := world_size()) > 1:
             # the loss is the mean over processes, whose images are different ones
-            squares = (found / processes).square()
+            squares = (found.double() / processes).square()  # which would underflow in float32
             dist.all_reduce(squares)
-            found = squares.sqrt()
+            found = squares.sqrt().to(found)
         return found
 
     @torch.no_grad()
@@ -116,19 +129,20 @@ class RunningNorms(ExactBuffers):
         for name, norm in zip(self.names, found, strict=True):
             if name in computed:
                 mean, calls = self.get_buffer(f"mean_{name}"), self.get_buffer(f"calls_{name}")
-                counts, run = usable, torch.ones_like(calls)
+                idle = self.get_buffer(f"idle_{name}")
                 if name in shared:  # this call, and those left out before it
-                    idle = self.get_buffer(f"idle_{name}")
                     counts = usable & (norm > 0)
-                    run = (idle + 1).clamp(max=self.longest[name])
+                    run = (idle + 1).clamp(1, self.longest[name])
                     idle.copy_(torch.where(counts, 0, idle + usable))
-                calls += counts * run
+                else:
+                    counts, run = usable, torch.ones_like(calls)
+                    idle.fill_(-1)
+                calls += usable
                 part = (run / calls.clamp(1, _AVERAGED_CALLS)).clamp(max=1)
                 mean += torch.where(counts, part * (norm / run - mean), 0)
 
     def begin(self, shared: Collection[str]) -> "BackwardPass":
-        """The hooks of a call whose backward pass will tell the norms. Takes in those of the calls before."""
-        self.take_in()
+        """The hooks of a call whose backward pass will tell the norms."""
         self._pending.append(BackwardPass(shared))
         return self._pending[-1]
 
@@ -137,7 +151,7 @@ class RunningNorms(ExactBuffers):
         # several calls may wait for one backward pass; the oldest may wait for none
         for call in self._pending:
             if call.norms:
-                self.update(self.over_processes(call.norms), call.computed, call.shared)
+                self.update(self.over_processes(call.norms), call.reached(), call.shared)
         self._pending = [call for call in self._pending if not call.norms][-_PENDING_CALLS:]
 
     def by_name(self) -> dict[str, Tensor]:
@@ -159,7 +173,7 @@ class BackwardPass:
         self.shared = tuple(shared)
         self.norms: dict[str, Tensor] = {}
         self.computed: tuple[str, ...] = ()
-        self._factors: dict[str, Tensor] = {}
+        self._factors: dict[str, dict[str, Tensor]] = {}
         self._weights: Mapping[str, Tensor | float] = {}
         self._terms: dict[str, set[str]] = {}
         self._passed: dict[str, set[str]] = {}
@@ -172,7 +186,10 @@ class BackwardPass:
             if passed is None:  # a second derivative, which came by no term
                 return
             if passed == self._terms[name]:
-                self.norms[name] = gradient_norm(gradient) / (self._factors[name] * self._weights[name]).abs()
+                factors = torch.stack(list(self._factors[name].values()))
+                # terms that were multiplied apart have no factor in common, and no mean takes in NaN
+                factor = torch.where((factors == factors[0]).all(), factors[0], torch.nan)
+                self.norms[name] = gradient_norm(gradient) / (factor * self._weights[name]).abs()
                 return
             self.norms[name] = torch.full_like(gradient_norm(gradient), torch.nan)  # which no mean takes in
             warnings.warn(
@@ -185,6 +202,10 @@ class BackwardPass:
         alias.register_hook(measure)
         return alias
 
+    def reached(self) -> list[str]:
+        """The objectives that the call computed, but those whose terms the backward pass did not go through."""
+        return [name for name in self.computed if name in self.norms or name not in self._terms]
+
     def terms(
         self, values: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Tensor | float]
     ) -> dict[str, Tensor]:
@@ -194,7 +215,7 @@ class BackwardPass:
         for name, terms in values.items():
 
             def read(gradient: Tensor, name: str, key: str) -> None:
-                self._factors[name] = gradient.detach().float().sum()
+                self._factors.setdefault(name, {})[key] = gradient.detach().float().sum()
                 self._passed.setdefault(name, set()).add(key)
 
             for key, value in terms.items():
@@ -221,5 +242,4 @@ def weights_for(
     with i over the objectives of fixed weight.
     """
     rest = torch.stack([abs(weight) * norms[name] for name, weight in fixed.items()]).sum() / (1 - sum(shares.values()))
-    smallest = torch.finfo(torch.float32).tiny
-    return {name: share * rest / norms[name].clamp(min=smallest) for name, share in shares.items()}
+    return {name: share * rest / norms[name] for name, share in shares.items()}

@@ -1,7 +1,7 @@
 """Subsampled: any objective on fewer calls or fewer samples, right on average."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from restoreloss.checks import check_choice, check_integer
 from restoreloss.distances import Reduction
+from restoreloss.frozen import in_mode
 from restoreloss.generators import Generators, check_generators, forked, permutation
 from restoreloss.images import check_pair
 from restoreloss.objectives.base import Objective, check_objective, check_sign, named_terms, total
@@ -106,10 +107,9 @@ class Subsampled(Objective):
         count = len(restored)
         if self.every > 1 and not self._due():
             shape = (count,) if self.reduction == "none" else ()
-            if self._names is None:  # A resumed training begins here: one sample gives the names.
-                with forked(restored.device), torch.no_grad():
-                    self._terms(restored[:1], target[:1], None)
-            return {name: zeros_with_graph(restored, shape) for name in self._names or ()}
+            if self._names is None:  # A resumed training begins here.
+                self._names = self._names_of_terms(restored, target)
+            return {name: zeros_with_graph(restored, shape) for name in self._names}
         rows = self._rows(count, generator, restored.device)
         if rows is None:
             terms = self._terms(restored, target, generator)
@@ -130,6 +130,14 @@ class Subsampled(Objective):
         terms = {name.removeprefix("loss/"): value for name, value in named.items()}
         self._names = tuple(terms)
         return terms
+
+    def _names_of_terms(self, restored: Tensor, target: Tensor) -> tuple[str, ...]:
+        """One sample tells them, in a call that leaves no trace."""
+        if not callable(getattr(self.objective, "terms", None)):
+            return ("loss",)
+        whole = nullcontext() if self._function is not None else in_mode(self.inner, "eval")
+        with forked(restored.device), torch.no_grad(), whole:
+            return tuple(self._terms(restored[:1], target[:1], None))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _due(self) -> bool:

@@ -37,13 +37,15 @@ class WeightedSum(Objective):
         weights: by name; what is absent weighs 1. An objective of weight 0 is not computed.
         shares: by name, each between 0 and 1, in sum below 1: of the sum of the norms of all weighted gradients, on
             average over the calls. While an objective has no gradient, as a hinge that is satisfied, it keeps its
-            weight. At least one objective has a fixed weight. Shares are measured in training mode, where a gradient
-            is asked for; before the first such call an objective with a share weighs 1.
+            weight. What is computed in fewer than one of sixteen calls has its share by `Subsampled`, which says so,
+            and less by a rule of its own, which cannot be told from rest. At least one objective has a fixed weight.
+            Shares are measured in training mode, where a gradient is asked for; before the first such call an
+            objective with a share weighs 1.
 
     Attributes:
         weights: those of fixed weight; may be changed between calls.
         shares: the shares; may be changed between calls, but not added to a sum that was made without any.
-            Where a call computes what none did before, its norms are measured directly once more.
+            What no call has computed, or only with a fixed weight, is measured directly in the next.
         norms: the running norms, a :class:`~restoreloss.objectives.shares.RunningNorms`; None without shares. Its
             ``take_in()``, called by all of several processes before the first saves, makes a resumed training equal to
             the digit; one process does so by itself.
@@ -85,13 +87,9 @@ class WeightedSum(Objective):
             raise ValueError(f"`objectives` should be a mapping by name, found {type(objectives).__name__}.")
         if not objectives:
             raise ValueError("`objectives` should name at least one objective, found none.")
-        for argument, given in (("weights", weights), ("shares", shares)):
-            if unknown := [name for name in given if name not in objectives]:
-                raise ValueError(f"`{argument}` should be named after objectives {list(objectives)}, found {unknown}.")
         self._names = tuple(objectives)
-        given = {name: weights.get(name, 1.0) for name in objectives if name in weights or name not in shares}
-        self.weights = {name: check_number(f"weights[{name!r}]", weight) for name, weight in given.items()}
-        self.shares = {name: check_number(f"shares[{name!r}]", share, low=0, high=1) for name, share in shares.items()}
+        self.weights: dict[str, float] = {name: 1.0 for name in objectives if name not in shares} | dict(weights)
+        self.shares: dict[str, float] = dict(shares)
         for name, objective in objectives.items():
             check_objective(f"objectives[{name!r}]", objective)
             if not isinstance(name, str) or not name or "/" in name or "." in name:
@@ -136,23 +134,42 @@ class WeightedSum(Objective):
         weights = self.weights | {name: float(weight) for name, weight in self._weights_of_shares().items()}
         return {name: weights[name] for name in self._names}
 
-    def _is_measured(self) -> bool:
-        """Whether there are norms of all that is computed: weights may have changed since the last call."""
-        return self.norms is not None and self.norms.known([n for n in self._names if self.weights.get(n) != 0])
+    def _new(self, norms: RunningNorms) -> list[str]:
+        """What is computed and has not been measured: weights and shares may have changed since the last call."""
+        return norms.new([name for name in self._names if self.weights.get(name) != 0], self.shares)
 
     def _weights_of_shares(self) -> dict[str, Tensor | float]:
-        if self.norms is None or not self._is_measured():
-            return dict.fromkeys(self.shares, 1.0)
-        return {**weights_for(self.shares, self.norms.by_name(), self.weights)}
+        """By what has been measured; the others weigh 1."""
+        weights: dict[str, Tensor | float] = dict.fromkeys(self.shares, 1.0)
+        if self.norms is None:
+            return weights
+        new = self._new(self.norms)
+        shares, fixed = ({n: x for n, x in given.items() if n not in new} for given in (self.shares, self.weights))
+        return {**weights, **(weights_for(shares, self.norms.by_name(), fixed) if any(fixed.values()) else {})}
 
     def _check_weights(self) -> None:
         if self.shares and self.norms is None:
             raise ValueError(f"`shares` should be given at construction, found {self.shares} in a sum without.")
+        for argument, given, low, high in (
+            ("weights", self.weights, -math.inf, math.inf),
+            ("shares", self.shares, 0, 1),
+        ):
+            if unknown := [name for name in given if name not in self._names]:
+                raise ValueError(f"`{argument}` should be named after objectives {list(self._names)}, found {unknown}.")
+            for name, value in given.items():
+                check_number(f"{argument}[{name!r}]", value, low=low, high=high)
+        if missing := [name for name in self._names if name not in self.weights and name not in self.shares]:
+            raise ValueError(f"`weights` or `shares` should name each objective, found no {missing}.")
         if twice := [name for name in self.weights if name in self.shares]:
             raise ValueError(f"`weights` should not name what has a share, found {twice} in both.")
+        if not self.weights:
+            raise ValueError(
+                f"`shares` should leave out at least one objective, which has what is left of 1, found {self.shares}."
+            )
         if not any(self.weights.values()):
-            found = dict(self.weights) or f"shares of {sum(self.shares.values()):g} for all"
-            raise ValueError(f"`weights` should leave at least one objective a weight other than 0, found {found}.")
+            raise ValueError(
+                f"`weights` should leave at least one objective a weight other than 0, found {self.weights}."
+            )
         if not all(share > 0 for share in self.shares.values()) or sum(self.shares.values()) >= 1:
             raise ValueError(
                 f"`shares` should each be above 0 and leave some of 1 to {list(self.weights)}, found {self.shares}."
@@ -200,11 +217,12 @@ class WeightedSum(Objective):
         if not (self.training and restored.requires_grad and torch.is_grad_enabled()):
             return self._weighted_terms(restored, target, generator, None)
         norms.follow(restored.device)
-        if self._is_measured():
+        norms.take_in()
+        new = self._new(norms)
+        if not new:
             return self._weighted_terms(restored, target, generator, norms.begin(self.shares))
         values = self._values(restored, target, generator, None)
         first: Tensor | None = None
-        new = [name for name in values if not norms.get_buffer(f"calls_{name}")]
         with at_every_call(self) as changed:  # A call that is left out would be measured as zero.
             for draw in range(FIRST_DRAWS):  # A loss that draws timesteps may be far from its mean in one draw.
                 drawn = self._values(restored, target, generator, None) if draw or changed else values
@@ -213,6 +231,7 @@ class WeightedSum(Objective):
                 if first is None:
                     self._check_norms(dict(zip(norms.names, found.tolist(), strict=True)), new)
                     first = found
+                    norms.forget(new)
                 elif torch.equal(found, first):
                     break  # decided alike by all processes, which would wait for each other else
                 norms.update(found, new, self.shares)

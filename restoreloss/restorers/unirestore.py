@@ -371,8 +371,10 @@ class UniRestore(nn.Module):
         return hash_of(trained | self._prior_state() | {f"gate.{self.gate}": torch.empty(0)})
 
     def _prior_state(self) -> dict[str, Tensor]:
-        """All that makes the prior what it is: its weights, its empty prompt, and its schedule."""
-        state = {"prompt": self.prompt}
+        """All that makes the prior what it is: its weights, empty prompt and schedule, and the scale of its latents."""
+        config: Any = self._vae.network.config
+        ends = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(-1, config.latent_channels, -1, -1)
+        state = {"prompt": self.prompt, "latents": denormalize_latents(ends, config)}
         for name, part in (("vae", self._vae.network), ("unet", self._unet.network)):
             state |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
         kind = f"{type(self.schedule).__name__}.{self.schedule.prediction_type}"

@@ -326,6 +326,7 @@ def _weighed(objectives: Objectives) -> list[tuple[str, float, Callable[..., Ten
             "`objectives` should be callables by name in a mapping, a WeightedSum or one objective, found "
             f"{describe(objectives)}."
         )
+    check_sign("objectives", objectives)
     return [(getattr(objectives, "__name__", type(objectives).__name__), 1.0, objectives)]
 
 

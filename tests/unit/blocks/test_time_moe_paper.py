@@ -156,3 +156,14 @@ def test_weights_of_another_number_of_timesteps_are_refused() -> None:
             timed(count).load_state_dict(learned)
     del learned["_extra_state"]  # of weights alone nothing is known
     timed(50).load_state_dict(learned)
+
+
+def test_a_model_that_was_made_without_memory_takes_its_timesteps_from_the_state() -> None:
+    state = TimeMoE(8, timesteps=[4, 47]).state_dict()
+    for assign in (True, False):
+        with torch.device("meta"):
+            model = TimeMoE(8, timesteps=[4, 47])
+        if not assign:
+            model.to_empty(device="cpu")
+        model.load_state_dict(state, assign=assign)
+        torch.testing.assert_close(model.state_dict(), state)

@@ -140,6 +140,31 @@ def test_a_state_has_the_calls() -> None:
         resumed.load_state_dict({"objective_errors._extra_state": torch.tensor(-1)})
 
 
+class Normalized(nn.Module):
+    """A loss with state, and with terms or without."""
+
+    def __init__(self, has_terms: bool) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        if has_terms:
+            self.terms = lambda restored, target: {"a": self(restored, target)}
+
+    def forward(self, restored: Tensor, target: Tensor) -> Tensor:
+        value: Tensor = (self.norm(restored) - target).square().mean()
+        return value
+
+
+@pytest.mark.parametrize("has_terms", [False, True])
+def test_the_names_of_a_resumed_call_that_is_left_out_leave_no_trace(has_terms: bool) -> None:
+    z, x = uniform(2, 3, 8, 8).requires_grad_(), uniform(2, 3, 8, 8, seed=1)
+    loss, resumed = (Subsampled(Normalized(has_terms), every=3) for _ in range(2))
+    loss(z, x)
+    resumed.load_state_dict(loss.state_dict())
+    assert {name: float(value) for name, value in resumed.terms(z, x).items()} == {"a" if has_terms else "loss": 0.0}
+    assert resumed.training and resumed.objective.norm.training
+    assert torch.equal(resumed.objective.norm.running_mean, loss.objective.norm.running_mean)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_a_call_that_is_left_out_is_zero_whatever_it_is_given(dtype: torch.dtype) -> None:
     loss = Subsampled(Errors("none"), every=2)

@@ -183,7 +183,7 @@ def test_per_sample_objectives_sum_per_sample():
         ({"l1": 0.5}, None, r"`objectives\['l1'\]` should be callable as .*, found 0.5"),
         ({"l1": F.l1_loss}, {"l1": math.nan}, "found nan"),
         ({"l1": F.l1_loss}, {"l1": math.inf}, "found inf"),
-        ({"l1": F.l1_loss, "l2": F.mse_loss}, {"l1": 0, "l2": 0}, "other than 0, found {'l1': 0.0, 'l2': 0.0}"),
+        ({"l1": F.l1_loss, "l2": F.mse_loss}, {"l1": 0, "l2": 0}, "other than 0, found {'l1': 0, 'l2': 0}"),
     ],
 )
 def test_bad_construction_is_refused_with_what_was_found(objectives, weights, message):

@@ -102,13 +102,15 @@ def test_a_file_that_was_trained_with_another_prior_is_told(tmp_path: Path) -> N
         model.load_trained(file)
 
 
-@pytest.mark.parametrize("part", ["prompt", "prediction type", "schedule"])
-def test_the_prompt_and_the_schedule_belong_to_the_prior(part: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["prompt", "prediction type", "schedule", "scale of latents"])
+def test_the_prompt_the_schedule_and_the_scale_belong_to_the_prior(part: str, tmp_path: Path) -> None:
     model, file, prompts = learned(small()), tmp_path / "trained.safetensors", tmp_path / "prompts.safetensors"
     model.save_trained(file)
     model.save_prompts(prompts)
     if part == "prompt":
         model.prompt += 1
+    elif part == "scale of latents":
+        model._vae.network.register_to_config(scaling_factor=0.5)
     elif part == "schedule":
         model.schedule = NoiseSchedule.linear(prediction_type=model.schedule.prediction_type)
     else:

@@ -314,6 +314,14 @@ def test_global_random_state_is_left_as_it_was():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_metric_of_which_more_is_better_is_no_loss():
+    quality = nn.MSELoss()
+    quality.lower_better = False
+    for objectives in (quality, {"quality": quality}):
+        with pytest.raises(ValueError, match="should be less where images are better"):
+            audit(objectives, torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8))
+
+
 def test_global_random_state_is_left_as_it_was_when_an_objective_raises():
     def broken(z, x):
         torch.rand(3)
