@@ -67,7 +67,8 @@ class FeatureExtractor:
             raise ValueError(f"`network` should be an nn.Module, found {describe(network)}.")
         layers = [layers] if isinstance(layers, str) else layers
         if layers is not None and not (isinstance(layers, Sequence) and all(isinstance(one, str) for one in layers)):
-            raise ValueError(f"`layers` should be a name or a list of names, found {layers!r}.")
+            found = f"[{', '.join(map(describe, layers))}]" if isinstance(layers, list) else describe(layers)
+            raise ValueError(f"`layers` should be a name or a list of names, found {found}.")
         self.network = network
         self.layers = tuple(default_layers(unwrap(network)) if layers is None else layers)
         if not self.layers:

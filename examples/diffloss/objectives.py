@@ -1,5 +1,6 @@
 """The loss of a run: the pixels, DiffLoss, and what it is compared to, with their weights."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ def terms_of(config: Config) -> list[str]:
     """The terms that a run has: those with a weight or a share.
 
     Raises:
-        ValueError: For a weight or share out of its range, and where no term has a weight.
+        ValueError: For a weight or share out of its range, where no term has a weight, and for options of a term that
+            has none.
     """
     options: dict[str, Diff | Perceptual | Adversarial] = {
         "diff": config.diff, "perceptual": config.perceptual, "adversarial": config.adversarial,
@@ -40,6 +42,10 @@ def terms_of(config: Config) -> list[str]:
         raise ValueError(
             f"`pixel`, `diff`, `perceptual` or `adversarial` should have a weight above 0{beside}, found none."
         )
+    for name, group in {**options, "filter": config.filter}.items():
+        for one in fields(group):
+            if not weights[name] and (value := getattr(group, one.name)) != one.default:
+                raise ValueError(f"`{name}.share` or a weight should be given for `{name}.{one.name}`, found {value}.")
     return [name for name, weight in weights.items() if weight]
 
 
@@ -101,7 +107,7 @@ def diff_loss(options: Diff) -> Subsampled:
         try:
             prior = load_prior(options.prior, head_channels=options.head_channels, grouped_heads=options.grouped_heads)
         except (OSError, ValueError) as error:
-            raise ValueError(f"`diff.prior`: {error}") from error
+            raise ValueError(f"`diff.prior` should be small, untrained, or what can be read: {error}") from error
     if options.constrain != "noise":
         prior = constrained(prior, options)
     if options.bf16:

@@ -24,7 +24,8 @@ TRAINERS = {
     "examples.unirestore.prepare": [],
 }  # fmt: skip
 EVERYWHERE = {
-    "--stepz=1": "stepz", "--steps=many": "steps", "--steps=-1": "`steps` should be at least 1, found -1",
+    "--stepz=1": "stepz", "--step=1": "--step=1",
+    "--steps=many": "steps", "--steps=-1": "`steps` should be at least 1, found -1",
     "--batch=0": "`batch`", "--seed=-1": "`seed`", "--workers=-1": "`workers`", "--eval_every=-1": "`eval_every`",
     "--max_norm=-1": "`max_norm`", "--precision=fp8": "precision", "--config=nowhere.yaml": "nowhere.yaml",
     "--config=unknown.yaml": "stepz", "--config=broken.yaml": "config", "--test_count=0": "`test_count`",
@@ -36,7 +37,9 @@ OWN = [
     ("examples.diffloss.train", ["--test_size=5"], "`test_size` should be at least 6"),
     ("examples.diffloss.train", ["--batch=100", "--train_count=20"], "`batch` should be between 1 and the 20"),
     ("examples.diffloss.train", ["--diff.weight=1", "--diff.crop=0"], "`diff`: `crop`"),
-    ("examples.diffloss.train", ["--diff.weight=1", "--diff.prior=./empty"], "`diff.prior`"),
+    ("examples.diffloss.train", ["--diff.weight=1", "--diff.prior=./empty"], "`diff.prior` should be small, untrained"),
+    ("examples.diffloss.train", ["--diff.timesteps=[600,100]"], "`diff.share` or a weight should be given for"),
+    ("examples.diffloss.train", ["--filter.kind=fourier"], "`filter.share` or a weight should be given for"),
     ("examples.diffloss.train", ["--adversarial.weight=1", "--adversarial.width=0"], "`adversarial.width`"),
     ("examples.diffloss.train", ["--degradations=[]"], "`degradations`"),
     ("examples.diffloss.train", ["--data=folders", "--pairs={rainy: 'lol:empty'}"], "should hold images as lol"),

@@ -437,7 +437,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "patch": ({"patch": 0}, "`patch` should be at least 1, found 0"),
     "lr": ({"lr": 0.0}, "`lr` should be above 0"),
     "crop": ({"diff": Diff(weight=1.0, crop=32)}, "`diff.crop` should be at most `patch` 24, found 32"),
-    "prior": ({"diff": Diff(weight=1.0, prior="./nowhere")}, "`diff.prior`: .*nowhere"),
+    "prior": ({"diff": Diff(weight=1.0, prior="./nowhere")}, "`diff.prior` should be small, untrained, or .*nowhere"),
     "constrain": ({"diff": Diff(weight=1.0, constrain="image")}, "`diff.constrain` should be 'noise'"),
     "timesteps": ({"diff": Diff(weight=1.0, timesteps=(600, 100))}, "`timesteps` should satisfy"),
     "pairs": ({"data": "folders"}, "`pairs` should name the data of 'rainy' as LAYOUT:ROOT"),

@@ -192,6 +192,35 @@ def test_own_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
     write(tmp_path / "gt" / "a.bmp")
     with pytest.raises(ValueError, match="should have one clean image"):
         own_pairs(tmp_path / "lq", tmp_path / "gt")
+    with pytest.raises(ValueError, match="`lq` should hold the degraded images of those in `gt`"):
+        own_pairs(tmp_path / "gt", tmp_path / "lq" / ".." / "gt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="`lq` should hold images, found none"):
+        own_pairs(tmp_path / "empty", tmp_path / "gt")
+
+
+@pytest.mark.parametrize(("shift", "told"), [(0, False), (1, True)])
+def test_pairs_that_look_unlike_each_other_are_told(
+    shift: int, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = [torch.rand(3, 40, 44, generator=torch.Generator().manual_seed(number)) for number in range(12)]
+    files: list[tuple[Path | None, Path]] = []
+    for number, image in enumerate(images):
+        noisy = 0.3 * images[(number + shift) % 12] + 0.1 * torch.rand(3, 40, 44)
+        files.append((tmp_path / f"lq{number}.png", tmp_path / f"gt{number}.png"))
+        for image_, path in zip((noisy, image), files[-1], strict=True):
+            save_image(image_, path)  # type: ignore[arg-type]
+    FolderPairs.of({"mine": files}, "train", 16)
+    assert ("The pairs of 'mine' look unlike each other" in caplog.text) == told
+
+
+def test_clean_images_of_both_names_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
+    with pytest.raises(
+        ValueError, match="`pairs` of 'mine' should differ, found the same pixels in all of 1 looked at"
+    ):
+        FolderPairs.of({"mine": [(tmp_path / "a.png", tmp_path / "b.png")]}, "train", 16)
 
 
 @pytest.fixture

@@ -176,6 +176,8 @@ def test_a_detector_sees_a_batch_as_the_list_of_its_images():
         (["layer5/0"], r"found 'layer5'; there is .*'layer4'"),
         (["zzz"], r"found 'zzz'; there is 'conv1', 'bn1'.* and more"),
         (4, "`layers` should be a name or a list of names, found 4"),
+        (nn.Sequential(nn.ReLU()), "`layers` should be a name or a list of names, found a Sequential"),
+        (["0", nn.ReLU()], r"found \['0', a ReLU\]"),
         ([], "at least one layer, found none"),
         ((), "at least one layer, found none"),
     ],

@@ -160,11 +160,15 @@ def own_pairs(lq: Path, gt: Path) -> list[tuple[Path | None, Path]]:
     for option, folder in (("lq", lq), ("gt", gt)):
         if not folder.is_dir():
             raise ValueError(f"`{option}` should be a folder of images, found {folder}.")
+    if lq.resolve() == gt.resolve():
+        raise ValueError(f"`lq` should hold the degraded images of those in `gt`, found {lq} for both.")
     sides: dict[Path, _Side] = {}
     for path in image_files(gt):
         sides.setdefault(path.parent.relative_to(gt), _Side([])).add(path)
     found: list[tuple[Path | None, Path]] = []
     files = image_files(lq)
+    if not files:
+        raise ValueError(f"`lq` should hold images, found none in {lq}.")
     for path in files:
         clean = sides.get(path.parent.relative_to(lq), _Side([])).of(path, (), own=True)
         if clean is None:

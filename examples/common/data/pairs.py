@@ -1,11 +1,14 @@
 """The pairs of degraded and clean images that a run trains and is tested on, as its options say."""
 
+import logging
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from examples.common.data.clean_images import training_photographs
@@ -16,6 +19,8 @@ from examples.common.data.pair_folders import LAYOUTS, own_pairs, pairs
 from examples.common.data.photos import grid_crops, photographs, pyramid, random_crops
 from examples.common.data.tasks import Task
 from examples.common.seeds import derive_seed, seeded
+
+logger = logging.getLogger(__name__)
 
 
 def layout_and_root(options: PairOptions, name: str, pairs: dict[str, str] | None = None) -> tuple[str, Path]:
@@ -97,6 +102,9 @@ class FolderPairs(Pairs):
         self.class_names, self.split, self.size = tuple(files), split, size
         self.files = [*files.values()]
         self._skipped = Skipped()
+        if split == "train":
+            for name, found in files.items():
+                check_likeness(name, found)
 
     def __len__(self) -> int:
         """The number of samples: as many of each degradation as the largest data set has."""
@@ -130,6 +138,32 @@ class FolderPairs(Pairs):
             fixed = self.split == "test"  # noise of 50, JPEG of quality 10, as in the paper
             pair = torch.stack([degrade(name, pair[0], generator, fixed=fixed), pair[0]])
         return pair, torch.tensor(number)
+
+
+def check_likeness(name: str, files: Sequence[tuple[Path | None, Path]], looked_at: int = 8) -> None:
+    """Warn of degraded images that look like others than their clean ones, in some pairs from the whole of the list.
+
+    Raises:
+        ValueError: If the degraded images are the clean ones.
+    """
+    likenesses, same = [], []
+    for degraded_file, clean_file in files[:: -(-len(files) // looked_at)]:
+        if degraded_file is None:
+            return
+        try:
+            degraded, clean = read_image(degraded_file), read_image(clean_file)
+        except UNREADABLE:  # of which training tells
+            continue
+        small = [F.adaptive_avg_pool2d(image.mean(dim=0, keepdim=True), 32).flatten() for image in (degraded, clean)]
+        likenesses.append(float(torch.corrcoef(torch.stack(small))[0, 1].nan_to_num(1.0)))
+        same.append(torch.equal(degraded, clean))
+    if likenesses and all(same):
+        raise ValueError(f"`pairs` of {name!r} should differ, found the same pixels in all of {len(same)} looked at.")
+    if likenesses and (median := statistics.median(likenesses)) < 0.3:
+        logger.warning(
+            "The pairs of %r look unlike each other (a correlation of %.2f in %d of them): do their names pair?",
+            name, median, len(likenesses),
+        )  # fmt: skip
 
 
 def training_pairs(config: PairOptions, names: Sequence[str]) -> Pairs:

@@ -51,7 +51,7 @@ def run(
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    parser = Parser(description=(doc or "").split("\n")[0])
+    parser = Parser(description=(doc or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of these options")
     for name, options in (positional or {}).items():
         parser.add_argument(name, **options)

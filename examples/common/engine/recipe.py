@@ -261,7 +261,9 @@ class Recipe(ABC, Generic[Batch]):
         ) as progress:
             for step, read in enumerate(self.read(first_step, stage.steps, number), start=first_step + 1):
                 if read is None:
-                    raise ValueError(f"Of the batch of step {step} no image could be read.")
+                    raise ValueError(
+                        f"Of the batch of step {step} no image could be used: each warning above says why."
+                    )
                 images, targets = read
                 batch = self.batch(images, targets, step - 1, stage.steps)
                 started = time.perf_counter()

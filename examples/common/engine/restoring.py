@@ -41,7 +41,9 @@ def restore_command(
         options: of this recipe, each with what ``add_argument`` is given for it.
         arguments: of the command line; the default is that of the process.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("run", type=Path, help="run directory of a finished training")
     parser.add_argument("images", type=Path, help="folder of images to restore")
     parser.add_argument("out", type=Path, help="folder that the restored images are written to")
