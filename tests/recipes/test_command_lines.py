@@ -1,6 +1,7 @@
 """Wrong use of every command: one clear line that names the option, exit code 2, and no folder left behind."""
 
 import importlib
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -121,3 +122,13 @@ def test_numbers_are_finite(value: float) -> None:
         check_numbers(replace(CONFIGS[0], adversarial=Adversarial(lr=value)))
     with pytest.raises(ValueError, match="`max_norm` should be finite"):
         check_numbers(RunOptions(out=Path(), max_norm=value))
+
+
+def test_packages_that_are_missing_are_named_all_at_once() -> None:
+    program = (
+        "import importlib.util as util; found = util.find_spec;"
+        "util.find_spec = lambda name: None if name in ('yaml', 'tqdm') else found(name);"
+        "import examples"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert 'The recipes need tqdm, yaml: pip install -e ".[examples]"' in done.stderr and done.returncode == 1
