@@ -247,13 +247,15 @@ def save_comparison(
     names = [name.replace("_", " ") for name in CLASSES]
     width, height = 2.2 * len(images), 2.65 * len(rows) + 0.9
     figure = Figure(figsize=(width, height), facecolor="white")
-    figure.subplots_adjust(0.005, 0.45 / height, 0.995, 1 - 0.95 / height, wspace=0.04, hspace=0.22)
+    figure.subplots_adjust(0.025, 0.45 / height, 0.995, 1 - 0.95 / height, wspace=0.04, hspace=0.22)
     panels = figure.subplots(len(rows), len(images), squeeze=False)
     for row, index in enumerate(rows):
         for panel, (name, image) in zip(panels[row], images.items(), strict=True):
             panel.imshow(image[index].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
             panel.set_xticks([])
             panel.set_yticks([])
+            if name == next(iter(images)):
+                panel.set_ylabel(names[int(labels[index])], fontsize=10, fontweight="bold")
             if row == 0:
                 totals = [
                     f"{READERS[key]}: {100 * float(hits.float().mean()):.0f} %" for key, hits in right[name].items()
@@ -265,8 +267,8 @@ def save_comparison(
                 hit = bool(right[name][key][index])
                 mark = "\N{HEAVY CHECK MARK}" if hit else "\N{BALLOT X}"
                 panel.text(
-                    0, -0.08 - 0.1 * line, f"{mark} {READERS[key]}: {names[int(found[index])][:10]}",
-                    transform=panel.transAxes, fontsize=9, color=RIGHT if hit else WRONG, family="DejaVu Sans",
+                    0, -0.08 - 0.1 * line, f"{mark} {READERS[key]}: {names[int(found[index])]}",
+                    transform=panel.transAxes, fontsize=8, color=RIGHT if hit else WRONG, family="DejaVu Sans",
                     va="center",
                 )  # fmt: skip
     figure.savefig(path, dpi=90)
