@@ -42,7 +42,8 @@ def check_number(
         high: the most that is allowed.
         above: exclude ``low`` itself.
     """
-    fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    # not by `math.isfinite`, which breaks the graph of torch.compile
+    fits = isinstance(value, Real) and not isinstance(value, bool) and -math.inf < float(value) < math.inf
     if fits and low <= value <= high and not (above and value == low):
         return float(value)
     least = "" if low == -math.inf else f" {'above' if above else 'of at least'} {low:g}"

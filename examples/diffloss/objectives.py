@@ -44,8 +44,9 @@ def terms_of(config: Config) -> list[str]:
         )
     for name, group in {**options, "filter": config.filter}.items():
         for one in fields(group):
-            if not weights[name] and (value := getattr(group, one.name)) != one.default:
-                raise ValueError(f"`{name}.share` or a weight should be given for `{name}.{one.name}`, found {value}.")
+            value, unused = getattr(group, one.name), not weights[name] and config.evaluate is None
+            if unused and value != one.default:
+                raise ValueError(f"`{name}.share` should be given with `{name}.{one.name}`, found {value} alone.")
     return [name for name, weight in weights.items() if weight]
 
 

@@ -171,8 +171,9 @@ class _Routers(ExactBuffers):
         self.bias = nn.Parameter(torch.empty(len(chosen), experts).uniform_(-bound, bound))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        saved = state_dict.get(f"{prefix}steps", self.steps)
-        own = torch.tensor(self._chosen, dtype=torch.float32, device=saved.device)
+        own = torch.tensor(self._chosen, dtype=torch.float32)
+        saved = state_dict.get(f"{prefix}steps", own)
+        own = own.to(saved.device)
         if not saved.is_meta and not same_integers(saved, own):
             wanted, found = ([f"{step:g}" for step in steps.tolist()] for steps in (saved, own))
             raise ValueError(

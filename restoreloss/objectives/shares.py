@@ -29,6 +29,9 @@ class RunningNorms(ExactBuffers):
     exponential average). With ``torch.distributed`` the norms are those of the whole batch over all processes, each of
     which has to call, and to run the backward pass.
 
+    A backward pass through some terms alone, or through terms of one objective that were multiplied apart, is none to
+    measure in: the means stay as they are.
+
     What has a share is divided by its mean, which may not fall to zero where it rests, as a hinge that is satisfied.
     Its calls without a gradient count once it has one again, and then so many of them as an objective that is computed
     now and then leaves out. It keeps its share on average, and at rest its weight.
@@ -105,39 +108,43 @@ class RunningNorms(ExactBuffers):
         self._reset()
 
     @torch.no_grad()
-    def over_processes(self, measured: Mapping[str, Tensor]) -> Tensor:
-        """The norms of one call over all processes, the same numbers in each of them. What is absent is 0."""
+    def over_processes(
+        self, measured: Mapping[str, Tensor], reached: Collection[str]
+    ) -> tuple[Tensor, Sequence[bool | Tensor]]:
+        """The norms of one call, 0 where absent, and which objectives it reached: the same in all processes."""
         nothing = torch.zeros_like(next(self.buffers()))
         found = torch.stack([measured.get(name, nothing).to(nothing) for name in self.names])
-        if (processes := world_size()) > 1:
-            # the loss is the mean over processes, whose images are different ones
-            squares = (found.double() / processes).square()  # which would underflow in float32
-            dist.all_reduce(squares)
-            found = squares.sqrt().to(found)
-        return found
+        counted = [name in reached for name in self.names]
+        if (processes := world_size()) == 1:
+            return found, counted
+        # the loss is the mean over processes, whose images are different ones; squares would underflow in float32
+        sums = torch.stack([(found.double() / processes).square(), found.new_tensor(counted).double()])
+        dist.all_reduce(sums)
+        return sums[0].sqrt().to(found), (sums[1] > 0).unbind()
 
     @torch.no_grad()
-    def update(self, found: Tensor, computed: Collection[str], shared: Collection[str]) -> None:
-        """Take the norms of one call into the means of what it computed, unless one is not finite or all are zero.
+    def update(self, found: Tensor, reached: Sequence[bool | Tensor], shared: Collection[str]) -> None:
+        """Take the norms of one call into the means of what it reached, unless one is not finite or all are zero.
 
         Args:
             found: of all objectives, in their order.
-            computed: the names of those that the call computed.
+            reached: whether the call computed each of them, and its backward pass went through it.
             shared: the names of those that have a share.
         """
         usable = found.isfinite().all() & (found > 0).any()
-        for name, norm in zip(self.names, found, strict=True):
-            if name in computed:
+        for name, norm, was_reached in zip(self.names, found, reached, strict=True):
+            if was_reached is not False:
                 mean, calls = self.get_buffer(f"mean_{name}"), self.get_buffer(f"calls_{name}")
                 idle = self.get_buffer(f"idle_{name}")
+                used = usable & was_reached
                 if name in shared:  # this call, and those left out before it
-                    counts = usable & (norm > 0)
+                    counts = used & (norm > 0)
                     run = (idle + 1).clamp(1, self.longest[name])
-                    idle.copy_(torch.where(counts, 0, idle + usable))
+                    idle.copy_(torch.where(counts, 0, idle + used))
                 else:
-                    counts, run = usable, torch.ones_like(calls)
-                    idle.fill_(-1)
-                calls += usable
+                    counts, run = used, torch.ones_like(calls)
+                    idle.copy_(torch.where(used, -1, idle))
+                calls += used
                 part = (run / calls.clamp(1, _AVERAGED_CALLS)).clamp(max=1)
                 mean += torch.where(counts, part * (norm / run - mean), 0)
 
@@ -151,7 +158,9 @@ class RunningNorms(ExactBuffers):
         # several calls may wait for one backward pass; the oldest may wait for none
         for call in self._pending:
             if call.norms:
-                self.update(self.over_processes(call.norms), call.reached(), call.shared)
+                self.update(*self.over_processes(call.norms, call.reached()), call.shared)
+                if self._settled is not None and not self._settled[1].isdisjoint({*call.computed} - {*call.shared}):
+                    self._settled = None  # what has a share now had a fixed weight in that call
         self._pending = [call for call in self._pending if not call.norms][-_PENDING_CALLS:]
 
     def by_name(self) -> dict[str, Tensor]:
@@ -187,8 +196,10 @@ class BackwardPass:
                 return
             if passed == self._terms[name]:
                 factors = torch.stack(list(self._factors[name].values()))
-                # terms that were multiplied apart have no factor in common, and no mean takes in NaN
-                factor = torch.where((factors == factors[0]).all(), factors[0], torch.nan)
+                # terms that were multiplied apart have no factor in common, and no mean takes in NaN; bfloat16 has two
+                # digits of it
+                alike = torch.isclose(factors, factors[0], rtol=1e-2).all()
+                factor = torch.where(alike, factors[0], torch.nan)
                 self.norms[name] = gradient_norm(gradient) / (factor * self._weights[name]).abs()
                 return
             self.norms[name] = torch.full_like(gradient_norm(gradient), torch.nan)  # which no mean takes in
@@ -204,7 +215,8 @@ class BackwardPass:
 
     def reached(self) -> list[str]:
         """The objectives that the call computed, but those whose terms the backward pass did not go through."""
-        return [name for name in self.computed if name in self.norms or name not in self._terms]
+        went_through = {*self.norms, *self._passed}  # the latter without an image behind
+        return [name for name in self.computed if name in went_through or name not in self._terms]
 
     def terms(
         self, values: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Tensor | float]
@@ -242,4 +254,5 @@ def weights_for(
     with i over the objectives of fixed weight.
     """
     rest = torch.stack([abs(weight) * norms[name] for name, weight in fixed.items()]).sum() / (1 - sum(shares.values()))
-    return {name: share * rest / norms[name] for name, share in shares.items()}
+    smallest = torch.finfo(torch.float32).tiny
+    return {name: share * rest / norms[name].clamp(min=smallest) for name, share in shares.items()}

@@ -135,7 +135,7 @@ class Subsampled(Objective):
         """One sample tells them, in a call that leaves no trace."""
         if not callable(getattr(self.objective, "terms", None)):
             return ("loss",)
-        whole = nullcontext() if self._function is not None else in_mode(self.inner, "eval")
+        whole = nullcontext() if self._function is not None else in_mode(self.inner, "keep")
         with forked(restored.device), torch.no_grad(), whole:
             return tuple(self._terms(restored[:1], target[:1], None))
 

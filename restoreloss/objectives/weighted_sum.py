@@ -101,6 +101,7 @@ class WeightedSum(Objective):
                 # prefixed: a name like "train" or "type" must not shadow nn.Module's own
                 self.add_module(f"objective_{name}", objective)
         self._check_weights()
+        self.weights, self.shares = ({n: float(x) for n, x in given.items()} for given in (self.weights, self.shares))
 
     @property
     def reduction(self) -> str:
@@ -131,8 +132,8 @@ class WeightedSum(Objective):
 
     def current_weights(self) -> dict[str, float]:
         """All weights by name: the fixed ones, and what the shares come to; these weigh 1 before they are measured."""
-        weights = self.weights | {name: float(weight) for name, weight in self._weights_of_shares().items()}
-        return {name: weights[name] for name in self._names}
+        weights = {**self.weights, **self._weights_of_shares()}
+        return {name: float(weights[name]) for name in self._names}
 
     def _new(self, norms: RunningNorms) -> list[str]:
         """What is computed and has not been measured: weights and shares may have changed since the last call."""
@@ -227,18 +228,19 @@ class WeightedSum(Objective):
             for draw in range(FIRST_DRAWS):  # A loss that draws timesteps may be far from its mean in one draw.
                 drawn = self._values(restored, target, generator, None) if draw or changed else values
                 own = {name: norm_at(restored, list(terms.values())) for name, terms in drawn.items()}
-                found = norms.over_processes(own)
+                found, of_new = norms.over_processes(own, new)
                 if first is None:
-                    self._check_norms(dict(zip(norms.names, found.tolist(), strict=True)), new)
+                    self._check_norms(norms, dict(zip(norms.names, found.tolist(), strict=True)), new)
                     first = found
                     norms.forget(new)
                 elif torch.equal(found, first):
                     break  # decided alike by all processes, which would wait for each other else
-                norms.update(found, new, self.shares)
+                norms.update(found, of_new, self.shares)
         return self._weigh(values, None)
 
-    def _check_norms(self, found: Mapping[str, float], new: Sequence[str]) -> None:
-        fixed = sum(abs(weight) * found[name] for name, weight in self.weights.items())
+    def _check_norms(self, norms: RunningNorms, found: Mapping[str, float], new: Sequence[str]) -> None:
+        known = {name: float(mean) for name, mean in norms.by_name().items() if name not in new}
+        fixed = sum(abs(weight) * {**found, **known}[name] for name, weight in self.weights.items())
         asked = [found[name] for name in self.shares if name in new]
         # where all are zero (the image is its target) there is nothing to measure yet
         if any(found.values()) and not all(0 < norm < math.inf for norm in (fixed, *asked)):

@@ -15,8 +15,8 @@ def scaled(factor):
 
 
 def norm_of(value, image):
-    (gradient,) = torch.autograd.grad(value, image, retain_graph=True)
-    return float(gradient.norm())
+    (gradient,) = torch.autograd.grad(value, image, retain_graph=True, allow_unused=True)
+    return 0.0 if gradient is None else float(gradient.norm())
 
 
 def shares_of(terms, image):

@@ -214,6 +214,13 @@ def test_pairs_that_look_unlike_each_other_are_told(
     assert ("The pairs of 'mine' look unlike each other" in caplog.text) == told
 
 
+def test_images_without_a_likeness_are_not_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "texture.png")
+    save_image(torch.full((3, 30, 34), 0.3), tmp_path / "gray.png")
+    FolderPairs.of({"mine": [(tmp_path / "gray.png", tmp_path / "texture.png")], "none": []}, "train", 16)
+    assert not caplog.text
+
+
 def test_clean_images_of_both_names_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())

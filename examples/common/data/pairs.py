@@ -140,14 +140,14 @@ class FolderPairs(Pairs):
         return pair, torch.tensor(number)
 
 
-def check_likeness(name: str, files: Sequence[tuple[Path | None, Path]], looked_at: int = 8) -> None:
+def check_likeness(name: str, files: Sequence[tuple[Path | None, Path]], looked_at: int = 4) -> None:
     """Warn of degraded images that look like others than their clean ones, in some pairs from the whole of the list.
 
     Raises:
         ValueError: If the degraded images are the clean ones.
     """
     likenesses, same = [], []
-    for degraded_file, clean_file in files[:: -(-len(files) // looked_at)]:
+    for degraded_file, clean_file in files[:: max(1, -(-len(files) // looked_at))]:
         if degraded_file is None:
             return
         try:
@@ -155,9 +155,10 @@ def check_likeness(name: str, files: Sequence[tuple[Path | None, Path]], looked_
         except UNREADABLE:  # of which training tells
             continue
         small = [F.adaptive_avg_pool2d(image.mean(dim=0, keepdim=True), 32).flatten() for image in (degraded, clean)]
-        likenesses.append(float(torch.corrcoef(torch.stack(small))[0, 1].nan_to_num(1.0)))
+        if min(float(image.std()) for image in small) > 1e-3:  # else there is nothing to compare by
+            likenesses.append(abs(float(torch.corrcoef(torch.stack(small))[0, 1])))
         same.append(torch.equal(degraded, clean))
-    if likenesses and all(same):
+    if same and all(same):
         raise ValueError(f"`pairs` of {name!r} should differ, found the same pixels in all of {len(same)} looked at.")
     if likenesses and (median := statistics.median(likenesses)) < 0.3:
         logger.warning(

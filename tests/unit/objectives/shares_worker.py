@@ -31,7 +31,22 @@ def check(expected: list[tuple[Tensor, Tensor, dict[str, float], Tensor]]) -> No
         together(image, target[mine]).backward()
         assert abs(together.current_weights()["other"] / weights["other"] - 1) < 1e-5
         torch.testing.assert_close(image.grad / world, gradient[mine])
+    check_other_passes(rank)
     print("equal", flush=True)
+
+
+def check_other_passes(rank: int) -> None:
+    """What one process alone leaves out of its backward pass counts alike in all."""
+    loss = new()
+    for call in range(6):
+        image = torch.rand(2, 3, 6, 6, requires_grad=True)
+        terms = loss.terms(image, torch.zeros(2, 3, 6, 6))
+        (terms["pixel"] if rank and call else terms["pixel"] + terms["other"]).backward()
+    loss.norms.take_in()
+    weights = torch.tensor(loss.current_weights()["other"])
+    both = [torch.zeros(()), torch.zeros(())]
+    dist.all_gather(both, weights)
+    assert torch.equal(*both) and int(loss.norms.get_buffer("calls_other")) == 6
 
 
 if __name__ == "__main__":

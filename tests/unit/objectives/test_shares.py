@@ -128,14 +128,14 @@ def test_a_broken_call_is_left_out():
 class NowAndThen(nn.Module):
     """Computes the first call and one of four by its own rule, which nobody else knows."""
 
-    def __init__(self, is_due):
+    def __init__(self, is_due, at_rest=lambda restored: 0 * restored.sum()):
         super().__init__()
-        self.is_due, self.calls = is_due, 0
+        self.is_due, self.at_rest, self.calls = is_due, at_rest, 0
 
     def forward(self, restored, target):
         self.calls += 1
         due = self.calls == 1 or self.is_due(self.calls)
-        return 4 * scaled(1.0)(restored, target) if due else 0 * restored.sum()
+        return 4 * scaled(1.0)(restored, target) if due else self.at_rest(restored)
 
 
 @pytest.mark.parametrize(
@@ -146,9 +146,10 @@ class NowAndThen(nn.Module):
         (lambda: Subsampled(Subsampled(scaled(1.0), every=5), every=6), 1e-3),
         (lambda: partial(Subsampled(scaled(1.0), every=4)), 1e-3),
         (lambda: NowAndThen(lambda call: call % 4 == 1), 1e-3),
+        (lambda: NowAndThen(lambda call: call % 4 == 1, lambda image: torch.zeros((), requires_grad=True) * 1), 1e-3),
         (lambda: NowAndThen(lambda call: torch.rand((), generator=torch.Generator().manual_seed(call)) < 0.25), 0.05),
     ],
-    ids=["every 4", "every 100", "nested", "hidden", "own rule", "by chance"],
+    ids=["every 4", "every 100", "nested", "hidden", "own rule", "own rule without an image", "by chance"],
 )
 def test_calls_that_are_left_out_count_whoever_leaves_them_out(other, tolerance):
     loss = WeightedSum({"pixel": scaled(1.0), "other": other()}, shares={"other": 0.5})
@@ -385,6 +386,24 @@ def test_terms_of_one_objective_that_are_multiplied_apart_measure_nothing():
         (terms["pixel"] + terms["two/large"] + 100 * terms["two/small"]).backward()
     loss.norms.take_in()
     assert loss.current_weights()["two"] == pytest.approx(1 / 1.01) and loss.norms.calls_two == 2
+
+
+class HalfAndSingle(nn.Module):
+    """Two terms, of which one is of bfloat16, as under autocast."""
+
+    def terms(self, restored, target):
+        return {"half": scaled(1.0)(restored, target).bfloat16(), "single": scaled(1.0)(restored, target)}
+
+    def forward(self, restored, target):
+        return sum(self.terms(restored, target).values())
+
+
+def test_terms_of_two_precisions_are_measured_under_any_factor():
+    loss = WeightedSum({"pixel": scaled(1.0), "two": HalfAndSingle()}, shares={"two": 0.5})
+    for _ in range(6):
+        (loss(*images()) / 3).backward()
+    loss.norms.take_in()
+    assert loss.norms.calls_two == 6 and loss.current_weights()["two"] == pytest.approx(0.5, rel=1e-2)
 
 
 def test_a_second_derivative_measures_nothing():

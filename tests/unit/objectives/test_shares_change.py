@@ -1,5 +1,7 @@
 """WeightedSum(shares=...) whose weights, shares or objectives change, in a training or between two."""
 
+from fractions import Fraction
+
 import pytest
 from torch import nn
 
@@ -119,6 +121,28 @@ def test_a_state_is_exact_where_weights_change_too():
         return [float(loss(*images(seed))) for seed in range(3)]
 
     assert trained(saved=True) == trained(saved=False)
+
+
+@pytest.mark.parametrize("looked", [False, True])
+def test_looking_at_the_weights_changes_none(looked):
+    loss = WeightedSum(
+        {"pixel": scaled(1.0), "other": scaled(4.0), "c": scaled(2.0)}, weights={"c": 0.1}, shares={"other": 0.3}
+    )
+    for shares in ({"other": 0.3, "c": 0.2}, {"other": 0.3}, {"other": 0.3, "c": 0.2}):
+        loss.weights = {"pixel": 1.0} if "c" in shares else {"pixel": 1.0, "c": 0.1}
+        loss.shares = shares
+        if looked:
+            loss.current_weights()
+        run(loss, range(1 if "c" not in shares else 3))
+    assert int(loss.norms.idle_c) == 0
+    assert loss.current_weights() == pytest.approx({"pixel": 1.0, "other": 0.3 / 0.5 / 4, "c": 0.2 / 0.5 / 2})
+
+
+def test_weights_are_floats_whatever_numbers_they_were_given_as():
+    loss = WeightedSum({"a": scaled(1.0), "b": scaled(1.0), "c": scaled(1.0)}, {"a": 1, "b": Fraction(1, 2)})
+    assert loss.current_weights() == {"a": 1.0, "b": 0.5, "c": 1.0}
+    assert all(type(weight) is float for weight in [*loss.weights.values(), *loss.current_weights().values()])
+    float(loss(*images()))
 
 
 @pytest.mark.parametrize(
