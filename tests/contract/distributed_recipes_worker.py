@@ -56,7 +56,7 @@ def prepare(folder: Path) -> None:
 
 def _diffloss(_: Path, out: Path, *, judge: float = 0.0, parts: int = 1) -> Recipe[Any]:
     prior = diffloss.Diff(weight=0.1, timesteps=(100, 600), crop=0.5)
-    adversarial = diffloss.Adversarial(weight=judge, width=4)
+    adversarial = diffloss.Adversarial(weight=judge, width=4) if judge else diffloss.Adversarial()
     options: dict[str, Any] = {"diff": prior, "adversarial": adversarial, "ema": 0.5, "max_norm": 0.1}
     return DiffLossTrainer(diffloss.Config(out=out, steps=2, accumulate=parts, **PAIRS, **options))
 
