@@ -268,7 +268,7 @@ def save_comparison(
                 mark = "\N{HEAVY CHECK MARK}" if hit else "\N{BALLOT X}"
                 panel.text(
                     0, -0.08 - 0.1 * line, f"{mark} {READERS[key]}: {names[int(found[index])]}",
-                    transform=panel.transAxes, fontsize=8, color=RIGHT if hit else WRONG, family="DejaVu Sans",
+                    transform=panel.transAxes, fontsize=7.5, color=RIGHT if hit else WRONG, family="DejaVu Sans",
                     va="center",
                 )  # fmt: skip
     figure.savefig(path, dpi=90)
