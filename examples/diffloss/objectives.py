@@ -42,10 +42,10 @@ def terms_of(config: Config) -> list[str]:
         raise ValueError(
             f"`pixel`, `diff`, `perceptual` or `adversarial` should have a weight above 0{beside}, found none."
         )
-    for name, group in {**options, "filter": config.filter}.items():
-        for one in fields(group):
-            value, unused = getattr(group, one.name), not weights[name] and config.evaluate is None
-            if unused and value != one.default:
+    groups = {**options, "filter": config.filter}
+    for name in [name for name in groups if not weights[name] and config.evaluate is None]:
+        for one in fields(groups[name]):
+            if (value := getattr(groups[name], one.name)) != one.default:
                 raise ValueError(f"`{name}.share` should be given with `{name}.{one.name}`, found {value} alone.")
     return [name for name, weight in weights.items() if weight]
 

@@ -250,12 +250,11 @@ def save_comparison(
     figure.subplots_adjust(0.025, 0.45 / height, 0.995, 1 - 0.95 / height, wspace=0.04, hspace=0.22)
     panels = figure.subplots(len(rows), len(images), squeeze=False)
     for row, index in enumerate(rows):
+        panels[row][0].set_ylabel(names[int(labels[index])], fontsize=10, fontweight="bold")
         for panel, (name, image) in zip(panels[row], images.items(), strict=True):
             panel.imshow(image[index].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
             panel.set_xticks([])
             panel.set_yticks([])
-            if name == next(iter(images)):
-                panel.set_ylabel(names[int(labels[index])], fontsize=10, fontweight="bold")
             if row == 0:
                 totals = [
                     f"{READERS[key]}: {100 * float(hits.float().mean()):.0f} %" for key, hits in right[name].items()

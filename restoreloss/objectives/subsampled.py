@@ -107,9 +107,8 @@ class Subsampled(Objective):
         count = len(restored)
         if self.every > 1 and not self._due():
             shape = (count,) if self.reduction == "none" else ()
-            if self._names is None:  # A resumed training begins here.
-                self._names = self._names_of_terms(restored, target)
-            return {name: zeros_with_graph(restored, shape) for name in self._names}
+            names = self._names or self._names_of_terms(restored, target)  # the latter where a resumed training begins
+            return {name: zeros_with_graph(restored, shape) for name in names}
         rows = self._rows(count, generator, restored.device)
         if rows is None:
             terms = self._terms(restored, target, generator)
