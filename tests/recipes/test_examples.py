@@ -160,7 +160,7 @@ def test_quickstart_on_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixtur
         pixels = (load_photo(name) * 255).byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(pictures / f"{name}.png")
     (pictures / "broken.png").write_bytes(b"\x89PNG")
-    result = quickstart.main(["--on=photographs", "--images", str(pictures), "--out", str(out), "--steps", "10"])
+    result = quickstart.main(["--on=photographs", "--images", str(pictures), "--out", str(out), "--steps", "3"])
     printed = capsys.readouterr().out
     for name in ("comparison.png", "audit.png", "audit.txt", "results.json"):
         assert str(out / name) in printed
@@ -171,10 +171,10 @@ def test_quickstart_on_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(math.isfinite(v) for metrics in scores.values() for values in metrics.values() for v in values)
     assert len({str(score) for score in scores.values()}) == 5
     assert steps == {
-        "pixel": 10,
-        "gradients": 10,
-        "diff": 10,
-        "pixel_long": round(10 * seconds["diff"] / seconds["pixel"]),
+        "pixel": 3,
+        "gradients": 3,
+        "diff": 3,
+        "pixel_long": round(3 * seconds["diff"] / seconds["pixel"]),
     }
     terms = result["audit"]["terms"]
     assert 0.3 < sum(terms[name]["share"] for name in ("diff/noise", "diff/h_space")) < 0.7
