@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -23,7 +23,13 @@ every_objective = pytest.mark.parametrize("case", CASES, ids=str)
 every_live = pytest.mark.parametrize("case", LIVE, ids=str)
 # the U-Net of DiffLoss-mse, which takes half a minute to trace, below another distance of a line
 TRACED_BEFORE = ("DiffLoss-rms", "DiffLoss-l2", "DiffLoss-l1", "DiffLoss-noise", "DiffLoss-h_space", "DiffLoss-crop")
-QUICKLY_TRACED = ("DiffLoss-callable", "TDPLoss-l1", "TDPLoss-detector", "HLFLoss-l1")
+QUICKLY_TRACED = {"DiffLoss-callable", "TDPLoss-l1", "TDPLoss-detector", "HLFLoss-l1"}
+
+
+def every_objective_slow(names: Collection[str]) -> pytest.MarkDecorator:
+    """Every objective; those of the names are slow."""
+    cases = [pytest.param(case, marks=pytest.mark.slow) if case.name in names else case for case in CASES]
+    return pytest.mark.parametrize("case", cases, ids=str)
 
 
 def value_and_gradient(objective: nn.Module, z: Tensor, x: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -188,11 +194,7 @@ def test_any_size(case: Case, size: tuple[int, int]) -> None:
     assert value.isfinite() and gradient.isfinite().all() and gradient.any()
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=pytest.mark.slow) if case.name in TRACED_BEFORE else case for case in CASES],
-    ids=str,
-)
+@every_objective_slow(TRACED_BEFORE)
 def test_compiles_to_the_same_numbers(case: Case) -> None:
     torch._dynamo.reset()
     objective, (z, x) = case.build(), images()
@@ -204,12 +206,8 @@ def test_compiles_to_the_same_numbers(case: Case) -> None:
     assert [condition(network) for network in live_networks(objective)] == before
 
 
-@pytest.mark.parametrize(
-    "case",
-    # tracing a U-Net with symbolic sizes takes most of a minute
-    [case if case.name in QUICKLY_TRACED else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
-    ids=str,
-)
+# tracing a U-Net with symbolic sizes takes most of a minute
+@every_objective_slow({case.name for case in CASES} - QUICKLY_TRACED)
 def test_compiled_for_one_size_it_takes_others_and_a_smaller_last_batch(case: Case) -> None:
     torch._dynamo.reset()
     objective = case.build()
