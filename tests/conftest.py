@@ -1,9 +1,21 @@
 """What several test files share."""
 
+import gc
+
 import pytest
 import torch.distributed as dist
 
 from tests.helpers.networks import tiny_unet
+
+
+def pytest_collection_finish() -> None:
+    """Leave the half a million objects of what was imported out of every garbage collection that follows."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or packages with native parts say at the exit that they leak
 
 
 @pytest.fixture
