@@ -18,6 +18,7 @@ import logging
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ class Experiment:
     prior_images: int = 4000
     prepare_steps: int = 500
 
+    @cached_property
     def prior(self) -> Path:
         """One diffusion model for all seeds, of images of its own, as a hub's would be."""
         out = self.out / f"prior_{self.base.task}_{self.base.data}"
@@ -104,7 +106,7 @@ class Experiment:
             results = TaskTrainer(config).run()
         else:
             changes = {**MAIN, **ABLATIONS, **CELLS, **T_P}[name]
-            results = Trainer(replace(base, out=out, prior=self.prior(), prepared=ready, **changes)).run()
+            results = Trainer(replace(base, out=out, prior=self.prior, prepared=ready, **changes)).run()
         logger.info("%s seed %d: %s", name, seed, {key: round(value, 2) for key, value in results.items()})
 
     def steps(self, seed: int, numbers: list[int], noises: int) -> dict[str, Any]:
@@ -112,7 +114,7 @@ class Experiment:
         found: dict[str, Any] = {}
         for name, changes in MAIN.items():
             out = self.out / "table" / setting(self.base) / name / f"seed{seed}"
-            config = replace(self.base, seed=seed, out=out, prior=self.prior(), prepared=self.prepared(seed), **changes)
+            config = replace(self.base, seed=seed, out=out, prior=self.prior, prepared=self.prepared(seed), **changes)
             trainer = Trainer(config)
             trainer.load_finished()
             for n in numbers:
@@ -168,7 +170,7 @@ def main() -> None:
         parser.error(f"`names` should be among {', '.join(known)}, found {', '.join(unknown)}.")
     experiment = Experiment(arguments.out, base, prior_steps=arguments.prior_steps, prior_images=arguments.prior_images)
     if arguments.study == "prior":
-        experiment.prior()
+        _ = experiment.prior
         return
     studies = {"table": [*baselines, *MAIN], "ablations": [*ABLATIONS], "cells": [*CELLS], "t_p": [*T_P]}
     for seed in arguments.seeds:

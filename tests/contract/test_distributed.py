@@ -32,8 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         recipes.prepare(folder / "prepared")
         for name in recipes.RUNS:
             recipes.run(name, folder / "prepared", folder / "one" / name, processes=1)
-    worker = str(ROOT / "tests" / "contract" / "distributed_recipes_worker.py")
-    ran = launch(worker, str(folder / "prepared"), str(folder / "two"))
+    ran = launch("tests/contract/distributed_recipes_worker.py", str(folder / "prepared"), str(folder / "two"))
     assert ran.returncode == 0, ran.stderr[-3000:]
     return folder / "one", folder / "two"
 
@@ -91,7 +90,7 @@ def test_a_batch_is_shared_evenly_or_refused() -> None:
 
 @pytest.fixture(scope="module")
 def fsdp() -> subprocess.CompletedProcess[str]:
-    return launch(str(ROOT / "tests" / "contract" / "fsdp_worker.py"))
+    return launch("tests/contract/fsdp_worker.py")
 
 
 @pytest.mark.parametrize("case", fsdp_worker.CASES)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from examples import quickstart
 from examples.common.data.folder import load_folder, read_image
 from examples.common.data.photos import HELD_OUT, TRAIN, grid_crops, load_photo, pyramid, random_crops
+from examples.common.engine.training import by_turns
 from examples.diffloss import photos_run
 from examples.diffloss.prior_report import linear_errors, noise_errors
 from examples.diffloss.train_prior import Recipe, Trainer
@@ -153,7 +155,10 @@ def test_quickstart_stops_where_the_loss_is_nan(
     assert not (tmp_path / "out").exists()
 
 
-def test_quickstart_on_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quickstart_on_own_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(photos_run, "by_turns", partial(by_turns, rounds=1))
     pictures, out = tmp_path / "pictures", tmp_path / "out"
     pictures.mkdir()
     for name in ("chelsea", "coffee"):

@@ -366,7 +366,7 @@ def fresh_compiler():
     ("kind", "method"), [("diffusers", "with_bottleneck"), ("diffusers", "bottleneck"), ("guided", "bottleneck")]
 )
 def test_a_whole_pass_compiles_into_one_graph(fresh_compiler, kind, method):
-    case = CASES[kind]()
+    case = CASES[kind]() if kind == "guided" else Case(tiny_unet((8, 8)), {})
     case.model.requires_grad_(False)
     eager = getattr(wrap(case), method)
     # the early exit is an exception, which the compiler of torch 2.6 leaves to Python
@@ -386,14 +386,14 @@ def test_a_whole_pass_compiles_into_one_graph(fresh_compiler, kind, method):
 @torch.no_grad()
 @pytest.mark.parametrize("compiled", ["wrapped", "in place", "middle block only"])
 def test_a_model_compiled_before_it_is_wrapped_keeps_its_bottleneck(fresh_compiler, compiled):
-    case = CASES["diffusers"]()
+    case = Case(tiny_unet((8, 8)), {})
     noise, h = case.direct(NOISY, T)
     if compiled == "wrapped":
         case.model = fresh_compiler(case.model)
     else:
         (case.model if compiled == "in place" else case.middle).compile(backend="aot_eager")
     denoiser = wrap(case)
-    assert denoiser.multiple == 4
+    assert denoiser.multiple == 2
     torch.testing.assert_close(denoiser(NOISY, T), noise)
     torch.testing.assert_close(denoiser.with_bottleneck(NOISY, T), (noise, h))
     torch.testing.assert_close(denoiser.bottleneck(NOISY, T), h)

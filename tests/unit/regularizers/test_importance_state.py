@@ -2,10 +2,7 @@
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +12,9 @@ from torch import Tensor, nn
 
 from restoreloss import ParameterImportance
 from tests.helpers.importance import BATCH, ESTIMATORS, linear, measured, normal, shift, squared
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import launch
 
-WORKER = ROOT / "tests" / "unit" / "regularizers" / "regularizers_worker.py"
+WORKER = "tests/unit/regularizers/regularizers_worker.py"
 
 
 def test_an_unmeasured_penalty_is_an_error() -> None:
@@ -246,11 +243,7 @@ def test_options_that_cannot_be_are_refused(arguments: dict[str, Any], message: 
 
 
 def test_two_processes_measure_what_one_does() -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER), "importance"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
+    done = launch(WORKER, "importance")
     for estimator in ESTIMATORS[:3]:
         assert f"{estimator}: equal" in done.stdout, done.stderr[-3000:]
 

@@ -1,9 +1,6 @@
 """Are the gradients of two objectives turned apart, by a loss that is one and by a projection that is exact?"""
 
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -17,9 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from restoreloss import GradientOrthogonality
 from tests.helpers.networks import tiny_unet
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import launch
 
-WORKER = ROOT / "tests" / "unit" / "regularizers" / "regularizers_worker.py"
+WORKER = "tests/unit/regularizers/regularizers_worker.py"
 E1, E2, ZERO = (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)
 
 
@@ -458,11 +455,7 @@ def test_what_does_not_fit_is_refused(call: Any, message: str) -> None:
 
 
 def test_two_processes_project_what_one_does() -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER), "orthogonality"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
+    done = launch(WORKER, "orthogonality")
     for policy in ("conflict", "full"):
         assert f"{policy}: equal" in done.stdout, done.stderr[-3000:]
 

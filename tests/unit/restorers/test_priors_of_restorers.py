@@ -59,6 +59,7 @@ def test_a_compiled_prior_is_steered() -> None:
     torch.testing.assert_close(model.denoise(latents, noise), wanted)
 
 
+@pytest.mark.slow
 def test_the_whole_model_compiles() -> None:
     model, images, noise = learned(small(), 0.3), uniform(1, 3, 16, 16), normal(1, 4, 4, 4)
     wanted = model(images, "look", noise=noise)

@@ -2,9 +2,6 @@
 
 import copy
 import io
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -26,10 +23,10 @@ from tests.helpers.phases import (
     phase,
     see,
 )
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import launch
 from tests.unit.training.phases_worker import CASES as CASES_OF_TWO
 
-WORKER = ROOT / "tests" / "unit" / "training" / "phases_worker.py"
+WORKER = "tests/unit/training/phases_worker.py"
 
 
 # Resuming
@@ -276,15 +273,7 @@ def test_objectives_without_a_scalar_or_a_gradient_are_refused_by_name(result, m
 
 @pytest.fixture(scope="module")
 def two_processes():
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+    return launch(WORKER)
 
 
 @pytest.mark.parametrize("case", CASES_OF_TWO)
