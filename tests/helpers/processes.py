@@ -1,4 +1,4 @@
-"""Run a worker, or a module, by two processes."""
+"""Run a worker, or a module, by processes of its own."""
 
 import gc
 import multiprocessing
@@ -7,7 +7,7 @@ import runpy
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,31 +21,32 @@ server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["restoreloss", "tests.helpers.networks"])
 
 
-def launch(*command: str, cwd: Path = ROOT, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+def launch(
+    *command: str, processes: int = 2, cwd: Path = ROOT, timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
     """What ``torchrun --standalone --nproc_per_node 2`` does: a script or -m module, and its arguments."""
     with socket.socket() as free, TemporaryDirectory() as folder:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
         free.close()
-        processes = [server.Process(target=_work, args=(rank, port, command, cwd, folder)) for rank in range(2)]
-        for process in processes:
+        place = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
+        started = [server.Process(target=_work, args=(rank, place, command, cwd, folder)) for rank in range(processes)]
+        for process in started:
             process.start()
-        for _ in processes:
-            ended = wait([process.sentinel for process in processes if process.exitcode is None], timeout)
-            if not ended or any(process.exitcode for process in processes):
-                break  # the other one would wait for this one
-        for process in processes:
+        while running := [process.sentinel for process in started if process.exitcode is None]:
+            if any(process.exitcode for process in started) or not wait(running, timeout):
+                break  # where one fails, the others would wait for it
+        for process in started:
             process.kill()
             process.join()
         out, err = ("".join(path.read_text() for path in sorted(Path(folder).glob(f"{name}*"))) for name in "12")
-    codes = [process.exitcode or 0 for process in processes]
+    codes = [process.exitcode or 0 for process in started]
     return subprocess.CompletedProcess(command, next(filter(None, codes), 0), out, err)
 
 
-def _work(rank: int, port: int, command: Sequence[str], cwd: Path, folder: str) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
-    os.environ.update({name: str(value) for name, value in place.items()})
+def _work(rank: int, place: Mapping[str, int], command: Sequence[str], cwd: Path, folder: str) -> None:
+    os.environ |= {name: str(value) for name, value in {**place, "RANK": rank, "LOCAL_RANK": rank}.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "tests"}
     torch.set_num_threads(1)
     os.chdir(cwd)
     for stream in (1, 2):
