@@ -32,10 +32,13 @@ def distance_per_sample(
     prediction = at_least_float32(prediction)
     difference = prediction - reference.to(prediction.dtype)
     sizes = difference.abs() if distance == "l1" else difference.square()
-    squares = (sizes if weights is None else weights * sizes).reshape(len(prediction), -1)
+    if weights is not None:
+        sizes = weights * sizes
+    # Not flattened: compiled code would take the memory format for granted. The last dimension is there for (N,).
+    sizes, dimensions = sizes[..., None], tuple(range(1, sizes.ndim + 1))
     if distance in ("l1", "mse"):
-        return squares.mean(dim=1)
-    total = squares.sum(dim=1) if distance == "l2" else squares.mean(dim=1)
+        return sizes.mean(dim=dimensions)
+    total = sizes.sum(dim=dimensions) if distance == "l2" else sizes.mean(dim=dimensions)
     tiny = torch.finfo(total.dtype).tiny
     root: Tensor = (total + tiny).sqrt() - tiny**0.5
     return root
