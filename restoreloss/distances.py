@@ -35,7 +35,8 @@ def distance_per_sample(
     if weights is not None:
         sizes = weights * sizes
     # Not flattened: compiled code would take the memory format for granted. The last dimension is there for (N,).
-    sizes, dimensions = sizes[..., None], tuple(range(1, sizes.ndim + 1))
+    sizes = sizes.unsqueeze(-1)
+    dimensions = tuple(range(1, sizes.ndim))
     if distance in ("l1", "mse"):
         return sizes.mean(dim=dimensions)
     total = sizes.sum(dim=dimensions) if distance == "l2" else sizes.mean(dim=dimensions)

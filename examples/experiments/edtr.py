@@ -170,7 +170,7 @@ def main() -> None:
         parser.error(f"`names` should be among {', '.join(known)}, found {', '.join(unknown)}.")
     experiment = Experiment(arguments.out, base, prior_steps=arguments.prior_steps, prior_images=arguments.prior_images)
     if arguments.study == "prior":
-        _ = experiment.prior
+        logger.info("The prior is in %s", experiment.prior)
         return
     studies = {"table": [*baselines, *MAIN], "ablations": [*ABLATIONS], "cells": [*CELLS], "t_p": [*T_P]}
     for seed in arguments.seeds:

@@ -98,7 +98,7 @@ LIVE = [
     Case("HLFLoss-rms", lambda: HLFLoss(live_recogniser(), live_recogniser(), ["stage"], distance="rms")),
 ]
 CASES = [
-    Case("DiffLoss-mse", lambda: DiffLoss(tiny_unet((8, 8), dropout=0.3).train())),
+    Case("DiffLoss-mse", lambda: DiffLoss(tiny_unet(dropout=0.3).train())),
     Case("DiffLoss-rms", lambda: DiffLoss(unet_with_dropout(), distance="rms")),
     Case("DiffLoss-l2", lambda: DiffLoss(unet_with_dropout(), distance="l2")),
     Case("DiffLoss-l1", lambda: DiffLoss(unet_with_dropout(), distance="l1")),

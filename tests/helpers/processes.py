@@ -25,10 +25,10 @@ def launch(
     *command: str, processes: int = 2, cwd: Path = ROOT, timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
     """What ``torchrun --standalone --nproc_per_node 2`` does: a script or -m module, and its arguments."""
-    with socket.socket() as free, TemporaryDirectory() as folder:
+    with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-        free.close()
+    with TemporaryDirectory() as folder:
         place = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
         started = [server.Process(target=_work, args=(rank, place, command, cwd, folder)) for rank in range(processes)]
         for process in started:

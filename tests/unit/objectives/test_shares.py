@@ -170,7 +170,7 @@ def test_a_hinge_that_is_satisfied_for_long_keeps_its_weight(every):
     loss = WeightedSum({"pixel": scaled(1.0), "hinge": hinge}, shares={"hinge": 0.5})
     run(loss, range(8))
     active[0] = 0.0
-    run(loss, range(8, 1508))
+    run(loss, range(8, 3008))
     assert loss.current_weights()["hinge"] == pytest.approx(0.25, rel=1e-5)
     active[0] = 1.0
     # the first call counts for the sixteen before it, among the last hundred
