@@ -19,7 +19,7 @@ class Config(DataOptions, TrainerOptions):
 
     Attributes:
         method: training method, one of examples/edtr/methods.py.
-        prepared: folder that examples.edtr.prepare wrote: prior, pre, references and judge, where they are not named.
+        prepared: folder that examples.edtr.prepare wrote: prior, pre, references and judges, where they are not named.
         prior: latent diffusion model: a folder in the layout of Stable Diffusion, or a name on the hub.
         pre: weights of the pre-restoration network: a run directory of examples.sr4ir.train with the method "pretrain",
             or a file.
@@ -42,7 +42,7 @@ class Config(DataOptions, TrainerOptions):
         h_lr: learning rate of the task network.
         alpha: weight of the FM loss; the default is 1 for classification, 0.5 for segmentation, 0.2 for detection.
         layers: layers of the HLF and FM losses; the default is the last before the head.
-        judge: run directory of an "oracle" of another seed, never used in training.
+        judges: as ``references``, of another seed, never used in training.
         smallest: side that smaller images are padded to before they are restored; 512 in the paper.
         checkpointing: compute activations of the diffusion model again in the backward pass, to save memory.
     """
@@ -70,6 +70,6 @@ class Config(DataOptions, TrainerOptions):
     h_lr: float = 5e-4
     alpha: float | None = None
     layers: list[str] | None = None
-    judge: Path | None = None
+    judges: list[Path] = field(default_factory=list)
     smallest: int = 0
     checkpointing: bool = False

@@ -24,15 +24,15 @@ def with_prepared(config: Config, tasks: Sequence[str]) -> Config:
     folder = config.prepared
     if config.task == "reading":  # which nothing has to be trained for
         config = replace(
-            config, references=config.references or [Path("english_g2")], judge=config.judge or Path("pp_ocr")
+            config, references=config.references or [Path("english_g2")], judges=config.judges or [Path("pp_ocr")]
         )
     found: dict[str, Any] = {
         "prior": config.prior or folder / "prior",
         "pre": config.pre or folder / "pre",
         "references": config.references or [folder / f"{task}_hq" for task in tasks],
-        "judge": config.judge or (None if config.all_in_one else folder / f"{config.task}_judge"),
+        "judges": config.judges or [folder / f"{task}_judge" for task in tasks],
     }
-    for path in (found["prior"], found["pre"], *found["references"]):
+    for path in (found["prior"], found["pre"], *found["references"], *found["judges"]):
         if folder in path.parents and not path.is_dir():
             raise ValueError(f"`prepared` should be what examples.edtr.prepare wrote, found no {path}.")
     if config.evaluate is not None:

@@ -40,11 +40,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Reader:
-    """A task and its network: in training (H) and as it was on HQ images (H_HQ)."""
+    """A task and its networks: in training (H), as it was on HQ images (H_HQ), and one that only evaluates."""
 
     recognition: Recognition
     network: nn.Module
     reference: FeatureExtractor
+    judge: nn.Module | None
     hlf: Objective | None
     matching: FeatureMatchingLoss
     alpha: float

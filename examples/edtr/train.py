@@ -46,7 +46,7 @@ from restoreloss.restorers.tiling import crop_to, pad_to_batch
 class Trainer(Recipe[Batch]):
     """One run: networks, phases, evaluation."""
 
-    evaluation_options = ("n", "long_steps", "smallest", "judge", "draws")
+    evaluation_options = ("n", "long_steps", "smallest", "judges", "draws")
 
     def __init__(self, config: Config) -> None:
         config = with_prepared(config, TASKS if config.all_in_one else (config.task,))
@@ -56,17 +56,20 @@ class Trainer(Recipe[Batch]):
         self.config, self.title = config, config.method
         self.method: Method = METHODS[config.method]
         tasks = TASKS if config.all_in_one else (config.task,)
-        if len(config.references) != len(tasks):
-            raise ValueError(
-                f"`references` should be the run directories of oracles for {', '.join(tasks)}, or `prepared` a folder "
-                f"that holds them, found {len(config.references)}."
-            )
+        for name, given in {"references": config.references, "judges": config.judges}.items():
+            if len(given) != len(tasks) and (given or name == "references"):
+                raise ValueError(
+                    f"`{name}` should be the run directories of oracles for {', '.join(tasks)}, or `prepared` a folder "
+                    f"that holds them, found {len(given)}."
+                )
         self.degrade = degradation(config, config.seed)
         self.restorer = self._edtr()
         self.edtr: nn.Module = self.accelerator.prepare(self.restorer)
-        self.readers = {task: self._reader(task, path) for task, path in zip(tasks, config.references, strict=True)}
+        judges: list[Any] = config.judges or [None] * len(tasks)
+        self.readers = {
+            task: self._reader(task, *of) for task, *of in zip(tasks, config.references, judges, strict=True)
+        }
         self.networks = {"edtr": self.edtr, **{f"recognizer_{t}": reader.network for t, reader in self.readers.items()}}
-        self.judge = None if config.judge is None else load_recognizer(config.judge).to(self.device)
         self.begin(self._stages)
 
     def sources(self) -> list[TaskData]:
@@ -120,7 +123,7 @@ class Trainer(Recipe[Batch]):
             edtr.decoder.requires_grad_(False)
         return edtr
 
-    def _reader(self, task: Task, path: Path) -> Reader:
+    def _reader(self, task: Task, path: Path, judge: Path | None) -> Reader:
         config = self.config
         test_data = dataset(replace(config, task=task), "test", config.seed)
         train_data = dataset(replace(config, task=task), "train", config.seed) if self.evaluated is None else test_data
@@ -132,7 +135,8 @@ class Trainer(Recipe[Batch]):
             "both": HLFLoss(student, teacher), "task": TDPLoss(student), "reference": TDPLoss(teacher),
         }  # fmt: skip
         return Reader(
-            Recognition(task, train_data.class_names), network, teacher, looks.get(self.method.hlf),
+            Recognition(task, train_data.class_names), network, teacher,
+            None if judge is None else load_recognizer(judge).to(self.device), looks.get(self.method.hlf),
             FeatureMatchingLoss(student, teacher), ALPHA[task] if config.alpha is None else config.alpha,
             train_data, test_data,
         )  # fmt: skip
@@ -250,7 +254,7 @@ class Trainer(Recipe[Batch]):
             degrade=degradation(config, config.seed, TEST_SEED), trained=[edtr, unwrap(reader.network)],
             readers={
                 "score": unwrap(reader.network), "fixed_hr": unwrap(reader.reference.network),
-                "judge": self.judge if len(self.readers) == 1 else None,
+                "judge": reader.judge,
             },
             workers=config.workers,
         )  # fmt: skip

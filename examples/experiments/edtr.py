@@ -7,6 +7,7 @@
     python -m examples.experiments.edtr cells --out runs/edtr --seeds 1 2 3     # noise without prior, prior at t = 1
     python -m examples.experiments.edtr t_p --out runs/edtr --seeds 1 2 3      # how noisy the latents are made
     python -m examples.experiments.edtr steps --out runs/edtr        # of trained networks: n, and the noise (S4)
+    python -m examples.experiments.edtr across --out runs/edtr --seeds 1 2 3   # one restorer for three tasks (Table 4)
     python -m examples.experiments.edtr table --out runs/edtr --task reading --extent 0.5   # rendered words
 
 Finished runs are not done again: the same command goes on after a stop.
@@ -26,10 +27,13 @@ import torch
 
 from examples.common.engine.options import shared_options
 from examples.common.engine.train_prior import PriorConfig, train_prior
+from examples.common.networks.weights import load_saved
 from examples.edtr.config import Config
 from examples.edtr.prepare import Config as PrepareConfig
 from examples.edtr.prepare import prepare
+from examples.edtr.readers import TASKS
 from examples.edtr.train import Trainer
+from examples.experiments.report import METRICS, Sample, markdown
 from examples.experiments.words import H_LR, JUDGE, OPTIONS, RECOGNIZER, refuse
 from examples.sr4ir.config import Config as TaskConfig
 from examples.sr4ir.train import Trainer as TaskTrainer
@@ -58,6 +62,7 @@ CELLS: Mapping[str, dict[str, Any]] = {
 """With ``edtr_1`` the four cells of prior and noise; a prior at t = 1 has next to none."""
 T_P: Mapping[str, dict[str, Any]] = {f"t_p_{t_p}": {"t_p": t_p} for t_p in (20, 50, 100)}
 """``edtr_1`` is the one at 200."""
+ACROSS = [f"{task}_{figure}" for task in TASKS for figure in ("score", "fixed_hr", "judge", "psnr")]
 
 
 @dataclass(frozen=True)
@@ -88,26 +93,32 @@ class Experiment:
         settings |= {"out": folder, "seed": seed, "steps": self.prepare_steps}
         if self.base.task == "reading":
             settings["recognizer"] = RECOGNIZER["recognizer"]
-        prepare(PrepareConfig(**settings, tasks=[self.base.task], train_prior=False))
+        tasks = [*TASKS] if self.base.all_in_one else [self.base.task]
+        prepare(PrepareConfig(**settings, tasks=tasks, train_prior=False))
         return folder
 
     def run(self, name: str, seed: int) -> None:
         """One run by the name of its folder."""
-        base, ready = replace(self.base, seed=seed), self.prepared(seed)
+        base = replace(self.base, seed=seed)
         out = self.out / "table" / setting(base) / name / f"seed{seed}"
         if name in (baselines := {**BASELINES, **OF_WORDS}):
-            settings = {**shared_options(base), "out": out, "method": baselines[name], "h_lr": base.h_lr}
-            if base.task == "reading":  # whose networks are trained already
-                settings |= {**RECOGNIZER, "judge": JUDGE}
-            else:
-                reference, judge = ready / f"{base.task}_hq", ready / f"{base.task}_judge"
-                settings |= {"start": "hr", "h_weights": reference, "fixed_hr": reference, "judge": judge}
-            config = TaskConfig(**settings, s_weights=ready / "pre")
-            results = TaskTrainer(config).run()
+            results = self._baseline(replace(base, out=out), baselines[name])
         else:
             changes = {**MAIN, **ABLATIONS, **CELLS, **T_P}[name]
-            results = Trainer(replace(base, out=out, prior=self.prior, prepared=ready, **changes)).run()
+            results = Trainer(replace(base, out=out, prior=self.prior, prepared=self.prepared(seed), **changes)).run()
         logger.info("%s seed %d: %s", name, seed, {key: round(value, 2) for key, value in results.items()})
+
+    def _baseline(self, config: Config, method: Any) -> dict[str, float]:
+        """One run of examples.sr4ir.train, which shares the networks that EDTR begins with."""
+        ready = self.prepared(config.seed)
+        settings = {**shared_options(config), "out": config.out, "method": method, "h_lr": config.h_lr}
+        if config.task == "reading":  # whose networks are trained already
+            settings |= {**RECOGNIZER, "judge": JUDGE}
+        else:
+            reference, judge = ready / f"{config.task}_hq", ready / f"{config.task}_judge"
+            settings |= {"start": "hr", "h_weights": reference, "fixed_hr": reference, "judge": judge}
+        results: dict[str, float] = TaskTrainer(TaskConfig(**settings, s_weights=ready / "pre")).run()
+        return results
 
     def steps(self, seed: int, numbers: list[int], noises: int) -> dict[str, Any]:
         """The scores of trained networks by denoising steps (Table 3), and over several draws of noise (Table S4)."""
@@ -125,16 +136,58 @@ class Experiment:
             }
         return found
 
+    def across(self, seed: int) -> dict[str, dict[str, float]]:
+        """How three tasks read what a restorer of each and one of all restore (Table 4), and L1 as a control.
+
+        One of all takes as many steps as the three together. Networks of HQ images and judges read what every restorer
+        makes; H, which learned with a restorer, only what that one makes for its task.
+        """
+        base = replace(self.base, seed=seed, prior=self.prior, prepared=self.prepared(seed))
+        folder = self.out / "table" / setting(base)
+        every = replace(base, steps=len(TASKS) * base.steps, out=folder / "all_in_one" / f"seed{seed}")
+        found = {"all_in_one": Trainer(every).run(), "pretrain": {}}
+        readers = Trainer(every)
+        for task in TASKS:
+            own = replace(base, task=task, all_in_one=False, out=folder / f"edtr_{task}" / f"seed{seed}")
+            results = Trainer(own).run()
+            load_saved(readers.restorer, own.out / "edtr.safetensors")
+            figures, _ = readers.evaluate()
+            found[f"edtr_{task}"] = {name: value for name, value in figures.items() if "_score" not in name}
+            found[f"edtr_{task}"][f"{task}_score"] = results["score"]
+            pixels = self._baseline(replace(own, out=folder / f"pretrain_{task}" / f"seed{seed}"), "pretrain")
+            found["pretrain"] |= {f"{task}_{name}": value for name, value in pixels.items()}
+        return {name: {key: row[key] for key in ACROSS if key in row} for name, row in found.items()}
+
 
 def setting(config: Config) -> str:
     """The name of a folder of runs that are compared."""
-    return f"{config.task}_{config.data}_{config.degradation}_extent{config.mixture_extent:g}"
+    task = "three_tasks" if config.all_in_one else config.task
+    return f"{task}_{config.data}_{config.degradation}_extent{config.mixture_extent:g}"
+
+
+def across_table(found: list[dict[str, dict[str, float]]]) -> str:
+    """The rows of every seed as one table: means, and one restorer of all minus that of each task."""
+    samples = {
+        name: {key: Sample.of(seed[name][key] for seed in found) for key in ACROSS if key in found[0][name]}
+        for name in found[0]
+    }
+    rows = [
+        [name, *(row[key].spread(METRICS[key.partition("_")[2]]) if key in row else "" for key in ACROSS)]
+        for name, row in samples.items()
+    ]
+    changes = [
+        Sample.of(seed["all_in_one"][key] - seed["edtr_" + key.partition("_")[0]][key] for seed in found).change(
+            METRICS[key.partition("_")[2]]
+        )
+        for key in ACROSS
+    ]
+    return markdown(["", *ACROSS], [*rows, ["all in one minus that of the task", *changes]])
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["prior", "table", "ablations", "cells", "t_p", "steps"])
+    parser.add_argument("study", choices=["prior", "table", "ablations", "cells", "t_p", "steps", "across"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
         "--task", default="classification", choices=["classification", "segmentation", "detection", "reading"]
@@ -158,7 +211,7 @@ def main() -> None:
         out=arguments.out, task=arguments.task, data=arguments.data, degradation=arguments.degradation,
         mixture_extent=arguments.extent, contrast=tuple(arguments.contrast), steps=arguments.steps,
         long_steps=arguments.long_steps, test_count=arguments.test_count, t_p=arguments.t_p, draws=arguments.draws,
-        cpu=True,
+        all_in_one=arguments.study == "across", cpu=True,
     )  # fmt: skip
     if arguments.task == "reading":
         refuse(parser, arguments, "--task reading", "data", "contrast")
@@ -173,6 +226,10 @@ def main() -> None:
         logger.info("The prior is in %s", experiment.prior)
         return
     studies = {"table": [*baselines, *MAIN], "ablations": [*ABLATIONS], "cells": [*CELLS], "t_p": [*T_P]}
+    if arguments.study == "across":
+        refuse(parser, arguments, "across", "task", "names")
+        print(across_table([experiment.across(seed) for seed in arguments.seeds]))
+        return
     for seed in arguments.seeds:
         if arguments.study == "steps":
             found = experiment.steps(seed, [1, 4, 20, 50], 10)

@@ -288,6 +288,25 @@ def test_an_unfinished_preparation_is_refused(tmp_path: Path) -> None:
         restoring.load_run(tmp_path)
 
 
+def test_the_experiment_reads_across_tasks(tmp_path: Path) -> None:
+    base = replace(TINY, out=tmp_path, test_count=4, all_in_one=True, steps=1)
+    study = experiment.Experiment(tmp_path, base, prior_steps=1, prior_images=8, prepare_steps=1)
+    found = study.across(1)
+    restorers = [f"edtr_{task}" for task in TASKS]
+    assert set(found) == {"all_in_one", "pretrain", *restorers}
+    assert set(found["all_in_one"]) == set(experiment.ACROSS)
+    for task, name in zip(TASKS, restorers, strict=True):  # H reads for its own task alone
+        assert set(experiment.ACROSS) - set(found[name]) == {f"{other}_score" for other in TASKS if other != task}
+        own = json.loads((tmp_path / "table" / experiment.setting(base) / name / "seed1/results.json").read_text())
+        figures = ("score", "fixed_hr", "judge", "psnr")
+        assert {figure: own[figure] for figure in figures} == pytest.approx(
+            {figure: found[name][f"{task}_{figure}"] for figure in figures}
+        )
+    assert set(experiment.ACROSS) - set(found["pretrain"]) == {f"{task}_score" for task in TASKS}
+    table = experiment.across_table([found, found]).splitlines()
+    assert len(table) == 8 and all(line.count("|") == len(experiment.ACROSS) + 2 for line in table)
+
+
 def test_the_experiment_runs_each_name_once(tmp_path: Path) -> None:
     base = replace(TINY, out=tmp_path, test_count=4)
     study = experiment.Experiment(tmp_path, base, prior_steps=1, prior_images=8, prepare_steps=1)
