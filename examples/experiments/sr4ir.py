@@ -97,7 +97,8 @@ def _setting(config: Config) -> str:
     blur = f"_blur{config.blur:g}" if config.blur else ""
     steps = "" if config.steps == plain.steps else f"_{config.steps}steps"
     noise = f"_noise{config.noise:g}" if config.noise else ""
-    return f"{config.task}_{config.data}_x{config.scale}{contrast}{blur}{noise}{steps}"
+    restorer = "" if config.restorer == plain.restorer else f"_{config.restorer}"
+    return f"{config.task}_{config.data}_x{config.scale}{contrast}{blur}{noise}{restorer}{steps}"
 
 
 def table(out: Path, base: Config, seeds: list[int], starts: list[str], methods: list[Any] | None) -> None:
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=4)
     parser.add_argument("--noise", type=float, default=40.0, help="of words, after the reduction, in 1/255")
     parser.add_argument("--blur", type=float, default=0.0, help="before the reduction, in pixels")
+    parser.add_argument("--restorer", default="edsr-small", help="S: edsr-small, swinir-small, swinir-light, ...")
     parser.add_argument("--contrast", type=float, nargs=2, default=[0.035, 0.1], help="of the generated textures")
     parser.add_argument("--steps", type=int, default=500, help="of the methods that are compared")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
@@ -153,7 +155,7 @@ def main() -> None:
     torch.set_num_threads(1)  # runs side by side, and figures that do not depend on the number of cores
     base = Config(
         out=arguments.out, task=arguments.task, data=arguments.data, scale=arguments.scale, blur=arguments.blur,
-        contrast=tuple(arguments.contrast), steps=arguments.steps, cpu=True,
+        contrast=tuple(arguments.contrast), steps=arguments.steps, restorer=arguments.restorer, cpu=True,
     )  # fmt: skip
     if arguments.task == "reading":
         refuse(parser, arguments, "--task reading", "data", "contrast", "starts")

@@ -21,8 +21,8 @@ class Config(DataOptions, TrainerOptions):
 
     Attributes:
         method: training method, one of examples/sr4ir/methods.py.
-        restorer: "edsr", "edsr-small", "swinir", "swinir-light", "module:Class", or "file" for what spandrel finds in
-            ``s_weights``; of scale 1 any of examples/common/networks/restorers.py.
+        restorer: "edsr", "edsr-small", "swinir", "swinir-light", "swinir-small", "module:Class", or "file" for what
+            spandrel finds in ``s_weights``; of scale 1 any of examples/common/networks/restorers.py.
         s_weights: weights that the restorer starts from: a file, or a run directory.
         recognizer: "small", "paper", "module:Class" or, for classification, "timm/NAME"; "english_g2" for reading.
         start: what the recognizer starts from: "scratch", its own initialization, or "hr", ``h_weights`` trained on HR

@@ -255,7 +255,7 @@ def test_the_network_begins_the_same_whatever_the_terms(tmp_path: Path) -> None:
 
 
 def test_indices_are_not_averaged(tmp_path: Path) -> None:
-    trainer = run(tmp_path / "run", network="swinir-light", ema=0.9995, steps=2, batch=1, patch=16, test_size=16)
+    trainer = run(tmp_path / "run", network="swinir-small", ema=0.9995, steps=2, batch=1, patch=16, test_size=16)
     own = trainer.net.state_dict()
     indices = {name: value for name, value in trainer.tested.state_dict().items() if not value.is_floating_point()}
     assert indices and all(torch.equal(value, own[name]) for name, value in indices.items())

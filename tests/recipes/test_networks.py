@@ -48,7 +48,7 @@ def test_edsr_enlarges_by_its_scale(scale: int, light: bool) -> None:
 
 
 def test_swinir_and_files_of_spandrel(tmp_path: Path) -> None:
-    network = restorer("swinir-light", 4).eval()
+    network = restorer("swinir-small", 4).eval()
     lr = torch.rand(1, 3, 16, 16)
     assert network(lr).shape == (1, 3, 64, 64)
     torch.save(network.state_dict(), tmp_path / "swinir.pth")

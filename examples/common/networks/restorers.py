@@ -21,9 +21,10 @@ def restorer(name: str, scale: int, weights: Path | None = None, *, option: str 
     """A restoration network that enlarges by ``scale``.
 
     Args:
-        name: "edsr" | "edsr-small" | "swinir" | "swinir-light"; of scale 1 also "swinir-unshuffle" | "nafnet" |
-            "nafnet-small" | "restormer" | "restormer-small" | "spandrel/NAME", an architecture of spandrel as it is by
-            default; "file" for whatever spandrel finds in ``weights``; "module:Class", called without arguments.
+        name: "edsr" | "edsr-small" | "swinir" | "swinir-light" | "swinir-small"; of scale 1 also "swinir-unshuffle" |
+            "nafnet" | "nafnet-small" | "restormer" | "restormer-small" | "spandrel/NAME", an architecture of spandrel
+            as it is by default; "file" for whatever spandrel finds in ``weights``; "module:Class", called without
+            arguments.
         scale: of the super-resolution.
         weights: a state dict, or for "file" any checkpoint that spandrel reads.
         option: that the name was given as, for messages.
@@ -159,6 +160,9 @@ _ENLARGING: dict[str, Callable[[int], nn.Module]] = {
     "swinir": lambda scale: _swinir(scale, embed_dim=180, depths=[6] * 6, num_heads=[6] * 6, upsampler="pixelshuffle"),
     "swinir-light": lambda scale: _swinir(
         scale, embed_dim=60, depths=[6] * 4, num_heads=[6] * 4, upsampler="pixelshuffledirect"
+    ),
+    "swinir-small": lambda scale: _swinir(
+        scale, embed_dim=32, depths=[2] * 2, num_heads=[2] * 2, upsampler="pixelshuffledirect"
     ),
 }
 """By their scale, which may be 1."""
