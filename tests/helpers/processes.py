@@ -1,4 +1,4 @@
-"""Run a worker, or a module, by processes of its own."""
+"""Run a worker, a module, or lines of Python by processes of their own."""
 
 import gc
 import multiprocessing
@@ -24,7 +24,7 @@ server.set_forkserver_preload(["restoreloss", "tests.helpers.networks"])
 def launch(
     *command: str, processes: int = 2, cwd: Path = ROOT, timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
-    """What ``torchrun --standalone --nproc_per_node 2`` does: a script or -m module, and its arguments."""
+    """What ``torchrun --standalone --nproc_per_node 2`` does: a script, -m module or -c program, and its arguments."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -51,11 +51,13 @@ def _work(rank: int, place: Mapping[str, int], command: Sequence[str], cwd: Path
     os.chdir(cwd)
     for stream in (1, 2):
         os.dup2(os.open(f"{folder}/{stream}.{rank}", os.O_WRONLY | os.O_CREAT), stream)
-    sys.path.insert(0, str(ROOT))
-    module = command[0] == "-m"
-    sys.argv = list(command[module:])
-    if module:
+    sys.path[:0] = [str(cwd), str(ROOT)]
+    named = command[0] in ("-m", "-c")
+    sys.argv = list(command[named:])
+    if command[0] == "-m":
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    elif command[0] == "-c":
+        exec(command[1], {"__name__": "__main__"})
     else:
         runpy.run_path(command[0], run_name="__main__")
 

@@ -1,11 +1,8 @@
 """The folder integrations/: every file runs, every options file builds its losses, and a README tells of each."""
 
 import json
-import os
 import re
 import runpy
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -16,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from restoreloss import audit
 from restoreloss.integrations import neosr, trainner
 from restoreloss.integrations.options import OPTIONS, criterion
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import ROOT, launch
 
 FOLDER = ROOT / "integrations"
 FOLDERS = sorted(path for path in FOLDER.iterdir() if path.is_dir() and not path.name.startswith("__"))
@@ -162,12 +159,8 @@ print(sys.argv, __name__, float(loss) > 0, sys.modules["own_networks"].__file__ 
 """
 
 
-def launch(checkout, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "restoreloss.integrations.launch", *arguments], cwd=checkout, env=environment,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def launcher(checkout, *arguments):
+    done = launch("-m", "restoreloss.integrations.launch", *arguments, processes=1, cwd=checkout)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -179,7 +172,7 @@ def test_the_launcher_runs_an_unchanged_script_of_an_old_fork(tmp_path):
     (losses / "__init__.py").write_text(f"from torch.nn import L1Loss\n\n\n{own}")
     (tmp_path / "basicsr/train.py").write_text(TRAIN)
     (tmp_path / "own_networks.py").touch()
-    code, output = launch(
+    code, output = launcher(
         tmp_path, "--import", "own_networks", "basicsr/train.py", "-opt", "train.yml", "--import", "x"
     )
     assert code == 0, output
@@ -187,7 +180,7 @@ def test_the_launcher_runs_an_unchanged_script_of_an_old_fork(tmp_path):
 
 
 def test_the_launcher_tells_of_a_script_that_is_not_there(tmp_path):
-    code, output = launch(tmp_path, "hat/train.py")
+    code, output = launcher(tmp_path, "hat/train.py")
     assert code == 2 and "`script` should be a file, found none at hat/train.py" in output
 
 

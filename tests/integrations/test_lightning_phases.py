@@ -1,8 +1,6 @@
 """A real Trainer on the CPU: phases, and what is refused."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from restoreloss.integrations.lightning import (
     log_terms,
 )
 from tests.helpers.lightning import Restorer, difference, lightning, scaled
-from tests.helpers.processes import ROOT, launch
+from tests.helpers.processes import launch
 from tests.integrations.lightning_worker import STEPS, TaskDriven, data, measured, trainer, weights_after
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning")
@@ -372,7 +370,8 @@ except ImportError as error:
     print(error)
 print("lightning" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = launch("-c", code, processes=1)
+    assert done.returncode == 0, done.stderr
     message, imported = done.stdout.splitlines()
     assert message.startswith(f"`lightning` {version} is malware (advisory GHSA-w37p-236h-pfx3): take it off")
     assert imported == "False"
@@ -401,7 +400,8 @@ for make in (lambda: integration.ObjectivesCallback(), lambda: integration.Light
     except ImportError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = launch("-c", code, processes=1)
+    assert done.returncode == 0, done.stderr
     wanted = (
         "restoreloss.integrations.lightning needs `lightning`, which is not installed: "
         'pip install -e ".[integrations]" in a clone of restoreloss'

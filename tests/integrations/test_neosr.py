@@ -1,7 +1,5 @@
 """The losses called as neosr calls them: fixed slots, one tensor each, weighted by themselves, within autocast."""
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 from restoreloss import DiffLoss
 from restoreloss.integrations import neosr, options
 from tests.helpers.networks import tiny_unet
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import launch
 from tests.integrations.frameworks import checkout, copied, import_losses
 
 SLOTS = ("pixel_opt", "perceptual_opt", "dists_opt")
@@ -119,9 +117,7 @@ def test_bad_options_are_named(build_loss, given, error, message):
 def test_the_command_neither_imports_the_framework_nor_takes_another(repository, tmp_path):
     """Importing neosr reads the command line."""
     (repository / "neosr" / "__init__.py").write_text("raise SystemExit('imported')")
-    command = [sys.executable, "-m", "restoreloss.integrations.neosr", str(repository)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(repository), str(ROOT)])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = launch("-m", "restoreloss.integrations.neosr", str(repository), processes=1, cwd=repository)
     path = repository / "neosr" / "losses" / "restoreloss_loss.py"
     assert done.returncode == 0 and path.read_text() == neosr.FRAMEWORK.source
 

@@ -5,8 +5,6 @@ import json
 import math
 import pickle
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -377,7 +375,7 @@ for call in (Projection, lambda: aggregate({"a": torch.ones(())}, [], torch.nn.I
     except ImportError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = launch("-c", code, processes=1)
     needs = 'needs `torchjd`, which is not installed: pip install -e ".[integrations]" in a clone of restoreloss'
     assert done.stdout.splitlines() == [f"ProjectionWeighting {needs}", f"aggregate {needs}"], done.stderr
 

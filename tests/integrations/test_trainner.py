@@ -1,9 +1,7 @@
 """The losses called as traiNNer-redux calls them. Its trainer is written out in `Trainer`."""
 
 import logging
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ import restoreloss
 from restoreloss import NoReference
 from restoreloss.integrations import trainner
 from restoreloss.integrations.options import registrable
+from tests.helpers.processes import launch
 from tests.integrations.frameworks import checkout, copied, import_losses
 
 CROP = (2, 3, 24, 24)
@@ -238,8 +237,7 @@ def test_a_losses_folder_that_is_not_scanned_is_refused(repository):
 
 
 def test_it_is_a_command(tmp_path):
-    command = [sys.executable, "-m", "restoreloss.integrations.trainner", str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    done = launch("-m", "restoreloss.integrations.trainner", str(tmp_path), processes=1)
     assert done.returncode == 2 and "should be a checkout of traiNNer-redux" in done.stderr
 
 

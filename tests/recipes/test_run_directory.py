@@ -4,9 +4,9 @@ import math
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 from examples.common.engine import run_directory
 from examples.common.engine.run_directory import RunDirectory, read_json
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import launch, server
 
 CONFIG: dict[str, Any] = {"lr": 1e-5, "layers": (1, 2), "name": "ü", "weights": {"tdp": 1.0}, "start": None}
 
@@ -360,30 +360,33 @@ def test_other_processes_write_nothing_and_load(tmp_path: Path) -> None:
     assert files(path) == before
 
 
+def train_without_end(path: Path, payload: int) -> None:
+    sys.modules["torch.utils.tensorboard"] = None  # type: ignore[assignment]
+    torch.set_num_threads(1)
+    train(path, 10**9, save_every=2, payload=payload)
+
+
 def test_a_process_killed_in_the_middle_of_a_save(tmp_path: Path, no_tensorboard: None) -> None:
     path = tmp_path / "killed"
     payload = 1_000_000  # 8 MB: a save takes long enough to be met
-    code = (
-        "import sys; sys.modules['torch.utils.tensorboard'] = None\n"
-        "from tests.recipes.test_run_directory import Path, train\n"
-        f"train(Path({str(path)!r}), 10**9, save_every=2, payload={payload})"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = server.Process(target=train_without_end, args=(path, payload))
+    process.start()
+    assert process.pid is not None
     partial = path / f"checkpoint.pt.{process.pid}.partial"
     try:
         deadline = time.monotonic() + 60
         while True:
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.is_alive() and time.monotonic() < deadline
             time.sleep(0.002)
-            process.send_signal(signal.SIGSTOP)  # look while nothing moves
+            os.kill(process.pid, signal.SIGSTOP)  # look while nothing moves
             saved = (path / "checkpoint.pt").exists()
             if saved and partial.exists() and 0 < partial.stat().st_size < 8 * payload:
                 break
-            process.send_signal(signal.SIGCONT)
+            os.kill(process.pid, signal.SIGCONT)
     finally:
         process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert partial.exists() and f"process {process.pid} on " in (path / "lock").read_text()
     logged = RunDirectory(path, {"walk": 1}, main=False).metrics()
     state = RunDirectory(path, {"walk": 1}).load()
@@ -403,23 +406,21 @@ def test_a_process_killed_in_the_middle_of_a_save(tmp_path: Path, no_tensorboard
 # one owner
 
 
-def hold(path: Path) -> subprocess.Popen[str]:
-    """Another process that owns a folder until it is told to end."""
-    code = (
-        "import sys; from pathlib import Path; from examples.common.engine.run_directory import RunDirectory\n"
-        f"run = RunDirectory(Path({str(path)!r}), {{'a': 1}}); print('held', flush=True); sys.stdin.read()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    return process
+def hold(path: Path, held: Event) -> None:
+    """Own a folder until the end."""
+    run = RunDirectory(path, {"a": 1})
+    held.set()
+    time.sleep(3600)
+    del run
 
 
 def test_a_second_process_is_refused_and_the_lock_ends_with_its_owner(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    process = hold(path)
+    held = server.Event()
+    process = server.Process(target=hold, args=(path, held))
+    process.start()
     try:
+        assert held.wait(60)
         with pytest.raises(ValueError, match="is being written by process") as error:
             RunDirectory(path, {"a": 1})
         for part in (str(path), f"process {process.pid} on {socket.gethostname()} since 2"):
@@ -427,7 +428,7 @@ def test_a_second_process_is_refused_and_the_lock_ends_with_its_owner(tmp_path: 
         assert RunDirectory(path, {"a": 1}, main=False).load() is None, "a rank of the same run only reads"
     finally:
         process.kill()
-        process.communicate()
+        process.join()
     RunDirectory(path, {"a": 1})
     assert f"process {os.getpid()} on" in (path / "lock").read_text()
 
@@ -438,13 +439,9 @@ def test_one_process_may_open_a_folder_again_and_a_finished_run_has_no_owner(tmp
     other = RunDirectory(path, {"a": 1})
     del one
     code = f"from examples.common.engine.run_directory import *; RunDirectory(Path({str(path)!r}), {{'a': 1}})"
-
-    def again() -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-
-    assert "is being written by" in again().stderr
+    assert "is being written by" in launch("-c", code, processes=1).stderr
     other.finish({"score": 1.0})
-    assert again().returncode == 0
+    assert launch("-c", code, processes=1).returncode == 0
 
 
 def test_where_nothing_can_be_locked_it_is_said(
