@@ -42,7 +42,7 @@ def vit():
 NETWORKS = {
     "torchvision ResNet": (models.resnet18, "layer4", (50, 61)),
     "torchvision ConvNeXt": (models.convnext_tiny, "features", (50, 61)),
-    "torchvision ViT": (lambda: models.vit_b_32(), "encoder", (224, 224)),
+    "torchvision ViT": (lambda: models.VisionTransformer(64, 16, 2, 2, 16, 32), "encoder", (64, 64)),
     "torchvision Swin": (models.swin_t, "features", (50, 61)),
     "torchvision DeepLabV3": (
         lambda: models.segmentation.deeplabv3_mobilenet_v3_large(weights_backbone=None), "backbone/out", (50, 61)

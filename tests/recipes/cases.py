@@ -215,9 +215,9 @@ def stop_at(run: Recipe[Any], step: int) -> None:
         stage.alternation.step = functools.partial(stopping, stage.alternation.step)  # type: ignore[method-assign]
 
 
-def run_until(run: Recipe[Any], step: int) -> None:
-    """Run up to the step before, as if the process were killed then."""
-    stop_at(run, step)
+def stop_before_the_end(run: Recipe[Any]) -> None:
+    """Run up to the last step of the last stage, as if the process were killed then."""
+    stop_at(run, sum(stage.steps for stage in run.stages))
     with pytest.raises(Stopped):
         run.run()
 

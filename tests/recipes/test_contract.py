@@ -59,8 +59,7 @@ def times(folder: Path) -> dict[Path, int]:
 def test_a_stopped_run_resumes_to_the_same_weights_figures_and_logs(
     name: str, start: Callable[..., Recipe[Any]], whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    steps = sum(stage.steps for stage in start(name, tmp_path / "steps").stages)
-    cases.run_until(start(name, tmp_path / "run"), steps)  # the last step of the last stage
+    cases.stop_before_the_end(start(name, tmp_path / "run"))
     assert not (tmp_path / "run" / "results.json").exists()
     start(name, tmp_path / "run").run()
     assert_same_weights(whole(name), tmp_path / "run")

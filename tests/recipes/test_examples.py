@@ -159,6 +159,7 @@ def test_quickstart_on_own_pictures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(photos_run, "by_turns", partial(by_turns, rounds=1))
+    monkeypatch.setattr(photos_run, "BATCH", 2)
     pictures, out = tmp_path / "pictures", tmp_path / "out"
     pictures.mkdir()
     for name in ("chelsea", "coffee"):

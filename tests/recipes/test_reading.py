@@ -2,6 +2,7 @@ import importlib.util
 import itertools
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -11,8 +12,9 @@ import torch
 from examples import quickstart
 from examples.common.data import words
 from examples.common.engine import reading
+from examples.common.engine.training import by_turns
 from examples.common.networks import text_readers as readers
-from examples.reading import scores, training
+from examples.reading import scores, training, words_run
 from examples.reading.figure import right_letters
 
 PACKAGES = (
@@ -185,7 +187,11 @@ def test_interval_covers_the_mean_as_often_as_it_says() -> None:
 
 
 @needs_reading
-def test_quickstart_writes_its_files_and_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quickstart_writes_its_files_and_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(words_run, "by_turns", partial(by_turns, rounds=1))
+    monkeypatch.setattr(words_run, "BATCH", 4)
     out = tmp_path / "out"
     options = ["--steps=2", "--tdp-steps=2", "--l1-steps=2", "--test-words=8", "--pool=16", f"--out={out}"]
     quickstart.main(["--on=words", *options])

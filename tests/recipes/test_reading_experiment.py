@@ -2,6 +2,7 @@ import copy
 import itertools
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from examples.common.data import words
 from examples.common.engine.reading import ctc
+from examples.common.engine.training import by_turns
 from examples.common.networks import text_readers as readers
 from examples.experiments import few_pairs, reading
 from examples.reading import retraining, scores
@@ -56,6 +58,7 @@ def test_finished_runs_are_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(reading, "by_turns", partial(by_turns, rounds=1))
     out = tmp_path / "out"
     arguments = [f"--out={out}", "--seeds", "0", *SMALL, "--methods"]
     reading.main([*arguments, "l1", "tdp", "gradients"])
@@ -82,14 +85,14 @@ def test_finished_runs_are_not_done_again(
 
 
 @needs_reading
-@pytest.mark.parametrize("degradation", [[], ["--extent=0.5"]])
+@pytest.mark.slow
 def test_few_pairs_are_restored_with_each_kind_of_prior(
-    tmp_path: Path, degradation: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     monkeypatch.setattr(few_pairs, "PRIOR_WORDS", 16)
     names = ["l1", "gradients", "words", "untrained"]
-    arguments = ["--seeds", "0", "--pairs", "2", "--steps=1", "--test-words=4", "--prior-steps=1", *degradation]
+    arguments = ["--seeds", "0", "--pairs", "2", "--steps=1", "--test-words=4", "--prior-steps=1", "--extent=0.5"]
     few_pairs.main([f"--out={tmp_path}", *arguments, "--methods", *names])
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split(" | ")[1] for row in rows] == [
@@ -98,10 +101,12 @@ def test_few_pairs_are_restored_with_each_kind_of_prior(
     assert sum("[" in row for row in rows) == 3
     found = {name: json.loads((tmp_path / "pairs2/seed0" / f"{name}.json").read_text()) for name in names}
     assert len({tuple(one["psnr"]) for one in found.values()}) == 4  # each loss took another step
-    experiment = few_pairs.Experiment(tmp_path, 4, 20.0, 0.5 if degradation else None, 1, 0.5, 1)
-    clean, _, degraded = experiment.test
-    sides = [side // (1 if degradation else 4) for side in clean.shape[2:]]
-    assert list(degraded.shape[2:]) == sides
+
+
+@pytest.mark.parametrize(("extent", "reduction"), [(0.5, 1), (None, 4)])
+def test_few_pairs_are_blurred_or_reduced(tmp_path: Path, extent: float | None, reduction: int) -> None:
+    clean, _, degraded = few_pairs.Experiment(tmp_path, 4, 20.0, extent, 1, 0.5, 1).test
+    assert list(degraded.shape[2:]) == [side // reduction for side in clean.shape[2:]]
 
 
 def test_ctc_is_the_sum_over_all_alignments() -> None:

@@ -391,7 +391,7 @@ def test_a_whole_pass_compiles_into_one_graph(fresh_compiler, build, method):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("compiled", ["wrapped", "in place", "middle block only"])
+@pytest.mark.parametrize("compiled", ["wrapped", pytest.param("in place", marks=pytest.mark.slow), "middle block only"])
 def test_a_model_compiled_before_it_is_wrapped_keeps_its_bottleneck(fresh_compiler, compiled):
     case = quickly_traced()
     noise, h = case.direct(NOISY, T)
