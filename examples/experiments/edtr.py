@@ -139,13 +139,19 @@ class Experiment:
     def across(self, seed: int) -> dict[str, dict[str, float]]:
         """How three tasks read what a restorer of each and one of all restore (Table 4), and L1 as a control.
 
-        One of all takes as many steps as the three together. Networks of HQ images and judges read what every restorer
-        makes; H, which learned with a restorer, only what that one makes for its task.
+        One of all takes as many steps as the three together. Prior and pre-restoration are those of the first task for
+        every row but the control: pre-restoration that goes on with L1, for each task on its own images, in whole
+        batches. Networks of HQ images and judges read what every restorer makes; H, which learned with a restorer,
+        only what that one makes for its task.
         """
+        folder = self.out / "across" / setting(self.base)
+        file = folder / f"seed{seed}.json"
+        if file.exists():
+            done: dict[str, dict[str, float]] = json.loads(file.read_text())
+            return done
         base = replace(self.base, seed=seed, prior=self.prior, prepared=self.prepared(seed))
-        folder = self.out / "table" / setting(base)
         every = replace(base, steps=len(TASKS) * base.steps, out=folder / "all_in_one" / f"seed{seed}")
-        found = {"all_in_one": Trainer(every).run(), "pretrain": {}}
+        found = {"all_in_one": Trainer(every).run(), "l1_of_each": {}}
         readers = Trainer(every)
         for task in TASKS:
             own = replace(base, task=task, all_in_one=False, out=folder / f"edtr_{task}" / f"seed{seed}")
@@ -154,9 +160,11 @@ class Experiment:
             figures, _ = readers.evaluate()
             found[f"edtr_{task}"] = {name: value for name, value in figures.items() if "_score" not in name}
             found[f"edtr_{task}"][f"{task}_score"] = results["score"]
-            pixels = self._baseline(replace(own, out=folder / f"pretrain_{task}" / f"seed{seed}"), "pretrain")
-            found["pretrain"] |= {f"{task}_{name}": value for name, value in pixels.items()}
-        return {name: {key: row[key] for key in ACROSS if key in row} for name, row in found.items()}
+            pixels = self._baseline(replace(own, out=folder / f"l1_{task}" / f"seed{seed}"), "pretrain")
+            found["l1_of_each"] |= {f"{task}_{name}": value for name, value in pixels.items()}
+        rows = {name: {key: row[key] for key in ACROSS if key in row} for name, row in found.items()}
+        file.write_text(json.dumps(rows, indent=1))
+        return rows
 
 
 def setting(config: Config) -> str:

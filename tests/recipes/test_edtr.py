@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -260,6 +261,10 @@ def test_the_options_of_the_preparation_reach_its_runs(tmp_path: Path) -> None:
         ({"prepared": None, "references": [Path("nowhere")]}, "`prior` and `pre` should be given"),
         ({"references": [Path("nowhere"), Path("nowhere")]}, "oracles for classification, or `prepared` .*, found 2"),
         ({"references": [Path("nowhere")]}, "should be a finished run"),
+        (
+            {"judges": [Path("nowhere"), Path("nowhere")]},
+            "`judges` should be .* for classification, .*, found 2",
+        ),
         ({"prior": Path("nowhere/at/all")}, "nowhere"),
     ],
 )
@@ -291,20 +296,32 @@ def test_an_unfinished_preparation_is_refused(tmp_path: Path) -> None:
 def test_the_experiment_reads_across_tasks(tmp_path: Path) -> None:
     base = replace(TINY, out=tmp_path, test_count=4, all_in_one=True, steps=1)
     study = experiment.Experiment(tmp_path, base, prior_steps=1, prior_images=8, prepare_steps=1)
-    found = study.across(1)
+    found, folder = study.across(1), tmp_path / "across" / experiment.setting(base)
     restorers = [f"edtr_{task}" for task in TASKS]
-    assert set(found) == {"all_in_one", "pretrain", *restorers}
+    assert set(found) == {"all_in_one", "l1_of_each", *restorers}
+    assert yaml.safe_load((folder / "all_in_one/seed1/config.yaml").read_text())["steps"] == 3
     assert set(found["all_in_one"]) == set(experiment.ACROSS)
     for task, name in zip(TASKS, restorers, strict=True):  # H reads for its own task alone
         assert set(experiment.ACROSS) - set(found[name]) == {f"{other}_score" for other in TASKS if other != task}
-        own = json.loads((tmp_path / "table" / experiment.setting(base) / name / "seed1/results.json").read_text())
+        own = json.loads((folder / name / "seed1/results.json").read_text())
         figures = ("score", "fixed_hr", "judge", "psnr")
         assert {figure: own[figure] for figure in figures} == pytest.approx(
             {figure: found[name][f"{task}_{figure}"] for figure in figures}
         )
-    assert set(experiment.ACROSS) - set(found["pretrain"]) == {f"{task}_score" for task in TASKS}
+    assert set(experiment.ACROSS) - set(found["l1_of_each"]) == {f"{task}_score" for task in TASKS}
+    shutil.rmtree(folder / "all_in_one")
+    assert study.across(1) == found  # from its file
     table = experiment.across_table([found, found]).splitlines()
     assert len(table) == 8 and all(line.count("|") == len(experiment.ACROSS) + 2 for line in table)
+
+
+def test_the_last_row_across_tasks_is_one_of_all_minus_that_of_the_task() -> None:
+    row = {key: float(number) for number, key in enumerate(experiment.ACROSS)}
+    found = {"all_in_one": {key: 2 * value for key, value in row.items()}}
+    for task in TASKS:
+        found[f"edtr_{task}"] = {key: row[key] + 100 * (not key.startswith(task)) for key in row}
+    (last,) = (line for line in experiment.across_table([found]).splitlines() if "minus" in line)
+    assert [float(cell) for cell in last.split("|")[2:-1]] == [*row.values()]
 
 
 def test_the_experiment_runs_each_name_once(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ SCRIPTS = {
     "examples.experiments.sr4ir": {
         "nothing": "nothing", "table --out=x --task=reading --data=photos": "--data", "table --out=x --task=reading --starts hr": "--starts", "table --out=x --noise=20": "--noise",
     },
-    "examples.experiments.edtr": {"nothing --out=x": "nothing", "table --out=x --task=reading --contrast 0.1 0.2": "--contrast"},
+    "examples.experiments.edtr": {"nothing --out=x": "nothing", "table --out=x --task=reading --contrast 0.1 0.2": "--contrast", "across --out=x --task=detection": "--task"},
     "examples.experiments.dtp": {"nothing --out=x": "nothing"},
     "examples.experiments.unirestore": {"nothing --out=x": "nothing", "words --out=x --size=64": "--size", "table --out=x --extent=1": "--extent"},
 }  # fmt: skip
