@@ -15,14 +15,13 @@ from torch import Tensor, nn
 import restoreloss
 from restoreloss import Objective
 from tests.contract.objectives import CASES, ELSEWHERE, LIVE, SHAPE, Case, images, live_networks, networks
-from tests.helpers.processes import launch
+from tests.helpers.processes import launch_by_torchrun
 
 every_objective = pytest.mark.parametrize("case", CASES, ids=str)
 every_live = pytest.mark.parametrize("case", LIVE, ids=str)
-# a U-Net like that of DiffLoss-mse, which takes half a minute to trace, below or above a line of another kind
+# a U-Net like that of DiffLoss-mse, which takes seconds to trace, below or above a line of another kind
 TRACED_BEFORE = (
-    "DiffLoss-rms", "DiffLoss-l2", "DiffLoss-l1", "DiffLoss-noise", "DiffLoss-h_space", "DiffLoss-crop",
-    "DiffLoss-latent", "DiffLoss-flow", "DiffLoss-checkpointing", "Subsampled-subset",
+    "DiffLoss-rms", "DiffLoss-l2", "DiffLoss-l1", "DiffLoss-noise", "DiffLoss-crop", "DiffLoss-latent",
 )  # fmt: skip
 QUICKLY_TRACED = {"DiffLoss-callable", "TDPLoss-l1", "TDPLoss-detector", "HLFLoss-l1"}
 
@@ -393,6 +392,6 @@ def test_live_networks_rest_while_they_are_looked_through(case: Case) -> None:
 
 
 def test_two_processes_give_what_one_gives() -> None:
-    result = launch("tests/contract/distributed_worker.py")
+    result = launch_by_torchrun("tests/contract/distributed_worker.py")
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("equal") == sum(case.part == 1 for case in CASES)

@@ -7,6 +7,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -24,29 +25,53 @@ server.set_forkserver_preload(["restoreloss", "tests.helpers.networks"])
 def launch(
     *command: str, processes: int = 2, cwd: Path = ROOT, timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
-    """What ``torchrun --standalone --nproc_per_node 2`` does: a script, -m module or -c program, and its arguments."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    """A script, -m module or -c program and its arguments, in processes that are forked from the server.
+
+    Several are given what torchrun gives them. Only a process of torchrun itself has a hash seed of its own and an
+    interpreter that ends: see ``launch_by_torchrun``.
+
+    Raises:
+        subprocess.TimeoutExpired: If they take longer.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
+        environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     with TemporaryDirectory() as folder:
-        place = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
-        started = [server.Process(target=_work, args=(rank, place, command, cwd, folder)) for rank in range(processes)]
+        started = [
+            server.Process(target=_work, args=(rank, environment, command, cwd, folder)) for rank in range(processes)
+        ]
         for process in started:
             process.start()
-        while running := [process.sentinel for process in started if process.exitcode is None]:
-            if any(process.exitcode for process in started) or not wait(running, timeout):
-                break  # where one fails, the others would wait for it
+        code, end = 0, time.monotonic() + timeout
+        while (running := [process.sentinel for process in started if process.exitcode is None]) and not code:
+            if not wait(running, end - time.monotonic()):
+                break
+            code = next(filter(None, (process.exitcode for process in started)), 0)  # the others would wait for it
         for process in started:
             process.kill()
             process.join()
         out, err = ("".join(path.read_text() for path in sorted(Path(folder).glob(f"{name}*"))) for name in "12")
-    codes = [process.exitcode or 0 for process in started]
-    return subprocess.CompletedProcess(command, next(filter(None, codes), 0), out, err)
+    if running and not code:
+        raise subprocess.TimeoutExpired(command, timeout, out, err)
+    return subprocess.CompletedProcess(command, code, out, err)
 
 
-def _work(rank: int, place: Mapping[str, int], command: Sequence[str], cwd: Path, folder: str) -> None:
-    os.environ |= {name: str(value) for name, value in {**place, "RANK": rank, "LOCAL_RANK": rank}.items()}
-    os.environ |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "tests"}
+def launch_by_torchrun(script: str) -> subprocess.CompletedProcess[str]:
+    """The same for two processes of interpreters of their own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+def _work(rank: int, environment: Mapping[str, str], command: Sequence[str], cwd: Path, folder: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    if "WORLD_SIZE" in environment:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     os.chdir(cwd)
     for stream in (1, 2):

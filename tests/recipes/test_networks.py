@@ -48,6 +48,7 @@ def test_edsr_enlarges_by_its_scale(scale: int, light: bool) -> None:
 
 
 def test_swinir_and_files_of_spandrel(tmp_path: Path) -> None:
+    assert sum(parameter.numel() for parameter in restorer("swinir-light", 4).parameters()) == 929_628
     network = restorer("swinir-small", 4).eval()
     lr = torch.rand(1, 3, 16, 16)
     assert network(lr).shape == (1, 3, 64, 64)
