@@ -139,10 +139,10 @@ class Experiment:
     def across(self, seed: int) -> dict[str, dict[str, float]]:
         """How three tasks read what a restorer of each and one of all restore (Table 4), and L1 as a control.
 
-        One of all takes as many steps as the three together. Prior and pre-restoration are those of the first task for
-        every row but the control: pre-restoration that goes on with L1, for each task on its own images, in whole
-        batches. Networks of HQ images and judges read what every restorer makes; H, which learned with a restorer,
-        only what that one makes for its task.
+        One of all takes as many steps as the three together. Prior and pre-restoration are those of the first task,
+        whose images the others share where they are drawn. The control goes on with pre-restoration by L1, for each
+        task in a run of its own, in whole batches. Networks of HQ images and judges read what every restorer makes; H,
+        which learned with a restorer, only what that one makes for its task.
         """
         folder = self.out / "across" / setting(self.base)
         file = folder / f"seed{seed}.json"
