@@ -50,6 +50,7 @@ class Config(DataOptions, TrainerOptions):
         prompt_lr: learning rate of prompts.
         weight_decay: weight decay of all but prompts.
         smallest: side that smaller images are enlarged to before they are restored; 512 in the paper.
+        tile: side of the tiles that larger test images are restored in; 0 restores them whole.
         unseen: test on corruptions that were not trained on as well.
         every_prompt: test the images of each task as every prompt restores them, the same images for all.
     """
@@ -77,6 +78,7 @@ class Config(DataOptions, TrainerOptions):
     prompt_lr: float = 1e-2
     weight_decay: float = 1e-2
     smallest: int = 0
+    tile: int = 512
     unseen: bool = True
     every_prompt: bool = False
     degradation: Degradation = "corruptions"

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from restoreloss.restorers.tiling import resize_to, upscale_to_side
+from restoreloss.restorers.tiling import resize_to, tiled, upscale_to_side
 
 
 class PlainNetwork(nn.Module):
@@ -20,3 +21,11 @@ class PlainNetwork(nn.Module):
         size = images.shape[2:]
         restored: Tensor = self.network(upscale_to_side(images, smallest))
         return resize_to(restored, size)
+
+    @torch.no_grad()
+    def restore(
+        self, images: Tensor, tasks: Any, *, generator: Any = None, smallest: int = 0, tile: int | None = None
+    ) -> Tensor:
+        """In [0, 1], larger images in overlapping tiles."""
+        large = upscale_to_side(images, smallest)
+        return resize_to(tiled(self.network, large, tile=tile), images.shape[2:]).clamp(0, 1)

@@ -67,7 +67,8 @@ class Trainer(Recipe[Batch]):
     """One stage: networks, phases, evaluation."""
 
     evaluation_options = (
-        "unseen", "smallest", "steps_of_diffusion", "prepared", "prior", "images", "paired_tests", "every_prompt",
+        "unseen", "smallest", "tile", "steps_of_diffusion", "prepared", "prior", "images", "paired_tests",
+        "every_prompt",
     )  # fmt: skip
 
     def __init__(self, config: Config) -> None:
@@ -247,9 +248,9 @@ class Trainer(Recipe[Batch]):
         generator = seeded(self.config.seed, 2)
 
         def restored(images: Tensor) -> Tensor:
+            options = {"generator": generator, "smallest": self.config.smallest, "tile": self.config.tile or None}
             parts = images.split(self.config.batch)  # what fits in memory
-            found = [self.model(part, task, generator=generator, smallest=self.config.smallest) for part in parts]
-            return torch.cat(found).clamp(0, 1)
+            return torch.cat([self.model.restore(part, task, **options) for part in parts])
 
         return lambda _, degraded: map_images(restored, degraded)
 

@@ -19,7 +19,7 @@ from examples.common.data.folder import read_image
 from examples.common.data.photos import HELD_OUT, load_photo
 from examples.common.engine import recipe
 from examples.common.engine.evaluation import load_recognizer
-from examples.common.seeds import derive_seed
+from examples.common.seeds import derive_seed, seeded
 from examples.unirestore import restore as restoring
 from examples.unirestore import train as training
 from examples.unirestore.adapters import AdapterName
@@ -291,6 +291,19 @@ def test_other_adapters_are_trained_and_restored_with(adapter: AdapterName, tmp_
     trained = load_file(tmp_path / "run" / "unirestore.safetensors")
     assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
     assert not (tmp_path / "run" / "prompts.safetensors").exists()
+
+
+@pytest.mark.parametrize("network", [None, "edsr-small"])
+def test_large_test_images_are_restored_in_tiles(network: str | None, tmp_path: Path, folder: Path) -> None:
+    changes = {"network": network, "after": None} if network else {}
+    found = {}
+    for tile in (0, 32, 512):
+        run = trainer(tmp_path / f"{tile}", folder, tile=tile, **changes)
+        images, generator = uniform(2, 3, 40, 48), seeded(run.config.seed, 2)
+        found[tile] = run.restores("restoration")(None, images)
+        expected = run.model.restore(images, "restoration", generator=generator, tile=tile or None)
+        assert torch.equal(found[tile], expected)
+    assert torch.equal(found[0], found[512]) and not torch.equal(found[0], found[32])
 
 
 @pytest.mark.parametrize("tasks", [["restoration"], ["classification", "segmentation"]])
