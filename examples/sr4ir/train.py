@@ -12,6 +12,7 @@ resumes a killed run. Several processes: ``python -m torch.distributed.run --npr
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,7 +39,7 @@ from examples.sr4ir.config import Config
 from examples.sr4ir.images import bilinear, pixel_loss, restore
 from examples.sr4ir.methods import METHODS, Image, Method
 from restoreloss import Alternation, CQMix, Phase, TDPLoss
-from restoreloss.frozen import unwrap
+from restoreloss.frozen import in_mode, unwrap
 from restoreloss.objectives.base import total
 
 logger = logging.getLogger(__name__)
@@ -63,10 +64,6 @@ class Trainer(Recipe[Batch]):
     evaluation_options = ("fixed_hr", "judge", "lite0")
 
     def __init__(self, config: Config) -> None:
-        if config.task == "detection" and config.method in ("tdp_joint", "rsrssn"):
-            raise ValueError(
-                f"`task` should not be 'detection' for {config.method}: a detector in training asks for targets."
-            )
         super().__init__(config)
         self.title = config.method
         self.config = config
@@ -188,7 +185,9 @@ class Trainer(Recipe[Batch]):
 
         def tdp() -> Tensor:
             # unlike TDPLoss, with gradient into H from both sides: the mistake that this ablation is about
-            return total(self.tdp.compare(self.tdp.features(restored), self.tdp.features(batch.hr)))
+            h = unwrap(self.h)
+            with in_mode(h, "eval") if self.config.task == "detection" else nullcontext():  # or it asks for targets
+                return total(self.tdp.compare(self.tdp.features(restored), self.tdp.features(batch.hr)))
 
         return self._weighted(
             batch,

@@ -108,7 +108,6 @@ def test_configs_of_the_paper_are_valid_and_ask_for_the_data(
         ({"start": "hr"}, "`h_weights` should be the run directory of an oracle"),
         ({"method": "fixed_task"}, "`fixed_hr` should be"),
         ({"method": "fixed_foreign"}, "`foreign` should be"),
-        ({"method": "tdp_joint", "task": "detection"}, "`task` should not be 'detection'"),
         ({"batch": 13}, "`batch` should be between 1 and the 12 training samples, found 13"),
         ({"scale": 5}, "`scale` should be one of"),
         ({"restorer": "edrs"}, "`restorer` should be one of"),
@@ -290,6 +289,22 @@ def test_one_loss_for_both(method: str, tmp_path: Path, prepared: cases.Prepared
                 terms["tdp"], list(network.parameters()), retain_graph=True, allow_unused=True
             )
             assert any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_one_loss_for_a_detector_too(tmp_path: Path) -> None:
+    trainer: Any = Trainer(replace(TINY, out=tmp_path / "run", method="rsrssn", task="detection"))
+    batch = trainer.batch(*next(trainer.read(0, 1)), 0, 4)
+    before = {name: value.clone() for name, value in trainer.h.named_buffers()}
+    trainer.recognition.loss = lambda *_: torch.zeros(())  # whose pass in train mode moves the batch statistics
+    tdp = trainer._joint_terms(batch)["tdp"]
+    assert trainer.h.training and all(torch.equal(value, before[name]) for name, value in trainer.h.named_buffers())
+    trainer.h.eval()
+    seen, wanted = (trainer.tdp.features(images) for images in ([trainer.s(lr[None])[0] for lr in batch.lr], batch.hr))
+    distances = [(seen[name] - wanted[name]).abs().mean() for name in seen]
+    torch.testing.assert_close(tdp, 0.1 * sum(distances) / len(distances))
+    for network in (trainer.s, trainer.h):
+        gradients = torch.autograd.grad(tdp, list(network.parameters()), retain_graph=True, allow_unused=True)
+        assert any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
 
 
 @pytest.mark.parametrize("separate", [False, True])
