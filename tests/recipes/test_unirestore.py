@@ -375,7 +375,7 @@ def test_a_task_is_read_by_its_networks(tmp_path: Path, folder: Path, monkeypatc
     asked: list[Any] = []
     seen: list[Any] = []
 
-    def forward(images: Tensor, task: str, **options: Any) -> Tensor:
+    def restore(images: Tensor, task: str, **options: Any) -> Tensor:
         asked.append((task, options["smallest"]))
         return images
 
@@ -384,7 +384,7 @@ def test_a_task_is_read_by_its_networks(tmp_path: Path, folder: Path, monkeypatc
         seen.append((options["readers"], options["degrade"]))
         return {}, {"lr": uniform(1, 3, 4, 4), "restored": uniform(1, 3, 4, 4), "hr": uniform(1, 3, 4, 4)}
 
-    monkeypatch.setattr(run.model, "forward", forward)
+    monkeypatch.setattr(run.model, "restore", restore)
     monkeypatch.setattr(training, "evaluate", evaluated)
     run.figures(run.restores)
     tasks = ["restoration", "classification", "segmentation"]
