@@ -99,18 +99,19 @@ class Experiment:
 
     def run(self, name: str, seed: int) -> None:
         """One run by the name of its folder."""
-        base = replace(self.base, seed=seed)
+        base = replace(self.base, seed=seed, prepared=self.prepared(seed))
         out = self.out / "table" / setting(base) / name / f"seed{seed}"
         if name in (baselines := {**BASELINES, **OF_WORDS}):
             results = self._baseline(replace(base, out=out), baselines[name])
         else:
             changes = {**MAIN, **ABLATIONS, **CELLS, **T_P}[name]
-            results = Trainer(replace(base, out=out, prior=self.prior, prepared=self.prepared(seed), **changes)).run()
+            results = Trainer(replace(base, out=out, prior=self.prior, **changes)).run()
         logger.info("%s seed %d: %s", name, seed, {key: round(value, 2) for key, value in results.items()})
 
-    def _baseline(self, config: Config, method: Any) -> dict[str, float]:
+    @staticmethod
+    def _baseline(config: Config, method: Any) -> dict[str, float]:
         """One run of examples.sr4ir.train, which shares the networks that EDTR begins with."""
-        ready = self.prepared(config.seed)
+        ready: Any = config.prepared
         settings = {**shared_options(config), "out": config.out, "method": method, "h_lr": config.h_lr}
         if config.task == "reading":  # whose networks are trained already
             settings |= {**RECOGNIZER, "judge": JUDGE}

@@ -86,13 +86,14 @@ def test_finished_runs_are_not_done_again(
 
 @needs_reading
 @pytest.mark.slow
+@pytest.mark.parametrize("degradation", [[], ["--extent=0.5"]])
 def test_few_pairs_are_restored_with_each_kind_of_prior(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, degradation: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     monkeypatch.setattr(few_pairs, "PRIOR_WORDS", 16)
     names = ["l1", "gradients", "words", "untrained"]
-    arguments = ["--seeds", "0", "--pairs", "2", "--steps=1", "--test-words=4", "--prior-steps=1", "--extent=0.5"]
+    arguments = ["--seeds", "0", "--pairs", "2", "--steps=1", "--test-words=4", "--prior-steps=1", *degradation]
     few_pairs.main([f"--out={tmp_path}", *arguments, "--methods", *names])
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split(" | ")[1] for row in rows] == [
@@ -103,6 +104,7 @@ def test_few_pairs_are_restored_with_each_kind_of_prior(
     assert len({tuple(one["psnr"]) for one in found.values()}) == 4  # each loss took another step
 
 
+@needs_reading
 @pytest.mark.parametrize(("extent", "reduction"), [(0.5, 1), (None, 4)])
 def test_few_pairs_are_blurred_or_reduced(tmp_path: Path, extent: float | None, reduction: int) -> None:
     clean, _, degraded = few_pairs.Experiment(tmp_path, 4, 20.0, extent, 1, 0.5, 1).test
