@@ -202,8 +202,34 @@ def averages_gradients(network: nn.Module) -> bool:
 
 
 @contextmanager
+def _copied_statistics(*networks: nn.Module) -> Iterator[None]:
+    """Let batch normalization in eval mode read copies of its statistics within a ``with`` block.
+
+    Its backward pass reads them once more. A pass in train mode before that would have changed them, which no error
+    tells of, and the gradient would be that of another network.
+    """
+    if not torch.is_grad_enabled():
+        yield
+        return
+    held = [
+        (module, module.running_mean, module.running_var)
+        for network in networks for module in network.modules()
+        if isinstance(module, _NormBase) and not module.training and module.running_mean is not None
+    ]  # fmt: skip
+    try:
+        for module, mean, var in held:
+            module.running_mean, module.running_var = mean.clone(), var.clone()  # type: ignore[union-attr]
+        yield
+    finally:
+        for module, mean, var in held:
+            module.running_mean, module.running_var = mean, var
+
+
+@contextmanager
 def frozen(*networks: nn.Module) -> Iterator[None]:
     """Freeze networks for the length of a ``with`` block: no gradient into them, eval mode, statistics at rest.
+
+    What passes through them keeps its gradient, also where a network trains on before the backward pass.
 
     On leaving, also by an exception, every parameter's ``requires_grad`` and every submodule's mode is what it was.
 
@@ -225,7 +251,8 @@ def frozen(*networks: nn.Module) -> Iterator[None]:
     try:
         for network in networks:
             _rest(network)
-        yield
+        with _copied_statistics(*networks):
+            yield
     finally:
         before.restore()
 
@@ -312,7 +339,7 @@ def in_mode(network: nn.Module, mode: RunMode) -> Iterator[None]:
     try:
         if mode != "keep":
             network.train(mode == "train")
-        with statistics_at_rest(network):
+        with statistics_at_rest(network), _copied_statistics(network):
             learning = any(module.training for module in modes)
             held = [(buffer, buffer.clone()) for buffer in network.buffers()] if learning else []
             try:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from restoreloss.frozen import FrozenNetwork, frozen, serving, warn_if_trained
+from restoreloss.frozen import FrozenNetwork, frozen, in_mode, serving, warn_if_trained
 
 
 def network():
@@ -219,6 +219,21 @@ def test_frozen_uses_the_running_statistics_and_no_dropout():
     expected = copy.deepcopy(net).eval()(image())
     with frozen(net):
         assert torch.equal(net(image()), expected)
+
+
+@pytest.mark.parametrize("block", [frozen, lambda network: in_mode(network, "eval")])
+def test_a_network_may_train_on_before_the_backward_pass(block):
+    norm = nn.BatchNorm2d(3).train()
+    norm.running_mean.uniform_(-1, 1), norm.running_var.uniform_(0.5, 2)
+    image, weights = torch.rand(2, 3, 4, 4, requires_grad=True), torch.rand(2, 3, 4, 4)
+    mean, var = norm.running_mean, norm.running_var
+    slope = (var + norm.eps).rsqrt()[:, None, None]  # the derivative of what the norm did in eval mode
+    with block(norm):
+        value = (weights * norm(image)).sum()
+    assert norm.running_mean is mean and norm.running_var is var
+    norm(5 * torch.rand(2, 3, 4, 4))
+    value.backward()
+    torch.testing.assert_close(image.grad, weights * slope)
 
 
 @pytest.mark.parametrize("backward_inside", [True, False])
