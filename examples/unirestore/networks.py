@@ -27,5 +27,7 @@ class PlainNetwork(nn.Module):
         self, images: Tensor, tasks: Any, *, generator: Any = None, smallest: int = 0, tile: int | None = None
     ) -> Tensor:
         """In [0, 1], larger images in overlapping tiles."""
+        if tile is not None and max(images.shape[2:]) <= tile:
+            tile = None
         large = upscale_to_side(images, smallest)
         return resize_to(tiled(self.network, large, tile=tile), images.shape[2:]).clamp(0, 1)

@@ -1,6 +1,7 @@
 """Images of any size: too large at once, in overlapping tiles; of many sizes, in one batch."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def tiled(
         return function(image, *fields)
     check_integer("step", step)
     tile = -(-check_integer("tile", tile) // multiple) * multiple
-    overlap = tile // 4 if overlap is None else overlap
+    overlap = tile // 4 if overlap is None else check_integer("overlap", overlap, low=0)
     if not 0 <= overlap <= tile // 2:
         raise ValueError(f"`overlap` should be from 0 to half a tile ({tile // 2}), found {overlap}.")
     height, width = image.shape[2:]
@@ -70,9 +71,13 @@ def _starts(size: int, tile: int, overlap: int, step: int) -> list[int]:
     """The first pixels of tiles that cover ``size``, evenly apart, at multiples of ``step``."""
     if size <= tile:
         return [0]
-    shared = min(overlap + step - 1, tile - step)  # Rounding moves a start by less than a step.
-    count = -(-(size - shared) // (tile - shared))
-    return [step * round(k * (size - tile) / (count - 1) / step) for k in range(count)]
+    starts: list[int] = []
+    for shared in (overlap, min(overlap + step - 1, tile - step)):  # Rounding moves a start by less than a step.
+        count = -(-(size - shared) // (tile - shared))
+        starts = [step * round(k * (size - tile) / (count - 1) / step) for k in range(count)]
+        if all(after - before <= tile - overlap for before, after in pairwise(starts)):
+            break
+    return starts
 
 
 def _fade(size: int, overlap: int, like: Tensor) -> Tensor:

@@ -299,6 +299,8 @@ class UniRestore(nn.Module):
             overlap: pixels that tiles share, at most half of ``tile``; a quarter by default.
         """
         check_map("images", images, 3)
+        if tile is not None and max(images.shape[2:]) <= check_integer("tile", tile):
+            tile = None  # Small images are whole, however much they are enlarged.
         large = upscale_to_side(images, smallest)
         padded = fit_size(large, self.multiple, "pad")
 

@@ -4,7 +4,7 @@
 
 Every image below the folder IMAGES is written to OUT under its name, as PNG; a second one of a name, ``a.png`` beside
 ``a.jpg``, as ``a.png.png``. What cannot be read is named and skipped. Images with a side above ``--tile`` are restored
-in overlapping tiles. Each recipe adds options of its own.
+in overlapping tiles, by default those that the run was tested with. Each recipe adds options of its own.
 """
 
 import argparse
@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
 from examples.common.data.folder import check_folder, restore_folder
 from examples.common.engine.command_line import device
+from examples.common.engine.options import check_tile
 from examples.common.seeds import seeded
 from restoreloss.restorers.tiling import tiled
 
+TILE = 512
 Restore = Callable[[Tensor, torch.Generator], Tensor]
 """(image (1, 3, H, W) on the device, generator of the image) -> restored image in [0, 1]."""
 
@@ -50,7 +53,7 @@ def restore_command(
     for name, option in (options or {}).items():
         parser.add_argument(name, **option)
     parser.add_argument(
-        "--tile", type=int, default=512, help="side of the tiles of larger images (%(default)s); 0: none"
+        "--tile", type=int, help=f"side of the tiles of larger images (that of the run, else {TILE}); 0: none"
     )
     parser.add_argument("--overlap", type=int, help="pixels that neighboring tiles share (a quarter of a tile)")
     parser.add_argument("--seed", type=int, default=0, help="of all randomness (%(default)s)")
@@ -79,11 +82,12 @@ def _check(given: argparse.Namespace) -> None:
     for name in ("tile", "seed", "smallest"):
         if (value := getattr(given, name, None)) is not None and value < 0:
             raise ValueError(f"`{name}` should be at least 0, found {value}.")
-    if 0 < given.tile < 32:
-        raise ValueError(f"`tile` should be at least 32, or 0 for no tiles, found {given.tile}.")
-    if given.overlap is None:
-        given.overlap = given.tile // 4
-    if given.tile and not 0 <= given.overlap <= given.tile // 2:
+    if given.tile is None:
+        file = given.run / "config.yaml"
+        settings = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        given.tile = settings.get("tile", TILE)
+    check_tile(given.tile)
+    if given.tile and given.overlap is not None and not 0 <= given.overlap <= given.tile // 2:
         raise ValueError(f"`overlap` should be from 0 to half of `tile` ({given.tile // 2}), found {given.overlap}.")
 
 

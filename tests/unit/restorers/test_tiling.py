@@ -35,6 +35,13 @@ def test_tiles_fade_into_each_other() -> None:
         tiled(constant, torch.zeros(1, 1, 8, 24), tile=16, overlap=9)
 
 
+@pytest.mark.parametrize(("side", "count"), [(513, 2), (896, 2), (897, 3), (1280, 3)])
+def test_there_are_no_more_tiles_than_overlap_and_steps_ask_for(side: int, count: int) -> None:
+    image, seen = torch.zeros(1, 1, 512, -(-side // 8) * 8), []
+    tiled(lambda part: seen.append(part) or part, image, tile=512, step=8)  # type: ignore[func-returns-value]
+    assert len(seen) == count
+
+
 def test_together_and_apart() -> None:
     images = [torch.rand(3, 5, 9), torch.rand(3, 8, 4)]
     batch = pad_to_batch(images, 4)
@@ -60,6 +67,8 @@ def test_fields_are_cut_with_the_image_and_neighbors_share_enough(size: tuple[in
     firsts = sorted(set(starts))
     assert all(start % 8 == 0 for start in firsts) and firsts[-1] + 32 == width
     assert all(after - before <= 32 - 10 for before, after in itertools.pairwise(firsts))
+    with pytest.raises(ValueError, match="`overlap` should be a whole number"):
+        tiled(check, image, tile=32, overlap=2.5)  # type: ignore[arg-type]
     for wrong in ({"tile": 30}, {"step": 5}):
         with pytest.raises(ValueError, match="multiples of"):
             tiled(check, image, **{"tile": 32, "overlap": 8, "fields": [field], "step": 8, **wrong})

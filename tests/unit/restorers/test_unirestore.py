@@ -414,3 +414,6 @@ def test_tiles_share_one_field_of_noise(monkeypatch: pytest.MonkeyPatch) -> None
     one = model.restore(images, ["look", "classify"], tile=64, generator=again)
     again = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     assert torch.equal(one, model.restore(images, ["look", "classify"], generator=again))
+    seen.clear()
+    model.restore(images, ["look", "classify"], smallest=60, tile=50)  # enlarged to 60x100, and yet no large image
+    assert len(seen) == 1
