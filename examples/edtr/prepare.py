@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from examples.common.data.options import DataOptions, Degradation
+from examples.common.data.task_data import of_task
 from examples.common.data.tasks import Task
 from examples.common.engine import command_line
 from examples.common.engine.options import RunOptions, shared_options
@@ -65,19 +66,25 @@ def prepare(config: Config) -> None:
         ValueError: Without a task, or for ``task``, of which ``tasks`` is the list.
     """
     check_preparation(config)
+    settings = prepare_readers(config)
+    pre = replace(
+        of_task(settings, config.tasks[0]), method="pretrain", out=config.out / "pre",
+        batch=config.pre_batch or config.batch,
+    )  # fmt: skip
+    TaskTrainer(pre).run()
+    if config.train_prior:
+        options = {"out": config.out / "prior", "steps": config.prior_steps}
+        train_prior(PriorConfig(**{**shared_options(of_task(config, config.tasks[0])), **options}))
+
+
+def prepare_readers(config: Config) -> TaskConfig:
+    """Train the task networks and the judges alone; the options that they were trained with."""
     settings = TaskConfig(
         **shared_options(config), recognizer=config.recognizer, restorer=config.restorer,
         h_optimizer=config.h_optimizer, h_lr=config.h_lr, h_lr_min=config.h_lr_min, s_lr=config.pre_lr,
     )  # fmt: skip
     train_oracles(settings, [task for task in config.tasks if task != "reading"])  # whose network is trained already
-    pre = replace(
-        settings, task=config.tasks[0], method="pretrain", out=config.out / "pre",
-        batch=config.pre_batch or config.batch,
-    )  # fmt: skip
-    TaskTrainer(pre).run()
-    if config.train_prior:
-        options = {"task": config.tasks[0], "out": config.out / "prior", "steps": config.prior_steps}
-        train_prior(PriorConfig(**{**shared_options(config), **options}))
+    return settings
 
 
 def main() -> None:

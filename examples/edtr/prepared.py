@@ -8,6 +8,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
 from examples.common.data.options import DataOptions
+from examples.common.data.task_data import of_task
 from examples.common.engine.options import plain_values
 from examples.edtr.config import Config
 
@@ -37,12 +38,17 @@ def with_prepared(config: Config, tasks: Sequence[str]) -> Config:
             raise ValueError(f"`prepared` should be what examples.edtr.prepare wrote, found no {path}.")
     if config.evaluate is not None:
         return replace(config, **found)
-    before = yaml.safe_load((folder / "pre" / "config.yaml").read_text(encoding="utf-8"))
-    now = plain_values(asdict(config))
-    for option in (field.name for field in fields(DataOptions) if field.name != "task"):
+    for path in (found["pre"], *found["references"]):
+        if folder in path.parents:
+            _check_data(config, path)
+    return replace(config, **found)
+
+
+def _check_data(config: Config, run: Path) -> None:
+    before = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    now = plain_values(asdict(of_task(config, before["task"])))
+    for option in (field.name for field in fields(DataOptions)):
         if before[option] != now[option]:
             raise ValueError(
-                f"`{option}` should be {before[option]!r}, as the networks in {folder} were trained with, found "
-                f"{now[option]!r}."
+                f"`{option}` should be {before[option]!r}, as {run} was trained with, found {now[option]!r}."
             )
-    return replace(config, **found)

@@ -40,7 +40,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Reader:
-    """A task and its networks: in training (H), as it was on HQ images (H_HQ), and one that only evaluates."""
+    """A task and its networks: in training (H), as it was on HQ images (H_HQ), and one that only evaluates.
+
+    Where a run is evaluated on data of other classes, H does not know them, and the other two read.
+    """
 
     recognition: Recognition
     network: nn.Module
@@ -51,6 +54,7 @@ class Reader:
     alpha: float
     train_data: TaskData
     test_data: TaskData
+    knows: bool
 
 
 class InTurn:

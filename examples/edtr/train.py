@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from examples.common.data.degrade import degradation
-from examples.common.data.task_data import TEST_SEED, dataset, image_side
+from examples.common.data.task_data import TEST_SEED, check_data_sets, dataset, image_side, of_task
 from examples.common.data.tasks import Task, TaskData, to_device
 from examples.common.engine import command_line
 from examples.common.engine.evaluation import evaluate, first_usable, load_recognizer
@@ -46,16 +46,18 @@ from restoreloss.restorers.tiling import crop_to, pad_to_batch
 class Trainer(Recipe[Batch]):
     """One run: networks, phases, evaluation."""
 
-    evaluation_options = ("n", "long_steps", "smallest", "judges", "draws")
+    evaluation_options = ("n", "long_steps", "smallest", "references", "judges", "draws")
 
     def __init__(self, config: Config) -> None:
-        config = with_prepared(config, TASKS if config.all_in_one else (config.task,))
-        levels = config.color_levels or color_levels_of(max(config.smallest, image_side(config)))
+        tasks = TASKS if config.all_in_one else (config.task,)
+        check_data_sets(config, tasks)
+        config = with_prepared(config, tasks)
+        side = max(image_side(of_task(config, task)) for task in tasks)
+        levels = config.color_levels or color_levels_of(max(config.smallest, side))
         config = replace(config, color_levels=levels)  # which no weights tell to what restores with the run
         super().__init__(config)
         self.config, self.title = config, config.method
         self.method: Method = METHODS[config.method]
-        tasks = TASKS if config.all_in_one else (config.task,)
         for name, given in {"references": config.references, "judges": config.judges}.items():
             if len(given) != len(tasks) and (given or name == "references"):
                 raise ValueError(
@@ -69,7 +71,8 @@ class Trainer(Recipe[Batch]):
         self.readers = {
             task: self._reader(task, *of) for task, *of in zip(tasks, config.references, judges, strict=True)
         }
-        self.networks = {"edtr": self.edtr, **{f"recognizer_{t}": reader.network for t, reader in self.readers.items()}}
+        recognizers = {f"recognizer_{task}": reader.network for task, reader in self.readers.items() if reader.knows}
+        self.networks = {"edtr": self.edtr, **recognizers}
         self.begin(self._stages)
 
     def sources(self) -> list[TaskData]:
@@ -125,10 +128,12 @@ class Trainer(Recipe[Batch]):
 
     def _reader(self, task: Task, path: Path, judge: Path | None) -> Reader:
         config = self.config
-        test_data = dataset(replace(config, task=task), "test", config.seed)
-        train_data = dataset(replace(config, task=task), "train", config.seed) if self.evaluated is None else test_data
-        self.check_classes(len(test_data.class_names), f"{task}_num_classes" if config.all_in_one else "num_classes")
-        reference = load_recognizer(path).to(self.device)
+        data = of_task(config, task)
+        test_data = dataset(data, "test", config.seed)
+        train_data = dataset(data, "train", config.seed) if self.evaluated is None else test_data
+        classes = len(test_data.class_names)
+        known = self.classes_of_run(classes, f"{task}_num_classes" if config.all_in_one else "num_classes")
+        reference = load_recognizer(path, test_data).to(self.device)
         network: nn.Module = self.accelerator.prepare(copy.deepcopy(reference).requires_grad_(True))
         student, teacher = features_of(network, config.layers), features_of(reference, config.layers)
         looks: dict[Any, Objective] = {
@@ -136,9 +141,9 @@ class Trainer(Recipe[Batch]):
         }  # fmt: skip
         return Reader(
             Recognition(task, train_data.class_names), network, teacher,
-            None if judge is None else load_recognizer(judge).to(self.device), looks.get(self.method.hlf),
+            None if judge is None else load_recognizer(judge, test_data).to(self.device), looks.get(self.method.hlf),
             FeatureMatchingLoss(student, teacher), ALPHA[task] if config.alpha is None else config.alpha,
-            train_data, test_data,
+            train_data, test_data, known == classes,
         )  # fmt: skip
 
     def _stages(self) -> list[Stage[Batch]]:
@@ -253,8 +258,8 @@ class Trainer(Recipe[Batch]):
             reader.test_data if data is None else data, reader.recognition, restore=restore,
             degrade=degradation(config, config.seed, TEST_SEED), trained=[edtr, unwrap(reader.network)],
             readers={
-                "score": unwrap(reader.network), "fixed_hr": unwrap(reader.reference.network),
-                "judge": reader.judge,
+                "score": unwrap(reader.network) if reader.knows else None,
+                "fixed_hr": unwrap(reader.reference.network), "judge": reader.judge,
             },
             workers=config.workers,
         )  # fmt: skip

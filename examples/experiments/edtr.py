@@ -8,6 +8,7 @@
     python -m examples.experiments.edtr t_p --out runs/edtr --seeds 1 2 3      # how noisy the latents are made
     python -m examples.experiments.edtr steps --out runs/edtr        # of trained networks: n, and the noise (S4)
     python -m examples.experiments.edtr across --out runs/edtr --seeds 1 2 3   # one restorer for three tasks (Table 4)
+    python -m examples.experiments.edtr unseen --out runs/edtr --seeds 1 2 3   # classes of photographs (Table 5)
     python -m examples.experiments.edtr table --out runs/edtr --task reading --extent 0.5   # rendered words
 
 Finished runs are not done again: the same command goes on after a stop.
@@ -30,7 +31,7 @@ from examples.common.engine.train_prior import PriorConfig, train_prior
 from examples.common.networks.weights import load_saved
 from examples.edtr.config import Config
 from examples.edtr.prepare import Config as PrepareConfig
-from examples.edtr.prepare import prepare
+from examples.edtr.prepare import prepare, prepare_readers
 from examples.edtr.readers import TASKS
 from examples.edtr.train import Trainer
 from examples.experiments.report import METRICS, Sample, markdown
@@ -62,6 +63,8 @@ CELLS: Mapping[str, dict[str, Any]] = {
 """With ``edtr_1`` the four cells of prior and noise; a prior at t = 1 has next to none."""
 T_P: Mapping[str, dict[str, Any]] = {f"t_p_{t_p}": {"t_p": t_p} for t_p in (20, 50, 100)}
 """``edtr_1`` is the one at 200."""
+UNSEEN = ("no_restoration", "pre_restoration", "sr4ir", "edtr_1", "no_prior")
+"""Runs of the table that restore images of classes which nothing was trained on, by default."""
 ACROSS = [f"{task}_{figure}" for task in TASKS for figure in ("score", "fixed_hr", "judge", "psnr")]
 
 
@@ -86,31 +89,54 @@ class Experiment:
         train_prior(PriorConfig(**settings))
         return out
 
-    def prepared(self, seed: int) -> Path:
-        """Task networks on HQ images and the pre-restoration network."""
+    def preparation(self, seed: int) -> PrepareConfig:
+        """The options of what a seed begins with: task networks on HQ images, a pre-restoration network."""
         settings = {name: value for name, value in shared_options(self.base).items() if name != "task"}
         folder = self.out / "prepared" / setting(self.base) / f"seed{seed}"
         settings |= {"out": folder, "seed": seed, "steps": self.prepare_steps}
         if self.base.task == "reading":
             settings["recognizer"] = RECOGNIZER["recognizer"]
         tasks = [*TASKS] if self.base.all_in_one else [self.base.task]
-        prepare(PrepareConfig(**settings, tasks=tasks, train_prior=False))
-        return folder
+        return PrepareConfig(**settings, tasks=tasks, train_prior=False)
+
+    def prepared(self, seed: int) -> Path:
+        """The folder with all of it."""
+        options = self.preparation(seed)
+        prepare(options)
+        return options.out
 
     def run(self, name: str, seed: int) -> None:
         """One run by the name of its folder."""
         base = replace(self.base, seed=seed, prepared=self.prepared(seed))
         out = self.out / "table" / setting(base) / name / f"seed{seed}"
         if name in (baselines := {**BASELINES, **OF_WORDS}):
-            results = self._baseline(replace(base, out=out), baselines[name])
+            results = TaskTrainer(self._baseline(replace(base, out=out), baselines[name])).run()
         else:
             changes = {**MAIN, **ABLATIONS, **CELLS, **T_P}[name]
             results = Trainer(replace(base, out=out, prior=self.prior, **changes)).run()
         logger.info("%s seed %d: %s", name, seed, {key: round(value, 2) for key, value in results.items()})
 
+    def unseen(self, name: str, seed: int) -> None:
+        """How networks of other classes, textures of photographs, read what a run of the table restores (Table 5)."""
+        other = replace(self.base, data="photos", seed=seed)
+        readers = replace(self, base=other).preparation(seed)
+        prepare_readers(readers)
+        reference, judge = (readers.out / f"{other.task}_{kind}" for kind in ("hq", "judge"))
+        run = self.out / "table" / setting(self.base) / name / f"seed{seed}"
+        ready = self.out / "prepared" / setting(self.base) / f"seed{seed}"
+        options = replace(other, prepared=ready, out=self.out / "unseen" / name / f"seed{seed}", evaluate=run)
+        if name in BASELINES:
+            config = self._baseline(options, BASELINES[name])
+            results = TaskTrainer(replace(config, fixed_hr=reference, judge=judge)).run()
+        else:
+            changes = {**MAIN, **ABLATIONS, **CELLS}[name]
+            options = replace(options, prior=self.prior, references=[reference], judges=[judge], **changes)
+            results = Trainer(options).run()
+        logger.info("%s seed %d: %s", name, seed, {key: round(value, 2) for key, value in results.items()})
+
     @staticmethod
-    def _baseline(config: Config, method: Any) -> dict[str, float]:
-        """One run of examples.sr4ir.train, which shares the networks that EDTR begins with."""
+    def _baseline(config: Config, method: Any) -> TaskConfig:
+        """Options of examples.sr4ir.train, which shares the networks that EDTR begins with."""
         ready: Any = config.prepared
         settings = {**shared_options(config), "out": config.out, "method": method, "h_lr": config.h_lr}
         if config.task == "reading":  # whose networks are trained already
@@ -118,8 +144,7 @@ class Experiment:
         else:
             reference, judge = ready / f"{config.task}_hq", ready / f"{config.task}_judge"
             settings |= {"start": "hr", "h_weights": reference, "fixed_hr": reference, "judge": judge}
-        results: dict[str, float] = TaskTrainer(TaskConfig(**settings, s_weights=ready / "pre")).run()
-        return results
+        return TaskConfig(**settings, s_weights=ready / "pre", evaluate=config.evaluate)
 
     def steps(self, seed: int, numbers: list[int], noises: int) -> dict[str, Any]:
         """The scores of trained networks by denoising steps (Table 3), and over several draws of noise (Table S4)."""
@@ -161,7 +186,8 @@ class Experiment:
             figures, _ = readers.evaluate()
             found[f"edtr_{task}"] = {name: value for name, value in figures.items() if "_score" not in name}
             found[f"edtr_{task}"][f"{task}_score"] = results["score"]
-            pixels = self._baseline(replace(own, out=folder / f"l1_{task}" / f"seed{seed}"), "pretrain")
+            l1 = self._baseline(replace(own, out=folder / f"l1_{task}" / f"seed{seed}"), "pretrain")
+            pixels = TaskTrainer(l1).run()
             found["l1_of_each"] |= {f"{task}_{name}": value for name, value in pixels.items()}
         rows = {name: {key: row[key] for key in ACROSS if key in row} for name, row in found.items()}
         file.write_text(json.dumps(rows, indent=1))
@@ -196,7 +222,7 @@ def across_table(found: list[dict[str, dict[str, float]]]) -> str:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["prior", "table", "ablations", "cells", "t_p", "steps", "across"])
+    parser.add_argument("study", choices=["prior", "table", "ablations", "cells", "t_p", "steps", "across", "unseen"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
         "--task", default="classification", choices=["classification", "segmentation", "detection", "reading"]
@@ -234,7 +260,9 @@ def main() -> None:
     if arguments.study == "prior":
         logger.info("The prior is in %s", experiment.prior)
         return
-    studies = {"table": [*baselines, *MAIN], "ablations": [*ABLATIONS], "cells": [*CELLS], "t_p": [*T_P]}
+    studies = {
+        "table": [*baselines, *MAIN], "ablations": [*ABLATIONS], "cells": [*CELLS], "t_p": [*T_P], "unseen": [*UNSEEN]
+    }  # fmt: skip
     if arguments.study == "across":
         refuse(parser, arguments, "across", "task", "names")
         print(across_table([experiment.across(seed) for seed in arguments.seeds]))
@@ -246,7 +274,7 @@ def main() -> None:
             (arguments.out / f"steps_{setting(base)}_seed{seed}.json").write_text(json.dumps(found, indent=1))
             continue
         for name in arguments.names or studies[arguments.study]:
-            experiment.run(name, seed)
+            (experiment.unseen if arguments.study == "unseen" else experiment.run)(name, seed)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 
 from examples.common.data.folder import check_folder
 from examples.common.data.options import DataOptions
+from examples.common.data.task_data import check_data_sets, of_task
 from examples.common.engine.options import check_numbers
 from examples.sr4ir.config import Config
 from examples.sr4ir.train import Trainer
@@ -18,20 +19,23 @@ def train_oracles(config: Config, tasks: Sequence[Any], *, judge: str | None = N
     images where these are generated.
 
     Args:
-        config: of every run, but for the task, the method and the folder.
+        config: of every run, but for the task, its data, the method and the folder.
         tasks: a network of each kind for each of them.
         judge: the architecture of TASK_judge; the default is that of TASK_hq.
     """
     for task in tasks:
-        oracle = replace(config, task=task, method="oracle", out=config.out / f"{task}_hq")
+        oracle = replace(of_task(config, task), method="oracle", out=config.out / f"{task}_hq")
         Trainer(oracle).run()
         other = replace(oracle, out=config.out / f"{task}_judge", seed=config.seed + 1000, steps=2 * config.steps)
         Trainer(replace(other, recognizer=judge or config.recognizer)).run()
 
 
 def check_preparation(config: Any) -> None:
-    """Raise ``ValueError`` for numbers out of range, no task, and for ``task``, which ``tasks`` lists instead."""
+    """Raise ``ValueError`` for numbers out of range, no task, for ``task``, which ``tasks`` lists instead, and for data
+    of a task that is not in it.
+    """
     check_numbers(config)
     check_folder(config.out)
     if not config.tasks or config.task != DataOptions.task:
         raise ValueError(f"`tasks` should list at least one task, found {config.tasks}, and `task` {config.task!r}.")
+    check_data_sets(config, config.tasks)

@@ -75,9 +75,12 @@ class Trainer(Recipe[Batch]):
 
         begins_with = config.s_weights if self.evaluated is None else config.evaluate
         s = restorer(config.restorer, config.scale, file_in(begins_with, "restorer.safetensors"))
-        self.check_classes(classes)
+        known = self.classes_of_run(classes)
+        self.knows = known == classes
+        if not self.knows and config.fixed_hr is None and config.judge is None:
+            raise ValueError(f"`fixed_hr` or `judge` should read the {classes} classes of `data`, found neither.")
         begins_anew = config.start == "scratch" and self.evaluated is None
-        h = recognizer(config.recognizer, config.task, classes, pretrained=begins_anew, aux=config.aux_weight > 0)
+        h = recognizer(config.recognizer, config.task, known, pretrained=begins_anew, aux=config.aux_weight > 0)
         if config.start == "hr" and self.evaluated is None:
             if config.h_weights is None:
                 raise ValueError("`h_weights` should be the run directory of an oracle for `start` 'hr', found None.")
@@ -90,7 +93,8 @@ class Trainer(Recipe[Batch]):
         self.networks = {"restorer": self.s, "recognizer": self.h}
 
         self.fixed_hr, self.judge = (
-            None if run is None else load_recognizer(run).to(self.device) for run in (config.fixed_hr, config.judge)
+            None if run is None else load_recognizer(run, self.test_data).to(self.device)
+            for run in (config.fixed_hr, config.judge)
         )
         cells = config.grid or (4 if config.task == "classification" else 8)
         self.cqmix = CQMix((cells, cells), p=config.mix)
@@ -258,7 +262,7 @@ class Trainer(Recipe[Batch]):
         self._evaluate(first_usable(self.test_data, self.config.task, labels=bool(readers)))
 
     def _readers(self) -> dict[ReaderName, nn.Module | None]:
-        own = unwrap(self.h) if self.method.recognizer_inputs else None
+        own = unwrap(self.h) if self.method.recognizer_inputs and self.knows else None
         return {"score": own, "fixed_hr": self.fixed_hr, "judge": self.judge}
 
     def _evaluate(self, data: TaskData) -> tuple[dict[str, float], dict[str, Any]]:

@@ -5,6 +5,7 @@ from typing import get_args
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
+from examples.common.data.task_data import check_data_sets
 from examples.common.engine.options import check_numbers
 from examples.unirestore.config import TASKS, Config, StageName
 
@@ -20,6 +21,7 @@ def check(config: Config) -> None:
         if task not in TASKS:
             option = "tasks" if config.name is None else "name"
             raise ValueError(f"`{option}` should be one of {', '.join(TASKS)}, found {task!r}.")
+    check_data_sets(config, [config.name] if config.name is not None else config.tasks)
     for name in ("train_tasks", "network", "restored_too"):
         if config.stage == "add-task" and getattr(config, name):
             raise ValueError(f"`{name}` should be left out of 'add-task', found {getattr(config, name)!r}.")

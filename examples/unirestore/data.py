@@ -1,7 +1,6 @@
 """The images that are restored, for people and for each task."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from examples.common.data.clean_images import CleanImages, training_photographs
 from examples.common.data.folder import UNREADABLE, Skipped, image_files, read_image
 from examples.common.data.options import DataOptions
 from examples.common.data.photos import HELD_OUT, grid_crops, load_photo
-from examples.common.data.task_data import dataset, datasets
+from examples.common.data.task_data import dataset, datasets, of_task
 from examples.common.data.tasks import InMemory, Task, TaskData
 from examples.unirestore.config import TASKS
 
@@ -28,7 +27,7 @@ def data_of(task: str, config: Any) -> tuple[TaskData, TaskData]:
     if task not in TASKS:
         raise ValueError(f"A task should be one of {', '.join(TASKS)}, found {task!r}.")
     known: Any = task
-    return datasets(replace(config, task=known), config.seed)
+    return datasets(of_task(config, known), config.seed)
 
 
 def test_data_of(task: str, config: Any) -> TaskData:
@@ -36,12 +35,12 @@ def test_data_of(task: str, config: Any) -> TaskData:
     if task == "restoration":
         return _clean(config)[1]
     known: Any = task
-    return dataset(replace(config, task=known), "test", config.seed)
+    return dataset(of_task(config, known), "test", config.seed)
 
 
 def _clean(config: Any) -> tuple[TaskData, TaskData]:
     if config.data == "words":  # for people the same as for readers
-        return _unlabeled(*datasets(replace(config, task="reading"), config.seed))
+        return _unlabeled(*datasets(of_task(config, "reading"), config.seed))
     size = config.size or (48 if config.data in ("generated", "photos") else 512)
     if config.images is not None:
         return _clean_files(config.images, config, size)

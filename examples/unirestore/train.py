@@ -126,7 +126,7 @@ class Trainer(Recipe[Batch]):
         if task == "reading":  # whose networks are trained already
             networks = {"hq": load_recognizer(Path("english_g2")), "judge": load_recognizer(Path("pp_ocr"))}
         elif task != "restoration" and config.prepared is not None:
-            networks = {name: load_recognizer(config.prepared / f"{task}_{name}") for name in networks}
+            networks = {name: load_recognizer(config.prepared / f"{task}_{name}", test) for name in networks}
         networks = {name: None if one is None else one.to(self.device) for name, one in networks.items()}
         return Reader(
             Recognition(train.task, train.class_names), networks["hq"], networks["judge"], train, test,
@@ -250,7 +250,8 @@ class Trainer(Recipe[Batch]):
         def restored(images: Tensor) -> Tensor:
             options = {"generator": generator, "smallest": self.config.smallest, "tile": self.config.tile or None}
             parts = images.split(self.config.batch)  # what fits in memory
-            return torch.cat([self.model.restore(part, task, **options) for part in parts])
+            with self.accelerator.autocast():
+                return torch.cat([self.model.restore(part, task, **options) for part in parts]).float()
 
         return lambda _, degraded: map_images(restored, degraded)
 

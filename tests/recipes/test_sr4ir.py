@@ -35,7 +35,7 @@ TINY = replace(cases.SR4IR, steps=4, test_count=12)
 
 def run(out: Path, prepared: cases.Prepared, **changes: Any) -> dict[str, Any]:
     judge = prepared.oracle(changes.get("task", "classification"))
-    return Trainer(replace(TINY, out=out, fixed_hr=judge, judge=judge, foreign=judge, **changes)).run()
+    return Trainer(replace(TINY, out=out, **{"fixed_hr": judge, "judge": judge, "foreign": judge, **changes})).run()
 
 
 def weights(run: Path, network: str = "restorer") -> dict[str, Tensor]:
@@ -60,6 +60,29 @@ def test_every_method_runs_and_trains_whom_it_says(method: str, tmp_path: Path, 
     datasets(TINY, 1)
     start = EDSR(4, features=24, blocks=4, light=True).state_dict()
     assert equal(weights(tmp_path / "run"), start) == (not described.restorer_terms)
+
+
+def test_data_of_other_classes_are_read_by_networks_that_know_them(
+    tmp_path: Path, prepared: cases.Prepared, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = replace(TINY, out=tmp_path / "run")
+    Trainer(done).run()
+    eleven = {"data": "photos", "out": tmp_path / "unseen"}
+    config = replace(done, **eleven, evaluate=done.out)
+    with pytest.raises(ValueError, match="`fixed_hr` or `judge` should read the 11 classes of `data`, found neither"):
+        Trainer(config)
+    knows_ten = prepared.oracle("classification")
+    with pytest.raises(ValueError, match="for classification with 11 classes, .* for classification with 10"):
+        Trainer(replace(config, judge=knows_ten))
+    assert not (tmp_path / "unseen").exists()
+    oracle = replace(TINY, **{**eleven, "out": tmp_path / "oracle"}, method="oracle")
+    Trainer(oracle).run()
+    caplog.clear()
+    results = Trainer(replace(config, judge=oracle.out)).run()
+    assert "The data have 11 classes, those of" in caplog.text
+    assert results["num_classes"] == 11 and "score" not in results and 0 <= results["judge"] <= 100
+    with pytest.raises(ValueError, match="for segmentation with .* classes, as the data have them, found one"):
+        run(tmp_path / "segments", prepared, task="segmentation", judge=oracle.out)
 
 
 def test_method_names_are_those_of_the_config() -> None:
@@ -302,9 +325,15 @@ def test_one_loss_for_a_detector_too(tmp_path: Path) -> None:
     seen, wanted = (trainer.tdp.features(images) for images in ([trainer.s(lr[None])[0] for lr in batch.lr], batch.hr))
     distances = [(seen[name] - wanted[name]).abs().mean() for name in seen]
     torch.testing.assert_close(tdp, 0.1 * sum(distances) / len(distances))
-    for network in (trainer.s, trainer.h):
-        gradients = torch.autograd.grad(tdp, list(network.parameters()), retain_graph=True, allow_unused=True)
+    trained = [*trainer.s.parameters(), *trainer.h.parameters()]
+    alone = torch.autograd.grad(tdp, trained, retain_graph=True, allow_unused=True)
+    for gradients in (alone[: len(list(trainer.s.parameters()))], alone[len(list(trainer.s.parameters())) :]):
         assert any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+    del trainer.recognition.loss
+    trainer.h.train()
+    terms = trainer._joint_terms(batch)  # whose task term moves the statistics before the one backward pass
+    for one, other in zip(torch.autograd.grad(terms["tdp"], trained, allow_unused=True), alone, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("separate", [False, True])

@@ -23,6 +23,8 @@ class DataOptions:
             data sets as they are handed out, and your own images, a folder for each class ("class_folders") or lines of
             an image and its class ("label_file").
         root: folder of the data set on disk.
+        data_sets: data of a task of its own, where a run has several tasks: NAME:ROOT by the task, or a NAME of those
+            that are made on the spot; of the other tasks ``data`` and ``root``.
         size: side of the training images in pixels; the default is the data set's own.
         voc_scales: lowest and highest factor of the random scale of VOC's training images for segmentation; without it
             they are resized to one size, as in SR4IR.
@@ -51,6 +53,7 @@ class DataOptions:
     task: Task = "classification"
     data: DataName = "generated"
     root: Path | None = None
+    data_sets: dict[str, str] = field(default_factory=dict)
     size: int | None = None
     voc_scales: tuple[float, float] | None = None
     train_count: int = 1500

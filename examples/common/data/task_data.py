@@ -1,14 +1,18 @@
 """The labeled images that a run trains and is tested on, as its options say."""
 
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.common.data.options import DataOptions
-from examples.common.data.tasks import TaskData, map_images
+from examples.common.data.options import DataName, DataOptions
+from examples.common.data.tasks import Task, TaskData, map_images
+
+_Options = TypeVar("_Options", bound=DataOptions)
 
 _SIZES: dict[str, int] = {"classification": 224, "segmentation": 480, "detection": 500}
 _ON_DISK: dict[str, tuple[str, ...]] = {
@@ -22,6 +26,30 @@ TEST_SEED = 1_000_003
 """Added to a seed for test images."""
 
 
+def of_task(config: _Options, task: Task) -> _Options:
+    """The options of a run of one task, with the data that ``data_sets`` has for it.
+
+    Raises:
+        ValueError: For data that are not NAME or NAME:ROOT.
+    """
+    if task not in config.data_sets:
+        return replace(config, task=task, data_sets={})
+    found: Any
+    found, _, root = config.data_sets[task].partition(":")
+    if found not in get_args(DataName):
+        raise ValueError(
+            f"`data_sets` should be NAME:ROOT with one of {', '.join(get_args(DataName))} for {task}, found "
+            f"{config.data_sets[task]!r}."
+        )
+    return replace(config, task=task, data=found, root=Path(root) if root else None, data_sets={})
+
+
+def check_data_sets(config: DataOptions, tasks: Collection[str]) -> None:
+    """Raise ``ValueError`` for data of a task that the run does not have."""
+    if unknown := [task for task in config.data_sets if task not in tasks]:
+        raise ValueError(f"`data_sets` should be for the tasks {', '.join(tasks)} of this run, found {unknown[0]!r}.")
+
+
 def datasets(config: DataOptions, seed: int) -> tuple[TaskData, TaskData]:
     """Training and test data, as :func:`dataset` gives them."""
     return dataset(config, "train", seed), dataset(config, "test", seed)
@@ -31,8 +59,13 @@ def dataset(config: DataOptions, split: Literal["train", "test"], seed: int) -> 
     """One split; images that are generated are a function of ``seed``, or of ``data_seed``.
 
     Raises:
-        ValueError: For a data set that lacks its ``root`` or does not know the task.
+        ValueError: For a data set that lacks its ``root`` or does not know the task, and for ``data_sets``, which
+            :func:`of_task` reads.
     """
+    if config.data_sets:
+        raise ValueError(
+            f"`data_sets` should be left out of a run of one task, which reads `data`, found {config.data_sets}."
+        )
     seed = seed if config.data_seed is None else config.data_seed
     count = config.train_count
     if split == "test":

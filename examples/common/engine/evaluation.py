@@ -80,17 +80,27 @@ class _One:
         return self.sample
 
 
-def load_recognizer(run: Path) -> nn.Module:
+def load_recognizer(run: Path, data: TaskData | None = None) -> nn.Module:
     """The recognizer of a finished run, frozen, in eval mode; "english_g2" and "pp_ocr" are those of their packages.
 
+    Args:
+        run: its directory.
+        data: what it is to read.
+
     Raises:
-        ValueError: If there is no finished run.
+        ValueError: If there is no finished run, or it has another task or number of classes than the data.
     """
     if str(run) in TEXT_READERS:
         return TEXT_READERS[str(run)]()
     settings, results = finished_run(run, "examples.sr4ir.train", "recognizer.safetensors")
+    task, known = settings["task"], int(results["num_classes"])
+    if data is not None and (task, known) != (data.task, len(data.class_names)):
+        raise ValueError(
+            f"{run} should be a network for {data.task} with {len(data.class_names)} classes, as the data have them, "
+            f"found one for {task} with {known}."
+        )
     network = recognizer(
-        settings["recognizer"], settings["task"], int(results["num_classes"]), pretrained=False,
+        settings["recognizer"], task, known, pretrained=False,
         aux=settings["aux_weight"] > 0,
     )  # fmt: skip
     load_weights(network, run / "recognizer.safetensors")

@@ -92,8 +92,15 @@ def check_numbers(config: Any) -> None:
             raise ValueError(f"`{name}` should be at least {lowest:g}, found {value}.")
         if value > HIGHEST.get(name, math.inf):
             raise ValueError(f"`{name}` should be at most {HIGHEST[name]:g}, found {value}.")
+    check_tile(getattr(config, "tile", 0))
     if getattr(config, "severities", None) == []:
         raise ValueError("`severities` should be at least one, found [].")
+
+
+def check_tile(tile: int) -> None:
+    """Raise ``ValueError`` for tiles that are smaller than what networks take."""
+    if 0 < tile < 32:
+        raise ValueError(f"`tile` should be at least 32, or 0 for no tiles, found {tile}.")
 
 
 def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:

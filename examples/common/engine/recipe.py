@@ -219,13 +219,17 @@ class Recipe(ABC, Generic[Batch]):
         for name, network in self.networks.items():
             load_saved(unwrap(network), run / f"{name}.safetensors")
 
-    def check_classes(self, count: int, figure: str = "num_classes") -> None:
-        """Raise ``ValueError`` if the data have another number of classes than those of the run that is evaluated."""
-        if self.evaluated is not None and self.evaluated[1][figure] != count:
-            raise ValueError(
-                f"`data` should have {self.evaluated[1][figure]} classes, as those of {self.run_to_evaluate}, found "
-                f"{count}."
-            )
+    def classes_of_run(self, count: int, figure: str = "num_classes") -> int:
+        """How many classes the recognizer of the run knows, of which data have ``count``; fewer or more only where a
+        run is evaluated on data of other classes, which other networks read.
+        """
+        known = count if self.evaluated is None else int(self.evaluated[1][figure])
+        if known != count:
+            logger.warning(
+                "The data have %d classes, those of %s had %d: its own recognizer does not read them.", count,
+                self.run_to_evaluate, known,
+            )  # fmt: skip
+        return known
 
     def _of_evaluated(self, config: RunOptions, run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Settings and results of a finished run of this recipe.
