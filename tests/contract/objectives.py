@@ -52,6 +52,13 @@ def smallest_unet(**options: Any) -> nn.Module:
     return tiny_unet((8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), **options)
 
 
+def conditional_unet() -> nn.Module:
+    """Likewise of one resolution."""
+    return tiny_conditional_unet(
+        block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
+    )
+
+
 def unet_with_dropout() -> nn.Module:
     return smallest_unet(dropout=0.3).train()
 
@@ -108,7 +115,7 @@ CASES = [
     Case("DiffLoss-callable", lambda: DiffLoss(pointwise, distance="rms")),
     Case(
         "DiffLoss-conditional",
-        lambda: DiffLoss(tiny_conditional_unet(), NoiseSchedule.scaled_linear(), conditioning=torch.ones(1, 4, 8)),
+        lambda: DiffLoss(conditional_unet(), NoiseSchedule.scaled_linear(), conditioning=torch.ones(1, 4, 8)),
     ),
     Case(
         "DiffLoss-latent",

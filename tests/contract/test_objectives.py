@@ -22,6 +22,7 @@ every_live = pytest.mark.parametrize("case", LIVE, ids=str)
 # a U-Net like that of DiffLoss-mse, which takes seconds to trace, below or above a line of another kind
 TRACED_BEFORE = (
     "DiffLoss-rms", "DiffLoss-l2", "DiffLoss-l1", "DiffLoss-noise", "DiffLoss-crop", "DiffLoss-latent",
+    "DiffLoss-flow", "DiffLoss-checkpointing",
 )  # fmt: skip
 QUICKLY_TRACED = {"DiffLoss-callable", "TDPLoss-l1", "TDPLoss-detector", "HLFLoss-l1"}
 

@@ -184,14 +184,12 @@ MORE: dict[str, Case] = {
     ),
     "sr4ir, two stages": sr4ir_case(method="s_to_t"),
     "edtr, three tasks": edtr_case(all_in_one=True),
-    "edtr, several steps": edtr_case(n=4),
     "dtp, orthogonality": dtp_case(method="gef", orthogonality_every=2, patch=16, test_size=16),
     "unirestore, stage 1": unirestore_case("stage1"),
     "unirestore, new task": unirestore_case("add-task", "detection"),
     "unirestore, adapters of each task": unirestore_case(
         "stage2", adapter="several", tasks=["restoration", "classification"]
     ),
-    "unirestore, restored too": unirestore_case("stage2", restored_too=1.0),
     "unirestore, another network": unirestore_case("stage2", network="edsr-small", after=None),
 }
 """Runs that are resumed as well, for they keep a state of another kind."""
