@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from examples.common.data.degrade import degradation
 from examples.common.data.task_data import TEST_SEED, check_data_sets, dataset, image_side, of_task
-from examples.common.data.tasks import Task, TaskData, to_device
+from examples.common.data.tasks import Task, TaskData, clean_of, to_device
 from examples.common.engine import command_line
 from examples.common.engine.evaluation import evaluate, first_usable, load_recognizer
 from examples.common.engine.recipe import Recipe, Stage
@@ -110,6 +110,7 @@ class Trainer(Recipe[Batch]):
             numbers += [begin + 2 * place + 1 for place in range(len(second))]
             restored += [*second]
         degraded = [self.degrade(image[None], number)[0] for image, number in zip(restored, numbers, strict=True)]
+        first, second = clean_of(first), clean_of(second)
         with self.accelerator.autocast():
             hint = self.restorer.hint(pad_to_batch(degraded, self.restorer.multiple, config.smallest))
         generators = [seeded(config.seed, 1, number) for number in numbers]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from examples.common.data.degrade import degradation
 from examples.common.data.task_data import TEST_SEED, crop_to_multiple, dataset
-from examples.common.data.tasks import TaskData, map_images, to_device
+from examples.common.data.tasks import TaskData, clean_of, map_images, to_device
 from examples.common.engine import command_line
 from examples.common.engine.controls import ImageGradients
 from examples.common.engine.evaluation import ReaderName, evaluate, first_usable, load_recognizer
@@ -118,7 +118,7 @@ class Trainer(Recipe[Batch]):
         if isinstance(hr, Tensor):
             hr = hr.to(memory_format=torch.channels_last)
         lr = self.degrade(hr, self.first_number(step))
-        return Batch(hr, lr, targets, step / steps, generators)
+        return Batch(clean_of(hr), lr, targets, step / steps, generators)
 
     def _stages(self) -> list[Stage[Batch]]:
         build: dict[str, Callable[[], Phase[Batch]]] = {

@@ -35,6 +35,8 @@ def check(config: Config) -> None:
         raise ValueError(f"`scale` should be 1: images are restored at their own size, found {config.scale}.")
     if config.unseen and config.degradation == "unseen_corruptions":
         raise ValueError("`unseen` should be false where `degradation` is unseen_corruptions: these are seen then.")
+    if config.unseen and (config.lq or config.images_lq):
+        raise ValueError("`unseen` should be false where degraded images are on disk, `lq` or `images_lq`.")
     if config.stage == "stage1":
         if "restoration" not in config.tasks:
             raise ValueError(f"`tasks` should have 'restoration', which stage 1 trains on, found {config.tasks}.")

@@ -30,6 +30,7 @@ class Config(DataOptions, TrainerOptions):
             that of ``prepared``.
         images: folder of clean images for restoration, of which every tenth is for the test, or DIV2K as it is handed
             out; the default are the photographs that come with scikit-image and scikit-learn.
+        images_lq: folder of degraded images, of those in ``images`` as ``lq`` of those in ``root``.
         paired_tests: pairs of degraded and clean images to test the restoration on as well, as LAYOUT:ROOT by a name;
             layouts are in examples/common/data/pair_folders.py.
         tasks: tasks of restoration, classification, segmentation, detection, reading; all are tested.
@@ -61,6 +62,7 @@ class Config(DataOptions, TrainerOptions):
     prepared: Path | None = None
     prior: Path | None = None
     images: Path | None = None
+    images_lq: Path | None = None
     paired_tests: dict[str, str] = field(default_factory=dict)
     tasks: list[str] = field(default_factory=lambda: ["restoration", "classification", "segmentation"])
     train_tasks: list[str] | None = None

@@ -1,15 +1,17 @@
 """The images that are restored, for people and for each task."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from examples.common.data.clean_images import CleanImages, training_photographs
-from examples.common.data.folder import UNREADABLE, Skipped, image_files, read_image
+from examples.common.data.clean_images import CleanImages, read_large, training_photographs
+from examples.common.data.folder import Skipped, image_files
 from examples.common.data.options import DataOptions
+from examples.common.data.pair_folders import degraded_files
+from examples.common.data.pairs import check_likeness
 from examples.common.data.photos import HELD_OUT, grid_crops, load_photo
 from examples.common.data.task_data import dataset, datasets, of_task
 from examples.common.data.tasks import InMemory, Task, TaskData
@@ -44,6 +46,8 @@ def _clean(config: Any) -> tuple[TaskData, TaskData]:
     size = config.size or (48 if config.data in ("generated", "photos") else 512)
     if config.images is not None:
         return _clean_files(config.images, config, size)
+    if getattr(config, "images_lq", None) is not None:
+        raise ValueError("`images` should be the clean images of `images_lq`, found None.")
     train = training_photographs(size)
     held_out = {name: photo for name in HELD_OUT if min((photo := load_photo(name)).shape[1:]) >= size}
     if not train or not held_out:
@@ -82,25 +86,33 @@ def _clean_files(folder: Path, config: Any, size: int) -> tuple[TaskData, TaskDa
         train = [file for file in files if file not in set(test)]
     if not train or not test:
         raise ValueError(f"`images` should be a folder of at least two images, found {len(train + test)} in {folder}.")
+    lq = getattr(config, "images_lq", None)  # preparation has no use for it
+    degraded = None if lq is None else degraded_files([*train, *test], folder, lq)
+    if degraded is not None:
+        train, test = ([file for file in files if file in degraded] for files in (train, test))
+        check_likeness("images_lq", [(degraded[file], file) for file in train])
     each = -(-config.test_count // len(test))
     crops = [(file, number) for number in range(each) for file in test][: config.test_count]
-    return CleanImages(train, config.train_count, size), FileCrops(crops, each, size)
+    return CleanImages(train, config.train_count, size, degraded), FileCrops(crops, each, size, degraded)
 
 
 class FileCrops:
-    """Crops spread evenly over image files: samples (image (3, H, W), 0), None where a file cannot be used.
+    """Crops spread evenly over image files: samples as of CleanImages, None where a file cannot be used.
 
     Args:
         crops: file, and number of its crop.
         each: crops of a file.
         size: of the crops.
+        degraded: as of CleanImages.
     """
 
     task: Task = "classification"
     class_names = CleanImages.class_names
 
-    def __init__(self, crops: Sequence[tuple[Path, int]], each: int, size: int) -> None:
-        self.crops, self.each, self.size = list(crops), each, size
+    def __init__(
+        self, crops: Sequence[tuple[Path, int]], each: int, size: int, degraded: Mapping[Path, Path] | None = None
+    ) -> None:
+        self.crops, self.each, self.size, self.degraded = list(crops), each, size, degraded
         self._skipped = Skipped()
 
     def __len__(self) -> int:
@@ -108,15 +120,8 @@ class FileCrops:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None:
         file, number = self.crops[index]
-        try:
-            image = read_image(file)
-        except UNREADABLE as error:
-            self._skipped(file, error)
-            return None
-        if min(image.shape[1:]) < self.size:
-            self._skipped(file, f"smaller than the crops of {self.size}")
-            return None
-        return grid_crops(image, self.size, self.each)[number], torch.tensor(0)
+        image = read_large(file, self.size, self.degraded, self._skipped)
+        return None if image is None else (grid_crops(image, self.size, self.each)[number], torch.tensor(0))
 
 
 class Mixed:
@@ -138,7 +143,7 @@ class Mixed:
         place, part = divmod(index, len(self.parts))
         each = len(self) // len(self.parts)
         sample = self.parts[part][(place + part * each // len(self.parts)) % each]
-        return None if sample is None else (sample[0], torch.tensor(0))
+        return None if sample is None else (sample[0][:3], torch.tensor(0))
 
 
 def mixed(tasks: Sequence[str], config: DataOptions) -> tuple[TaskData, TaskData]:

@@ -29,7 +29,7 @@ from examples.common.data.degrade import Degrade, degradation
 from examples.common.data.options import PairOptions
 from examples.common.data.pairs import FolderPairs, TestPairs, layout_and_root
 from examples.common.data.task_data import TEST_SEED
-from examples.common.data.tasks import TaskData, map_images, to_device
+from examples.common.data.tasks import TaskData, clean_of, map_images, to_device
 from examples.common.engine import command_line
 from examples.common.engine.evaluation import evaluate, first_usable, load_recognizer
 from examples.common.engine.recipe import Recipe, Stage
@@ -67,7 +67,7 @@ class Trainer(Recipe[Batch]):
     """One stage: networks, phases, evaluation."""
 
     evaluation_options = (
-        "unseen", "smallest", "tile", "steps_of_diffusion", "prepared", "prior", "images", "paired_tests",
+        "unseen", "smallest", "tile", "steps_of_diffusion", "prepared", "prior", "images", "images_lq", "paired_tests",
         "every_prompt",
     )  # fmt: skip
 
@@ -116,7 +116,7 @@ class Trainer(Recipe[Batch]):
             clean, labels = to_device((clean, labels), self.device)
             numbers = range(first, first + len(clean))
             generators = [seeded(seed, 1, TASKS.index(task), n) for n in numbers]
-            parts.append(Part(task, clean, reader.degrade(clean, first), labels, generators))
+            parts.append(Part(task, clean_of(clean), reader.degrade(clean, first), labels, generators))
         return Batch(parts)
 
     def _reader(self, task: str) -> Reader:

@@ -144,7 +144,7 @@ def test_a_rule_of_another_layout_is_not_applied(
 
 
 def test_two_clean_files_of_one_degraded_one_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"x\.bmp should have one clean image, found .*x\.jpg and .*x\.png"):
+    with pytest.raises(ValueError, match=r"x\.bmp should have one partner, found .*x\.jpg and .*x\.png"):
         paired(tmp_path, "lol", ["x.bmp"], ["x.png", "x.jpg"])
     (tmp_path / "our485/low/x.bmp").rename(tmp_path / "our485/low/x.jpg")
     assert paired(tmp_path, "lol", [], []) == {"x.jpg": "x.jpg"}

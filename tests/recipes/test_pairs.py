@@ -190,7 +190,7 @@ def test_own_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
         own_pairs(tmp_path / "lq", tmp_path / "gt")
     write(tmp_path / "gt" / "a.jpg")
     write(tmp_path / "gt" / "a.bmp")
-    with pytest.raises(ValueError, match="should have one clean image"):
+    with pytest.raises(ValueError, match="should have one partner"):
         own_pairs(tmp_path / "lq", tmp_path / "gt")
     with pytest.raises(ValueError, match="`lq` should hold the degraded images of those in `gt`"):
         own_pairs(tmp_path / "gt", tmp_path / "lq" / ".." / "gt")

@@ -7,7 +7,7 @@ CUB-200-2011, Stanford Cars and PASCAL VOC 2012, unpacked as they are handed out
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from examples.common.data.folder import UNREADABLE, Skipped, read_image
+from examples.common.data.folder import UNREADABLE, Skipped, read_image, with_degraded
 from examples.common.data.tasks import IGNORED, Task
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ VOC_CLASSES = (
 
 class FolderData:
     """Images read from files when they are asked for; a :class:`~examples.common.data.tasks.TaskData`.
+
+    With :meth:`pair` each is read with its degraded image, behind its three channels.
 
     An image or annotation that cannot be read is named in one warning (of each worker), and its sample is None.
 
@@ -60,7 +62,13 @@ class FolderData:
         self.class_names = tuple(class_names)
         self.samples = list(samples)
         self.annotate, self.transform = annotate, transform
+        self.degraded: Mapping[Path, Path] = {}
         self._skipped = Skipped()
+
+    def pair(self, degraded: Mapping[Path, Path]) -> None:
+        """Keep the samples that have a degraded image, and read it with them."""
+        self.samples = [sample for sample in self.samples if sample[0] in degraded]
+        self.degraded = degraded
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -70,6 +78,9 @@ class FolderData:
         reading = path
         try:
             image = read_image(path)
+            if self.degraded:
+                reading = self.degraded[path]
+                image = with_degraded(image, reading)
             reading = annotation if isinstance(annotation, Path) else path
             target = self.annotate(annotation, (image.shape[1], image.shape[2]))
         except UNREADABLE as error:

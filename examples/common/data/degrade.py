@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from examples.common.data.options import DataOptions
-from examples.common.data.tasks import map_images
+from examples.common.data.tasks import degraded_of, map_images
 from examples.common.seeds import derive_seed, seeded
 from restoreloss import MixtureA, MixtureB
 from restoreloss.augmentations.corruptions import CLEAN, CORRUPTIONS, Corruptions
@@ -21,11 +21,21 @@ Degrade = Callable[[Any, int], Any]
 
 
 def degradation(options: DataOptions, *seed: int) -> Degrade:
-    """The degradation that the options describe.
+    """The degradation that the options describe; of pairs, what is on disk.
 
     Raises:
         ValueError: For a scale of what keeps the size, and weights that are not as many as the severities.
     """
+    made = _made(options, *seed)
+
+    def degrade(images: Any, first: int) -> Any:
+        on_disk = degraded_of(images)
+        return made(images, first) if on_disk is None else on_disk
+
+    return degrade
+
+
+def _made(options: DataOptions, *seed: int) -> Degrade:
     if options.degradation == "bicubic":
         return _bicubic(options, *seed)
     if options.scale != 1:

@@ -220,6 +220,15 @@ def read_image(path: Path) -> Tensor:
     return unit(read_pixels(path))
 
 
+def with_degraded(clean: Tensor, degraded: Path) -> Tensor:
+    """A clean image and, from a file, its degraded one as (6, H, W)."""
+    other = read_image(degraded)
+    if other.shape != clean.shape:
+        sizes = f"{other.shape[2]}x{other.shape[1]} pixels, its clean image has {clean.shape[2]}x{clean.shape[1]}"
+        raise ValueError(sizes)
+    return torch.cat([clean, other])
+
+
 def unit(pixels: Tensor) -> Tensor:
     """Pixels as :func:`read_pixels` gives them, or a part of them, as float in [0, 1]."""
     return pixels if pixels.is_floating_point() else pixels.float() / 255

@@ -25,6 +25,8 @@ class DataOptions:
         root: folder of the data set on disk.
         data_sets: data of a task of its own, where a run has several tasks: NAME:ROOT by the task, or a NAME of those
             that are made on the spot; of the other tasks ``data`` and ``root``.
+        lq: folder of degraded images of your own: each at the place below it, and of the size, that its clean image has
+            below ``root``, under the same name, or a_LR.png for a_HR.png. They take the place of ``degradation``.
         size: side of the training images in pixels; the default is the data set's own.
         voc_scales: lowest and highest factor of the random scale of VOC's training images for segmentation; without it
             they are resized to one size, as in SR4IR.
@@ -54,6 +56,7 @@ class DataOptions:
     data: DataName = "generated"
     root: Path | None = None
     data_sets: dict[str, str] = field(default_factory=dict)
+    lq: Path | None = None
     size: int | None = None
     voc_scales: tuple[float, float] | None = None
     train_count: int = 1500

@@ -31,7 +31,7 @@ one that the layout calls differently. :func:`own_pairs` reads two folders of on
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -180,6 +180,27 @@ def own_pairs(lq: Path, gt: Path) -> list[tuple[Path | None, Path]]:
     return found
 
 
+def degraded_files(clean: Sequence[Path], root: Path, lq: Path) -> dict[Path, Path]:
+    """The degraded file of each clean one: at the same place below ``lq`` as that below ``root``, named as in
+    :func:`own_pairs`. Of clean files that have none the number and the first are told in a warning.
+
+    Raises:
+        ValueError: If there is no such folder, or no pair, or a pair that does not look alike.
+    """
+    if not lq.is_dir():
+        raise ValueError(f"`lq` should be a folder of images, found {lq}.")
+    sides: dict[Path, _Side] = {}
+    for path in image_files(lq):
+        sides.setdefault(path.parent.relative_to(lq), _Side([])).add(path)
+    tried = [(path, sides.get(path.parent.relative_to(root), _Side([])).of(path, (), own=True)) for path in clean]
+    found = {path: degraded for path, degraded in tried if degraded is not None}
+    if not found:
+        raise ValueError(f"`lq` should hold degraded images of those in {root}, found none of {len(clean)} in {lq}.")
+    if missing := [path for path, degraded in tried if degraded is None]:
+        logger.warning("%d images skipped, %s first: no degraded image in %s", len(missing), missing[0], lq)
+    return found
+
+
 def _clean_folder(folder: Path, root: Path, described: Layout) -> Path:
     """The folder of the clean files: that of the degraded ones under another name."""
     parts = list(folder.relative_to(root).parts)
@@ -219,7 +240,7 @@ class _Side:
             tries.append(self.roots.get(_without_suffix(degraded.stem), []))
         for found in tries:
             if len(found) > 1:
-                raise ValueError(f"{degraded} should have one clean image, found {found[0]} and {found[1]}.")
+                raise ValueError(f"{degraded} should have one partner, found {found[0]} and {found[1]}.")
             if found:
                 return found[0]
         return None

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from examples.common.data.datasets import FolderData, cub200, stanford_cars, voc2012
 from examples.common.data.options import DataName, DataOptions
+from examples.common.data.pair_folders import degraded_files
+from examples.common.data.pairs import check_likeness
 from examples.common.data.tasks import Task, TaskData, map_images
 
 _Options = TypeVar("_Options", bound=DataOptions)
@@ -41,7 +44,7 @@ def of_task(config: _Options, task: Task) -> _Options:
             f"`data_sets` should be NAME:ROOT with one of {', '.join(get_args(DataName))} for {task}, found "
             f"{config.data_sets[task]!r}."
         )
-    return replace(config, task=task, data=found, root=Path(root) if root else None, data_sets={})
+    return replace(config, task=task, data=found, root=Path(root) if root else None, lq=None, data_sets={})
 
 
 def check_data_sets(config: DataOptions, tasks: Collection[str]) -> None:
@@ -74,6 +77,10 @@ def dataset(config: DataOptions, split: Literal["train", "test"], seed: int) -> 
         raise ValueError(
             f"`data` should be 'words' for the task 'reading' alone, found {config.data!r} for {config.task!r}."
         )
+    if config.lq is not None and (config.data not in _ON_DISK or config.scale != 1):
+        raise ValueError(
+            f"`lq` should be for data on disk and a `scale` of 1, found {config.data!r} and {config.scale}."
+        )
     if config.data == "generated":
         from examples.common.data.generated import generated
 
@@ -92,25 +99,30 @@ def dataset(config: DataOptions, split: Literal["train", "test"], seed: int) -> 
     if config.task not in known:
         one_of = " or ".join(repr(task) for task in known)
         raise ValueError(f"`task` should be {one_of} for {config.data}, found {config.task!r}.")
-    return _on_disk(config, config.root, split, config.size or _SIZES[config.task])
+    data = _on_disk(config, config.root, split, config.size or _SIZES[config.task])
+    if config.lq is not None:
+        found = degraded_files([path for path, _ in data.samples], config.root, config.lq)
+        if split == "train":
+            check_likeness("lq", [(degraded, clean) for clean, degraded in found.items()])
+        data.pair(found)
+    return data
 
 
-def _on_disk(config: DataOptions, root: Path, split: Literal["train", "test"], size: int) -> TaskData:
-    from examples.common.data import datasets as sets
+def _on_disk(config: DataOptions, root: Path, split: Literal["train", "test"], size: int) -> FolderData:
     from examples.common.data import object_boxes, own_images
     from examples.common.data.street_scenes import street_scenes
 
     name: Any = config.data
     if name == "voc2012":
         task: Any = config.task
-        return sets.voc2012(root, split, task, size=size, scales=config.voc_scales)
+        return voc2012(root, split, task, size=size, scales=config.voc_scales)
     if name in ("cityscapes", "foggy_cityscapes", "acdc"):
         return street_scenes(root, name, split, size=size)
     loads: dict[str, Any] = {
-        "cub200": sets.cub200, "cars": sets.stanford_cars, "coco": object_boxes.coco, "rtts": object_boxes.rtts,
+        "cub200": cub200, "cars": stanford_cars, "coco": object_boxes.coco, "rtts": object_boxes.rtts,
         "class_folders": own_images.class_folders, "label_file": own_images.label_file,
     }  # fmt: skip
-    data: TaskData = loads[name](root, split, size=size)
+    data: FolderData = loads[name](root, split, size=size)
     return data
 
 

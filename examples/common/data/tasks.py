@@ -1,6 +1,7 @@
 """The interface of a data set of labeled images, whatever the task.
 
-A sample is (image, target): the image a float (3, H, W) tensor in [0, 1], the target
+A sample is (image, target): the image a float (3, H, W) tensor in [0, 1], or (6, H, W), the clean image and then the
+degraded one of a pair on disk, which are resized, cropped and flipped alike; the target
 
 ============== ==============================================================================================
 classification the class, an int64 tensor of shape ()
@@ -78,6 +79,16 @@ def map_images(function: Callable[[Tensor], Tensor], images: Any) -> Any:
     if isinstance(images, Tensor):
         return function(images)
     return [function(image[None])[0] for image in images]
+
+
+def clean_of(images: Any) -> Any:
+    """The clean images of pairs; others are clean."""
+    return map_images(lambda x: x[:, :3], images)
+
+
+def degraded_of(images: Any) -> Any | None:
+    """The degraded images of pairs; None where there are none."""
+    return map_images(lambda x: x[:, 3:], images) if len(images) and images[0].shape[0] == 6 else None
 
 
 def to_device(value: Any, device: torch.device | str) -> Any:

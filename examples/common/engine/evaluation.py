@@ -12,7 +12,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from examples.common.data.degrade import Degrade
 from examples.common.data.task_data import crop_to_multiple, pad_to_multiple
-from examples.common.data.tasks import IGNORED, InMemory, Task, TaskData, collate, to_device
+from examples.common.data.tasks import IGNORED, InMemory, Task, TaskData, clean_of, collate, to_device
 from examples.common.engine.perceptual import lite0_distance
 from examples.common.engine.recipe import as_value_error
 from examples.common.engine.recognition import Recognition, features_of
@@ -165,6 +165,7 @@ def evaluate(
             whole = pad_to_multiple(hr, multiple) if pad else hr
             lr = degrade(whole, count)
             count += len(hr)
+            hr, whole = (clean_of(hr), clean_of(whole)) if pad else [clean_of(hr)] * 2
             with as_value_error(f"The networks should take test images of {tuple(whole[0].shape[1:])}"):
                 seen = restore(whole, lr)
             seen = hr if seen is whole else crop_to(seen, hr) if pad else seen

@@ -13,7 +13,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from examples.common.data.options import DataOptions, Degradation
 from examples.common.data.task_data import datasets
-from examples.common.data.tasks import TaskData, collate, to_device
+from examples.common.data.tasks import TaskData, clean_of, collate, to_device
 from examples.common.engine.options import RunOptions
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.schedules import cosine_schedule
@@ -93,7 +93,7 @@ class PriorTrainer(Recipe[Batch]):
     def batch(self, images: Any, targets: Any, step: int, steps: int) -> Batch:
         """HQ images of one size."""
         generator = seeded(self.options.seed, step, self.accelerator.process_index)
-        return Batch(to_device(pad_to_batch(images, self.multiple), self.device), generator)
+        return Batch(to_device(pad_to_batch(clean_of(images), self.multiple), self.device), generator)
 
     def _stage(self, name: str, trains: nn.Module, rests: nn.Module, objective: Any, steps: int) -> Stage[Batch]:
         optimizer = torch.optim.AdamW(trains.parameters(), lr=self.options.lr)  # type: ignore[attr-defined]
@@ -131,7 +131,7 @@ class PriorTrainer(Recipe[Batch]):
         read = collate(samples)
         if read is None:
             raise ValueError("The test data should hold an image that can be read, found none of the first 50.")
-        hq = to_device(pad_to_batch(read[0], self.multiple), self.device)
+        hq = to_device(pad_to_batch(clean_of(read[0]), self.multiple), self.device)
         autoencoder: Any = unwrap(self.vae).eval()
         unwrap(self.unet).eval()
         decoded = (autoencoder.vae(2 * hq - 1, sample_posterior=False).sample / 2 + 0.5).clamp(0, 1)
