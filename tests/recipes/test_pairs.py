@@ -143,12 +143,19 @@ def test_what_is_broken_on_disk_is_named_and_skipped(tmp_path: Path, caplog: pyt
         pairs("gopro", tmp_path, "train", "blurry")
 
 
-def test_the_folder_of_div2k_that_was_downloaded_is_its_root_as_well(tmp_path: Path) -> None:
-    write(tmp_path / "DIV2K_train_HR" / "0001.png")
-    found = pairs("div2k", tmp_path / "DIV2K_train_HR", "train", "noisy")
-    assert found == [(None, tmp_path / "DIV2K_train_HR" / "0001.png")]
-    with pytest.raises(ValueError, match="found none at DIV2K_valid_HR"):
-        pairs("div2k", tmp_path, "test", "noisy")
+def test_the_folder_of_div2k_that_was_downloaded_is_its_root_as_well(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [tmp_path / "DIV2K_train_HR" / f"{number:04}.png" for number in range(1, 13)]
+    for file in files:
+        write(file)
+    for root in (tmp_path, tmp_path / "DIV2K_train_HR"):  # without its validation part
+        train, test = (pairs("div2k", root, split, "noisy") for split in ("train", "test"))
+        assert test == [(None, files[0]), (None, files[10])]
+        assert train == [(None, file) for file in files if (None, file) not in test]
+    assert "every tenth image is for the test" in caplog.text
+    write(tmp_path / "DIV2K_valid_HR" / "0801.png")
+    assert pairs("div2k", tmp_path / "DIV2K_train_HR", "train", "noisy") == [(None, file) for file in files]
 
 
 def test_tests_that_are_made_have_the_strength_of_the_paper(tmp_path: Path) -> None:

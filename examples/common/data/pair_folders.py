@@ -116,11 +116,17 @@ def pairs(layout: str, root: Path, split: str, name: str) -> list[tuple[Path | N
     if layout not in LAYOUTS:
         raise ValueError(f"`layout` should be one of {', '.join(LAYOUTS)}, found {layout!r}.")
     described = LAYOUTS[layout]
-    patterns = [pattern.format(name=name) for pattern in (described.train if split == "train" else described.test)]
     if any(pattern.startswith(f"{root.name}/") for pattern in described.train) and layout == "div2k":
         root = root.parent
+    undivided = layout == "div2k" and not (root / "DIV2K_valid_HR").is_dir()
+    patterns = [
+        pattern.format(name=name) for pattern in (described.train if split == "train" or undivided else described.test)
+    ]
     kept = described.kept[split != "train"]
     files = [path for pattern in patterns for path in image_files(root, pattern) if re.fullmatch(kept, path.stem)]
+    if undivided:
+        logger.warning("%s has no DIV2K_valid_HR: every tenth image is for the test, the others for training", root)
+        files = [file for number, file in enumerate(files) if (number % 10 == 0) == (split == "test")]
     at = " or ".join(patterns)
     if not files:
         raise ValueError(f"{root} should hold images as {layout} lays them out, found none at {at}.")
