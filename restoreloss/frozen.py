@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
@@ -212,17 +212,20 @@ def _copied_statistics(*networks: nn.Module) -> Iterator[None]:
         yield
         return
     held = [
-        (module, module.running_mean, module.running_var)
+        (module, name, statistic)
         for network in networks for module in network.modules()
-        if isinstance(module, _NormBase) and not module.training and module.running_mean is not None
+        if isinstance(module, _NormBase) and not module.training
+        for name in ("running_mean", "running_var") if isinstance(statistic := getattr(module, name), Tensor)
     ]  # fmt: skip
+    copies = [statistic.clone() for _, _, statistic in held]
     try:
-        for module, mean, var in held:
-            module.running_mean, module.running_var = mean.clone(), var.clone()  # type: ignore[union-attr]
+        for (module, name, _), copy in zip(held, copies, strict=True):
+            setattr(module, name, copy)
         yield
     finally:
-        for module, mean, var in held:
-            module.running_mean, module.running_var = mean, var
+        for (module, name, statistic), copy in zip(held, copies, strict=True):
+            if getattr(module, name) is copy and copy._version == 0:  # else the block gave it another value or type
+                setattr(module, name, statistic)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def with_prepared(config: Config, tasks: Sequence[str]) -> Config:
         "prior": config.prior or folder / "prior",
         "pre": config.pre or folder / "pre",
         "references": config.references or [folder / f"{task}_hq" for task in tasks],
-        "judges": config.judges or [folder / f"{task}_judge" for task in tasks],
+        "judges": config.judges or [folder / f"{task}_judge" for task in tasks if config.evaluate is None],
     }
     for path in (found["prior"], found["pre"], *found["references"], *found["judges"]):
         if folder in path.parents and not path.is_dir():
@@ -45,7 +45,8 @@ def with_prepared(config: Config, tasks: Sequence[str]) -> Config:
 
 
 def _check_data(config: Config, run: Path) -> None:
-    before = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    before = plain_values(asdict(DataOptions())) | settings  # a run may be older than an option
     now = plain_values(asdict(of_task(config, before["task"])))
     for option in (field.name for field in fields(DataOptions)):
         if before[option] != now[option]:

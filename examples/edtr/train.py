@@ -75,6 +75,11 @@ class Trainer(Recipe[Batch]):
         self.networks = {"edtr": self.edtr, **recognizers}
         self.begin(self._stages)
 
+    def saved(self) -> None:
+        """What the classes are called, by the task."""
+        names = {task: reader.train_data.class_names for task, reader in self.readers.items()}
+        self.run_directory.write("classes", names)
+
     def sources(self) -> list[TaskData]:
         """The training data of all tasks."""
         return [reader.train_data for reader in self.readers.values()]
@@ -132,8 +137,7 @@ class Trainer(Recipe[Batch]):
         data = of_task(config, task)
         test_data = dataset(data, "test", config.seed)
         train_data = dataset(data, "train", config.seed) if self.evaluated is None else test_data
-        classes = len(test_data.class_names)
-        known = self.classes_of_run(classes, f"{task}_num_classes" if config.all_in_one else "num_classes")
+        _, knows = self.classes_of_run(test_data, f"{task}_num_classes" if config.all_in_one else "num_classes")
         reference = load_recognizer(path, test_data).to(self.device)
         network: nn.Module = self.accelerator.prepare(copy.deepcopy(reference).requires_grad_(True))
         student, teacher = features_of(network, config.layers), features_of(reference, config.layers)
@@ -144,7 +148,7 @@ class Trainer(Recipe[Batch]):
             Recognition(task, train_data.class_names), network, teacher,
             None if judge is None else load_recognizer(judge, test_data).to(self.device), looks.get(self.method.hlf),
             FeatureMatchingLoss(student, teacher), ALPHA[task] if config.alpha is None else config.alpha,
-            train_data, test_data, known == classes,
+            train_data, test_data, knows,
         )  # fmt: skip
 
     def _stages(self) -> list[Stage[Batch]]:

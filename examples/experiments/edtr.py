@@ -124,12 +124,13 @@ class Experiment:
         reference, judge = (readers.out / f"{other.task}_{kind}" for kind in ("hq", "judge"))
         run = self.out / "table" / setting(self.base) / name / f"seed{seed}"
         ready = self.out / "prepared" / setting(self.base) / f"seed{seed}"
-        options = replace(other, prepared=ready, out=self.out / "unseen" / name / f"seed{seed}", evaluate=run)
+        options = replace(other, prepared=ready, evaluate=run)
+        options = replace(options, out=self.out / "unseen" / setting(self.base) / name / f"seed{seed}")
         if name in BASELINES:
             config = self._baseline(options, BASELINES[name])
             results = TaskTrainer(replace(config, fixed_hr=reference, judge=judge)).run()
         else:
-            changes = {**MAIN, **ABLATIONS, **CELLS}[name]
+            changes = {**MAIN, **ABLATIONS, **CELLS, **T_P}[name]
             options = replace(options, prior=self.prior, references=[reference], judges=[judge], **changes)
             results = Trainer(options).run()
         logger.info("%s seed %d: %s", name, seed, {key: round(value, 2) for key, value in results.items()})
@@ -267,6 +268,10 @@ def main() -> None:
         refuse(parser, arguments, "across", "task", "names")
         print(across_table([experiment.across(seed) for seed in arguments.seeds]))
         return
+    if arguments.study == "unseen":
+        refuse(parser, arguments, "unseen", "data")
+        if arguments.task == "reading":
+            parser.error("`task` should be one of textures for unseen, found 'reading'.")
     for seed in arguments.seeds:
         if arguments.study == "steps":
             found = experiment.steps(seed, [1, 4, 20, 50], 10)

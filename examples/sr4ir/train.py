@@ -75,9 +75,9 @@ class Trainer(Recipe[Batch]):
 
         begins_with = config.s_weights if self.evaluated is None else config.evaluate
         s = restorer(config.restorer, config.scale, file_in(begins_with, "restorer.safetensors"))
-        known = self.classes_of_run(classes)
-        self.knows = known == classes
-        if not self.knows and config.fixed_hr is None and config.judge is None:
+        known, self.knows = self.classes_of_run(self.train_data)
+        readers = (config.fixed_hr, config.judge)
+        if self.method.recognizer_inputs and not self.knows and readers == (None, None):
             raise ValueError(f"`fixed_hr` or `judge` should read the {classes} classes of `data`, found neither.")
         begins_anew = config.start == "scratch" and self.evaluated is None
         h = recognizer(config.recognizer, config.task, known, pretrained=begins_anew, aux=config.aux_weight > 0)
@@ -103,6 +103,10 @@ class Trainer(Recipe[Batch]):
             self.tdp = self._tdp()
         self.degrade = degradation(config, config.seed)
         self.begin(self._stages)
+
+    def saved(self) -> None:
+        """What the classes are called, by the task."""
+        self.run_directory.write("classes", {self.recognition.task: self.train_data.class_names})
 
     def batch(self, images: Any, targets: Any, step: int, steps: int) -> Batch:
         """HR and LR images on the device, and a generator for the step."""

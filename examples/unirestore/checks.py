@@ -21,7 +21,7 @@ def check(config: Config) -> None:
         if task not in TASKS:
             option = "tasks" if config.name is None else "name"
             raise ValueError(f"`{option}` should be one of {', '.join(TASKS)}, found {task!r}.")
-    check_data_sets(config, [config.name] if config.name is not None else config.tasks)
+    check_data(config)
     for name in ("train_tasks", "network", "restored_too"):
         if config.stage == "add-task" and getattr(config, name):
             raise ValueError(f"`{name}` should be left out of 'add-task', found {getattr(config, name)!r}.")
@@ -33,10 +33,6 @@ def check(config: Config) -> None:
         raise ValueError(f"`task_weights` should be for {', '.join(TASKS)}, found {unknown[0]!r}.")
     if config.scale != 1:
         raise ValueError(f"`scale` should be 1: images are restored at their own size, found {config.scale}.")
-    if config.unseen and config.degradation == "unseen_corruptions":
-        raise ValueError("`unseen` should be false where `degradation` is unseen_corruptions: these are seen then.")
-    if config.unseen and (config.lq or config.images_lq):
-        raise ValueError("`unseen` should be false where degraded images are on disk, `lq` or `images_lq`.")
     if config.stage == "stage1":
         if "restoration" not in config.tasks:
             raise ValueError(f"`tasks` should have 'restoration', which stage 1 trains on, found {config.tasks}.")
@@ -59,6 +55,18 @@ def check(config: Config) -> None:
     if config.after is None:
         raise ValueError(f"`after` should be a run of the stage before {config.stage}, found None.")
     _check_before(config, config.after)
+
+
+def check_data(config: Config) -> None:
+    """Raise ``ValueError`` for data that no task of a run reads, also of one that is evaluated."""
+    tasks = [config.name] if config.name is not None else config.tasks
+    check_data_sets(config, tasks)
+    if config.unseen and config.degradation == "unseen_corruptions":
+        raise ValueError("`unseen` should be false where `degradation` is unseen_corruptions: these are seen then.")
+    if config.unseen and (config.lq or config.images_lq):
+        raise ValueError("`unseen` should be false where degraded images are on disk, `lq` or `images_lq`.")
+    if config.images_lq is not None and ("restoration" not in tasks or config.images is None or config.data == "words"):
+        raise ValueError("`images_lq` should be beside `images`, for the task restoration, found it alone.")
 
 
 def _check_before(config: Config, before: Path) -> None:

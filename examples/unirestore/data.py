@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import center_crop, resize
 
 from examples.common.data.clean_images import CleanImages, read_large, training_photographs
 from examples.common.data.folder import Skipped, image_files
 from examples.common.data.options import DataOptions
-from examples.common.data.pair_folders import degraded_files
+from examples.common.data.pair_folders import degraded_files, pairs
 from examples.common.data.pairs import check_likeness
 from examples.common.data.photos import HELD_OUT, grid_crops, load_photo
-from examples.common.data.task_data import dataset, datasets, of_task
+from examples.common.data.task_data import dataset, datasets, image_side, of_task
 from examples.common.data.tasks import InMemory, Task, TaskData
 from examples.unirestore.config import TASKS
 
@@ -46,8 +47,6 @@ def _clean(config: Any) -> tuple[TaskData, TaskData]:
     size = config.size or (48 if config.data in ("generated", "photos") else 512)
     if config.images is not None:
         return _clean_files(config.images, config, size)
-    if getattr(config, "images_lq", None) is not None:
-        raise ValueError("`images` should be the clean images of `images_lq`, found None.")
     train = training_photographs(size)
     held_out = {name: photo for name in HELD_OUT if min((photo := load_photo(name)).shape[1:]) >= size}
     if not train or not held_out:
@@ -77,20 +76,20 @@ def _clean_files(folder: Path, config: Any, size: int) -> tuple[TaskData, TaskDa
     """Every tenth image of a folder, and at least one, is for the test, of DIV2K its validation part; each is read when
     it is wanted.
     """
-    published = folder / "DIV2K_train_HR", folder / "DIV2K_valid_HR"
-    if all(part.is_dir() for part in published):
-        train, test = (image_files(part) for part in published)
+    if (folder / "DIV2K_train_HR").is_dir():
+        train, test = ([file for _, file in pairs("div2k", folder, split, "clean")] for split in ("train", "test"))
+        files = [*train, *test]
     else:
-        files = image_files(folder)
-        test = files[::10]
-        train = [file for file in files if file not in set(test)]
+        files = train = test = image_files(folder)
+    lq = getattr(config, "images_lq", None)  # preparation has no use for it
+    degraded = None if lq is None else degraded_files(files, folder, lq, option="images_lq")
+    if degraded is not None:
+        train, test = ([file for file in part if file in degraded] for part in (train, test))
+        check_likeness("images_lq", [(degraded[file], file) for file in [*train, *test]])
+    if train == test:  # which nobody has divided
+        train, test = [file for n, file in enumerate(train) if n % 10], test[::10]
     if not train or not test:
         raise ValueError(f"`images` should be a folder of at least two images, found {len(train + test)} in {folder}.")
-    lq = getattr(config, "images_lq", None)  # preparation has no use for it
-    degraded = None if lq is None else degraded_files([*train, *test], folder, lq)
-    if degraded is not None:
-        train, test = ([file for file in files if file in degraded] for files in (train, test))
-        check_likeness("images_lq", [(degraded[file], file) for file in train])
     each = -(-config.test_count // len(test))
     crops = [(file, number) for number in range(each) for file in test][: config.test_count]
     return CleanImages(train, config.train_count, size, degraded), FileCrops(crops, each, size, degraded)
@@ -128,13 +127,17 @@ class Mixed:
     """The images of several tasks in turn, without their labels: what a prior is trained on.
 
     Each task begins elsewhere: generated tasks have the same images, and a batch of them thrice would teach less.
+
+    Args:
+        parts: of each task.
+        side: that images are reduced and cut to, where those of the tasks differ in size.
     """
 
     task: Task = "classification"
     class_names: tuple[str, ...] = ("image",)
 
-    def __init__(self, parts: Sequence[TaskData]) -> None:
-        self.parts = list(parts)
+    def __init__(self, parts: Sequence[TaskData], side: int | None = None) -> None:
+        self.parts, self.side = list(parts), side
 
     def __len__(self) -> int:
         return min(len(part) for part in self.parts) * len(self.parts)
@@ -143,10 +146,18 @@ class Mixed:
         place, part = divmod(index, len(self.parts))
         each = len(self) // len(self.parts)
         sample = self.parts[part][(place + part * each // len(self.parts)) % each]
-        return None if sample is None else (sample[0][:3], torch.tensor(0))
+        if sample is None:
+            return None
+        image = sample[0][:3]
+        if self.side is not None:
+            image = center_crop(resize(image, [self.side]), [self.side, self.side])
+        return image, torch.tensor(0)
 
 
-def mixed(tasks: Sequence[str], config: DataOptions) -> tuple[TaskData, TaskData]:
+def mixed(tasks: Sequence[Any], config: DataOptions) -> tuple[TaskData, TaskData]:
     """Training and test images of all tasks."""
     every = [data_of(task, config) for task in tasks]
-    return Mixed([train for train, _ in every]), Mixed([test for _, test in every])
+    side = None
+    if config.data not in ("generated", "photos", "words") or config.data_sets:
+        side = min(image_side(of_task(config, task)) for task in tasks if task != "restoration")
+    return Mixed([train for train, _ in every], side), Mixed([test for _, test in every], side)

@@ -38,7 +38,7 @@ from examples.common.engine.schedules import cosine_schedule
 from examples.common.networks.restorers import restorer
 from examples.common.seeds import derive_seed, seeded
 from examples.unirestore.batch import Batch, Part
-from examples.unirestore.checks import check
+from examples.unirestore.checks import check, check_data
 from examples.unirestore.config import FILE, TASKS, WEIGHTS, Config, StageName
 from examples.unirestore.data import data_of, test_data_of
 from examples.unirestore.networks import PlainNetwork
@@ -72,8 +72,7 @@ class Trainer(Recipe[Batch]):
     )  # fmt: skip
 
     def __init__(self, config: Config) -> None:
-        if config.evaluate is None:
-            check(config)
+        (check if config.evaluate is None else check_data)(config)
         super().__init__(config)
         self.config = config
         self.title = f"{config.stage}, {config.network or 'UniRestore'}"
@@ -136,13 +135,13 @@ class Trainer(Recipe[Batch]):
     def _unirestore(self) -> UniRestore:
         """The model with the weights of the stage before, and a gradient for what this one learns."""
         config = self.config
+        if config.evaluate is not None:
+            model, _ = load_run(config.evaluate, config.prior)
+            model.steps = config.steps_of_diffusion
+            return model
         prior = config.prior if config.prepared is None or config.prior is not None else config.prepared / "prior"
         if prior is None:
             raise ValueError("`prior` should be given, or `prepared`, a folder that holds one, found None.")
-        if config.evaluate is not None:
-            model, _ = load_run(config.evaluate, prior)
-            model.steps = config.steps_of_diffusion
-            return model
         second = config.stage != "stage1"
         model = build_unirestore(vars(config), prior, config.tasks if config.stage == "stage2" else ())
         if second:

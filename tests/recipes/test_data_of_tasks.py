@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
 from examples.common.data.task_data import dataset, of_task
+from examples.common.engine.train_prior import PriorConfig, PriorTrainer
 from examples.edtr import prepare as edtr_preparing
 from examples.edtr.train import TASKS
 from examples.edtr.train import Trainer as EdtrTrainer
 from examples.sr4ir.train import Trainer as Sr4irTrainer
 from examples.unirestore import prepare as unirestore_preparing
+from examples.unirestore.data import mixed
 from tests.helpers.datasets import make_cub, make_voc
 from tests.recipes import cases
 from tests.recipes.test_more_datasets import make_acdc, make_cityscapes
@@ -54,6 +57,10 @@ def test_unirestore_serves_tasks_of_several_data_sets(tmp_path: Path, prepared: 
     data_sets = {"classification": f"cub200:{tmp_path}", "segmentation": f"acdc:{tmp_path / 'acdc'}"}
     folder, tasks = tmp_path / "prepared", ["restoration", *data_sets]
     options = {**UNIRESTORE_SMALL, **QUICK, "data_sets": data_sets}
+    own_side = {**options, "size": None, "train_count": 4, "data_sets": {"segmentation": data_sets["segmentation"]}}
+    both = unirestore_preparing.Config(**own_side, tasks=[*data_sets], out=tmp_path / "prior")
+    for images in mixed(["restoration", *both.tasks], both):  # of 48 pixels, and of 480
+        assert {images[number][0].shape for number in range(len(images))} == {(3, 48, 48)}  # type: ignore[index]
     unirestore_preparing.prepare(
         unirestore_preparing.Config(**options, tasks=[*data_sets], train_prior=False, out=folder)
     )
@@ -70,6 +77,18 @@ def test_unirestore_serves_tasks_of_several_data_sets(tmp_path: Path, prepared: 
     )  # fmt: skip
     assert "foggy" in str(on_fog.readers["segmentation"].test_data.samples[0][0])  # type: ignore[attr-defined]
     assert 0 <= on_fog.run()["segmentation_score"] <= 100
+    with pytest.raises(ValueError, match="for the tasks restoration, classification, segmentation of this run"):
+        trainer(
+            tmp_path / "typo", prepared.unirestore, **{**run, "data_sets": {"segmentaton": "x"}},
+            evaluate=tmp_path / "run",
+        )  # fmt: skip
+
+
+def test_a_prior_is_evaluated_on_images_of_several_sizes(tmp_path: Path) -> None:
+    make_voc(tmp_path)
+    run = PriorTrainer(PriorConfig(**QUICK, task="segmentation", data="voc2012", root=tmp_path, out=tmp_path / "run"))
+    found = run._evaluate([(torch.rand(3, *size), torch.tensor(0)) for size in ((34, 46), (34, 70))])[0]
+    assert found["psnr"] > 0
 
 
 def test_a_task_reads_its_own_data() -> None:
@@ -93,4 +112,7 @@ def test_data_of_no_task_of_the_run_are_named(tmp_path: Path, prepared: cases.Pr
         trainer(tmp_path / "run", prepared.unirestore, tasks=["restoration", "classification"], data_sets=data_sets)
     with pytest.raises(ValueError, match="`data_sets` should be left out of a run of one task"):
         Sr4irTrainer(replace(cases.SR4IR, data_sets=data_sets, out=tmp_path / "run"))
+    lonely = {**cases.EDTR_DATA, "data_sets": {"classification": "photos"}, "lq": tmp_path, "out": tmp_path / "run"}
+    with pytest.raises(ValueError, match="`lq` should be for a task that reads `root`, found none of classification"):
+        edtr_preparing.prepare(edtr_preparing.Config(**lonely))
     assert not (tmp_path / "run").exists()

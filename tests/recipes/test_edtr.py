@@ -344,6 +344,6 @@ def test_the_experiment_runs_each_name_once(tmp_path: Path) -> None:
     assert alone != several and found["edtr_1, deviation over noise"]["psnr"] > 0
     for name in ("sr4ir", "edtr_1"):  # networks of the eleven photographs read, not H, which knows ten textures
         study.unseen(name, 1)
-        unseen = json.loads((tmp_path / "unseen" / name / "seed1/results.json").read_text())
+        unseen = json.loads((tmp_path / "unseen" / experiment.setting(base) / name / "seed1/results.json").read_text())
         assert unseen["num_classes"] == 11 and {"fixed_hr", "judge", "psnr"} < set(unseen)
         assert not any(figure.startswith("score") for figure in unseen)

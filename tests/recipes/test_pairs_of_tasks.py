@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from examples.common.data.options import DataOptions
+from examples.common.data.pair_folders import degraded_files
 from examples.common.data.task_data import dataset
 from examples.edtr import prepare as edtr_preparing
 from examples.edtr.train import Trainer as EdtrTrainer
@@ -88,6 +89,18 @@ def test_what_does_not_pair_is_named(
         dataset(options(own), "train", 0)
 
 
+def test_names_that_say_otherwise_are_refused(own: dict[str, Any], tmp_path: Path) -> None:
+    exchanged = replace(options(own), root=own["lq"], lq=own["root"])
+    with pytest.raises(ValueError, match="should be the first of a pair, found .*_HR.png for .*_LR.png"):
+        dataset(exchanged, "train", 0)
+    files = [tmp_path / "of" / name for name in ("view_low.png", "view_high.png")]
+    for file in (*files, tmp_path / "degraded" / "view_high.png"):
+        file.parent.mkdir(exist_ok=True)
+        save_image(photo(0), file)
+    with pytest.raises(ValueError, match="view_high.png should be of one clean image, found .*low.png and .*high.png"):
+        degraded_files(files, tmp_path / "of", tmp_path / "degraded")
+
+
 def test_a_degraded_image_of_another_size_is_named_and_left_out(
     own: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -129,6 +142,15 @@ def test_unirestore_trains_on_pairs_for_people_and_for_a_task(
     }  # fmt: skip
     with pytest.raises(ValueError, match="`unseen` should be false where degraded images are on disk"):
         unirestore(tmp_path / "run", prepared.unirestore, **changes, unseen=True)
+    with pytest.raises(ValueError, match="`images_lq` should be beside `images`, for the task restoration"):
+        unirestore(tmp_path / "run", prepared.unirestore, **{**changes, "tasks": ["classification"]})
+    (tmp_path / "one").mkdir()
+    save_image(half(photo(0)), tmp_path / "one" / "a_LR.png")
+    save_image(photo(0), tmp_path / "a_HR.png")
+    with pytest.raises(ValueError, match="`images` should be a folder of at least two images, found 1 in"):
+        unirestore(
+            tmp_path / "run", prepared.unirestore, **{**changes, "images": tmp_path, "images_lq": tmp_path / "one"}
+        )
     run: Any = unirestore(tmp_path / "run", prepared.unirestore, **changes)
     batch = run.batch(*next(run.read(0, 1)), 0, 2)
     for part in batch.parts:

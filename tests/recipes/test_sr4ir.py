@@ -79,8 +79,15 @@ def test_data_of_other_classes_are_read_by_networks_that_know_them(
     Trainer(oracle).run()
     caplog.clear()
     results = Trainer(replace(config, judge=oracle.out)).run()
-    assert "The data have 11 classes, those of" in caplog.text
+    assert "The 11 classes of the data are not the 10 of" in caplog.text
     assert results["num_classes"] == 11 and "score" not in results and 0 <= results["judge"] <= 100
+    names = tmp_path / "run" / "classes.json"
+    names.write_text(names.read_text().replace("stripes", "lines"))  # as many classes, under other names
+    again = replace(done, out=tmp_path / "again", evaluate=done.out)
+    with pytest.raises(ValueError, match="`fixed_hr` or `judge` should read the 10 classes of `data`, found neither"):
+        Trainer(again)
+    with pytest.raises(ValueError, match="should be a network for the classes .*, found"):
+        Trainer(replace(done, out=tmp_path / "again", judge=done.out))
     with pytest.raises(ValueError, match="for segmentation with .* classes, as the data have them, found one"):
         run(tmp_path / "segments", prepared, task="segmentation", judge=oracle.out)
 

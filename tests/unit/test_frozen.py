@@ -236,6 +236,17 @@ def test_a_network_may_train_on_before_the_backward_pass(block):
     torch.testing.assert_close(image.grad, weights * slope)
 
 
+def test_what_is_loaded_within_frozen_stays():
+    norm, other = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    other.running_mean.fill_(2)
+    with frozen(norm):
+        norm.load_state_dict(other.state_dict())
+    assert torch.equal(norm.running_mean, other.running_mean)
+    with frozen(norm):
+        norm.double()
+    assert norm.running_mean.dtype == torch.float64
+
+
 @pytest.mark.parametrize("backward_inside", [True, False])
 def test_within_frozen_the_gradient_reaches_the_image_and_not_the_weights(backward_inside):
     net, x = network().train(), image().requires_grad_()

@@ -89,7 +89,10 @@ LAYOUTS: Mapping[str, Layout] = {
     "uhdsnow": _SNOW,
     "cbsd68": Layout(("train/*",), ("original_png/*",)),
     "celebahq": Layout(("train/*",), ("test/*",)),
-    "div2k": Layout(("DIV2K_train_HR/*", "DIV2K_train_HR/DIV2K_train_HR/*"), ("DIV2K_valid_HR/*",)),
+    "div2k": Layout(
+        ("DIV2K_train_HR/*", "DIV2K_train_HR/DIV2K_train_HR/*"),
+        ("DIV2K_valid_HR/*", "DIV2K_valid_HR/DIV2K_valid_HR/*"),
+    ),
     "clean": Layout(("train/*",), ("test/*",)),
     "universal": Layout(("train/{name}/LQ/*",), ("val/{name}/LQ/*",), "LQ", ("GT",)),
 }  # fmt: skip
@@ -97,6 +100,7 @@ _UNIVERSAL = {"raindrop": _RAINDROP, "rainy": _RAIN100H, "shadowed": _SRD}
 """The names of clean files in the data sets that went into "universal", by the name of the degradation."""
 _SUFFIXES = r"(?:[-_]?(?:lq|lr|gt|hq|hr|input|target|degraded|clean|low|high|x[2348]))+"
 """What the names of one's own pairs may end in."""
+_DEGRADED, _CLEAN = "lq|lr|input|degraded|low", "gt|hq|hr|target|clean|high"
 
 
 def pairs(layout: str, root: Path, split: str, name: str) -> list[tuple[Path | None, Path]]:
@@ -183,25 +187,48 @@ def own_pairs(lq: Path, gt: Path) -> list[tuple[Path | None, Path]]:
             found.append((path, clean))
     if not found:
         raise ValueError(f"`gt` should hold a clean image for those in {lq}, found none of {len(files)} in {gt}.")
+    _check_names(found)
     return found
 
 
-def degraded_files(clean: Sequence[Path], root: Path, lq: Path) -> dict[Path, Path]:
+def _check_names(found: Sequence[tuple[Path | None, Path]]) -> None:
+    """Raise ``ValueError`` where all names say of the degraded files that they are clean, and of the clean ones not."""
+    said = [
+        path is not None and _says(path, _CLEAN) and _says(clean, _DEGRADED) for path, clean in found
+    ]  # fmt: skip
+    if all(said):
+        raise ValueError(f"The degraded images should be the first of a pair, found {found[0][0]} for {found[0][1]}.")
+
+
+def _says(path: Path, words: str) -> bool:
+    return re.search(rf"[-_]({words})$", path.stem, re.IGNORECASE) is not None
+
+
+def degraded_files(clean: Sequence[Path], root: Path, lq: Path, *, option: str = "lq") -> dict[Path, Path]:
     """The degraded file of each clean one: at the same place below ``lq`` as that below ``root``, named as in
     :func:`own_pairs`. Of clean files that have none the number and the first are told in a warning.
 
     Raises:
-        ValueError: If there is no such folder, or no pair, or a pair that does not look alike.
+        ValueError: If there is no such folder, no pair, a degraded file of two clean ones, or names that say that the
+            folders are exchanged.
     """
     if not lq.is_dir():
-        raise ValueError(f"`lq` should be a folder of images, found {lq}.")
+        raise ValueError(f"`{option}` should be a folder of images, found {lq}.")
     sides: dict[Path, _Side] = {}
     for path in image_files(lq):
         sides.setdefault(path.parent.relative_to(lq), _Side([])).add(path)
-    tried = [(path, sides.get(path.parent.relative_to(root), _Side([])).of(path, (), own=True)) for path in clean]
+    below = [path for path in clean if path.is_relative_to(root)]
+    tried = [(path, sides.get(path.parent.relative_to(root), _Side([])).of(path, (), own=True)) for path in below]
     found = {path: degraded for path, degraded in tried if degraded is not None}
     if not found:
-        raise ValueError(f"`lq` should hold degraded images of those in {root}, found none of {len(clean)} in {lq}.")
+        raise ValueError(
+            f"`{option}` should hold degraded images of those in {root}, found none of {len(clean)} in {lq}."
+        )
+    of: dict[Path, Path] = {}
+    for path, degraded in found.items():
+        if (other := of.setdefault(degraded, path)) != path:
+            raise ValueError(f"{degraded} should be of one clean image, found {other} and {path}.")
+    _check_names([(degraded, path) for path, degraded in found.items()])
     if missing := [path for path, degraded in tried if degraded is None]:
         logger.warning("%d images skipped, %s first: no degraded image in %s", len(missing), missing[0], lq)
     return found

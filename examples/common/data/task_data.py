@@ -48,9 +48,11 @@ def of_task(config: _Options, task: Task) -> _Options:
 
 
 def check_data_sets(config: DataOptions, tasks: Collection[str]) -> None:
-    """Raise ``ValueError`` for data of a task that the run does not have."""
+    """Raise ``ValueError`` for data of a task that the run does not have, and degraded images that none reads."""
     if unknown := [task for task in config.data_sets if task not in tasks]:
         raise ValueError(f"`data_sets` should be for the tasks {', '.join(tasks)} of this run, found {unknown[0]!r}.")
+    if config.lq is not None and not [task for task in tasks if task not in ("restoration", *config.data_sets)]:
+        raise ValueError(f"`lq` should be for a task that reads `root`, found none of {', '.join(tasks)}.")
 
 
 def datasets(config: DataOptions, seed: int) -> tuple[TaskData, TaskData]:
@@ -102,8 +104,7 @@ def dataset(config: DataOptions, split: Literal["train", "test"], seed: int) -> 
     data = _on_disk(config, config.root, split, config.size or _SIZES[config.task])
     if config.lq is not None:
         found = degraded_files([path for path, _ in data.samples], config.root, config.lq)
-        if split == "train":
-            check_likeness("lq", [(degraded, clean) for clean, degraded in found.items()])
+        check_likeness("lq", [(degraded, clean) for clean, degraded in found.items()])
         data.pair(found)
     return data
 

@@ -16,7 +16,7 @@ from examples.common.data.tasks import IGNORED, InMemory, Task, TaskData, clean_
 from examples.common.engine.perceptual import lite0_distance
 from examples.common.engine.recipe import as_value_error
 from examples.common.engine.recognition import Recognition, features_of
-from examples.common.engine.run_directory import finished_run
+from examples.common.engine.run_directory import class_names_of, finished_run
 from examples.common.networks.recognizers import recognizer
 from examples.common.networks.text_readers import PPOCR, english_g2
 from examples.common.networks.weights import load_weights
@@ -98,6 +98,10 @@ def load_recognizer(run: Path, data: TaskData | None = None) -> nn.Module:
         raise ValueError(
             f"{run} should be a network for {data.task} with {len(data.class_names)} classes, as the data have them, "
             f"found one for {task} with {known}."
+        )
+    if data is not None and (names := class_names_of(run, task)) not in (None, [*data.class_names]):
+        raise ValueError(
+            f"{run} should be a network for the classes {data.class_names[:3]} ..., found {names[:3]} ...."
         )
     network = recognizer(
         settings["recognizer"], task, known, pretrained=False,

@@ -40,7 +40,11 @@ class RunOptions:
 
     def plain(self) -> dict[str, Any]:
         """The options that decide the result, as plain values for config.yaml."""
-        return {**plain_values(asdict(self)), "out": self.out.name}
+        values = {**plain_values(asdict(self)), "out": self.out.name}
+        for option in ("data_sets", "pairs", "shifted_pairs", "paired_tests"):
+            if option in values:
+                values[option] = {name: _absolute(data) for name, data in values[option].items()}
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +120,12 @@ def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
 def shared_options(config: Any) -> dict[str, Any]:
     """The options that all recipes share, of the config of one, to make that of another."""
     return {option.name: getattr(config, option.name) for kind in (RunOptions, DataOptions) for option in fields(kind)}
+
+
+def _absolute(data: str) -> str:
+    """NAME:ROOT with an absolute root, if it exists."""
+    name, colon, root = data.partition(":")
+    return f"{name}:{plain_values(Path(root))}" if colon else data
 
 
 def plain_values(value: Any) -> Any:

@@ -25,7 +25,7 @@ from examples.common.data.options import DataOptions, PairOptions
 from examples.common.data.tasks import TaskData
 from examples.common.engine.batches import Batches, loader
 from examples.common.engine.options import RunOptions, TrainerOptions, check_numbers
-from examples.common.engine.run_directory import RunDirectory, finished_run
+from examples.common.engine.run_directory import RunDirectory, class_names_of, finished_run
 from examples.common.engine.terms import LOWER, TermLog
 from examples.common.networks.weights import load_saved
 from examples.common.seeds import derive_seed
@@ -219,17 +219,21 @@ class Recipe(ABC, Generic[Batch]):
         for name, network in self.networks.items():
             load_saved(unwrap(network), run / f"{name}.safetensors")
 
-    def classes_of_run(self, count: int, figure: str = "num_classes") -> int:
-        """How many classes the recognizer of the run knows, of which data have ``count``; fewer or more only where a
-        run is evaluated on data of other classes, which other networks read.
+    def classes_of_run(self, data: TaskData, figure: str = "num_classes") -> tuple[int, bool]:
+        """How many classes the recognizer of the run knows, and whether they are those of the data: not where a run is
+        evaluated on data of other classes, which other networks read.
         """
-        known = count if self.evaluated is None else int(self.evaluated[1][figure])
-        if known != count:
+        count = len(data.class_names)
+        if self.evaluated is None or self.run_to_evaluate is None:
+            return count, True
+        known, names = int(self.evaluated[1][figure]), class_names_of(self.run_to_evaluate, data.task)
+        same = known == count and names in (None, [*data.class_names])
+        if not same:
             logger.warning(
-                "The data have %d classes, those of %s had %d: its own recognizer does not read them.", count,
-                self.run_to_evaluate, known,
+                "The %d classes of the data are not the %d of %s: its own recognizer does not read them.", count, known,
+                self.run_to_evaluate,
             )  # fmt: skip
-        return known
+        return known, same
 
     def _of_evaluated(self, config: RunOptions, run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Settings and results of a finished run of this recipe.

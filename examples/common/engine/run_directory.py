@@ -155,6 +155,12 @@ class RunDirectory:
             with _replacing(self.path / "checkpoint.pt") as file:
                 torch.save(dict(state), file)
 
+    def write(self, name: str, value: Any) -> None:
+        """A small file NAME.json."""
+        if self.main:
+            with _replacing(self.path / f"{name}.json") as file:
+                file.write(to_json(value).encode())
+
     def save_weights(self, name: str, network: nn.Module) -> None:
         """Write ``name.safetensors``, a plain state dict."""
         if self.main:
@@ -234,6 +240,13 @@ def finished_run(run: Path, module: str, *files: str, option: str = "run") -> tu
             raise ValueError(f"`{option}` should be a finished run of {module}, found no {name} in {run}.")
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     return settings, read_json((run / "results.json").read_text(encoding="utf-8"))
+
+
+def class_names_of(run: Path, task: str) -> list[str] | None:
+    """What the classes of a run are called; None where it did not say."""
+    file = run / "classes.json"
+    names: list[str] | None = read_json(file.read_text(encoding="utf-8")).get(task) if file.is_file() else None
+    return names
 
 
 def lock_folder(folder: Path) -> "Lock":

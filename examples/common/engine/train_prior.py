@@ -13,7 +13,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from examples.common.data.options import DataOptions, Degradation
 from examples.common.data.task_data import datasets
-from examples.common.data.tasks import TaskData, clean_of, collate, to_device
+from examples.common.data.tasks import TaskData, clean_of, to_device
 from examples.common.engine.options import RunOptions
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.schedules import cosine_schedule
@@ -128,10 +128,10 @@ class PriorTrainer(Recipe[Batch]):
 
     @torch.no_grad()
     def _evaluate(self, samples: list[Any]) -> tuple[dict[str, float], dict[str, Any]]:
-        read = collate(samples)
-        if read is None:
+        images = [sample[0] for sample in samples if sample is not None]  # of several sizes, where they are not cropped
+        if not images:
             raise ValueError("The test data should hold an image that can be read, found none of the first 50.")
-        hq = to_device(pad_to_batch(clean_of(read[0]), self.multiple), self.device)
+        hq = to_device(pad_to_batch(clean_of(images), self.multiple), self.device)
         autoencoder: Any = unwrap(self.vae).eval()
         unwrap(self.unet).eval()
         decoded = (autoencoder.vae(2 * hq - 1, sample_posterior=False).sample / 2 + 0.5).clamp(0, 1)
