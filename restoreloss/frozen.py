@@ -9,7 +9,7 @@ same, because cuDNN cannot run backward through an RNN in eval mode.
 
 import gc
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
@@ -202,19 +202,21 @@ def averages_gradients(network: nn.Module) -> bool:
 
 
 @contextmanager
-def _copied_statistics(*networks: nn.Module) -> Iterator[None]:
-    """Let batch normalization in eval mode read copies of its statistics within a ``with`` block.
+def _copied_statistics(modes: Mapping[nn.Module, bool]) -> Iterator[None]:
+    """Let batch normalization that was put into eval mode read copies of its statistics within a ``with`` block.
 
     Its backward pass reads them once more. A pass in train mode before that would have changed them, which no error
     tells of, and the gradient would be that of another network.
+
+    Args:
+        modes: whether each module was in train mode before.
     """
     if not torch.is_grad_enabled():
         yield
         return
     held = [
         (module, name, statistic)
-        for network in networks for module in network.modules()
-        if isinstance(module, _NormBase) and not module.training
+        for module, training in modes.items() if isinstance(module, _NormBase) and training and not module.training
         for name in ("running_mean", "running_var") if isinstance(statistic := getattr(module, name), Tensor)
     ]  # fmt: skip
     copies = [statistic.clone() for _, _, statistic in held]
@@ -232,7 +234,7 @@ def _copied_statistics(*networks: nn.Module) -> Iterator[None]:
 def frozen(*networks: nn.Module) -> Iterator[None]:
     """Freeze networks for the length of a ``with`` block: no gradient into them, eval mode, statistics at rest.
 
-    What passes through them keeps its gradient, also where a network trains on before the backward pass.
+    What passes through a network in training keeps its gradient, also where it trains on before the backward pass.
 
     On leaving, also by an exception, every parameter's ``requires_grad`` and every submodule's mode is what it was.
 
@@ -254,7 +256,7 @@ def frozen(*networks: nn.Module) -> Iterator[None]:
     try:
         for network in networks:
             _rest(network)
-        with _copied_statistics(*networks):
+        with _copied_statistics(before.modes):
             yield
     finally:
         before.restore()
@@ -342,7 +344,7 @@ def in_mode(network: nn.Module, mode: RunMode) -> Iterator[None]:
     try:
         if mode != "keep":
             network.train(mode == "train")
-        with statistics_at_rest(network), _copied_statistics(network):
+        with statistics_at_rest(network), _copied_statistics(modes):
             learning = any(module.training for module in modes)
             held = [(buffer, buffer.clone()) for buffer in network.buffers()] if learning else []
             try:

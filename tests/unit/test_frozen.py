@@ -237,7 +237,7 @@ def test_a_network_may_train_on_before_the_backward_pass(block):
 
 
 def test_what_is_loaded_within_frozen_stays():
-    norm, other = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    norm, other = nn.BatchNorm2d(3).train(), nn.BatchNorm2d(3)
     other.running_mean.fill_(2)
     with frozen(norm):
         norm.load_state_dict(other.state_dict())
