@@ -76,18 +76,17 @@ def _clean_files(folder: Path, config: Any, size: int) -> tuple[TaskData, TaskDa
     """Every tenth image of a folder, and at least one, is for the test, of DIV2K its validation part; each is read when
     it is wanted.
     """
-    if (folder / "DIV2K_train_HR").is_dir():
+    if published := (folder / "DIV2K_train_HR").is_dir():
         train, test = ([file for _, file in pairs("div2k", folder, split, "clean")] for split in ("train", "test"))
-        files = [*train, *test]
     else:
-        files = train = test = image_files(folder)
+        train, test = image_files(folder), []
     lq = getattr(config, "images_lq", None)  # preparation has no use for it
-    degraded = None if lq is None else degraded_files(files, folder, lq, option="images_lq")
+    degraded = None if lq is None else degraded_files([*train, *test], folder, lq, option="images_lq")
     if degraded is not None:
         train, test = ([file for file in part if file in degraded] for part in (train, test))
         check_likeness("images_lq", [(degraded[file], file) for file in [*train, *test]])
-    if train == test:  # which nobody has divided
-        train, test = [file for n, file in enumerate(train) if n % 10], test[::10]
+    if not published:
+        train, test = [file for n, file in enumerate(train) if n % 10], train[::10]
     if not train or not test:
         raise ValueError(f"`images` should be a folder of at least two images, found {len(train + test)} in {folder}.")
     each = -(-config.test_count // len(test))

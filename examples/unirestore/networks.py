@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restoreloss.restorers.tiling import resize_to, tiled, upscale_to_side
+from restoreloss.restorers.tiling import resize_to, tile_if_larger, tiled, upscale_to_side
 
 
 class PlainNetwork(nn.Module):
@@ -27,7 +27,6 @@ class PlainNetwork(nn.Module):
         self, images: Tensor, tasks: Any, *, generator: Any = None, smallest: int = 0, tile: int | None = None
     ) -> Tensor:
         """In [0, 1], larger images in overlapping tiles."""
-        if tile is not None and max(images.shape[2:]) <= tile:
-            tile = None
         large = upscale_to_side(images, smallest)
-        return resize_to(tiled(self.network, large, tile=tile), images.shape[2:]).clamp(0, 1)
+        found = tiled(self.network, large, tile=tile_if_larger(images, tile))
+        return resize_to(found, images.shape[2:]).clamp(0, 1)

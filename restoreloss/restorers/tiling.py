@@ -43,7 +43,7 @@ def tiled(
     check_integer("step", step)
     tile = -(-check_integer("tile", tile) // multiple) * multiple
     overlap = tile // 4 if overlap is None else check_integer("overlap", overlap, low=0)
-    if not 0 <= overlap <= tile // 2:
+    if overlap > tile // 2:
         raise ValueError(f"`overlap` should be from 0 to half a tile ({tile // 2}), found {overlap}.")
     height, width = image.shape[2:]
     if height % step or width % step or tile % step:
@@ -65,6 +65,11 @@ def tiled(
             weights[..., large[0], large[1]] += fade
     assert total is not None
     return total / weights
+
+
+def tile_if_larger(images: Tensor, tile: int | None) -> int | None:
+    """The side of the tiles, None for images that fit into one, which stay whole however much they are enlarged."""
+    return tile if tile is None or max(images.shape[2:]) > check_integer("tile", tile) else None
 
 
 def _starts(size: int, tile: int, overlap: int, step: int) -> list[int]:

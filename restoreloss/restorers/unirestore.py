@@ -30,7 +30,7 @@ from restoreloss.frozen import FrozenNetwork, warn_if_trained
 from restoreloss.generators import Generators, standard_normal
 from restoreloss.images import RangeWatch
 from restoreloss.restorers.shapes import Parts
-from restoreloss.restorers.tiling import resize_to, tiled, upscale_to_side
+from restoreloss.restorers.tiling import resize_to, tile_if_larger, tiled, upscale_to_side
 from restoreloss.sizes import fit_size
 from restoreloss.weights import hash_of, read_weights
 
@@ -299,8 +299,7 @@ class UniRestore(nn.Module):
             overlap: pixels that tiles share, at most half of ``tile``; a quarter by default.
         """
         check_map("images", images, 3)
-        if tile is not None and max(images.shape[2:]) <= check_integer("tile", tile):
-            tile = None  # Small images are whole, however much they are enlarged.
+        tile = tile_if_larger(images, tile)
         large = upscale_to_side(images, smallest)
         padded = fit_size(large, self.multiple, "pad")
 

@@ -193,10 +193,7 @@ def own_pairs(lq: Path, gt: Path) -> list[tuple[Path | None, Path]]:
 
 def _check_names(found: Sequence[tuple[Path | None, Path]]) -> None:
     """Raise ``ValueError`` where all names say of the degraded files that they are clean, and of the clean ones not."""
-    said = [
-        path is not None and _says(path, _CLEAN) and _says(clean, _DEGRADED) for path, clean in found
-    ]  # fmt: skip
-    if all(said):
+    if all(path is not None and _says(path, _CLEAN) and _says(clean, _DEGRADED) for path, clean in found):
         raise ValueError(f"The degraded images should be the first of a pair, found {found[0][0]} for {found[0][1]}.")
 
 

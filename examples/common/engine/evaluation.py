@@ -88,7 +88,7 @@ def load_recognizer(run: Path, data: TaskData | None = None) -> nn.Module:
         data: what it is to read.
 
     Raises:
-        ValueError: If there is no finished run, or it has another task or number of classes than the data.
+        ValueError: If there is no finished run, or it has another task or other classes than the data.
     """
     if str(run) in TEXT_READERS:
         return TEXT_READERS[str(run)]()
