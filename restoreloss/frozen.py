@@ -228,6 +228,31 @@ def _copied_statistics(modes: Mapping[nn.Module, bool]) -> Iterator[None]:
         for (module, name, statistic), copy in zip(held, copies, strict=True):
             if getattr(module, name) is copy and copy._version == 0:  # else the block gave it another value or type
                 setattr(module, name, statistic)
+                if module.training:  # the block put it back to work
+                    statistic.copy_(copy)
+                if module.training:  # the block put it back to work
+                    statistic.copy_(copy)
+
+
+@contextmanager
+def resting(*networks: nn.Module) -> Iterator[_Condition]:
+    """As :func:`frozen`, for whoever puts some parts back to work within the block, and ends its backward pass there.
+
+    The statistics are the networks' own, so that those parts learn theirs.
+
+    Yields:
+        The modes and flags that the networks had.
+    """
+    for network in networks:
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"`networks` should be modules, one argument each, found {describe(network)}.")
+    before = _Condition.of(*networks)
+    try:
+        for network in networks:
+            _rest(network)
+        yield before
+    finally:
+        before.restore()
 
 
 @contextmanager
@@ -249,17 +274,8 @@ def frozen(*networks: nn.Module) -> Iterator[None]:
         >>> image.grad is not None, network[0].weight.grad is None, network.training
         (True, True, True)
     """
-    for network in networks:
-        if not isinstance(network, nn.Module):
-            raise ValueError(f"`networks` should be modules, one argument each, found {describe(network)}.")
-    before = _Condition.of(*networks)
-    try:
-        for network in networks:
-            _rest(network)
-        with _copied_statistics(before.modes):
-            yield
-    finally:
-        before.restore()
+    with resting(*networks) as before, _copied_statistics(before.modes):
+        yield
 
 
 def warn_if_trained(network: nn.Module, name: str) -> None:

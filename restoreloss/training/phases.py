@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from restoreloss.checks import check_callable, check_choice, check_number, describe
-from restoreloss.frozen import frozen, unwrap
+from restoreloss.frozen import resting, unwrap
 from restoreloss.sharding import gather
 from restoreloss.training.checks import check_micro_batches, needed_argument
 
@@ -232,8 +232,8 @@ class Alternation(Generic[Batch]):
         with ExitStack() as stack:
             for network in self._networks:
                 if isinstance(network, DistributedDataParallel) and network not in phase.trains:
-                    stack.enter_context(_resting(network))
-            stack.enter_context(frozen(*map(unwrap, self._networks)))
+                    stack.enter_context(_unsynchronized(network))
+            stack.enter_context(resting(*map(unwrap, self._networks)))
             try:
                 for parameter in self._loose:
                     parameter.requires_grad_(False)
@@ -386,7 +386,7 @@ class Alternation(Generic[Batch]):
 
 
 @contextmanager
-def _resting(network: DistributedDataParallel) -> Iterator[None]:
+def _unsynchronized(network: DistributedDataParallel) -> Iterator[None]:
     """Let a DDP network run without waiting for a backward pass to its weights."""
     broadcasts = network.require_forward_param_sync
     try:

@@ -236,6 +236,16 @@ def test_a_network_may_train_on_before_the_backward_pass(block):
     torch.testing.assert_close(image.grad, weights * slope)
 
 
+def test_a_part_that_is_put_back_to_work_within_frozen_learns_its_statistics():
+    norm = nn.BatchNorm2d(3).train()
+    mean, batch = norm.running_mean, 5 + torch.rand(2, 3, 4, 4)
+    with frozen(norm):
+        norm.train()
+        norm(batch)
+    assert norm.running_mean is mean
+    torch.testing.assert_close(mean, norm.momentum * batch.mean((0, 2, 3)))
+
+
 def test_what_is_loaded_within_frozen_stays():
     norm, other = nn.BatchNorm2d(3).train(), nn.BatchNorm2d(3)
     other.running_mean.fill_(2)
