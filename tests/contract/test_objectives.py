@@ -22,7 +22,8 @@ every_live = pytest.mark.parametrize("case", LIVE, ids=str)
 # a U-Net like that of DiffLoss-mse, which takes seconds to trace, below or above a line of another kind
 TRACED_BEFORE = (
     "DiffLoss-rms", "DiffLoss-l2", "DiffLoss-l1", "DiffLoss-noise", "DiffLoss-crop", "DiffLoss-latent",
-    "DiffLoss-flow", "DiffLoss-checkpointing",
+    "DiffLoss-flow", "DiffLoss-checkpointing", "DiffLoss-conditional", "DiffLoss-guided", "DiffLoss-latent_prior",
+    "DiffLoss-transformer", "Subsampled-subset",
 )  # fmt: skip
 QUICKLY_TRACED = {"DiffLoss-callable", "TDPLoss-l1", "TDPLoss-detector", "HLFLoss-l1"}
 

@@ -55,7 +55,7 @@ def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", [*CASES, *MORE])
+@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_a_stopped_run_resumes_to_the_same_weights_figures_and_logs(
     name: str, start: Callable[..., Recipe[Any]], whole: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -102,6 +102,7 @@ def test_a_batch_may_draw_its_timesteps_together(tmp_path: Path, monkeypatch: py
         assert all(parts == [0, 1, 2, 3] for parts in found) == (randomness == "batch")
 
 
+@pytest.mark.slow
 def test_a_training_keeps_its_states_and_the_experiment_compares_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

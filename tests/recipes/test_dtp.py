@@ -105,7 +105,7 @@ def test_the_penalty_holds_the_network_where_it_began(tmp_path: Path, pretrained
     start = load_file(pretrained / "network.safetensors")
 
     def moved(method: str, **changes: Any) -> float:
-        trainer(tmp_path / f"{method}{changes}", pretrained, method=method, steps=8, **changes).run()
+        trainer(tmp_path / f"{method}{changes}", pretrained, method=method, steps=4, **changes).run()
         end = load_file(tmp_path / f"{method}{changes}" / "network.safetensors")
         return math.sqrt(sum(float((end[n] - start[n]).square().sum()) for n in start))
 
@@ -272,6 +272,7 @@ def test_bad_options_are_named_and_leave_no_folder(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_experiment_and_its_tables(tmp_path: Path) -> None:
     study = experiment.Experiment(tmp_path, replace(TINY, steps=1), pretrain_steps=1)
     for seed in (1, 2):

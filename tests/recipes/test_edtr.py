@@ -293,6 +293,7 @@ def test_an_unfinished_preparation_is_refused(tmp_path: Path) -> None:
         restoring.load_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_experiment_reads_across_tasks(tmp_path: Path) -> None:
     base = replace(TINY, out=tmp_path, test_count=4, all_in_one=True, steps=1)
     study = experiment.Experiment(tmp_path, base, prior_steps=1, prior_images=8, prepare_steps=1)
@@ -324,6 +325,7 @@ def test_the_last_row_across_tasks_is_one_of_all_minus_that_of_the_task() -> Non
     assert [float(cell) for cell in last.split("|")[2:-1]] == [*row.values()]
 
 
+@pytest.mark.slow
 def test_the_experiment_runs_each_name_once(tmp_path: Path) -> None:
     base = replace(TINY, out=tmp_path, test_count=4)
     study = experiment.Experiment(tmp_path, base, prior_steps=1, prior_images=8, prepare_steps=1)

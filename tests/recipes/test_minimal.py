@@ -27,8 +27,12 @@ def test_there_is_one_file_for_each_paper() -> None:
 
 
 @pytest.mark.parametrize("name", PRINTED)
-def test_runs_and_prints_finite_numbers(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    importlib.import_module(f"examples.minimal.{name}").main(["--steps", "2"])
+def test_runs_and_prints_finite_numbers(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = importlib.import_module(f"examples.minimal.{name}")
+    monkeypatch.setattr(example, "BATCH", 2, raising=False)
+    example.main(["--steps", "2"])
     printed = capsys.readouterr().out
     for key in PRINTED[name]:
         assert any(line.startswith(key) or line.endswith(key) for line in printed.splitlines()), key

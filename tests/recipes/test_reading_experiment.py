@@ -54,6 +54,7 @@ def test_a_word_that_looks_like_a_number_stays_a_word(tmp_path: Path) -> None:
 
 
 @needs_reading
+@pytest.mark.slow
 def test_finished_runs_are_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

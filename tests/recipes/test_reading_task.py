@@ -126,6 +126,7 @@ def test_sr4ir_trains_on_words(tmp_path: Path, method: Any) -> None:
 
 
 @needs_reading
+@pytest.mark.slow
 def test_unirestore_restores_the_same_words_for_people_and_for_a_reader(tmp_path: Path) -> None:
     words: dict[str, Any] = {
         "data": "words", "train_count": 8, "test_count": 4, "batch": 2, "cpu": True, "degradation": "mixture_b",

