@@ -278,15 +278,16 @@ def frozen(*networks: nn.Module) -> Iterator[None]:
         yield
 
 
-def warn_if_trained(network: nn.Module, name: str) -> None:
-    """Warn where a network that is about to be frozen for good seems to be in training, as far as that can be known.
+def warn_before_freezing(network: nn.Module, name: str) -> None:
+    """Warn where a network that is about to be frozen for good seems to be in training, or never to have been.
 
-    Its parameters hold gradients, or an optimizer that still exists holds them.
+    The first is known where its parameters hold gradients, or an optimizer that still exists holds them.
 
     Args:
         network: what will be frozen.
         name: of the argument that it was given as.
     """
+    warn_if_untrained(network, name, stacklevel=4)
     trained = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
     if not trained:
         return
@@ -309,6 +310,37 @@ def warn_if_trained(network: nn.Module, name: str) -> None:
             "False)` beforehand says so.",
             stacklevel=3,
         )
+
+
+def warn_if_untrained(network: nn.Module, name: str, *, stacklevel: int = 3) -> None:
+    """Warn where all normalization layers of a network are as they are made, so that nobody trained or loaded it.
+
+    Nothing is known of a network without such layers.
+
+    Args:
+        network: what is looked through.
+        name: of the argument that it was given as.
+        stacklevel: of the warning.
+    """
+    norms = [module for module in network.modules() if isinstance(module, _NormBase | nn.GroupNorm | nn.LayerNorm)]
+    states = [state for norm in norms if (state := norm.state_dict())]
+    if states and all(_as_made(state) for state in states):
+        warnings.warn(
+            f"`{name}` ({type(getattr(network, 'model', network)).__name__}) seems to be untrained, for all of its "
+            f"normalization layers ({len(states)}) are as they are made: were its weights not loaded?",
+            stacklevel=stacklevel,
+        )
+
+
+def _as_made(state: Mapping[str, Tensor]) -> bool:
+    """Whether a normalization layer has statistics of mean 0 and variance 1, no bias, and one weight for all."""
+    for name, value in state.items():
+        if type(value) is not Tensor or value.is_meta or not value.numel():  # as of a sharded network
+            return False
+        first = {"bias": 0.0, "running_mean": 0.0, "running_var": 1.0}.get(name, value.flatten()[0])
+        if name != "num_batches_tracked" and not bool((value == first).all()):
+            return False
+    return True
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from restoreloss.diffusion.denoisers import Conditioning, Denoiser
 from restoreloss.diffusion.latents import LatentEncoder, LatentPrior
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.distances import Distance, Reduction, distance_per_sample, reduce_samples
-from restoreloss.frozen import FrozenNetwork, frozen, serving, warn_if_trained
+from restoreloss.frozen import FrozenNetwork, frozen, serving, warn_before_freezing
 from restoreloss.generators import Generators, check_generators, draw_per_sample, standard_normal, stratified
 from restoreloss.images import RangeWatch, check_pair, check_range, into_range, to_signed_range
 from restoreloss.objectives.base import Objective, total
@@ -191,11 +191,11 @@ class DiffLoss(Objective):
         if checkpointing:
             _enable_checkpointing(wrapped.model)
         _check_that_it_answers(wrapped)
-        warn_if_trained(wrapped, "denoiser")
+        warn_before_freezing(wrapped, "denoiser")
         self._denoiser = FrozenNetwork(wrapped)
         self._encoder: FrozenNetwork[LatentEncoder] | None = None
         if latents is not None:
-            warn_if_trained(latents, "encoder")
+            warn_before_freezing(latents, "encoder")
             self._encoder = FrozenNetwork(latents.without_decoder())
         self._range = RangeWatch(self.input_range)
 

@@ -21,7 +21,8 @@ from restoreloss.frozen import (
     serving,
     statistics_at_rest,
     unwrap,
-    warn_if_trained,
+    warn_before_freezing,
+    warn_if_untrained,
     without_checkpointing,
 )
 from restoreloss.images import RangeWatch, checked_pairs
@@ -93,6 +94,7 @@ class TDPLoss(Objective):
         self.features, self.layers = _extractor("task", task, layers, normalize, input_range)
         self.layer_weights = _layer_weights(self.layers, layer_weights)
         self._range = RangeWatch(self.features.input_range)
+        self._is_first = True
 
     def terms(self, restored: Images, target: Images) -> dict[str, Tensor]:
         """The weighted distance at each layer, by its name. Arguments as in :meth:`forward`."""
@@ -135,6 +137,9 @@ class TDPLoss(Objective):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _look(self, restored: Images, target: Images) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         network = unwrap(self.features.network)
+        if self._is_first:
+            warn_if_untrained(network, "task")
+            self._is_first = False
         with frozen(network), without_checkpointing(network):
             with torch.no_grad():
                 seen_in_target = self.features(target)
@@ -216,7 +221,7 @@ class HLFLoss(Objective):
             for network in (task, reference)
         )  # fmt: skip
         self.reduction: Reduction = reduction
-        self.reference._range.warned = True  # The task warns of the same images.
+        self.reference._range.warned, self.reference._is_first = True, False  # The task warns of the same images.
         learning = [_learns(loss.features.network) for loss in (self.task, self.reference)]
         if learning == [False, True]:
             warnings.warn(
@@ -225,7 +230,7 @@ class HLFLoss(Objective):
                 stacklevel=2,
             )
         else:
-            warn_if_trained(self.reference.features.network, "reference")
+            warn_before_freezing(self.reference.features.network, "reference")
         self._reference = FrozenNetwork(self.reference.features.network)
 
     def terms(self, restored: Images, target: Images) -> dict[str, Tensor]:
@@ -310,7 +315,7 @@ class FeatureMatchingLoss(Objective):
                 "`student` should have parameters that require a gradient, found none, while `teacher` has some: were "
                 "the two exchanged?"
             )
-        warn_if_trained(self.teacher.network, "teacher")
+        warn_before_freezing(self.teacher.network, "teacher")
         self._teacher = FrozenNetwork(self.teacher.network)
 
     def terms(self, student_images: Images | Mapping[str, Tensor], teacher_images: Images) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from restoreloss.blocks.wavelet import WaveletColorFix
 from restoreloss.checks import check_integer, check_map, describe
 from restoreloss.diffusion.latents import LatentPrior, denormalize_latents
 from restoreloss.diffusion.sampling import PredictsNoise, denoise, partial_diffusion, short_steps
-from restoreloss.frozen import FrozenNetwork, warn_if_trained
+from restoreloss.frozen import FrozenNetwork, warn_before_freezing
 from restoreloss.generators import Generators, standard_normal
 from restoreloss.images import RangeWatch
 from restoreloss.precision import reference_weight
@@ -102,8 +102,8 @@ class EDTR(nn.Module):
         if not isinstance(pre, nn.Module):
             raise ValueError(f"`pre` should be a network, or nn.Identity(), found {describe(pre)}.")
         vae, unet, schedule, prompt = Parts.of(prior)
-        warn_if_trained(pre, "pre")
-        warn_if_trained(unet, "prior")
+        warn_before_freezing(pre, "pre")
+        warn_before_freezing(unet, "prior")
         self.controlnet = latent_controlnet(unet) if controlnet is None else controlnet
         self.decoder = nn.ModuleList(part for part in (vae.post_quant_conv, vae.decoder) if part is not None)
         self.decoder.requires_grad_(True)  # whatever the prior was read with

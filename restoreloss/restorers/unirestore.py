@@ -26,7 +26,7 @@ from restoreloss.blocks.tfa import TFA, Gate
 from restoreloss.checks import check_integer, check_map, describe
 from restoreloss.diffusion.latents import LatentPrior, denormalize_latents, normalize_latents
 from restoreloss.diffusion.sampling import PredictsNoise, denoise, partial_diffusion
-from restoreloss.frozen import FrozenNetwork, warn_if_trained
+from restoreloss.frozen import FrozenNetwork, warn_before_freezing
 from restoreloss.generators import Generators, standard_normal
 from restoreloss.images import RangeWatch
 from restoreloss.restorers.shapes import Parts
@@ -106,8 +106,8 @@ class UniRestore(nn.Module):
     ) -> None:
         super().__init__()
         vae, unet, self.schedule, prompt = Parts.of(prior)
-        warn_if_trained(vae, "prior")
-        warn_if_trained(unet, "prior")
+        warn_before_freezing(vae, "prior")
+        warn_before_freezing(unet, "prior")
         self._vae, self._unet = FrozenNetwork(vae), FrozenNetwork(unet)
         self.register_buffer("prompt", prompt, persistent=False)
         widths = list(vae.config.block_out_channels)

@@ -1,12 +1,15 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from restoreloss.frozen import FrozenNetwork, frozen, in_mode, serving, warn_if_trained
+from restoreloss import TDPLoss
+from restoreloss.frozen import FrozenNetwork, frozen, in_mode, serving, warn_before_freezing, warn_if_untrained
+from tests.helpers.networks import as_if_trained
 
 
 def network():
@@ -370,15 +373,45 @@ def test_a_network_in_training_is_told_when_it_is_frozen():
     optimizer = torch.optim.Adam(with_an_optimizer.parameters())
     for net, reason in ((with_gradients, "its parameters hold"), (with_an_optimizer, "an optimizer")):
         with pytest.warns(UserWarning, match=rf"`teacher` \(Sequential\) is frozen from now on, and {reason}"):
-            warn_if_trained(net, "teacher")
+            warn_before_freezing(net, "teacher")
     assert optimizer.param_groups
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_network_that_only_could_be_trained_is_not_told():
-    optimizer, fresh = torch.optim.Adam(network().parameters()), network()
-    warn_if_trained(fresh, "teacher")
-    trained = network()
+    optimizer, fresh = torch.optim.Adam(network().parameters()), as_if_trained(network())
+    warn_before_freezing(fresh, "teacher")
+    trained = as_if_trained(network())
     trained(image()).sum().backward()
     optimizer.add_param_group({"params": list(trained.parameters())})
-    warn_if_trained(trained.requires_grad_(False), "teacher")
+    warn_before_freezing(trained.requires_grad_(False), "teacher")
+
+
+MADE = [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.InstanceNorm2d(4, track_running_stats=True)]
+
+
+@pytest.mark.parametrize("norm", MADE, ids=str)
+def test_an_untrained_network_is_told(norm):
+    with pytest.warns(UserWarning, match=r"`task` \(Sequential\) seems to be untrained, .* \(2\) are as they are made"):
+        warn_if_untrained(nn.Sequential(nn.Conv2d(3, 4, 1), norm, copy.deepcopy(norm)), "task")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("norm", [*MADE, nn.GroupNorm(2, 4, affine=False), nn.ReLU()], ids=str)
+def test_a_network_is_not_told_where_one_layer_has_learned_or_nothing_can_be_known(norm):
+    changed = copy.deepcopy(norm)
+    for values in (*changed.parameters(), *changed.buffers()):
+        if values.ndim:
+            values.data[0] += 0.1  # a weight that is not that of the others
+    warn_if_untrained(nn.Sequential(norm, changed), "task")
+    with torch.device("meta"):
+        warn_if_untrained(nn.Sequential(nn.BatchNorm2d(4)), "task")
+
+
+def test_a_loss_tells_once_of_an_untrained_network():
+    loss = TDPLoss(network().train(), "1", normalize=None)
+    with pytest.warns(UserWarning, match="`task`.* untrained"):
+        loss(image(), image())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(image(), image())

@@ -57,7 +57,7 @@ from tests.contract.wrong_uses.things import (
     vae,
     weighted,
 )
-from tests.helpers.networks import live_detector, live_recogniser
+from tests.helpers.networks import as_if_trained, live_detector, live_recogniser, tiny_unet
 
 
 def flat(x: Tensor, t: Tensor) -> Tensor:
@@ -151,6 +151,7 @@ WRONG = [
         by=Warning,
     ),
     wrong("DiffLoss", "a network with gradients", lambda: DiffLoss(with_gradients(_live_unet())), "`denoiser`", by=Warning),
+    wrong("DiffLoss", "an untrained network", lambda: DiffLoss(tiny_unet()), "`denoiser` (UNet2DModel) seems to be untrained", by=Warning),
     wrong("DiffLoss", "what returns a float", lambda: DiffLoss(floats, h_space_weight=0)(restored(), clean()), "denoiser"),
     wrong("DiffLoss", "what returns a scalar", lambda: DiffLoss(flat, h_space_weight=0)(restored(), clean()), "denoiser"),
     wrong("DiffLoss", "what returns None", lambda: DiffLoss(lambda x, t: None, h_space_weight=0)(restored(), clean()), "denoiser"),
@@ -272,6 +273,8 @@ WRONG = [
     *(wrong("FeatureMatchingLoss", f"{k} for teacher", partial(lambda v: FeatureMatchingLoss(reader(), v, "stage"), v), "`teacher`") for k, v in NOT_NETWORKS.items()),
     *(wrong("FeatureExtractor", f"{k} for network", partial(lambda v: FeatureExtractor(v, "stage"), v), "`network`") for k, v in NOT_NETWORKS.items()),
     wrong("TDPLoss", "a network that states no normalization", lambda: TDPLoss(reader(), "stage"), "`normalize`", by=Warning),
+    wrong("TDPLoss", "an untrained network", lambda: TDPLoss(_untrained(), "1", normalize=None)(restored(), clean()), "`task` (Sequential) seems", by=Warning),
+    wrong("FeatureMatchingLoss", "an untrained teacher", lambda: FeatureMatchingLoss(_untrained(), _untrained(), "1", normalize=None), "`teacher` (Sequential) seems", by=Warning),
     wrong("HLFLoss", "exchanged networks", lambda: HLFLoss(reference(), with_gradients(live_recogniser()), "stage", normalize=None), "`reference`", by=Warning),
     wrong("FeatureMatchingLoss", "exchanged networks", lambda: FeatureMatchingLoss(reference(), with_gradients(live_recogniser()), "stage"), "`student`"),
     wrong("FeatureMatchingLoss", "a student at rest", lambda: FeatureMatchingLoss(reference(), reference(), "stage")(clean(), clean()), "student"),
@@ -387,10 +390,12 @@ WRONG = [
 ]  # fmt: skip
 
 
-def _live_unet() -> nn.Module:
-    from tests.helpers.networks import tiny_unet
+def _untrained() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
 
-    return tiny_unet()
+
+def _live_unet() -> nn.Module:
+    return as_if_trained(tiny_unet())
 
 
 def _weightless() -> WeightedSum:

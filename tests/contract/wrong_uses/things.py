@@ -20,6 +20,7 @@ from restoreloss import (
     WeightedSum,
 )
 from tests.helpers.networks import (
+    as_if_trained,
     live_recogniser,
     tiny_autoencoder,
     tiny_conditional_unet,
@@ -48,25 +49,25 @@ def seeded(seed: int = 0) -> torch.Generator:
 @functools.cache
 def unet() -> nn.Module:
     """A frozen diffusion model of pixels."""
-    return tiny_unet().eval().requires_grad_(False)
+    return as_if_trained(tiny_unet()).eval().requires_grad_(False)
 
 
 @functools.cache
 def conditional_unet() -> nn.Module:
     """A frozen diffusion model of pixels that wants hidden states (N, tokens, 8)."""
-    return tiny_conditional_unet().eval().requires_grad_(False)
+    return as_if_trained(tiny_conditional_unet()).eval().requires_grad_(False)
 
 
 @functools.cache
 def latent_unet() -> nn.Module:
     """A frozen diffusion model of 4 channels."""
-    return tiny_unet(in_channels=4, out_channels=4).eval().requires_grad_(False)
+    return as_if_trained(tiny_unet(in_channels=4, out_channels=4)).eval().requires_grad_(False)
 
 
 @functools.cache
 def vae() -> Any:
     """A frozen autoencoder of 4 latent channels."""
-    return tiny_autoencoder().eval().requires_grad_(False)
+    return as_if_trained(tiny_autoencoder()).eval().requires_grad_(False)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from restoreloss import FeatureExtractor, FeatureMatchingLoss, HLFLoss, TDPLoss
 from tests.helpers.hlf_fm import MEAN, STD, everything, matching, network, pair, same
-from tests.helpers.networks import live_detector, live_recogniser
+from tests.helpers.networks import as_if_trained, live_detector, live_recogniser
 
 # the contract of FM, as test_contract.py has it of the others: the gradient reaches the student's weights
 
@@ -291,8 +291,9 @@ def test_a_wrong_range_is_said_once(build: Any) -> None:
     assert all(f"`{name}` spans" in messages[0] for name in names)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        build(network(0), network(1), ["4"], normalize="imagenet")(z, x)
-        build(network(0), network(1), ["4"], normalize="imagenet", input_range=(0, 255))(255 * z, 255 * x)
+        networks = [as_if_trained(network(seed)) for seed in (0, 1)]
+        build(*networks, ["4"], normalize="imagenet")(z, x)
+        build(*networks, ["4"], normalize="imagenet", input_range=(0, 255))(255 * z, 255 * x)
 
 
 def test_lists_of_images_get_no_gradient_from_matching_and_theirs_from_hlf() -> None:

@@ -92,7 +92,8 @@ def test_another_range_is_told(scale: float) -> None:
     for call in calls:
         with pytest.warns(UserWarning, match=r"where \[0, 1\] is expected. .* map them to this one"):
             call(images)
+    unasked = EDTR(nn.Identity(), small_latent_prior(4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         noisy = uniform(1, 3, 16, 16) + 50 / 255 * normal(1, 3, 16, 16)  # as it is degraded, and not clipped
-        EDTR(nn.Identity(), small_latent_prior(4)).restore(noisy)
+        unasked.restore(noisy)
