@@ -215,14 +215,16 @@ def write(path: Path, *, size: tuple[int, int] = (30, 34)) -> None:
     save_image(torch.rand(3, *size), path)
 
 
-def test_clean_folders_are_the_pool_of_pretraining_and_replay(tmp_path: Path) -> None:
+def test_clean_folders_are_the_pool_of_pretraining_and_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for k in range(6):
         write(tmp_path / "div2k" / "train" / f"{k}.png")
         write(tmp_path / "div2k" / "test" / f"{k}.png")
     (tmp_path / "div2k" / "train" / "6.png").write_bytes(b"no image")
-    clean = {"data": "folders", "clean": f"clean:{tmp_path / 'div2k'}"}
+    monkeypatch.chdir(tmp_path)
+    clean = {"data": "folders", "clean": "clean:div2k"}
     results = build(replace(TINY, out=tmp_path / "pre", method="pretrain", **clean)).run()
     assert math.isfinite(results["generative"]) and "psnr" not in results
+    assert f"clean: clean:{tmp_path.resolve() / 'div2k'}\n" in (tmp_path / "pre" / "config.yaml").read_text()
     roots = {"noisy": f"clean:{tmp_path / 'div2k'}"}
     changes = {"method": "gef_project", "degradations": ["noisy"], "pairs": roots, **clean}
     run = trainer(tmp_path / "run", tmp_path / "pre", **changes)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from examples.common.data.clean_images import training_photographs
 from examples.common.data.degradations import degrade
-from examples.common.data.folder import UNREADABLE, Skipped, read_image
+from examples.common.data.folder import UNREADABLE, Skipped, read_image, with_degraded
 from examples.common.data.options import PairOptions
 from examples.common.data.pair_folders import LAYOUTS, own_pairs, pairs
 from examples.common.data.photos import grid_crops, photographs, pyramid, random_crops
@@ -116,25 +116,21 @@ class FolderPairs(Pairs):
         degraded_file, clean_file = files[place % len(files)]
         reading = clean_file
         try:
-            clean = read_image(clean_file)
-            reading = degraded_file or clean_file
-            degraded = None if degraded_file is None else read_image(degraded_file)
+            pair = read_image(clean_file)[None]
+            if degraded_file is not None:
+                reading = degraded_file
+                pair = with_degraded(pair[0], degraded_file).unflatten(0, (2, 3)).flip(0)
         except UNREADABLE as error:
             self._skipped(reading, error)
             return None
-        if degraded is not None and degraded.shape != clean.shape:
-            found = f"{tuple(degraded.shape[1:])} and {tuple(clean.shape[1:])}"
-            self._skipped(degraded_file or clean_file, f"the pair should be of one size, found {found}")
-            return None
         seed = int(torch.randint(2**62, ())) if self.split == "train" else derive_seed(place, number)
         generator = torch.Generator().manual_seed(seed)
-        pair = clean[None] if degraded is None else torch.stack([degraded, clean])
         if self.split == "train":
             if min(pair.shape[2:]) < self.size:
                 self._skipped(clean_file, f"smaller than the crops of {self.size}")
                 return None
             pair = _turned_crop(pair, self.size, generator)
-        if degraded is None:
+        if degraded_file is None:
             fixed = self.split == "test"  # noise of 50, JPEG of quality 10, as in the paper
             pair = torch.stack([degrade(name, pair[0], generator, fixed=fixed), pair[0]])
         return pair, torch.tensor(number)

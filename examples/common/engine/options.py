@@ -41,9 +41,9 @@ class RunOptions:
     def plain(self) -> dict[str, Any]:
         """The options that decide the result, as plain values for config.yaml."""
         values = {**plain_values(asdict(self)), "out": self.out.name}
-        for option in ("data_sets", "pairs", "shifted_pairs", "paired_tests"):
-            if option in values:
-                values[option] = {name: _absolute(data) for name, data in values[option].items()}
+        for option in ("data_sets", "pairs", "shifted_pairs", "paired_tests", "clean"):
+            if values.get(option):
+                values[option] = _absolute(values[option])
         return values
 
 
@@ -122,8 +122,10 @@ def shared_options(config: Any) -> dict[str, Any]:
     return {option.name: getattr(config, option.name) for kind in (RunOptions, DataOptions) for option in fields(kind)}
 
 
-def _absolute(data: str) -> str:
-    """NAME:ROOT with an absolute root, if it exists."""
+def _absolute(data: Any) -> Any:
+    """NAME:ROOT, or several, with an absolute root, if it exists."""
+    if isinstance(data, dict):
+        return {key: _absolute(item) for key, item in data.items()}
     name, colon, root = data.partition(":")
     return f"{name}:{plain_values(Path(root))}" if colon else data
 
