@@ -43,6 +43,11 @@ class _Condition:
             {module: module.dropout for module in modules if isinstance(module, nn.RNNBase)},
         )
 
+    def may_train(self) -> list[nn.Module]:
+        """The modules that somebody trains, or might: all where a weight needs a gradient, else those in train mode."""
+        learns = any(self.flags.values())
+        return [module for module, mode in self.modes.items() if mode or learns]
+
     def restore(self) -> None:
         for module, mode in self.modes.items():
             module.training = mode
@@ -202,21 +207,21 @@ def averages_gradients(network: nn.Module) -> bool:
 
 
 @contextmanager
-def _copied_statistics(modes: Mapping[nn.Module, bool]) -> Iterator[None]:
-    """Let batch normalization that was put into eval mode read copies of its statistics within a ``with`` block.
+def _copied_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let batch normalization in eval mode read copies of its statistics within a ``with`` block.
 
     Its backward pass reads them once more. A pass in train mode before that would have changed them, which no error
     tells of, and the gradient would be that of another network.
 
     Args:
-        modes: whether each module was in train mode before.
+        modules: those that may train on.
     """
     if not torch.is_grad_enabled():
         yield
         return
     held = [
         (module, name, statistic)
-        for module, training in modes.items() if isinstance(module, _NormBase) and training and not module.training
+        for module in modules if isinstance(module, _NormBase) and not module.training
         for name in ("running_mean", "running_var") if isinstance(statistic := getattr(module, name), Tensor)
     ]  # fmt: skip
     copies = [statistic.clone() for _, _, statistic in held]
@@ -259,7 +264,7 @@ def resting(*networks: nn.Module) -> Iterator[_Condition]:
 def frozen(*networks: nn.Module) -> Iterator[None]:
     """Freeze networks for the length of a ``with`` block: no gradient into them, eval mode, statistics at rest.
 
-    What passes through a network in training keeps its gradient, also where it trains on before the backward pass.
+    What passes through a network keeps its gradient, also where the network trains on before the backward pass.
 
     On leaving, also by an exception, every parameter's ``requires_grad`` and every submodule's mode is what it was.
 
@@ -274,7 +279,7 @@ def frozen(*networks: nn.Module) -> Iterator[None]:
         >>> image.grad is not None, network[0].weight.grad is None, network.training
         (True, True, True)
     """
-    with resting(*networks) as before, _copied_statistics(before.modes):
+    with resting(*networks) as before, _copied_statistics(before.may_train()):
         yield
 
 
@@ -388,12 +393,12 @@ def in_mode(network: nn.Module, mode: RunMode) -> Iterator[None]:
         >>> network.training, network[0].running_mean
         (False, tensor([0., 0., 0.]))
     """
-    modes = {module: module.training for module in network.modules()}
+    before = _Condition.of(network)
     try:
         if mode != "keep":
             network.train(mode == "train")
-        with statistics_at_rest(network), _copied_statistics(modes):
-            learning = any(module.training for module in modes)
+        with statistics_at_rest(network), _copied_statistics(before.may_train()):
+            learning = any(module.training for module in before.modes)
             held = [(buffer, buffer.clone()) for buffer in network.buffers()] if learning else []
             try:
                 yield
@@ -402,5 +407,4 @@ def in_mode(network: nn.Module, mode: RunMode) -> Iterator[None]:
                     for buffer, value in held:
                         buffer.copy_(value)
     finally:
-        for module, training in modes.items():
-            module.training = training
+        before.restore()

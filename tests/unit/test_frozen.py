@@ -224,9 +224,10 @@ def test_frozen_uses_the_running_statistics_and_no_dropout():
         assert torch.equal(net(image()), expected)
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("block", [frozen, lambda network: in_mode(network, "eval")])
-def test_a_network_may_train_on_before_the_backward_pass(block):
-    norm = nn.BatchNorm2d(3).train()
+def test_a_network_may_train_on_before_the_backward_pass(block, training):
+    norm = nn.BatchNorm2d(3).train(training)
     norm.running_mean.uniform_(-1, 1), norm.running_var.uniform_(0.5, 2)
     image, weights = torch.rand(2, 3, 4, 4, requires_grad=True), torch.rand(2, 3, 4, 4)
     mean, var = norm.running_mean, norm.running_var
@@ -234,7 +235,7 @@ def test_a_network_may_train_on_before_the_backward_pass(block):
     with block(norm):
         value = (weights * norm(image)).sum()
     assert norm.running_mean is mean and norm.running_var is var
-    norm(5 * torch.rand(2, 3, 4, 4))
+    norm.train()(5 * torch.rand(2, 3, 4, 4))
     value.backward()
     torch.testing.assert_close(image.grad, weights * slope)
 
