@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from restoreloss.checks import describe
@@ -52,7 +53,8 @@ class _Condition:
         for module, mode in self.modes.items():
             module.training = mode
         for parameter, flag in self.flags.items():
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
         for module, dropout in self.dropouts.items():
             module.dropout = dropout
 
@@ -222,7 +224,8 @@ def _copied_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
     held = [
         (module, name, statistic)
         for module in modules if isinstance(module, _NormBase) and not module.training
-        for name in ("running_mean", "running_var") if isinstance(statistic := getattr(module, name), Tensor)
+        for name in ("running_mean", "running_var")
+        if isinstance(statistic := getattr(module, name), Tensor) and not is_lazy(statistic)
     ]  # fmt: skip
     copies = [statistic.clone() for _, _, statistic in held]
     try:
@@ -233,8 +236,6 @@ def _copied_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
         for (module, name, statistic), copy in zip(held, copies, strict=True):
             if getattr(module, name) is copy and copy._version == 0:  # else the block gave it another value or type
                 setattr(module, name, statistic)
-                if module.training:  # the block put it back to work
-                    statistic.copy_(copy)
                 if module.training:  # the block put it back to work
                     statistic.copy_(copy)
 
@@ -264,7 +265,8 @@ def resting(*networks: nn.Module) -> Iterator[_Condition]:
 def frozen(*networks: nn.Module) -> Iterator[None]:
     """Freeze networks for the length of a ``with`` block: no gradient into them, eval mode, statistics at rest.
 
-    What passes through a network keeps its gradient, also where the network trains on before the backward pass.
+    What passes through a network that learns (in train mode, or with weights that need a gradient) keeps its gradient,
+    also where its statistics move on before the backward pass.
 
     On leaving, also by an exception, every parameter's ``requires_grad`` and every submodule's mode is what it was.
 
@@ -327,8 +329,9 @@ def warn_if_untrained(network: nn.Module, name: str, *, stacklevel: int = 3) -> 
         name: of the argument that it was given as.
         stacklevel: of the warning.
     """
-    norms = [module for module in network.modules() if isinstance(module, _NormBase | nn.GroupNorm | nn.LayerNorm)]
-    states = [state for norm in norms if (state := norm.state_dict())]
+    norms = [module for module in network.modules() if "Norm" in type(module).__name__]
+    own = [(*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)) for norm in norms]
+    states = [dict(state) for state in own if state]
     if states and all(_as_made(state) for state in states):
         warnings.warn(
             f"`{name}` ({type(getattr(network, 'model', network)).__name__}) seems to be untrained, for all of its "
@@ -340,7 +343,7 @@ def warn_if_untrained(network: nn.Module, name: str, *, stacklevel: int = 3) -> 
 def _as_made(state: Mapping[str, Tensor]) -> bool:
     """Whether a normalization layer has statistics of mean 0 and variance 1, no bias, and one weight for all."""
     for name, value in state.items():
-        if type(value) is not Tensor or value.is_meta or not value.numel():  # as of a sharded network
+        if type(value) not in (Tensor, nn.Parameter) or value.is_meta or not value.numel():  # as of a sharded network
             return False
         first = {"bias": 0.0, "running_mean": 0.0, "running_var": 1.0}.get(name, value.flatten()[0])
         if name != "num_batches_tracked" and not bool((value == first).all()):
@@ -397,14 +400,16 @@ def in_mode(network: nn.Module, mode: RunMode) -> Iterator[None]:
     try:
         if mode != "keep":
             network.train(mode == "train")
-        with statistics_at_rest(network), _copied_statistics(before.may_train()):
+        with statistics_at_rest(network):
             learning = any(module.training for module in before.modes)
             held = [(buffer, buffer.clone()) for buffer in network.buffers()] if learning else []
             try:
-                yield
+                with _copied_statistics(before.may_train()):
+                    yield
             finally:
                 with torch.no_grad():
                     for buffer, value in held:
                         buffer.copy_(value)
     finally:
-        before.restore()
+        for module, training in before.modes.items():
+            module.training = training

@@ -18,7 +18,7 @@ from restoreloss.blocks.wavelet import WaveletColorFix
 from restoreloss.checks import check_integer, check_map, describe
 from restoreloss.diffusion.latents import LatentPrior, denormalize_latents
 from restoreloss.diffusion.sampling import PredictsNoise, denoise, partial_diffusion, short_steps
-from restoreloss.frozen import FrozenNetwork, warn_before_freezing
+from restoreloss.frozen import FrozenNetwork, warn_before_freezing, warn_if_untrained
 from restoreloss.generators import Generators, standard_normal
 from restoreloss.images import RangeWatch
 from restoreloss.precision import reference_weight
@@ -104,6 +104,7 @@ class EDTR(nn.Module):
         vae, unet, schedule, prompt = Parts.of(prior)
         warn_before_freezing(pre, "pre")
         warn_before_freezing(unet, "prior")
+        warn_if_untrained(vae, "prior")
         self.controlnet = latent_controlnet(unet) if controlnet is None else controlnet
         self.decoder = nn.ModuleList(part for part in (vae.post_quant_conv, vae.decoder) if part is not None)
         self.decoder.requires_grad_(True)  # whatever the prior was read with

@@ -226,7 +226,7 @@ class Alternation(Generic[Batch]):
 
     @contextmanager
     def roles(self, phase: Phase[Batch]) -> Iterator[None]:
-        """The flags and modes of one phase, for the length of a ``with`` block."""
+        """The flags and modes of one phase, for the length of a ``with`` block; its backward pass should end there."""
         trained = [unwrap(item) if isinstance(item, nn.Module) else item for item in phase.trains]
         flags = {p: p.requires_grad for p in (*_parameters(phase.trains), *self._loose)}
         with ExitStack() as stack:

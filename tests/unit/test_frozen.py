@@ -240,6 +240,25 @@ def test_a_network_may_train_on_before_the_backward_pass(block, training):
     torch.testing.assert_close(image.grad, weights * slope)
 
 
+def test_in_mode_leaves_the_buffers_of_a_mixed_network_and_its_gradient():
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.1)).train()
+    net[0].eval()
+    mean, image = net[0].running_mean, torch.rand(2, 3, 4, 4, requires_grad=True)
+    with in_mode(net, "keep"):
+        value = net(image).sum()
+    assert net[0].running_mean is mean
+    value.backward()
+
+
+@torch.inference_mode()
+def test_in_mode_takes_networks_that_no_flag_can_be_set_of():
+    net = nn.Sequential(nn.BatchNorm2d(3)).train()
+    with in_mode(net, "eval"):
+        assert not net[0].training
+    with in_mode(nn.Sequential(nn.LazyBatchNorm2d()), "eval"), torch.enable_grad():
+        pass
+
+
 def test_a_part_that_is_put_back_to_work_within_frozen_learns_its_statistics():
     norm = nn.BatchNorm2d(3).train()
     mean, batch = norm.running_mean, 5 + torch.rand(2, 3, 4, 4)
@@ -388,7 +407,10 @@ def test_a_network_that_only_could_be_trained_is_not_told():
     warn_before_freezing(trained.requires_grad_(False), "teacher")
 
 
-MADE = [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.InstanceNorm2d(4, track_running_stats=True)]
+MADE = [
+    nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.RMSNorm(4),
+    nn.InstanceNorm2d(4, track_running_stats=True),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("norm", MADE, ids=str)

@@ -119,7 +119,7 @@ class FolderPairs(Pairs):
             pair = read_image(clean_file)[None]
             if degraded_file is not None:
                 reading = degraded_file
-                pair = with_degraded(pair[0], degraded_file).unflatten(0, (2, 3)).flip(0)
+                pair = torch.stack(with_degraded(pair[0], degraded_file).split(3)[::-1])
         except UNREADABLE as error:
             self._skipped(reading, error)
             return None
