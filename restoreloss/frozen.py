@@ -8,6 +8,7 @@ same, because cuDNN cannot run backward through an RNN in eval mode.
 """
 
 import gc
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -329,7 +330,7 @@ def warn_if_untrained(network: nn.Module, name: str, *, stacklevel: int = 3) -> 
         name: of the argument that it was given as.
         stacklevel: of the warning.
     """
-    norms = [module for module in network.modules() if "Norm" in type(module).__name__]
+    norms = [module for module in network.modules() if re.search("Norm(?!al)", type(module).__name__)]
     own = [(*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)) for norm in norms]
     states = [dict(state) for state in own if state]
     if states and all(_as_made(state) for state in states):

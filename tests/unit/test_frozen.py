@@ -407,6 +407,14 @@ def test_a_network_that_only_could_be_trained_is_not_told():
     warn_before_freezing(trained.requires_grad_(False), "teacher")
 
 
+class Normalize(nn.Module):
+    """No layer that learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]))
+
+
 MADE = [
     nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.RMSNorm(4),
     nn.InstanceNorm2d(4, track_running_stats=True),
@@ -416,7 +424,7 @@ MADE = [
 @pytest.mark.parametrize("norm", MADE, ids=str)
 def test_an_untrained_network_is_told(norm):
     with pytest.warns(UserWarning, match=r"`task` \(Sequential\) seems to be untrained, .* \(2\) are as they are made"):
-        warn_if_untrained(nn.Sequential(nn.Conv2d(3, 4, 1), norm, copy.deepcopy(norm)), "task")
+        warn_if_untrained(nn.Sequential(Normalize(), nn.Conv2d(3, 4, 1), norm, copy.deepcopy(norm)), "task")
 
 
 @pytest.mark.filterwarnings("error")
