@@ -169,8 +169,10 @@ def test_the_experiment_runs_each_kind_of_name_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = replace(TINY, out=tmp_path, steps=1, unseen=True, **{**SMALL, "train_count": 16})
-    study = experiment.Experiment(tmp_path, base, prior_steps=1, prior_images=16, prepare_steps=1)
-    names = ("lq", "pir", "tir", "pir_tir", "unirestore", "one_prompt")
+    study = experiment.Experiment(
+        tmp_path, base, prior_steps=1, prior_images=16, prepare_steps=1, tasks=list(TASKS[1:4])
+    )
+    names = ("lq", "pir", "tir", "pir_tir", "unirestore", "one_prompt", "epsilon", "no_diffusion")
     found = {name: study.run(name, 1) for name in names}
     study.new_task(1)
     steps = [0]
@@ -199,7 +201,8 @@ def test_the_experiment_runs_each_kind_of_name_once(
                 "| `prompt_of_restoration` - `prompt`", "| `prompt`"):  # fmt: skip
         assert row in text, row
     rows = study.latents().splitlines()
-    assert len(rows) == 4 and all(float(cell) >= 0 for row in rows[2:] for cell in row.strip("| ").split("|")[1:])
+    cells = [float(cell) for row in rows if "`no_tfa`" in row for cell in row.strip("| ").split("|")[2:]]
+    assert len(rows) == 6 and len(cells) == 6 and min(cells) >= 0
     monkeypatch.setattr(sys, "argv", ["experiment", "sheet", f"--out={tmp_path}"])
     experiment.main()
     assert Path(capsys.readouterr().out.strip()).stat().st_size > 5000
