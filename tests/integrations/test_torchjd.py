@@ -244,6 +244,7 @@ def test_grad_scaler_skips_a_step_that_overflows() -> None:
 # over two processes
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_on_the_whole_batch() -> None:
     done = launch("tests/integrations/torchjd_worker.py", timeout=300)
     for name in ("Projection", "MGDA", "PCGrad", "GradDrop"):

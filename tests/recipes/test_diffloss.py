@@ -222,6 +222,7 @@ def test_the_untrained_prior_is_another_one_with_each_seed(tmp_path: Path) -> No
     assert not torch.equal(weights[0], small_prior().conv_in.weight)
 
 
+@pytest.mark.slow
 def test_a_share_is_kept_while_training(tmp_path: Path) -> None:
     options = replace(TINY, steps=15, diff=replace(DIFF, weight=0.0, share=0.3), pixel=Pixel(weight=0.5))
     trainer = Trainer(replace(options, out=tmp_path / "run"))

@@ -101,6 +101,7 @@ def test_generation_reaches_shallow_layers_alone(method: str, tmp_path: Path, pr
     assert deep and len(deep) < len(gradients["plain"])
 
 
+@pytest.mark.slow
 def test_the_penalty_holds_the_network_where_it_began(tmp_path: Path, pretrained: Path) -> None:
     start = load_file(pretrained / "network.safetensors")
 

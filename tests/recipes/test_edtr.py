@@ -73,8 +73,7 @@ def test_method_names_are_those_of_the_config() -> None:
     assert set(get_args(MethodName)) == set(METHODS)
 
 
-@pytest.mark.parametrize("task", ["segmentation", "detection"])
-@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize(("task", "n"), [("segmentation", 1), ("detection", 4)])
 def test_other_tasks(task: str, n: int, tmp_path: Path, prepared: Path) -> None:
     results = trainer(tmp_path / "run", prepared, task=task, n=n).run()
     assert 0 <= results["score"] <= 100 and math.isfinite(results["psnr"])
