@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from examples.common.data.degradations import DEGRADATIONS
-from examples.common.data.pairs import one_of_each_size, pairs_to_test, training_pairs
+from examples.common.data.pairs import check_pair_options, evaluated_whole, pairs_to_test, pairs_to_try, training_pairs
 from examples.common.engine import command_line
 from examples.common.engine.perceptual import Perception
 from examples.common.engine.recipe import Recipe, Stage, as_value_error
@@ -69,8 +69,10 @@ class Trainer(Recipe[Batch]):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.config, self.title = config, f"{config.network}, {', '.join(terms_of(config))}"
         _check(config, self.accelerator.num_processes)
+        if self.evaluated is not None:
+            config = evaluated_whole(config, self.evaluated[0])
+        self.config, self.title = config, f"{config.network}, {', '.join(terms_of(config))}"
         self.diff: Subsampled | None = None
         if self.evaluated is None:
             self.train_data = training_pairs(config, config.degradations)
@@ -164,7 +166,7 @@ class Trainer(Recipe[Batch]):
         """Evaluate one test image of each size."""
         tried: set[Any] = set()
         for name, found in self.tests.items():
-            pairs = one_of_each_size(found)
+            pairs = pairs_to_try(name, found)
             if not pairs:
                 raise ValueError(f"`pairs` should have test images of {name!r} that can be read, found none.")
             for pair in pairs:
@@ -250,9 +252,9 @@ class _Steps:
 
 def _check(config: Config, processes: int) -> None:
     """Raise ``ValueError`` for options that are out of range, or do not go together."""
-    unknown = [name for name in config.degradations if config.lq is None and name not in DEGRADATIONS]
-    if unknown or not config.degradations:
-        raise ValueError(f"`degradations` should be of {', '.join(DEGRADATIONS)}, found {config.degradations}.")
+    check_pair_options(config, known=DEGRADATIONS if config.evaluate is None else [*DEGRADATIONS, *config.degradations])
+    if config.shifted_pairs:
+        raise ValueError(f"`shifted_pairs` should be left out: it is for DTP, found {config.shifted_pairs}.")
     if config.accumulate < 1 or config.batch % (config.accumulate * processes):
         raise ValueError(
             f"`batch` should be a multiple of `accumulate` {config.accumulate} on each of {processes} processes, "

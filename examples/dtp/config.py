@@ -1,12 +1,12 @@
 """The options of DTP, in a YAML file and on the command line."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from examples.common.data.options import PairOptions
 from examples.common.engine.options import TrainerOptions
-from examples.dtp.methods import AggregatorName
+from examples.dtp.methods import METHODS, AggregatorName
 from restoreloss.blocks.time_moe import MoEForm
 
 MethodName = Literal[
@@ -91,9 +91,32 @@ class Config(PairOptions, TrainerOptions):
     decay: float = 0.05
 
     def plain(self) -> dict[str, Any]:
-        """The options that decide the result; generation on images of its own knows no degradation."""
+        """The options that decide the result; generation knows no degradation, on images of its own no pairs."""
         values = super().plain()
-        if self.method == "pretrain" and (self.data == "photos" or self.clean is not None):
-            for name in ("degradations", "pairs", "shifted_pairs", "timesteps", "order"):
+        if self.method == "pretrain":
+            for name in ("timesteps", "order"):
                 del values[name]
+            if self.data == "photos" or self.clean is not None:
+                for name in ("degradations", "pairs", "shifted_pairs"):
+                    del values[name]
         return values
+
+
+def unused(config: Config) -> list[str]:
+    """The options that were given and that this method does not look at."""
+    method = METHODS.get(config.method)  # None for "pretrain"
+    penalty, replay = (None, False) if method is None else (method.penalty, method.replay)
+    looked_at = {
+        "pretrained": method is not None and method.pretrained,
+        **dict.fromkeys(("order", "timesteps", "moe", "fft_weight", "flips"), method is not None),
+        **dict.fromkeys(("experts", "experts_form"), config.moe),
+        **dict.fromkeys(("penalty_weight", "normalize"), penalty is not None),
+        "importance_samples": penalty not in (None, "l2sp"),
+        **dict.fromkeys(("replay_share", "replay_weight", "shallow"), replay),
+        **dict.fromkeys(
+            ("orthogonality_weight", "orthogonality_every"), method is not None and method.conflict == "orthogonality"
+        ),
+        "decay": method is not None and method.decay,
+    }
+    given = {option.name: getattr(config, option.name) != option.default for option in fields(config)}
+    return [name for name, used in looked_at.items() if given[name] and not used]

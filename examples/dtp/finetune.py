@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from examples.common.data.pairs import one_of_each_size, pairs_to_test, training_pairs
+from examples.common.data.pairs import pairs_to_test, pairs_to_try, training_pairs
 from examples.common.engine.perceptual import lite0_distance
 from examples.common.engine.recipe import Stage, as_value_error
 from examples.common.engine.run_directory import finished_run
@@ -46,7 +46,7 @@ class FineTuning(GenerativeRecipe[Batch]):
         if config.aggregator and config.method != "project":
             raise ValueError(f"`aggregator` should be left out for {config.method!r}: it is for 'project'.")
         super().__init__(config)
-        processes = self.accelerator.num_processes
+        config, processes = self.config, self.accelerator.num_processes
         if self.method.conflict == "orthogonality" and config.batch < 2 * processes:
             raise ValueError(
                 f"`batch` should be at least 2 for each process for {config.method}, found {config.batch}."
@@ -74,18 +74,26 @@ class FineTuning(GenerativeRecipe[Batch]):
 
     def _say_timesteps(self) -> None:
         """The t* that are used, and where they come from: timesteps.json, the log, and the curves of those matched."""
-        source = self.config.timesteps if self.method.pretrained or self.config.timesteps == "first" else "paper"
         text: dict[str, dict[str, Any]] = {}
         for name, t in self.t_star.items():
             match = self.matches.get(name)
             found = {} if match is None else {"best": match.best, "gain": match.gain, "degenerate": match.degenerate}
-            of = "paper" if match is not None and match.degenerate and name in PAPER else source
+            of = self._source(name)
             text[name] = {"used": t, "from": of, **found}
             logger.info("%s: t* = %d of %d (%s)", name, t, self.config.num_timesteps, of)
         if self.evaluated is None and not (self.config.out / "timesteps.json").exists():
             (self.config.out / "timesteps.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
         if self.matches:
             plot_matches(self.matches, self.config.out / "timesteps.png")
+
+    def _source(self, name: str) -> str:
+        """Where the t* of a degradation comes from."""
+        if self.evaluated is not None:
+            return "of the run"
+        match, wanted = self.matches.get(name), self.config.timesteps
+        if wanted == "matched" and (match is None or match.degenerate):
+            return "paper" if name in PAPER else "first" if match is None else wanted
+        return wanted
 
     def _all_timesteps(self) -> dict[str, int]:
         """The t* that the run was trained with; of an evaluation those of the run that is evaluated."""
@@ -187,8 +195,10 @@ class FineTuning(GenerativeRecipe[Batch]):
             return {name: known[name] for name in config.degradations}
         if config.timesteps == "first":
             return dict.fromkeys(config.degradations, 1)
-        if config.timesteps == "paper" or not self.method.pretrained:
+        if config.timesteps == "paper":
             return {name: self._of_the_table(name) for name in config.degradations}
+        if not self.method.pretrained:  # a network that has learned nothing matches nothing
+            return {name: self._of_the_table(name) if name in PAPER else 1 for name in config.degradations}
         for name in config.degradations:
             data, found = training_pairs(config, [name]), []
             for index in range(min(32, len(data))):
@@ -234,7 +244,7 @@ class FineTuning(GenerativeRecipe[Batch]):
         config, network, sizes = self.config, unwrap(self.net).eval(), set()
         for name in config.degradations:
             for option, shifted in (("pairs", False), ("shifted_pairs", True)):
-                found = one_of_each_size(pairs_to_test(config, name, shifted=shifted))
+                found = pairs_to_try(name, pairs_to_test(config, name, shifted=shifted))
                 if not found and not (shifted and name not in config.shifted_pairs):
                     raise ValueError(f"`{option}` should hold test images of {name!r} that can be read, found none.")
                 for degraded, clean in found:

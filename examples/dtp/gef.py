@@ -141,11 +141,11 @@ class GEF(Steps):
         return self.recipe.method.conflict == "orthogonality" and self.count % config.orthogonality_every == 0
 
     def _penalty(self, batch: Batch, noisy: Noisy) -> Tensor:
-        """L_orth of two micro-batches of each objective."""
-        network, half = unwrap(self.recipe.net), max(1, len(noisy.clean) // 2)
-        parts = [slice(0, half), slice(half, 2 * half)]
-        images = [Noisy(noisy.clean[p], noisy.noise[p], noisy.t[p]) for p in parts]
+        """L_orth of two micro-batches of each objective, of as many images as the generative ones are, if there are."""
+        network = unwrap(self.recipe.net)
+        images = [Noisy(noisy.clean[p], noisy.noise[p], noisy.t[p]) for p in _halves(len(noisy.clean))]
         generation = [self.recipe.generative_loss(network, part) for part in images]
+        parts = _halves(min(len(noisy.clean), len(batch.degraded)))
         restoration = [F.l1_loss(network(batch.degraded[p], batch.t[p]), batch.clean[p]) for p in parts]
         penalty: Tensor = self.orthogonality(generation, restoration)
         return penalty
@@ -211,3 +211,9 @@ class GEF(Steps):
         if state["importance"] is not None:
             self.importance = self._unmeasured()
             self.importance.load_state_dict(state["importance"])
+
+
+def _halves(count: int) -> list[slice]:
+    """Two micro-batches of one size, or the only image there is."""
+    half = count // 2
+    return [slice(0, half), slice(half, 2 * half)] if half else [slice(0, 1)]

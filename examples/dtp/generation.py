@@ -1,5 +1,6 @@
 """Generation as DTP trains it: noisy clean images, the loss of Eq. (11), and how well a network generates."""
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -9,13 +10,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from examples.common.data.pairs import evaluated_whole
 from examples.common.engine.recipe import Recipe, as_value_error
 from examples.common.engine.schedules import cosine_schedule
 from examples.common.seeds import seeded
-from examples.dtp.config import Config
+from examples.dtp.config import Config, unused
 from examples.dtp.data import clean_images, held_out_images
 from restoreloss import DenoisingLoss, NoiseLevels
 from restoreloss.frozen import unwrap
+
+logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
 Key = tuple[int, ...]
@@ -40,6 +44,10 @@ class GenerativeRecipe(Recipe[Batch]):
         super().__init__(config)
         if config.lr == 0:
             raise ValueError("`lr` should be above 0, found 0.")
+        if self.evaluated is not None:
+            config = evaluated_whole(config, self.evaluated[0])
+        elif idle := unused(config):
+            logger.warning("Of no effect on %s: %s", config.method, ", ".join(f"`{option}`" for option in idle))
         self.config = config
         self.title = "generative pre-training" if config.method == "pretrain" else config.method
         # the network returns the image, and its residual is what is left
@@ -62,11 +70,11 @@ class GenerativeRecipe(Recipe[Batch]):
 
     def try_generation(self) -> None:
         """The generative loss of one test image, before the first step."""
-        images = held_out_images(self.config)
-        if not images:
+        image = next(held_out_images(self.config), None)
+        if image is None:
             raise ValueError("`clean` should hold test images that can be read, found none.")
-        with as_value_error(f"`network` {self.config.network} should take test images of {tuple(images[0].shape[2:])}"):
-            self.generative_loss(unwrap(self.net), self.noisy(images[0], [(2, 0)]))
+        with as_value_error(f"`network` {self.config.network} should take test images of {tuple(image.shape[2:])}"):
+            self.generative_loss(unwrap(self.net), self.noisy(image, [(2, 0)]))
 
     @torch.no_grad()
     def generative_figure(self) -> float:

@@ -1,5 +1,6 @@
 """TMGP (Algorithm 1 of DTP): the restoration network learns to generate before it learns to restore."""
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -47,9 +48,9 @@ class Pretraining(GenerativeRecipe[Noisy]):
 
     @torch.no_grad()
     def _samples(self) -> dict[str, Tensor]:
-        images = held_out_images(self.config)
+        images = [*islice(held_out_images(self.config), 8)]
         side = min(256, *(min(image.shape[2:]) for image in images))
-        clean = torch.cat([image[..., :side, :side] for image in images[:8]]).to(self.device)
+        clean = torch.cat([image[..., :side, :side] for image in images]).to(self.device)
         noisy = self.noisy(clean, [(2, key) for key in range(len(clean))])
         t = torch.linspace(1, self.config.num_timesteps, len(clean)).round().long().to(self.device)
         seen = self.levels.add_noise(clean, noisy.noise, t)

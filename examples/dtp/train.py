@@ -14,6 +14,7 @@ command resumes a killed run. Several processes: ``python -m torch.distributed.r
 """
 
 from examples.common.data.degradations import DEGRADATIONS
+from examples.common.data.pairs import check_pair_options
 from examples.common.engine import command_line
 from examples.dtp.config import Config
 from examples.dtp.finetune import FineTuning
@@ -22,9 +23,7 @@ from examples.dtp.pretrain import Pretraining
 
 def trainer(config: Config) -> Pretraining | FineTuning:
     """The run that the method asks for."""
-    unknown = [name for name in config.degradations if config.lq is None and name not in DEGRADATIONS]
-    if unknown or not config.degradations:
-        raise ValueError(f"`degradations` should be of {', '.join(DEGRADATIONS)}, found {config.degradations}.")
+    check_pair_options(config, known=DEGRADATIONS if config.evaluate is None else [*DEGRADATIONS, *config.degradations])
     if config.method != "pretrain":
         return FineTuning(config)
     if config.aggregator:

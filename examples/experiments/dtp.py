@@ -89,15 +89,16 @@ class Experiment:
         """Setting A, two more degradations: with and without TMGP, with and without GEF."""
         for name in ELSEWHERE:
             for method in ("scratch", "plain", "gef_project"):
-                changes = {"method": method, "degradations": [name], "penalty_weight": GEF}
-                yield f"elsewhere_{name}", method, changes
+                weight = {"penalty_weight": GEF} if method == "gef_project" else {}
+                yield f"elsewhere_{name}", method, {"method": method, "degradations": [name], **weight}
 
     def order(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """Setting B: orders, and experts."""
-        common = {"degradations": SEVERAL, "penalty_weight": GEF, "timesteps": "paper"}
+        common = {"degradations": SEVERAL, "timesteps": "paper"}
         for order in ("joint", "ascending", "descending", "random"):
             yield "order", order, {**common, "method": "plain", "order": order}
-        yield "order", "ascending_gef", {**common, "method": "gef_project", "order": "ascending"}
+        gef = {"method": "gef_project", "penalty_weight": GEF}
+        yield "order", "ascending_gef", {**common, **gef, "order": "ascending"}
         for order in ("joint", "ascending"):
             yield "order", f"{order}_moe", {**common, "method": "plain", "order": order, "moe": True}
         for count in (5, 20):
@@ -118,8 +119,8 @@ class Experiment:
             yield "parts", f"replay_{share:g}", {**gef, "replay_share": share}
         yield "parts", "plain_fft", {"method": "plain", "fft_weight": 0.1}
         for method in ("scratch", "plain", "gef_project"):
-            code = {"fft_weight": 0.1, "betas": (0.9, 0.99), "flips": True}
-            yield "parts", f"{method}_as_in_the_code", {**gef, "method": method, **code}
+            code = {"method": method, "fft_weight": 0.1, "betas": (0.9, 0.99), "flips": True}
+            yield "parts", f"{method}_as_in_the_code", {**(gef if method == "gef_project" else {}), **code}
 
     def timesteps(self, seed: int) -> None:
         """t* of the ten degradations: a table and an image."""

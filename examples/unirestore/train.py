@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from examples.common.data.degrade import Degrade, degradation
-from examples.common.data.options import PairOptions
 from examples.common.data.pairs import FolderPairs, TestPairs, layout_and_root
 from examples.common.data.task_data import TEST_SEED
 from examples.common.data.tasks import TaskData, clean_of, map_images, to_device
@@ -285,7 +284,7 @@ class Trainer(Recipe[Batch]):
 
     def _paired(self, name: str, read: Callable[[Any, Any], Any]) -> dict[str, float]:
         """PSNR and SSIM of pairs on disk, restored for people, and PSNR of the degraded images."""
-        layout, root = layout_and_root(PairOptions(), name, self.config.paired_tests)
+        layout, root = layout_and_root(self.config.paired_tests, name, option="paired_tests")
         found: dict[str, list[float]] = {}
         with torch.no_grad():
             for degraded, clean in TestPairs(FolderPairs({name: (layout, root)}, "test", 1)):

@@ -5,13 +5,15 @@ is a loss that makes the gradients orthogonal, and, for a fraction of its cost, 
 from the gradients of a step.
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
-from restoreloss.checks import check_choice, check_number, describe
+from restoreloss.checks import caller_level, check_choice, check_number, describe
 from restoreloss.distributed import average_
 from restoreloss.regularizers.gradients import gradients_of
 from restoreloss.sharding import is_sharded
@@ -30,6 +32,9 @@ class GradientOrthogonality(nn.Module):
     gradient of one and a gradient of the other. A gradient that is zero drops out; s = 1 if there is no pair (one
     micro-batch each), d = 0 likewise. The loss has a gradient of its own, by differentiating twice: three to four times
     a plain step. :meth:`project` costs one more backward pass and changes the gradients only.
+
+    A function of the network's own (``torch.autograd.Function``) that saves what it computed on the way, as NAFNet's
+    LayerNorm does, has a second derivative that is wrong without an error: there is a warning of these.
 
     Args:
         parameters: shared by both objectives, usually the shallow ones (:func:`restoreloss.regularizers.layer_decay.
@@ -305,6 +310,7 @@ def _mean(values: Tensor, chosen: Tensor, *, default: float) -> Tensor:
 
 
 def _check_twice(penalty: Tensor, parameters: Sequence[Tensor]) -> None:
+    constants: set[str] = set()
     try:
         torch.autograd.grad(penalty, parameters, retain_graph=True, allow_unused=True)
         nodes, seen = [penalty.grad_fn], set()
@@ -315,6 +321,8 @@ def _check_twice(penalty: Tensor, parameters: Sequence[Tensor]) -> None:
             seen.add(node)
             if node.name().endswith("Error"):
                 raise RuntimeError("a function is marked with @once_differentiable.")
+            if isinstance(node, BackwardCFunction) and any(map(_is_constant, node.saved_tensors)):
+                constants.add(node.name().removesuffix("Backward"))
             nodes.extend(following for following, _ in node.next_functions)
     except RuntimeError as error:
         text = str(error)
@@ -328,3 +336,14 @@ def _check_twice(penalty: Tensor, parameters: Sequence[Tensor]) -> None:
             f"The network cannot be differentiated twice: {text.partition(chr(10))[0]} {way}, or use `project`, which "
             "needs no second derivative."
         ) from error
+    if constants:
+        warnings.warn(
+            f"The gradient of this penalty may be wrong: {', '.join(sorted(constants))} saved tensors that have no "
+            "gradient. If it computed them (NAFNet's LayerNorm does), a second derivative takes them for constants: "
+            "compute it with plain operations, or use `project`, which needs none.",
+            stacklevel=caller_level(),
+        )
+
+
+def _is_constant(saved: Tensor | None) -> bool:
+    return saved is not None and saved.is_floating_point() and not saved.requires_grad

@@ -136,8 +136,8 @@ def match_timestep(
         then, or one of ``mode="diffuse"``.
 
     Raises:
-        ValueError: For images that do not fit each other or the denoiser, unknown options, or timesteps outside the
-            schedule or without noise.
+        ValueError: For images that do not fit each other or the denoiser, images or predictions that are not finite,
+            unknown options, or timesteps outside the schedule or without noise.
 
     Example:
         >>> levels = NoiseLevels.ir_sde()
@@ -173,6 +173,12 @@ def match_timestep(
         match = TimestepMatch(
             torch.tensor(tried), torch.stack(distances, 1).cpu(), distance_per_sample(y, x, distance).cpu()
         )
+    if not match.unrestored.isfinite().all():
+        where = (~match.unrestored.isfinite()).nonzero().flatten().tolist()
+        raise ValueError(f"`degraded` and `clean` should be finite, found images {where} that are not.")
+    if not match.per_image.isfinite().all():
+        where = match.timesteps[~match.per_image.isfinite().all(dim=0)].tolist()
+        raise ValueError(f"`denoiser` should give finite images, found others at timesteps {where}.")
     if match.degenerate:
         logger.warning(
             "No timestep brings the degraded images closer to the clean ones: t* = %d says little.", match.best

@@ -79,9 +79,13 @@ def test_layouts_list_images_alone(layout: str, tmp_path: Path) -> None:
 # which pairs
 
 
+DA_CLIP = {"blurry": "motion-blurry", "jpeg": "jpeg-compressed", "low_light": "low-light", "inpainting": "uncompleted"}
+
+
 def paired(root: Path, layout: str, degraded: list[str], clean: list[str], name: str = "rainy") -> dict[str, str]:
+    folder = DA_CLIP.get(name, name)
     folders = {
-        "universal": (f"train/{name}/LQ", f"train/{name}/GT"), "raindrop": ("train/data", "train/gt"),
+        "universal": (f"train/{folder}/LQ", f"train/{folder}/GT"), "raindrop": ("train/data", "train/gt"),
         "rain100h": ("train/rain", "train/norain"), "srd": ("train/shadow", "train/shadow_free"),
         "lol": ("our485/low", "our485/high"),
     }  # fmt: skip
@@ -117,6 +121,7 @@ RULES: list[tuple[str, str, str, str]] = [
     ("universal", "rainy", "norain-1x2.png", "norain-1.png"),
     ("universal", "shadowed", "A.jpg", "A_no_shadow.jpg"),
     ("lol", "low_light", "x.png", "x.jpg"),
+    *(("universal", name, "1.png", "1.jpg") for name in DA_CLIP),
 ]
 
 

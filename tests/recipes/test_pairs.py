@@ -232,7 +232,7 @@ def test_clean_images_of_both_names_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
     with pytest.raises(
-        ValueError, match="`pairs` of 'mine' should differ, found the same pixels in all of 1 looked at"
+        ValueError, match="of 'mine' should differ from the clean ones, found the same pixels in all of 1"
     ):
         FolderPairs.of({"mine": [(tmp_path / "a.png", tmp_path / "b.png")]}, "train", 16)
 

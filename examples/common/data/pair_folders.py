@@ -98,6 +98,8 @@ LAYOUTS: Mapping[str, Layout] = {
 }  # fmt: skip
 _UNIVERSAL = {"raindrop": _RAINDROP, "rainy": _RAIN100H, "shadowed": _SRD}
 """The names of clean files in the data sets that went into "universal", by the name of the degradation."""
+_FOLDERS = {"blurry": "motion-blurry", "inpainting": "uncompleted", "jpeg": "jpeg-compressed", "low_light": "low-light"}
+"""What DA-CLIP calls the degradations, where that is another name."""
 _SUFFIXES = r"(?:[-_]?(?:lq|lr|gt|hq|hr|input|target|degraded|clean|low|high|x[2348]))+"
 """What the names of one's own pairs may end in."""
 _DEGRADED, _CLEAN = "lq|lr|input|degraded|low", "gt|hq|hr|target|clean|high"
@@ -124,7 +126,8 @@ def pairs(layout: str, root: Path, split: str, name: str) -> list[tuple[Path | N
         root = root.parent
     undivided = layout == "div2k" and not (root / "DIV2K_valid_HR").is_dir()
     patterns = [
-        pattern.format(name=name) for pattern in (described.train if split == "train" or undivided else described.test)
+        pattern.format(name=_FOLDERS.get(name, name))
+        for pattern in (described.train if split == "train" or undivided else described.test)
     ]
     kept = described.kept[split != "train"]
     files = [path for pattern in patterns for path in image_files(root, pattern) if re.fullmatch(kept, path.stem)]
@@ -187,18 +190,21 @@ def own_pairs(lq: Path, gt: Path) -> list[tuple[Path | None, Path]]:
             found.append((path, clean))
     if not found:
         raise ValueError(f"`gt` should hold a clean image for those in {lq}, found none of {len(files)} in {gt}.")
-    _check_names(found)
+    _check_names(found, lq, gt)
     return found
 
 
-def _check_names(found: Sequence[tuple[Path | None, Path]]) -> None:
-    """Raise ``ValueError`` where all names say of the degraded files that they are clean, and of the clean ones not."""
-    if all(path is not None and _says(path, _CLEAN) and _says(clean, _DEGRADED) for path, clean in found):
-        raise ValueError(f"The degraded images should be the first of a pair, found {found[0][0]} for {found[0][1]}.")
+def _check_names(found: Sequence[tuple[Path | None, Path]], lq: Path, gt: Path) -> None:
+    """Raise ``ValueError`` where all names of files, or those of the folders, say that the two are exchanged."""
+    named = [(path, clean) for path, clean in found if path is not None]
+    if all(_says(path.stem, _CLEAN) and _says(clean.stem, _DEGRADED) for path, clean in named) or (
+        _says(f"_{lq.name}", _CLEAN) and _says(f"_{gt.name}", _DEGRADED)
+    ):
+        raise ValueError(f"The degraded images should be the first of a pair, found {named[0][0]} for {named[0][1]}.")
 
 
-def _says(path: Path, words: str) -> bool:
-    return re.search(rf"[-_]({words})$", path.stem, re.IGNORECASE) is not None
+def _says(name: str, words: str) -> bool:
+    return re.search(rf"[-_]({words})$", name, re.IGNORECASE) is not None
 
 
 def degraded_files(clean: Sequence[Path], root: Path, lq: Path, *, option: str = "lq") -> dict[Path, Path]:
@@ -225,7 +231,7 @@ def degraded_files(clean: Sequence[Path], root: Path, lq: Path, *, option: str =
     for path, degraded in found.items():
         if (other := of.setdefault(degraded, path)) != path:
             raise ValueError(f"{degraded} should be of one clean image, found {other} and {path}.")
-    _check_names([(degraded, path) for path, degraded in found.items()])
+    _check_names([(degraded, path) for path, degraded in found.items()], lq, root)
     if missing := [path for path, degraded in tried if degraded is None]:
         logger.warning("%d images skipped, %s first: no degraded image in %s", len(missing), missing[0], lq)
     return found

@@ -3,38 +3,66 @@
 import logging
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from examples.common.data.clean_images import training_photographs
-from examples.common.data.degradations import degrade
+from examples.common.data.degradations import DEGRADATIONS, degrade
 from examples.common.data.folder import UNREADABLE, Skipped, read_image, with_degraded
 from examples.common.data.options import PairOptions
 from examples.common.data.pair_folders import LAYOUTS, own_pairs, pairs
 from examples.common.data.photos import grid_crops, photographs, pyramid, random_crops
 from examples.common.data.tasks import Task
+from examples.common.engine.options import plain_values
 from examples.common.seeds import derive_seed, seeded
 
 logger = logging.getLogger(__name__)
 
+Options = TypeVar("Options", bound=PairOptions)
 
-def layout_and_root(options: PairOptions, name: str, pairs: dict[str, str] | None = None) -> tuple[str, Path]:
-    """Layout and root of the data set of a degradation.
+
+def check_pair_options(config: PairOptions, *, known: Collection[str] = DEGRADATIONS) -> None:
+    """Raise ``ValueError`` for options of the pairs that do not fit each other: none may do nothing without a word.
+
+    Args:
+        config: the options.
+        known: names that a degradation may have; beside ``lq`` it may have any.
+    """
+    names, known = config.degradations, [*known, *(config.degradations if config.lq is not None else ())]
+    if not names or len(set(names)) < len(names) or not set(names) <= set(known):
+        raise ValueError(f"`degradations` should be of {', '.join(known)}, each once, found {names}.")
+    if config.lq is None:
+        for option in ("gt", "test_lq", "test_gt"):
+            if getattr(config, option) is not None:
+                raise ValueError(f"`lq` should be given with `{option}`, found None.")
+        for option in ("pairs", "shifted_pairs", "clean"):
+            if config.data == "photos" and getattr(config, option, None):
+                raise ValueError(f"`data` should be 'folders' for `{option}`, found 'photos'.")
+    elif config.pairs:
+        raise ValueError(f"`pairs` should be left out beside `lq`, found {config.pairs}.")
+    for option in ("pairs", "shifted_pairs"):
+        if unknown := [name for name in getattr(config, option) if name not in known]:
+            raise ValueError(f"`{option}` should be by names of {', '.join(known)}, found {unknown[0]!r}.")
+
+
+def layout_and_root(pairs: Mapping[str, str], name: str, *, option: str = "pairs") -> tuple[str, Path]:
+    """Layout and root of the data set of a degradation, of an option.
 
     Raises:
         ValueError: If it is not named, or not as "LAYOUT:ROOT".
     """
-    pairs = options.pairs if pairs is None else pairs
     if name not in pairs:
-        raise ValueError(f"`pairs` should name the data of {name!r} as LAYOUT:ROOT, found {pairs}.")
+        raise ValueError(f"`{option}` should name the data of {name!r} as LAYOUT:ROOT, found {pairs}.")
     layout, _, root = pairs[name].partition(":")
     if layout not in LAYOUTS or not root:
-        raise ValueError(f"`pairs` should be LAYOUT:ROOT with one of {', '.join(LAYOUTS)}, found {pairs[name]!r}.")
+        raise ValueError(f"`{option}` should be LAYOUT:ROOT with one of {', '.join(LAYOUTS)}, found {pairs[name]!r}.")
     return layout, Path(root)
 
 
@@ -102,8 +130,10 @@ class FolderPairs(Pairs):
         self.class_names, self.split, self.size = tuple(files), split, size
         self.files = [*files.values()]
         self._skipped = Skipped()
-        if split == "train":
-            for name, found in files.items():
+        for name, found in files.items():
+            if name not in DEGRADATIONS and any(degraded is None for degraded, _ in found):
+                raise ValueError(f"The data of {name!r} should have degraded images, found clean ones alone.")
+            if split == "train":
                 check_likeness(name, found)
 
     def __len__(self) -> int:
@@ -130,9 +160,8 @@ class FolderPairs(Pairs):
                 self._skipped(clean_file, f"smaller than the crops of {self.size}")
                 return None
             pair = _turned_crop(pair, self.size, generator)
-        if degraded_file is None:
-            fixed = self.split == "test"  # noise of 50, JPEG of quality 10, as in the paper
-            pair = torch.stack([degrade(name, pair[0], generator, fixed=fixed), pair[0]])
+        if degraded_file is None:  # noise of 50, JPEG of quality 10, as in the paper
+            pair = torch.stack([degrade(name, pair[0], generator, fixed=True), pair[0]])
         return pair, torch.tensor(number)
 
 
@@ -155,7 +184,10 @@ def check_likeness(name: str, files: Sequence[tuple[Path | None, Path]], looked_
             likenesses.append(abs(float(torch.corrcoef(torch.stack(small))[0, 1])))
         same.append(torch.equal(degraded, clean))
     if same and all(same):
-        raise ValueError(f"`pairs` of {name!r} should differ, found the same pixels in all of {len(same)} looked at.")
+        raise ValueError(
+            f"The degraded images of {name!r} should differ from the clean ones, found the same pixels in all of "
+            f"{len(same)} looked at, as in {files[0][0]} and {files[0][1]}."
+        )
     if likenesses and (median := statistics.median(likenesses)) < 0.3:
         logger.warning(
             "The pairs of %r look unlike each other (a correlation of %.2f in %d of them): do their names pair?",
@@ -170,8 +202,8 @@ def training_pairs(config: PairOptions, names: Sequence[str]) -> Pairs:
             raise ValueError(f"`patch` should fit into the photographs, found {config.patch}.")
         return PhotoPairs(training_photographs(config.patch), names, config.train_count, config.patch)
     if config.lq is not None:
-        return FolderPairs.of({names[0]: _own(config, "train")}, "train", config.patch)
-    return FolderPairs({name: layout_and_root(config, name) for name in names}, "train", config.patch)
+        return FolderPairs.of({names[0]: own_pairs_of(config, "train")}, "train", config.patch)
+    return FolderPairs({name: layout_and_root(config.pairs, name) for name in names}, "train", config.patch)
 
 
 class TestPairs(Sequence[tuple[Tensor, Tensor]]):
@@ -205,19 +237,40 @@ class TestPairs(Sequence[tuple[Tensor, Tensor]]):
             if (sample := self.data[index]) is not None:
                 yield sample[0][:1], sample[0][1:]
 
+    def of_each_size(self, most: int = 8) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first pair of each of the first sizes, of those that can be read; only these are read."""
+        seen: set[tuple[int, int]] = set()
+        for index, (_, clean) in enumerate(self.data.files[0][: len(self)]):
+            if len(seen) == most:
+                return
+            try:
+                with Image.open(clean) as header:
+                    size = header.size
+            except UNREADABLE:  # of which the data tell
+                continue
+            if size not in seen and (sample := self.data[index]) is not None:
+                seen.add(size)
+                yield sample[0][:1], sample[0][1:]
 
-def one_of_each_size(found: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """A test pair of each size; of files, which would all have to be read for that, the first that can be read."""
+
+def pairs_to_try(name: str, found: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """A test pair of each size; of files of up to eight sizes, with a warning if they look unlike each other."""
     if isinstance(found, TestPairs):
-        return [pair for _, pair in zip(range(1), found, strict=False)]
+        check_likeness(name, found.data.files[0])
+        return [*found.of_each_size()]
     return list({clean.shape: (degraded, clean) for degraded, clean in reversed(found)}.values())
+
+
+def evaluated_whole(config: Options, trained: Mapping[str, Any]) -> Options:
+    """The options of an evaluation: of folders that its run has not seen all pairs are tested, not every tenth."""
+    if config.lq is None or config.test_lq is not None or trained.get("lq") == plain_values(config.lq):
+        return config
+    return replace(config, test_lq=config.lq, test_gt=config.gt)
 
 
 def pairs_to_test(config: PairOptions, name: str, *, shifted: bool) -> Sequence[tuple[Tensor, Tensor]]:
     """(degraded, clean) test images (1, 3, H, W); of photographs, held-out ones, the same for all runs."""
-    if config.lq is not None:
-        return [] if shifted else TestPairs(FolderPairs.of({name: _own(config, "test")}, "test", config.patch))
-    if config.data == "photos":
+    if config.data == "photos" and config.lq is None:
         count = 24 if config.test_count is None else config.test_count
         _, held_out = photographs(None, smallest=config.patch)
         photos = [pyramid(photo, 1, (0.5,))[0] for photo in held_out.values()]
@@ -233,13 +286,16 @@ def pairs_to_test(config: PairOptions, name: str, *, shifted: bool) -> Sequence[
     if shifted:
         if name not in config.shifted_pairs:
             return []
-        data = FolderPairs({name: layout_and_root(config, name, config.shifted_pairs)}, "test", config.patch)
+        root = layout_and_root(config.shifted_pairs, name, option="shifted_pairs")
+        data = FolderPairs({name: root}, "test", config.patch)
+    elif config.lq is not None:
+        data = FolderPairs.of({name: own_pairs_of(config, "test")}, "test", config.patch)
     else:
-        data = FolderPairs({name: layout_and_root(config, name)}, "test", config.patch)
+        data = FolderPairs({name: layout_and_root(config.pairs, name)}, "test", config.patch)
     return TestPairs(data, config.test_count)
 
 
-def _own(config: PairOptions, split: str) -> list[tuple[Path | None, Path]]:
+def own_pairs_of(config: PairOptions, split: str) -> list[tuple[Path | None, Path]]:
     """The pairs of ``lq`` and ``gt``; of their own folders for the test, or every tenth."""
     assert config.lq is not None
     if config.gt is None or (config.test_lq is None) != (config.test_gt is None):

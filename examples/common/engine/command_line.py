@@ -78,9 +78,14 @@ def _of_the_run_to_evaluate(options: set[str]) -> dict[str, Any]:
     """The options of the run that ``--evaluate`` names, where there is one; the recipe says what is wrong with it."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--evaluate", type=Path)
-    run = first.parse_known_args()[0].evaluate
+    for option in ("--pairs", "--lq"):
+        first.add_argument(option)
+    given = first.parse_known_args()[0]
+    run = given.evaluate
     file = None if run is None else run / "config.yaml"
     if file is None or not file.is_file():
         return {}
     settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if given.pairs is not None or given.lq is not None:  # other folders than those of the run
+        options = options - {"lq", "gt", "test_lq", "test_gt", "pairs"}
     return {name: value for name, value in settings.items() if name in options}

@@ -73,7 +73,7 @@ _AT_LEAST_1 = (
 )  # fmt: skip
 LOWEST: dict[str, float] = {
     **dict.fromkeys(_AT_LEAST_1, 1), "test_size": 6, "corruption_side": 8, "num_timesteps": 2,
-    "diff.snr_power": -math.inf, "max_norm": -math.inf,
+    "diff.snr_power": -math.inf, "max_norm": -math.inf, "shallow": 0.01,
 }  # fmt: skip
 """The lowest value of an option, where it is not 0; SSIM needs a side of 6 pixels, and `max_norm` is above 0."""
 HIGHEST: dict[str, float] = {
@@ -89,6 +89,11 @@ HIGHEST: dict[str, float] = {
 
 def check_numbers(config: Any) -> None:
     """Raise ``ValueError`` for a number out of its range, or not finite, in the options of a recipe."""
+    numbers = dict(_numbers(config))
+    for name, value in numbers.items():
+        rate = numbers.get(name.removesuffix("_min"), 0)
+        if name.endswith("lr_min") and value > rate > 0:  # at a rate of 0 a network does not learn
+            raise ValueError(f"`{name}` should be at most `{name.removesuffix('_min')}`, {rate:g}, found {value:g}.")
     for name, value in _numbers(config):
         if not math.isfinite(value):
             raise ValueError(f"`{name}` should be finite, found {value}.")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.common.networks.edsr import EDSR
@@ -144,6 +145,23 @@ def fit_sizes(network: nn.Module, requirements: Any, scale: int = 1) -> nn.Modul
     return network
 
 
+class LayerNorm2d(nn.Module):
+    """NAFNet's norm over the channels, by torch: the authors' function has no second derivative, which L_orth takes.
+
+    Args:
+        norm: theirs, whose parameters are shared.
+    """
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same."""
+        normed = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
+        return normed.permute(0, 3, 1, 2).contiguous()
+
+
 def nafnet(width: int, encoders: tuple[int, ...], middle: int, decoders: tuple[int, ...]) -> nn.Module:
     """NAFNet (Chen et al. 2022)."""
     from spandrel.architectures.NAFNet import NAFNet
@@ -151,6 +169,9 @@ def nafnet(width: int, encoders: tuple[int, ...], middle: int, decoders: tuple[i
     network: nn.Module = NAFNet(
         img_channel=3, width=width, enc_blk_nums=list(encoders), middle_blk_num=middle, dec_blk_nums=list(decoders)
     )
+    norms = [name for name, module in network.named_modules() if type(module).__name__ == "LayerNorm2d"]
+    for name in norms:
+        network.set_submodule(name, LayerNorm2d(network.get_submodule(name)))
     return network
 
 

@@ -355,10 +355,13 @@ def test_a_walk_back_does_not_depend_on_what_else_is_tried() -> None:
     torch.testing.assert_close(curve([30]), curve([1, 30])[1:])
 
 
-def test_a_denoiser_that_gives_nan_matches_nothing() -> None:
-    clean = torch.rand(2, 3, 4, 4)
-    match = match_timestep(lambda x, t: x * math.nan, NoiseLevels.ir_sde(), 0.5 * clean, clean, timesteps=[1, 2])
-    assert match.degenerate
+def test_what_is_not_finite_is_named() -> None:
+    levels, clean = NoiseLevels.ir_sde(), torch.rand(3, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"`denoiser` should give finite images, found others at timesteps \[3\]"):
+        match_timestep(lambda x, t: x * (math.nan if t[0] == 3 else 1), levels, 0.5 * clean, clean)
+    clean[1, 0, 2, 2] = math.nan
+    with pytest.raises(ValueError, match=r"`degraded` and `clean` should be finite, found images \[1\]"):
+        match_timestep(lambda x, t: x, levels, 0.5 * clean, clean)
 
 
 def test_a_network_that_returns_the_image_is_matched_and_left_as_it_was() -> None:
