@@ -31,7 +31,8 @@ class Config(PairOptions, TrainerOptions):
         order: order in which several degradations are learned: all together, or one more after the other (TIT), by
             ``timesteps``.
         timesteps: t* of each degradation: "paper" takes the authors' table; "matched" finds them with the pre-trained
-            network, and takes the table where no timestep helps; "first" gives all the same small one.
+            network, and takes the table where no timestep helps or nothing was trained before, for names that it
+            has; "first" gives all the same small one.
         clean: for "folders", the clean images of "pretrain", replay and importance, as "clean:ROOT"; the default is
             the clean sides of ``pairs``.
         network: restoration network, one of examples/dtp/networks.py, or "module:Class".
