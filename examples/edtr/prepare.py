@@ -82,6 +82,7 @@ def prepare_readers(config: Config) -> TaskConfig:
     settings = TaskConfig(
         **shared_options(config), recognizer=config.recognizer, restorer=config.restorer,
         h_optimizer=config.h_optimizer, h_lr=config.h_lr, h_lr_min=config.h_lr_min, s_lr=config.pre_lr,
+        s_lr_min=config.h_lr_min, restart=0.0,
     )  # fmt: skip
     train_oracles(settings, [task for task in config.tasks if task != "reading"])  # whose network is trained already
     return settings

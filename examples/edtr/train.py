@@ -12,6 +12,7 @@ resumes a killed run. Several processes: ``python -m torch.distributed.run --npr
 """
 
 import copy
+import logging
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,7 +28,7 @@ from examples.common.data.degrade import degradation
 from examples.common.data.task_data import TEST_SEED, check_data_sets, dataset, image_side, of_task
 from examples.common.data.tasks import Task, TaskData, clean_of, to_device
 from examples.common.engine import command_line
-from examples.common.engine.evaluation import evaluate, first_usable, load_recognizer
+from examples.common.engine.evaluation import evaluate, load_recognizer, usable
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition, features_of
 from examples.common.engine.schedules import cosine_schedule, task_optimizer
@@ -37,10 +38,13 @@ from examples.edtr.methods import METHODS, Method
 from examples.edtr.model import build_edtr
 from examples.edtr.prepared import with_prepared
 from examples.edtr.readers import ALPHA, TASKS, Batch, InTurn, Reader
+from examples.sr4ir.methods import check_trained_restorer
 from restoreloss import Alternation, FeatureMatchingLoss, HLFLoss, Objective, Phase, TDPLoss
 from restoreloss.frozen import unwrap
 from restoreloss.restorers.edtr import EDTR, Hint, color_levels_of
 from restoreloss.restorers.tiling import crop_to, pad_to_batch
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer(Recipe[Batch]):
@@ -50,6 +54,8 @@ class Trainer(Recipe[Batch]):
 
     def __init__(self, config: Config) -> None:
         tasks = TASKS if config.all_in_one else (config.task,)
+        if config.scale != 1:
+            raise ValueError(f"`scale` should be 1, as EDTR keeps the size, found {config.scale}.")
         check_data_sets(config, tasks)
         config = with_prepared(config, tasks)
         side = max(image_side(of_task(config, task)) for task in tasks)
@@ -64,6 +70,13 @@ class Trainer(Recipe[Batch]):
                     f"`{name}` should be the run directories of oracles for {', '.join(tasks)}, or `prepared` a folder "
                     f"that holds them, found {len(given)}."
                 )
+        if config.batch < 2 * self.accelerator.num_processes:
+            raise ValueError(f"`batch` should be at least 2 for each process, found {config.batch}.")
+        if self.method.pre:
+            check_trained_restorer(config.pre, "pre")
+        for run in config.judges:
+            if run in config.references:
+                logger.warning("The judge, %s, takes part in the training: it is no independent one.", run)
         self.degrade = degradation(config, config.seed)
         self.restorer = self._edtr()
         self.edtr: nn.Module = self.accelerator.prepare(self.restorer)
@@ -135,7 +148,7 @@ class Trainer(Recipe[Batch]):
     def _reader(self, task: Task, path: Path, judge: Path | None) -> Reader:
         config = self.config
         data = of_task(config, task)
-        test_data = dataset(data, "test", config.seed)
+        test_data = dataset(data, "test", config.seed, whole=self.is_elsewhere(data))
         train_data = dataset(data, "train", config.seed) if self.evaluated is None else test_data
         _, knows = self.classes_of_run(test_data, f"{task}_num_classes" if config.all_in_one else "num_classes")
         reference = load_recognizer(path, test_data).to(self.device)
@@ -243,9 +256,9 @@ class Trainer(Recipe[Batch]):
         return means, found[0][1]
 
     def try_evaluation(self) -> None:
-        """Evaluate the first test image with a label, of each task."""
+        """Evaluate a few test images with a label, of each task."""
         for task, reader in self.readers.items():
-            self.evaluate_task(task, data=first_usable(reader.test_data, task, f"the test data of {task}"))
+            self.evaluate_task(task, data=usable(reader.test_data, task, f"the test data of {task}"))
 
     def evaluate_task(
         self, task: Task, *, n: int | None = None, seed: int = 0, data: TaskData | None = None

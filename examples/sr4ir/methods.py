@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
+
+import yaml  # type: ignore[import-untyped, unused-ignore]
 
 Image = Literal["hr", "bilinear", "restored"]
 Input = Literal["hr", "bilinear", "restored", "mix"]
@@ -88,3 +91,11 @@ METHODS: dict[str, Method] = {
     "no_tdp_no_cqmix": Method(_IN_TURN, _PIXEL, ("restored", "hr")),
     "more_cqmix": Method(_IN_TURN, _TDP, ("restored", "hr", "mix", "mix"), begins=_TENTH),
 }
+
+
+def check_trained_restorer(run: Path | None, option: str) -> None:
+    """Raise ``ValueError`` for the run directory of a method that leaves its restorer as it began."""
+    file = None if run is None else run / "config.yaml"
+    method = yaml.safe_load(file.read_text(encoding="utf-8")).get("method") if file and file.is_file() else None
+    if method in METHODS and not METHODS[method].restorer_terms:
+        raise ValueError(f"`{option}` should be a run that trains a restorer, found one of {method!r}: {run}.")

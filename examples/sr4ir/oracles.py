@@ -26,7 +26,10 @@ def train_oracles(config: Config, tasks: Sequence[Any], *, judge: str | None = N
     for task in tasks:
         oracle = replace(of_task(config, task), method="oracle", out=config.out / f"{task}_hq")
         Trainer(oracle).run()
-        other = replace(oracle, out=config.out / f"{task}_judge", seed=config.seed + 1000, steps=2 * config.steps)
+        others = None if oracle.data_seed is None else oracle.data_seed + 1000
+        other = replace(
+            oracle, out=config.out / f"{task}_judge", seed=config.seed + 1000, data_seed=others, steps=2 * config.steps
+        )
         Trainer(replace(other, recognizer=judge or config.recognizer)).run()
 
 

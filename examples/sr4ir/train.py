@@ -26,7 +26,7 @@ from examples.common.data.task_data import TEST_SEED, crop_to_multiple, dataset
 from examples.common.data.tasks import TaskData, clean_of, map_images, to_device
 from examples.common.engine import command_line
 from examples.common.engine.controls import ImageGradients
-from examples.common.engine.evaluation import ReaderName, evaluate, first_usable, load_recognizer
+from examples.common.engine.evaluation import ReaderName, evaluate, load_recognizer, usable
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition, features_of
 from examples.common.engine.run_directory import file_in
@@ -37,7 +37,7 @@ from examples.common.networks.weights import load_weights
 from examples.common.seeds import derive_seed, seeded
 from examples.sr4ir.config import Config
 from examples.sr4ir.images import bilinear, pixel_loss, restore
-from examples.sr4ir.methods import METHODS, Image, Method
+from examples.sr4ir.methods import METHODS, Image, Method, check_trained_restorer
 from restoreloss import Alternation, CQMix, Phase, TDPLoss
 from restoreloss.frozen import in_mode, unwrap
 from restoreloss.objectives.base import total
@@ -68,10 +68,11 @@ class Trainer(Recipe[Batch]):
         self.title = config.method
         self.config = config
         self.method: Method = METHODS[config.method]
-        self.test_data = dataset(config, "test", config.seed)
+        self.test_data = dataset(config, "test", config.seed, whole=self.is_elsewhere(config))
         self.train_data = dataset(config, "train", config.seed) if self.evaluated is None else self.test_data
         self.recognition = Recognition(self.train_data.task, self.train_data.class_names, aux_weight=config.aux_weight)
         classes = len(self.train_data.class_names)
+        self._check_roles()
 
         begins_with = config.s_weights if self.evaluated is None else config.evaluate
         s = restorer(config.restorer, config.scale, file_in(begins_with, "restorer.safetensors"))
@@ -84,6 +85,7 @@ class Trainer(Recipe[Batch]):
         if config.start == "hr" and self.evaluated is None:
             if config.h_weights is None:
                 raise ValueError("`h_weights` should be the run directory of an oracle for `start` 'hr', found None.")
+            load_recognizer(config.h_weights, self.train_data)  # which says whether it fits
             load_weights(h, config.h_weights / "recognizer.safetensors")
         s, h = s.to(memory_format=torch.channels_last), h.to(memory_format=torch.channels_last)
         # a network that does not train has nothing for DDP to average
@@ -103,6 +105,23 @@ class Trainer(Recipe[Batch]):
             self.tdp = self._tdp()
         self.degrade = degradation(config, config.seed)
         self.begin(self._stages)
+
+    def _check_roles(self) -> None:
+        """Raise ``ValueError`` for runs that did not train what is taken of them, and those that nothing takes."""
+        config = self.config
+        check_trained_restorer(config.s_weights, "s_weights")
+        if self.evaluated is not None:
+            return
+        for option, run, taken in (
+            ("h_weights", config.h_weights, config.start == "hr"),
+            ("foreign", config.foreign, self.method.features == "foreign"),
+        ):
+            if run is not None and not taken:
+                wanted = "`start` 'hr'" if option == "h_weights" else "fixed_foreign"
+                raise ValueError(f"`{option}` should be left out but for {wanted}, found {run}.")
+        training = [config.h_weights, config.foreign, config.fixed_hr if self.method.features == "task" else None]
+        if config.judge is not None and config.judge in training:
+            logger.warning("The judge, %s, takes part in the training: it is no independent one.", config.judge)
 
     def saved(self) -> None:
         """What the classes are called, by the task."""
@@ -261,9 +280,9 @@ class Trainer(Recipe[Batch]):
         return self._evaluate(self.test_data)
 
     def try_evaluation(self) -> None:
-        """Evaluate the first test image with a label."""
+        """Evaluate a few test images with a label."""
         readers = [network for network in self._readers().values() if network is not None]
-        self._evaluate(first_usable(self.test_data, self.config.task, labels=bool(readers)))
+        self._evaluate(usable(self.test_data, self.config.task, labels=bool(readers)))
 
     def _readers(self) -> dict[ReaderName, nn.Module | None]:
         own = unwrap(self.h) if self.method.recognizer_inputs and self.knows else None

@@ -1,5 +1,6 @@
 """Checks of the options of a stage, before anything is read."""
 
+import math
 from pathlib import Path
 from typing import get_args
 
@@ -29,8 +30,11 @@ def check(config: Config) -> None:
         raise ValueError(f"`train_tasks` should be of `tasks` {config.tasks}, found {unknown[0]!r}.")
     if not config.tasks or len(set(config.tasks)) < len(config.tasks):
         raise ValueError(f"`tasks` should be at least one, each once, found {config.tasks}.")
-    if unknown := sorted(set(config.task_weights) - set(TASKS)):
-        raise ValueError(f"`task_weights` should be for {', '.join(TASKS)}, found {unknown[0]!r}.")
+    tasks = [config.name] if config.name is not None else config.tasks
+    if unknown := sorted(set(config.task_weights) - set(tasks)):
+        raise ValueError(f"`task_weights` should be for tasks of this run, {', '.join(tasks)}, found {unknown[0]!r}.")
+    if wrong := [weight for weight in config.task_weights.values() if not 0 <= weight < math.inf]:
+        raise ValueError(f"`task_weights` should be at least 0 and finite, found {wrong[0]}.")
     if config.scale != 1:
         raise ValueError(f"`scale` should be 1: images are restored at their own size, found {config.scale}.")
     if config.stage == "stage1":
@@ -65,8 +69,17 @@ def check_data(config: Config) -> None:
         raise ValueError("`unseen` should be false where `degradation` is unseen_corruptions: these are seen then.")
     if config.unseen and (config.lq or config.images_lq):
         raise ValueError("`unseen` should be false where degraded images are on disk, `lq` or `images_lq`.")
+    restores = "restoration" in tasks and config.data != "words"
+    if config.paired_tests and not restores:
+        raise ValueError(f"`paired_tests` should be given for the task restoration, found {', '.join(tasks)}.")
+    if taken := [name for name in config.paired_tests if name in TASKS]:
+        raise ValueError(f"`paired_tests` should have names that are no tasks, found {taken[0]!r}.")
+    if "restoration" in config.data_sets:
+        raise ValueError("`data_sets` should be for tasks of a reader; images to restore are those of `images`.")
     if config.images_lq is not None and ("restoration" not in tasks or config.images is None or config.data == "words"):
         raise ValueError("`images_lq` should be beside `images`, for the task restoration, found it alone.")
+    if config.images is not None and not restores:
+        raise ValueError(f"`images` should be given for the task restoration, found {', '.join(tasks)}.")
 
 
 def _check_before(config: Config, before: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from examples.common.data.clean_images import CleanImages, read_large, training_photographs
-from examples.common.data.folder import Skipped, image_files
+from examples.common.data.folder import Skipped, a_tenth, image_files
 from examples.common.data.options import DataOptions
 from examples.common.data.pair_folders import degraded_files, pairs
 from examples.common.data.pairs import check_likeness
@@ -73,20 +73,22 @@ def _unlabeled(*parts: TaskData) -> tuple[TaskData, TaskData]:
 
 
 def _clean_files(folder: Path, config: Any, size: int) -> tuple[TaskData, TaskData]:
-    """Every tenth image of a folder, and at least one, is for the test, of DIV2K its validation part; each is read when
-    it is wanted.
+    """A tenth of the images of a folder is for the test, of DIV2K its validation part; each is read when it is wanted.
+
+    They are divided before those without a degraded image are left out, so that what was prepared without ``images_lq``
+    has learned from none of the test.
     """
-    if published := (folder / "DIV2K_train_HR").is_dir():
+    if (folder / "DIV2K_train_HR").is_dir():
         train, test = ([file for _, file in pairs("div2k", folder, split, "clean")] for split in ("train", "test"))
     else:
-        train, test = image_files(folder), []
+        files = image_files(folder)
+        tested = a_tenth(files, folder)
+        train, test = ([file for file in files if (file in tested) == side] for side in (False, True))
     lq = getattr(config, "images_lq", None)  # preparation has no use for it
     degraded = None if lq is None else degraded_files([*train, *test], folder, lq, option="images_lq")
     if degraded is not None:
         train, test = ([file for file in part if file in degraded] for part in (train, test))
         check_likeness("images_lq", [(degraded[file], file) for file in [*train, *test]])
-    if not published:
-        train, test = [file for n, file in enumerate(train) if n % 10], train[::10]
     if not train or not test:
         raise ValueError(f"`images` should be a folder of at least two images, found {len(train + test)} in {folder}.")
     each = -(-config.test_count // len(test))

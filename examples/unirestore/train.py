@@ -15,7 +15,7 @@ wins. The same command resumes a killed run. Several processes:
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from examples.common.data.degrade import Degrade, degradation
-from examples.common.data.pairs import FolderPairs, TestPairs, layout_and_root
+from examples.common.data.pairs import FolderPairs, TestPairs, layout_and_root, pairs_to_try
 from examples.common.data.task_data import TEST_SEED
 from examples.common.data.tasks import TaskData, clean_of, map_images, to_device
 from examples.common.engine import command_line
-from examples.common.engine.evaluation import evaluate, first_usable, load_recognizer
+from examples.common.engine.evaluation import evaluate, load_recognizer, usable
 from examples.common.engine.recipe import Recipe, Stage
 from examples.common.engine.recognition import Recognition
 from examples.common.engine.schedules import cosine_schedule
@@ -254,10 +254,12 @@ class Trainer(Recipe[Batch]):
         return lambda _, degraded: map_images(restored, degraded)
 
     def try_evaluation(self) -> None:
-        """Evaluate the first test image with a label, of each task."""
+        """Evaluate a few test images with a label, of each task, and of each set of pairs."""
         for task, reader in self.readers.items():
-            found = first_usable(reader.test_data, reader.recognition.task, f"the test data of {task}")
+            found = usable(reader.test_data, reader.recognition.task, f"the test data of {task}")
             self._evaluate(task, found, self.restores(task), self.config.degradation)
+        for name in self.config.paired_tests:
+            self._figures_of_pairs(name, self.restores("restoration"), pairs_to_try(name, self._pairs(name)))
 
     def figures(self, read: Callable[[str], Callable[[Any, Any], Any]]) -> tuple[dict[str, float], dict[str, Any]]:
         """The figures of :func:`examples.common.engine.evaluation.evaluate` for each task.
@@ -279,15 +281,20 @@ class Trainer(Recipe[Batch]):
                 every |= {f"{task}_by_{prompt}_{key}": value for key, value in found.items()}
         if "restoration" in self.readers:
             for pairs in self.config.paired_tests:
-                every |= self._paired(pairs, read("restoration"))
+                every |= self._figures_of_pairs(pairs, read("restoration"), self._pairs(pairs))
         return every, sheets[0]
 
-    def _paired(self, name: str, read: Callable[[Any, Any], Any]) -> dict[str, float]:
+    def _pairs(self, name: str) -> TestPairs:
+        root = layout_and_root(self.config.paired_tests, name, option="paired_tests")
+        return TestPairs(FolderPairs({name: root}, "test", 1))
+
+    def _figures_of_pairs(
+        self, name: str, read: Callable[[Any, Any], Any], pairs: Iterable[tuple[Tensor, Tensor]]
+    ) -> dict[str, float]:
         """PSNR and SSIM of pairs on disk, restored for people, and PSNR of the degraded images."""
-        layout, root = layout_and_root(self.config.paired_tests, name, option="paired_tests")
         found: dict[str, list[float]] = {}
         with torch.no_grad():
-            for degraded, clean in TestPairs(FolderPairs({name: (layout, root)}, "test", 1)):
+            for degraded, clean in pairs:
                 lq, hq = degraded.to(self.device), clean.to(self.device)
                 restored = read(hq, lq)
                 ssim: Any = structural_similarity_index_measure(restored, hq, data_range=1.0)

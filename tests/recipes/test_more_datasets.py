@@ -155,34 +155,98 @@ def test_a_folder_for_each_class(apart: str | None, counts: tuple[int, int], tmp
 
 
 LINES = {
-    "labels.txt": ["a.png cat", "b.png dog", "c.png cat"] * 4, "labels.csv": ["name,class", "a.png,cat", "b.png,dog"],
+    "labels.txt": ["a.png cat", "b.png dog", "c.png cat", "d.png dog"],
+    "labels.csv": ["name,class", "a.png,cat", "b.png,dog"],
     "train.tsv": ["a.png\t0", "b.png\t10", "c.png\t2"],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LINES)
 def test_a_file_of_labels(name: str, tmp_path: Path) -> None:
-    for file in ("a", "b", "c"):
+    for file in "abcd":
         image(tmp_path / f"{file}.png")
     write(tmp_path / name, *LINES[name])
     train = label_file(tmp_path, "train", size=24)
     if name == "train.tsv":
-        write(tmp_path / "test.txt", "c.png 2")
+        write(tmp_path / "test.txt", "d.png 2")
         test = label_file(tmp_path, "test", size=24)
         assert train.class_names == test.class_names == ("0", "2", "10")
         assert [int(train[n][1]) for n in range(3)] == [0, 2, 1] and int(test[0][1]) == 1  # type: ignore[index]
         return
+    assert train.class_names == ("cat", "dog")
+    if name == "labels.csv":  # of one image of a class none is for the test
+        assert len(train) == 2
+        with pytest.raises(ValueError, match="should list images to test with, found none"):
+            label_file(tmp_path, "test", size=24)
+        return
     test = label_file(tmp_path, "test", size=24)
-    assert train.class_names == test.class_names == ("cat", "dog")
-    assert (len(train), len(test)) == ((10, 2) if name == "labels.txt" else (1, 1))
+    assert test.class_names == train.class_names and (len(train), len(test)) == (2, 2)
+    assert sorted(int(test[n][1]) for n in range(2)) == [0, 1]  # type: ignore[index]
+    assert not {path for path, _ in train.samples} & {path for path, _ in test.samples}
+    assert len(label_file(tmp_path, "test", size=24, whole=True)) == 4
 
 
 def test_lines_that_are_broken_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"`root` should hold train\.txt and test\.txt, or labels\.txt"):
+    with pytest.raises(ValueError, match=r"`root` should hold train\.txt, or labels\.txt, found none"):
         label_file(tmp_path, "train")
     write(tmp_path / "labels.txt", "a.png cat", "alone.png")
     with pytest.raises(ValueError, match=r"line 2: expected an image and its class, found 'alone\.png'"):
         label_file(tmp_path, "train")
+    (tmp_path / "labels.txt").write_bytes("a.png Bär".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"labels\.txt should be text in UTF-8"):
+        label_file(tmp_path, "train")
+
+
+def test_files_of_labels_that_would_train_on_the_test_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        image(tmp_path / f"{name}.png")
+    write(tmp_path / "labels.txt", "a.png cat", "b.png dog")
+    for other in ("train.txt", "test.csv"):
+        write(tmp_path / other, "a.png cat", "b.png dog")
+        for split in ("train", "test"):
+            with pytest.raises(ValueError, match=r"or labels\.txt alone, found both"):
+                label_file(tmp_path, split)  # type: ignore[arg-type]
+        (tmp_path / other).unlink()
+    (tmp_path / "labels.txt").unlink()
+    write(tmp_path / "train.txt", "a.png cat", "b.png dog")
+    write(tmp_path / "test.txt", "c.png cat", "b.png dog")
+    with pytest.raises(ValueError, match=r"test\.txt should have no image of .*train\.txt, found .*b\.png"):
+        label_file(tmp_path, "test")
+
+
+@pytest.mark.parametrize("names", [("train", "valid"), ("Train", "validation"), ("training", "test")])
+def test_folders_of_splits_are_no_classes(names: tuple[str, str], tmp_path: Path) -> None:
+    for split in names:
+        for name in ("cat", "dog"):
+            image(tmp_path / split / name / "0.png")
+    (tmp_path / "__MACOSX").mkdir()
+    train, test = (class_folders(tmp_path, split, size=24) for split in ("train", "test"))  # type: ignore[arg-type]
+    assert train.class_names == test.class_names == ("cat", "dog")
+    assert {path.parent.parent.name for path, _ in test.samples} == {names[1]}
+
+
+def test_a_test_alone_is_enough_to_evaluate(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        image(tmp_path / "test" / name / "0.png")
+    assert len(class_folders(tmp_path, "test", size=24)) == 2
+    with pytest.raises(ValueError, match=r"should hold train/ and test/ \(or val/\), found \['test'\]"):
+        class_folders(tmp_path, "train", size=24)
+
+
+def test_a_class_without_training_images_is_refused(tmp_path: Path) -> None:
+    make_folders(tmp_path, None)
+    (tmp_path / "cow").mkdir()
+    with pytest.raises(ValueError, match="should hold training images of each class, found none of 'cow'"):
+        class_folders(tmp_path, "train")
+
+
+def test_few_images_change_sides_where_a_folder_grows(tmp_path: Path) -> None:
+    make_folders(tmp_path, None)
+    tested = {path for path, _ in class_folders(tmp_path, "test", size=24).samples}
+    image(tmp_path / "cat" / "a new one.png")
+    now = {path for path, _ in class_folders(tmp_path, "test", size=24).samples}
+    assert len(tested) == 4 and len(tested & now) >= 3
+    assert len(class_folders(tmp_path, "test", size=24, whole=True)) == 25
 
 
 def test_a_recipe_trains_on_a_folder_for_each_class(tmp_path: Path) -> None:
@@ -225,14 +289,14 @@ def test_unirestore_reads_div2k_and_pairs(tmp_path: Path, folder: Path) -> None:
 def test_names_of_images_may_have_spaces_and_images_may_be_missing(
     separator: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for file in ("my image", "b"):
+    for file in ("my image", "b", "c"):
         image(tmp_path / f"{file}.png")
     write(tmp_path / "train.txt", f"my image.png{separator}cat", f"b.png{separator}dog", f"gone.png{separator}dog")
-    write(tmp_path / "test.txt", f"b.png{separator}dog")
+    write(tmp_path / "test.txt", f"c.png{separator}dog")
     train, test = (label_file(tmp_path, split, size=24) for split in ("train", "test"))
     assert train.class_names == test.class_names == ("cat", "dog") and len(train) == 2
     assert "gone.png skipped: listed in train.txt, not on the disk" in caplog.text
-    write(tmp_path / "test.txt", f"b.png{separator}bird")
+    write(tmp_path / "test.txt", f"c.png{separator}bird")
     with pytest.raises(ValueError, match=r"test\.txt should hold classes of the training, found 'bird'"):
         label_file(tmp_path, "test")
 

@@ -76,7 +76,7 @@ def test_a_pair_is_resized_cropped_and_flipped_alike(own: dict[str, Any], caplog
     [
         (lambda own: own.update(lq=own["lq"] / "nowhere"), "`lq` should be a folder of images, found"),
         (lambda own: own.update(lq=own["lq"] / "train"), "`lq` should hold degraded images of those in .*, found none"),
-        (lambda own: own.update(lq=own["root"]), "should differ, found the same pixels"),
+        (lambda own: own.update(lq=own["root"]), "`lq` should lie outside of `root`"),
         (lambda own: own.update(scale=4), "`lq` should be for data on disk and a `scale` of 1, found 'class_.* and 4"),
         (lambda own: own.update(data="generated"), "`lq` should be for data on disk"),
     ],

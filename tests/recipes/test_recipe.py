@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from examples.common.data.tasks import IGNORED, InMemory
-from examples.common.engine.evaluation import first_usable
+from examples.common.engine.evaluation import usable
 from examples.common.engine.recipe import as_value_error
 from examples.common.engine.run_directory import RunDirectory
 from examples.common.engine.schedules import cosine, cosine_schedule
@@ -311,15 +311,15 @@ def test_a_label_that_counts_is_looked_for() -> None:
     images = torch.rand(3, 3, 8, 8)
     void = torch.full((3, 8, 8), IGNORED)
     with pytest.raises(ValueError, match="should hold a pixel with a class, found none in 2 images"):
-        first_usable(Data("segmentation", ["a", "b"], images, void), "segmentation")
+        usable(Data("segmentation", ["a", "b"], images, void), "segmentation")
     void[2, 0, 0] = 1
-    found = first_usable(Data("segmentation", ["a", "b"], images, void), "segmentation")
+    found = usable(Data("segmentation", ["a", "b"], images, void), "segmentation")
     assert len(found) == 1 and torch.equal(found[0][0], images[2])  # type: ignore[index]
     none: list[Any] = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}] * 3
     with pytest.raises(ValueError, match="should hold a box, found none in 2 images: the score could not be"):
-        first_usable(Data("detection", ["background", "a"], images, none), "detection")
+        usable(Data("detection", ["background", "a"], images, none), "detection")
     with pytest.raises(ValueError, match="should hold an image that can be read, found none of 1"):
-        first_usable(Data("classification", ["a"], images[:1], [0]), "classification")
+        usable(Data("classification", ["a"], images[:1], [0]), "classification")
 
 
 def test_one_process_of_several_says_where_the_results_are(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ TINY = replace(cases.SR4IR, steps=4, test_count=12)
 
 def run(out: Path, prepared: cases.Prepared, **changes: Any) -> dict[str, Any]:
     judge = prepared.oracle(changes.get("task", "classification"))
-    return Trainer(replace(TINY, out=out, **{"fixed_hr": judge, "judge": judge, "foreign": judge, **changes})).run()
+    foreign = judge if changes.get("method") == "fixed_foreign" else None
+    return Trainer(replace(TINY, out=out, **{"fixed_hr": judge, "judge": judge, "foreign": foreign, **changes})).run()
 
 
 def weights(run: Path, network: str = "restorer") -> dict[str, Tensor]:
@@ -230,7 +231,7 @@ def trainer_and_batch(tmp_path: Path, prepared: cases.Prepared, method: str, pro
     judge = prepared.oracle("classification")
     other = tmp_path / "other"
     Trainer(replace(TINY, out=other, method="oracle", seed=7)).run()
-    names = {"fixed_hr": judge, "judge": other, "foreign": other}
+    names = {"fixed_hr": judge, "judge": other, "foreign": other if method == "fixed_foreign" else None}
     trainer = Trainer(replace(TINY, out=tmp_path / method, method=method, **names))  # type: ignore[arg-type]
     images, targets = next(trainer.read(0, 1))
     return trainer, replace(trainer.batch(images, targets, 0, 4), progress=progress)
@@ -441,7 +442,7 @@ def test_the_figures_are_what_they_are_called(tmp_path: Path, prepared: cases.Pr
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"start": "hr", "h_weights": Path("nowhere")}, "no such file"),
+        ({"start": "hr", "h_weights": Path("nowhere")}, "should be a finished run"),
         ({"s_weights": Path("nowhere")}, "no such file"),
         ({"s_weights": "another scale"}, "should hold the weights of this EDSR"),
         ({"restorer": "file", "s_weights": "broken"}, "should be a whole file of torch.save"),

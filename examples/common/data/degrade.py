@@ -1,5 +1,6 @@
 """Low-resolution and degraded images as the papers make them."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ from examples.common.seeds import derive_seed, seeded
 from restoreloss import MixtureA, MixtureB
 from restoreloss.augmentations.corruptions import CLEAN, CORRUPTIONS, Corruptions
 from restoreloss.augmentations.mixtures import jpeg
+
+logger = logging.getLogger(__name__)
 
 Degrade = Callable[[Any, int], Any]
 """(images, number of the first) -> degraded images, in which the number decides all randomness."""
@@ -37,6 +40,8 @@ def degradation(options: DataOptions, *seed: int) -> Degrade:
 
 def _made(options: DataOptions, *seed: int) -> Degrade:
     if options.degradation == "bicubic":
+        if options.scale == 1 and not (options.blur or options.noise or options.jpeg or options.lq):
+            logger.warning("`degradation` 'bicubic' with a `scale` of 1 leaves the images as they are.")
         return _bicubic(options, *seed)
     if options.scale != 1:
         raise ValueError(f"`scale` should be 1 for {options.degradation}, which keeps the size, found {options.scale}.")

@@ -1,6 +1,7 @@
 """Objects with boxes: COCO 2017 and RTTS (hazy streets, of RESIDE), unpacked as they are handed out."""
 
 import json
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from torchvision import tv_tensors
 
 from examples.common.data.datasets import FolderData, Split, detection_transform, existing_files
 from examples.common.data.folder import image_files
+
+logger = logging.getLogger(__name__)
 
 RTTS_CLASSES = ("background", "bicycle", "bus", "car", "motorbike", "person")
 
@@ -63,11 +66,18 @@ def rtts(root: Path, split: Split, *, size: int = 640) -> FolderData:
     listed = [name for name in ("train.txt", "trainval.txt") if (lists / name).is_file()]
     if listed:
         file = lists / (listed[0] if split == "train" else "test.txt")
+        if not file.is_file():
+            raise ValueError(f"`root` should have a test.txt beside {listed[0]}, found none in {lists}.")
         chosen = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     else:
         every = sorted(files)
+        logger.warning("%s has no list of training images: every fifth image is for the test, the others train", root)
         chosen = every[::5] if split == "test" else [name for n, name in enumerate(every) if n % 5]
     notes = {name: folder / "Annotations" / f"{name}.xml" for name in chosen}
+    if missing := [name for name, note in notes.items() if name not in files or not note.is_file()]:
+        logger.warning(
+            "%d images skipped, %s first: no image or no annotation of it in %s", len(missing), missing[0], root
+        )
     samples: list[tuple[Path, int | Path]] = [
         (files[name], note) for name, note in notes.items() if name in files and note.is_file()
     ]

@@ -92,7 +92,7 @@ class PairOptions:
         test_count: number of test images of each degradation; the default is 24 photographs, and all files of folders.
         lq: folder of degraded images of your own, for the first of ``degradations``; ``data`` is then "folders".
         gt: folder of their clean images.
-        test_lq: likewise for the test; the default is every tenth pair of ``lq``.
+        test_lq: likewise for the test; the default is a tenth of the pairs of ``lq``.
         test_gt: folder of their clean images.
         tile: side of the tiles that larger test images are restored in; 0 restores them whole.
     """

@@ -201,6 +201,8 @@ def _check_names(found: Sequence[tuple[Path | None, Path]], lq: Path, gt: Path) 
         _says(f"_{lq.name}", _CLEAN) and _says(f"_{gt.name}", _DEGRADED)
     ):
         raise ValueError(f"The degraded images should be the first of a pair, found {named[0][0]} for {named[0][1]}.")
+    if _says(f"_{lq.name}", _CLEAN) or _says(f"_{gt.name}", _DEGRADED):
+        logger.warning("%s is taken for the degraded images of %s: are the two exchanged?", lq, gt)
 
 
 def _says(name: str, words: str) -> bool:
@@ -232,7 +234,8 @@ def degraded_files(clean: Sequence[Path], root: Path, lq: Path, *, option: str =
         if (other := of.setdefault(degraded, path)) != path:
             raise ValueError(f"{degraded} should be of one clean image, found {other} and {path}.")
     _check_names([(degraded, path) for path, degraded in found.items()], lq, root)
-    if missing := [path for path, degraded in tried if degraded is None]:
+    outside = [path for path in clean if not path.is_relative_to(root)]
+    if missing := [*outside, *(path for path, degraded in tried if degraded is None)]:
         logger.warning("%d images skipped, %s first: no degraded image in %s", len(missing), missing[0], lq)
     return found
 

@@ -10,12 +10,11 @@ from typing import Any, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from examples.common.data.clean_images import training_photographs
 from examples.common.data.degradations import DEGRADATIONS, degrade
-from examples.common.data.folder import UNREADABLE, Skipped, read_image, with_degraded
+from examples.common.data.folder import UNREADABLE, Skipped, a_tenth, image_size, read_image, with_degraded
 from examples.common.data.options import PairOptions
 from examples.common.data.pair_folders import LAYOUTS, own_pairs, pairs
 from examples.common.data.photos import grid_crops, photographs, pyramid, random_crops
@@ -243,12 +242,8 @@ class TestPairs(Sequence[tuple[Tensor, Tensor]]):
         for index, (_, clean) in enumerate(self.data.files[0][: len(self)]):
             if len(seen) == most:
                 return
-            try:
-                with Image.open(clean) as header:
-                    size = header.size
-            except UNREADABLE:  # of which the data tell
-                continue
-            if size not in seen and (sample := self.data[index]) is not None:
+            size = image_size(clean)
+            if size is not None and size not in seen and (sample := self.data[index]) is not None:
                 seen.add(size)
                 yield sample[0][:1], sample[0][1:]
 
@@ -262,7 +257,7 @@ def pairs_to_try(name: str, found: Sequence[tuple[Tensor, Tensor]]) -> list[tupl
 
 
 def evaluated_whole(config: Options, trained: Mapping[str, Any]) -> Options:
-    """The options of an evaluation: of folders that its run has not seen all pairs are tested, not every tenth."""
+    """The options of an evaluation: of folders that its run has not seen all pairs are tested, not a tenth."""
     if config.lq is None or config.test_lq is not None or trained.get("lq") == plain_values(config.lq):
         return config
     return replace(config, test_lq=config.lq, test_gt=config.gt)
@@ -296,7 +291,7 @@ def pairs_to_test(config: PairOptions, name: str, *, shifted: bool) -> Sequence[
 
 
 def own_pairs_of(config: PairOptions, split: str) -> list[tuple[Path | None, Path]]:
-    """The pairs of ``lq`` and ``gt``; of their own folders for the test, or every tenth."""
+    """The pairs of ``lq`` and ``gt``; of their own folders for the test, or a tenth."""
     assert config.lq is not None
     if config.gt is None or (config.test_lq is None) != (config.test_gt is None):
         raise ValueError("`gt` should be given with `lq`, and `test_gt` with `test_lq`, found one of two.")
@@ -305,11 +300,18 @@ def own_pairs_of(config: PairOptions, split: str) -> list[tuple[Path | None, Pat
     if split == "test" and config.test_lq is not None and config.test_gt is not None:
         return own_pairs(config.test_lq, config.test_gt)
     found = own_pairs(config.lq, config.gt)
-    if config.test_lq is not None:
-        return found
+    if config.test_lq is not None and config.test_gt is not None:
+        tested = {clean for _, clean in own_pairs(config.test_lq, config.test_gt)}
+        kept = [pair for pair in found if pair[1] not in tested]
+        if not kept:
+            raise ValueError(f"`lq` should hold other pairs than `test_lq`, found none in {config.lq}.")
+        if len(kept) < len(found):
+            logger.warning("%d pairs of %s are for the test: nothing trains on them", len(found) - len(kept), config.lq)
+        return kept
     if len(found) < 2:
         raise ValueError(f"`lq` should hold at least two images with a clean one, found {len(found)} in {config.lq}.")
-    return found[::10] if split == "test" else [pair for n, pair in enumerate(found) if n % 10]
+    tested = a_tenth([clean for _, clean in found], config.gt)
+    return [pair for pair in found if (pair[1] in tested) == (split == "test")]
 
 
 def _turned_crop(pair: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -60,8 +61,14 @@ def datasets(config: DataOptions, seed: int) -> tuple[TaskData, TaskData]:
     return dataset(config, "train", seed), dataset(config, "test", seed)
 
 
-def dataset(config: DataOptions, split: Literal["train", "test"], seed: int) -> TaskData:
+def dataset(config: DataOptions, split: Literal["train", "test"], seed: int, *, whole: bool = False) -> TaskData:
     """One split; images that are generated are a function of ``seed``, or of ``data_seed``.
+
+    Args:
+        config: the options.
+        split: "train" or "test".
+        seed: of the run.
+        whole: test all of your own images that are not divided, as nothing trains on them.
 
     Raises:
         ValueError: For a data set that lacks its ``root`` or does not know the task, and for ``data_sets``, which
@@ -83,6 +90,10 @@ def dataset(config: DataOptions, split: Literal["train", "test"], seed: int) -> 
         raise ValueError(
             f"`lq` should be for data on disk and a `scale` of 1, found {config.data!r} and {config.scale}."
         )
+    if config.root is not None and config.data not in _ON_DISK:
+        raise ValueError(f"`data` should be on disk for `root`, found {config.data!r}, which is made on the spot.")
+    if config.lq is not None and config.root is not None and config.lq.resolve().is_relative_to(config.root.resolve()):
+        raise ValueError(f"`lq` should lie outside of `root`, found {config.lq} in {config.root}.")
     if config.data == "generated":
         from examples.common.data.generated import generated
 
@@ -101,7 +112,7 @@ def dataset(config: DataOptions, split: Literal["train", "test"], seed: int) -> 
     if config.task not in known:
         one_of = " or ".join(repr(task) for task in known)
         raise ValueError(f"`task` should be {one_of} for {config.data}, found {config.task!r}.")
-    data = _on_disk(config, config.root, split, config.size or _SIZES[config.task])
+    data = _on_disk(config, config.root, split, config.size or _SIZES[config.task], whole)
     if config.lq is not None:
         found = degraded_files([path for path, _ in data.samples], config.root, config.lq)
         check_likeness("lq", [(degraded, clean) for clean, degraded in found.items()])
@@ -109,7 +120,7 @@ def dataset(config: DataOptions, split: Literal["train", "test"], seed: int) -> 
     return data
 
 
-def _on_disk(config: DataOptions, root: Path, split: Literal["train", "test"], size: int) -> FolderData:
+def _on_disk(config: DataOptions, root: Path, split: Literal["train", "test"], size: int, whole: bool) -> FolderData:
     from examples.common.data import object_boxes, own_images
     from examples.common.data.street_scenes import street_scenes
 
@@ -121,7 +132,8 @@ def _on_disk(config: DataOptions, root: Path, split: Literal["train", "test"], s
         return street_scenes(root, name, split, size=size)
     loads: dict[str, Any] = {
         "cub200": cub200, "cars": stanford_cars, "coco": object_boxes.coco, "rtts": object_boxes.rtts,
-        "class_folders": own_images.class_folders, "label_file": own_images.label_file,
+        "class_folders": partial(own_images.class_folders, whole=whole),
+        "label_file": partial(own_images.label_file, whole=whole),
     }  # fmt: skip
     data: FolderData = loads[name](root, split, size=size)
     return data

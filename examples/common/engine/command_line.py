@@ -74,18 +74,29 @@ def run(
         print(f"in {arguments.out}")
 
 
+_PAIRS = ("lq", "gt", "test_lq", "test_gt", "pairs")
+_INSTEAD: Mapping[str, tuple[str, ...]] = {
+    "pairs": _PAIRS, "lq": _PAIRS, "root": ("lq", "data_sets"), "data": (*_PAIRS, "root", "data_sets"),
+    "degradation": ("lq",), "images": ("images_lq",),
+}  # fmt: skip
+"""What an evaluation on other data does not take from the run, by what is given in its place."""
+
+
 def _of_the_run_to_evaluate(options: set[str]) -> dict[str, Any]:
     """The options of the run that ``--evaluate`` names, where there is one; the recipe says what is wrong with it."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--evaluate", type=Path)
-    for option in ("--pairs", "--lq"):
-        first.add_argument(option)
-    given = first.parse_known_args()[0]
-    run = given.evaluate
+    for option in _INSTEAD:
+        first.add_argument(f"--{option}")
+    first.add_argument("--config", type=Path, action="append", default=[])
+    given = vars(first.parse_known_args()[0])
+    for file in given.pop("config"):
+        said = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        given |= {name: str(said[name]) for name in _INSTEAD if name in said and given[name] is None}
+    run = given["evaluate"]
     file = None if run is None else run / "config.yaml"
     if file is None or not file.is_file():
         return {}
     settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if given.pairs is not None or given.lq is not None:  # other folders than those of the run
-        options = options - {"lq", "gt", "test_lq", "test_gt", "pairs"}
-    return {name: value for name, value in settings.items() if name in options}
+    others = [names for name, names in _INSTEAD.items() if given[name] not in (None, str(settings.get(name)))]
+    return {name: value for name, value in settings.items() if name in options.difference(*others)}

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from examples.common.data.datasets import FolderData
 from examples.common.data.degrade import Degrade
+from examples.common.data.folder import image_size
 from examples.common.data.task_data import crop_to_multiple, pad_to_multiple
 from examples.common.data.tasks import IGNORED, InMemory, Task, TaskData, clean_of, collate, to_device
 from examples.common.engine.perceptual import lite0_distance
@@ -34,50 +36,55 @@ ReaderName = Literal["score", "fixed_hr", "judge"]
 """The recognizer of a run, and two that were trained on HR images in runs of their own."""
 
 
-def first_usable(data: TaskData, task: Task, name: str = "the test data", *, labels: bool = True) -> TaskData:
-    """The first image that can be read and has a label to compare with, as data of its own.
+def usable(data: TaskData, task: Task, name: str = "the test data", *, labels: bool = True, most: int = 8) -> TaskData:
+    """A few images that can be read and have a label to compare with, as data of their own: of files the first of each
+    size, of others the first.
 
     Args:
-        data: in which it is looked for.
+        data: in which they are looked for.
         task: of the labels. Without any box the mAP is -100 %, without any pixel with a class the mean IoU is NaN.
         name: of the data, in the error.
         labels: False where no network reads the images.
+        most: sizes.
 
     Raises:
         ValueError: If there is none.
     """
-    read = 0
+    read, found = 0, dict[Any, tuple[Tensor, Any]]()
     for index in range(len(data)):
+        size = image_size(data.samples[index][0]) if isinstance(data, FolderData) else None
+        if size in found:
+            continue
         sample = data[index]
         if sample is None:
             continue
         read += 1
-        image, target = sample
-        if labels and task == "detection" and not len(target["boxes"]):
+        if labels and task == "detection" and not len(sample[1]["boxes"]):
             continue
-        if labels and task == "segmentation" and bool((target == IGNORED).all()):
+        if labels and task == "segmentation" and bool((sample[1] == IGNORED).all()):
             continue
-        return _One(data, image, target)
+        found[size] = sample
+        if len(found) == most or size is None:
+            break
+    if found:
+        return _Few(data, [*found.values()])
     if not read:
         raise ValueError(f"{name} should hold an image that can be read, found none of {len(data)}.")
     what = "box" if task == "detection" else "pixel with a class"
     raise ValueError(f"{name} should hold a {what}, found none in {read} images: the score could not be computed.")
 
 
-class _One:
-    """Data of a single sample."""
+class _Few:
+    """Data of a few samples."""
 
-    def __init__(self, data: TaskData, image: Tensor, target: Any) -> None:
-        self.task, self.class_names = data.task, data.class_names
-        self.sample = image, target
+    def __init__(self, data: TaskData, samples: list[tuple[Tensor, Any]]) -> None:
+        self.task, self.class_names, self.samples = data.task, data.class_names, samples
 
     def __len__(self) -> int:
-        return 1
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        if index:
-            raise IndexError(index)
-        return self.sample
+        return self.samples[index]
 
 
 def load_recognizer(run: Path, data: TaskData | None = None) -> nn.Module:
@@ -94,6 +101,8 @@ def load_recognizer(run: Path, data: TaskData | None = None) -> nn.Module:
         return TEXT_READERS[str(run)]()
     settings, results = finished_run(run, "examples.sr4ir.train", "recognizer.safetensors")
     task, known = settings["task"], int(results["num_classes"])
+    if "score" not in results:
+        raise ValueError(f"{run} should have trained a recognizer, found a run of {settings['method']!r}.")
     if data is not None and (task, known) != (data.task, len(data.class_names)):
         raise ValueError(
             f"{run} should be a network for {data.task} with {len(data.class_names)} classes, as the data have them, "
@@ -170,7 +179,8 @@ def evaluate(
             lr = degrade(whole, count)
             count += len(hr)
             hr, whole = (clean_of(hr), clean_of(whole)) if pad else [clean_of(hr)] * 2
-            with as_value_error(f"The networks should take test images of {tuple(whole[0].shape[1:])}"):
+            sizes = " or ".join(sorted({f"{image.shape[1]}x{image.shape[2]}" for image in whole}))
+            with as_value_error(f"The networks should take test images of {sizes} pixels"):
                 seen = restore(whole, lr)
             seen = hr if seen is whole else crop_to(seen, hr) if pad else seen
             found = {

@@ -24,7 +24,7 @@ from examples.common.data.folder import check_folder
 from examples.common.data.options import DataOptions, PairOptions
 from examples.common.data.tasks import TaskData
 from examples.common.engine.batches import Batches, loader
-from examples.common.engine.options import RunOptions, TrainerOptions, check_numbers
+from examples.common.engine.options import RunOptions, TrainerOptions, check_numbers, plain_values
 from examples.common.engine.run_directory import RunDirectory, class_names_of, finished_run
 from examples.common.engine.terms import LOWER, TermLog
 from examples.common.networks.weights import load_saved
@@ -234,6 +234,16 @@ class Recipe(ABC, Generic[Batch]):
                 self.run_to_evaluate,
             )  # fmt: skip
         return known, same
+
+    def is_elsewhere(self, data: DataOptions) -> bool:
+        """Whether a finished run is evaluated on other files of a task than those that it was divided into training and
+        test of.
+        """
+        if self.evaluated is None:
+            return False
+        before = self.evaluated[0]
+        trained = before.get("data_sets", {}).get(data.task) or f"{before['data']}:{before['root']}"
+        return bool(trained != f"{data.data}:{plain_values(data.root)}")
 
     def _of_evaluated(self, config: RunOptions, run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Settings and results of a finished run of this recipe.
