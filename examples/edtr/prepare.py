@@ -40,9 +40,10 @@ class Config(DataOptions, RunOptions):
         h_optimizer: optimizer of the task networks, "sgd" (momentum 0.9, weight decay 1e-4) or "adamw".
         h_lr: learning rate of the task networks.
         restorer: pre-restoration network: "edsr-small", "swinir", ...
-        h_lr_min: where the cosine of the task networks' learning rate ends.
+        h_lr_min: where the cosines of all learning rates end.
         pre_lr: learning rate of the pre-restoration network (AdamW).
         pre_batch: images in a step of its training; the default is ``batch``.
+        pre_steps: of its training; the default is ``steps``, which the task networks take.
     """
 
     tasks: list[Task] = field(default_factory=lambda: ["classification"])
@@ -57,6 +58,7 @@ class Config(DataOptions, RunOptions):
     h_lr_min: float = 0.0
     pre_lr: float = 1e-3
     pre_batch: int | None = None
+    pre_steps: int | None = None
 
 
 def prepare(config: Config) -> None:
@@ -69,7 +71,7 @@ def prepare(config: Config) -> None:
     settings = prepare_readers(config)
     pre = replace(
         of_task(settings, config.tasks[0]), method="pretrain", out=config.out / "pre",
-        batch=config.pre_batch or config.batch,
+        batch=config.pre_batch or config.batch, steps=config.pre_steps or config.steps,
     )  # fmt: skip
     TaskTrainer(pre).run()
     if config.train_prior:

@@ -28,7 +28,7 @@ class Config(DataOptions, TrainerOptions):
         prepared: folder that examples.unirestore.prepare wrote: prior, references and judges.
         prior: latent diffusion model, a folder in the layout of Stable Diffusion or a name on the hub; the default is
             that of ``prepared``.
-        images: folder of clean images for restoration, of which every tenth is for the test, or DIV2K as it is handed
+        images: folder of clean images for restoration, of which a tenth is for the test, or DIV2K as it is handed
             out; the default are the photographs that come with scikit-image and scikit-learn.
         images_lq: folder of degraded images, of those in ``images`` as ``lq`` of those in ``root``.
         paired_tests: pairs of degraded and clean images to test the restoration on as well, as LAYOUT:ROOT by a name;

@@ -4,7 +4,7 @@
     python -m examples.unirestore.train stage1 --prepared runs/prepared --out runs/stage1
     python -m examples.unirestore.train stage2 --prepared runs/prepared --after runs/stage1 --out runs/stage2
     python -m examples.unirestore.train add-task detection --prepared runs/prepared --after runs/stage2 --out runs/det
-    python -m examples.unirestore.train stage2 --evaluate runs/stage2 --data photos --out runs/stage2_on_photos
+    python -m examples.unirestore.train stage2 --evaluate runs/stage2 --severities '[5]' --out runs/stage2_severe
 
 The loop is ``Recipe.run`` of examples/common/engine/recipe.py; here are networks, losses and evaluation.
 

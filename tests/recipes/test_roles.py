@@ -125,6 +125,7 @@ def test_other_folders_than_those_of_the_run_are_tested_whole(tmp_path: Path) ->
         (["--data=class_folders"], {"root", "lq", "data", "data_sets", "degradation"}),
         (["--degradation", "mixture_b"], {"root", "data", "data_sets", "degradation"}),
         (["--lq", "other_lq"], {"root", "data", "data_sets", "degradation"}),
+        (["--config", "other.yaml"], {"root", "data", "degradation"}),
     ],
 )
 def test_what_an_evaluation_is_given_takes_the_place_of_the_runs(
@@ -132,6 +133,8 @@ def test_what_an_evaluation_is_given_takes_the_place_of_the_runs(
 ) -> None:
     settings = {"root": "own", "lq": "own_lq", "data": "class_folders", "data_sets": {}, "degradation": "bicubic"}
     (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    (tmp_path / "other.yaml").write_text("root: other\nsteps: 3\n")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train", "--evaluate", str(tmp_path), *given])
     assert set(_of_the_run_to_evaluate(set(settings))) == left
 

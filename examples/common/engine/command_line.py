@@ -1,6 +1,7 @@
 """The command line of a trainer: its config from YAML and options, and the figures that came out."""
 
 import argparse
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -90,13 +91,14 @@ def _of_the_run_to_evaluate(options: set[str]) -> dict[str, Any]:
         first.add_argument(f"--{option}")
     first.add_argument("--config", type=Path, action="append", default=[])
     given = vars(first.parse_known_args()[0])
-    for file in given.pop("config"):
-        said = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        given |= {name: str(said[name]) for name in _INSTEAD if name in said and given[name] is None}
     run = given["evaluate"]
     file = None if run is None else run / "config.yaml"
     if file is None or not file.is_file():
         return {}
     settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for also in filter(Path.is_file, given["config"]):
+        with contextlib.suppress(yaml.YAMLError):  # of which the parser itself will tell
+            said = dict(yaml.safe_load(also.read_text(encoding="utf-8")) or {})
+            given |= {name: str(said[name]) for name in _INSTEAD if name in said and given[name] is None}
     others = [names for name, names in _INSTEAD.items() if given[name] not in (None, str(settings.get(name)))]
     return {name: value for name, value in settings.items() if name in options.difference(*others)}

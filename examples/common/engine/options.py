@@ -69,7 +69,7 @@ class TrainerOptions(RunOptions):
 _AT_LEAST_1 = (
     "steps", "batch", "save_every", "size", "train_count", "test_count", "patch", "scale", "grid", "n", "long_steps",
     "draws", "color_levels", "t_p", "experts", "importance_samples", "orthogonality_every", "control_channels",
-    "prior_steps", "pre_batch", "width", "levels", "accumulate", "adversarial.width", "severities", "jpeg",
+    "prior_steps", "pre_batch", "pre_steps", "width", "levels", "accumulate", "adversarial.width", "severities", "jpeg",
 )  # fmt: skip
 LOWEST: dict[str, float] = {
     **dict.fromkeys(_AT_LEAST_1, 1), "test_size": 6, "corruption_side": 8, "num_timesteps": 2,
