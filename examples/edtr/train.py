@@ -70,7 +70,7 @@ class Trainer(Recipe[Batch]):
                     f"`{name}` should be the run directories of oracles for {', '.join(tasks)}, or `prepared` a folder "
                     f"that holds them, found {len(given)}."
                 )
-        if config.batch < 2 * self.accelerator.num_processes:
+        if self.evaluated is None and config.batch < 2 * self.accelerator.num_processes:
             raise ValueError(f"`batch` should be at least 2 for each process, found {config.batch}.")
         if self.method.pre:
             check_trained_restorer(config.pre, "pre")
@@ -148,7 +148,7 @@ class Trainer(Recipe[Batch]):
     def _reader(self, task: Task, path: Path, judge: Path | None) -> Reader:
         config = self.config
         data = of_task(config, task)
-        test_data = dataset(data, "test", config.seed, whole=self.is_elsewhere(data))
+        test_data = dataset(data, "test", config.seed, whole=self.is_elsewhere(data, path, judge))
         train_data = dataset(data, "train", config.seed) if self.evaluated is None else test_data
         _, knows = self.classes_of_run(test_data, f"{task}_num_classes" if config.all_in_one else "num_classes")
         reference = load_recognizer(path, test_data).to(self.device)

@@ -24,7 +24,8 @@ def train_oracles(config: Config, tasks: Sequence[Any], *, judge: str | None = N
         judge: the architecture of TASK_judge; the default is that of TASK_hq.
     """
     for task in tasks:
-        oracle = replace(of_task(config, task), method="oracle", out=config.out / f"{task}_hq")
+        # the authors begin their cosine anew for TDP alone
+        oracle = replace(of_task(config, task), method="oracle", out=config.out / f"{task}_hq", restart=0.0)
         Trainer(oracle).run()
         others = None if oracle.data_seed is None else oracle.data_seed + 1000
         other = replace(

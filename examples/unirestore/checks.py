@@ -30,7 +30,7 @@ def check(config: Config) -> None:
         raise ValueError(f"`train_tasks` should be of `tasks` {config.tasks}, found {unknown[0]!r}.")
     if not config.tasks or len(set(config.tasks)) < len(config.tasks):
         raise ValueError(f"`tasks` should be at least one, each once, found {config.tasks}.")
-    tasks = [config.name] if config.name is not None else config.tasks
+    tasks = config.tasks if config.name is None else TASKS  # one file of options serves all stages
     if unknown := sorted(set(config.task_weights) - set(tasks)):
         raise ValueError(f"`task_weights` should be for tasks of this run, {', '.join(tasks)}, found {unknown[0]!r}.")
     if wrong := [weight for weight in config.task_weights.values() if not 0 <= weight < math.inf]:
@@ -69,7 +69,7 @@ def check_data(config: Config) -> None:
         raise ValueError("`unseen` should be false where `degradation` is unseen_corruptions: these are seen then.")
     if config.unseen and (config.lq or config.images_lq):
         raise ValueError("`unseen` should be false where degraded images are on disk, `lq` or `images_lq`.")
-    restores = "restoration" in tasks and config.data != "words"
+    restores = config.name is not None or ("restoration" in tasks and config.data != "words")
     if config.paired_tests and not restores:
         raise ValueError(f"`paired_tests` should be given for the task restoration, found {', '.join(tasks)}.")
     if taken := [name for name in config.paired_tests if name in TASKS]:

@@ -88,6 +88,10 @@ def _clean_files(folder: Path, config: Any, size: int) -> tuple[TaskData, TaskDa
     degraded = None if lq is None else degraded_files([*train, *test], folder, lq, option="images_lq")
     if degraded is not None:
         train, test = ([file for file in part if file in degraded] for part in (train, test))
+        if not test or not train:
+            raise ValueError(
+                f"`images_lq` should hold images to train and to test with, found {len(train)}, {len(test)}."
+            )
         check_likeness("images_lq", [(degraded[file], file) for file in [*train, *test]])
     if not train or not test:
         raise ValueError(f"`images` should be a folder of at least two images, found {len(train + test)} in {folder}.")

@@ -34,7 +34,8 @@ class GradientOrthogonality(nn.Module):
     a plain step. :meth:`project` costs one more backward pass and changes the gradients only.
 
     A function of the network's own (``torch.autograd.Function``) that saves what it computed on the way, as NAFNet's
-    LayerNorm does, has a second derivative that is wrong without an error: there is a warning of these.
+    LayerNorm does, has a second derivative that is wrong without an error: there is a warning of these, where they save
+    by ``save_for_backward``.
 
     Args:
         parameters: shared by both objectives, usually the shallow ones (:func:`restoreloss.regularizers.layer_decay.
@@ -321,7 +322,7 @@ def _check_twice(penalty: Tensor, parameters: Sequence[Tensor]) -> None:
             seen.add(node)
             if node.name().endswith("Error"):
                 raise RuntimeError("a function is marked with @once_differentiable.")
-            if isinstance(node, BackwardCFunction) and any(map(_is_constant, node.saved_tensors)):
+            if isinstance(node, BackwardCFunction) and _computed(node):
                 constants.add(node.name().removesuffix("Backward"))
             nodes.extend(following for following, _ in node.next_functions)
     except RuntimeError as error:
@@ -345,5 +346,7 @@ def _check_twice(penalty: Tensor, parameters: Sequence[Tensor]) -> None:
         )
 
 
-def _is_constant(saved: Tensor | None) -> bool:
-    return saved is not None and saved.is_floating_point() and not saved.requires_grad
+def _computed(node: Any) -> bool:
+    """Whether a function saved more tensors without a gradient than it has inputs without one."""
+    saved = [t for t in node.saved_tensors if t is not None and t.is_floating_point() and not t.requires_grad]
+    return len(saved) > sum(following is None for following, _ in node.next_functions)

@@ -130,6 +130,12 @@ def test_a_layout_renames_by_its_own_rule(layout: str, name: str, degraded: str,
     assert paired(tmp_path, layout, [degraded], [clean, "other.png"], name) == {degraded: clean}
 
 
+def test_universal_takes_our_names_too(tmp_path: Path) -> None:
+    for side in ("LQ", "GT"):
+        write(tmp_path / "train" / "low_light" / side / "1.png")
+    assert len(pairs("universal", tmp_path, "train", "low_light")) == 1
+
+
 @pytest.mark.parametrize(
     ("layout", "name", "degraded", "clean"),
     [

@@ -121,6 +121,23 @@ def test_an_evaluation_tests_all_pairs_of_other_folders(mine: Path) -> None:
     assert evaluated_whole(own, trained) is own
 
 
+def test_clean_images_that_were_trained_on_are_not_tested_beside_other_degraded_ones(mine: Path) -> None:
+    config = options(mine, lq=mine / "wrong")
+    assert evaluated_whole(config, {"lq": str(mine / "lq"), "gt": str(mine / "gt")}) is config
+    before = mine / "pretrained"
+    before.mkdir()
+    (before / "config.yaml").write_text(f"gt: {mine / 'gt'}")
+    assert evaluated_whole(config, {"lq": "", "pretrained": str(before)}) is config
+
+
+def test_the_division_is_that_of_the_clean_images(mine: Path, tmp_path: Path) -> None:
+    for path in sorted((mine / "lq").iterdir())[:15]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    every, some = (pairs_to_test(options(mine, lq=lq), "mine", shifted=False) for lq in (mine / "lq", tmp_path))
+    tested = [{clean for _, clean in found.data.files[0]} for found in (every, some)]  # type: ignore[attr-defined]
+    assert tested[1] <= tested[0]
+
+
 def test_own_pairs_may_be_tested_on_shifted_ones(mine: Path, tmp_path: Path) -> None:
     for name in ("low", "high"):
         (tmp_path / "eval15" / name).mkdir(parents=True)

@@ -76,8 +76,12 @@ def label_file(root: Path, split: Split, *, size: int = 224, whole: bool = False
     named = {name: [root / f"{name}{ending}" for ending in ENDINGS] for name in ("train", "test", "labels")}
     files = {name: next((path for path in paths if path.is_file()), None) for name, paths in named.items()}
     labels, file = files["labels"], files[split]
-    if labels is not None and (file is not None or files["train"] is not None or files["test"] is not None):
-        raise ValueError(f"`root` should hold train.txt and test.txt, or labels.txt alone, found both in {root}.")
+    if files["train"] is not None and files["test"] is not None:
+        labels = None  # which may list the names of the classes
+    elif labels is not None and (files["train"] is not None or files["test"] is not None):
+        raise ValueError(
+            f"`root` should hold train.txt and test.txt, or labels.txt, found one of two with it in {root}."
+        )
     if labels is None and file is None:
         raise ValueError(f"`root` should hold {split}.txt, or labels.txt, found none in {root}.")
     if labels is not None:

@@ -22,7 +22,7 @@ cbsd68          made of the clean ones                           ``original_png/
 celebahq        made of the clean ones                           ``train/*``, ``test/*``
 div2k           made of the clean ones                           ``DIV2K_train_HR/*``, ``DIV2K_valid_HR/*``
 clean           made of the clean ones                           ``train/*``, ``test/*``: LIVE1, your own
-universal       ``train/NAME/LQ/*``, ``val/NAME/LQ/*``           ``GT`` for ``LQ``: all in one tree, as in DA-CLIP
+universal       ``train/NAME/LQ/*``, ``val/NAME/LQ/*``           ``GT`` for ``LQ``: all in one tree; NAME as in DA-CLIP
 =============== ================================================ ===================================================
 
 The clean file of a degraded one is that of the very same name; else the one that differs in the suffix alone; else the
@@ -126,8 +126,9 @@ def pairs(layout: str, root: Path, split: str, name: str) -> list[tuple[Path | N
         root = root.parent
     undivided = layout == "div2k" and not (root / "DIV2K_valid_HR").is_dir()
     patterns = [
-        pattern.format(name=_FOLDERS.get(name, name))
+        pattern.format(name=folder)
         for pattern in (described.train if split == "train" or undivided else described.test)
+        for folder in dict.fromkeys((name, _FOLDERS.get(name, name) if "{name}" in pattern else name))
     ]
     kept = described.kept[split != "train"]
     files = [path for pattern in patterns for path in image_files(root, pattern) if re.fullmatch(kept, path.stem)]

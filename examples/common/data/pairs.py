@@ -10,11 +10,20 @@ from typing import Any, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
+import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
 from examples.common.data.clean_images import training_photographs
 from examples.common.data.degradations import DEGRADATIONS, degrade
-from examples.common.data.folder import UNREADABLE, Skipped, a_tenth, image_size, read_image, with_degraded
+from examples.common.data.folder import (
+    UNREADABLE,
+    Skipped,
+    a_tenth,
+    image_files,
+    image_size,
+    read_image,
+    with_degraded,
+)
 from examples.common.data.options import PairOptions
 from examples.common.data.pair_folders import LAYOUTS, own_pairs, pairs
 from examples.common.data.photos import grid_crops, photographs, pyramid, random_crops
@@ -258,8 +267,12 @@ def pairs_to_try(name: str, found: Sequence[tuple[Tensor, Tensor]]) -> list[tupl
 
 def evaluated_whole(config: Options, trained: Mapping[str, Any]) -> Options:
     """The options of an evaluation: of folders that its run has not seen all pairs are tested, not a tenth."""
-    if config.lq is None or config.test_lq is not None or trained.get("lq") == plain_values(config.lq):
+    before = None if trained.get("pretrained") is None else Path(trained["pretrained"]) / "config.yaml"
+    runs = [trained, yaml.safe_load(before.read_text(encoding="utf-8")) if before and before.is_file() else {}]
+    seen = {run.get(option) for run in runs for option in ("lq", "gt")}
+    if config.lq is None or config.test_lq is not None or seen & {plain_values(config.lq), plain_values(config.gt)}:
         return config
+    logger.info("Nothing is known to have been trained on %s: all of its pairs are tested", config.lq)
     return replace(config, test_lq=config.lq, test_gt=config.gt)
 
 
@@ -301,8 +314,8 @@ def own_pairs_of(config: PairOptions, split: str) -> list[tuple[Path | None, Pat
         return own_pairs(config.test_lq, config.test_gt)
     found = own_pairs(config.lq, config.gt)
     if config.test_lq is not None and config.test_gt is not None:
-        tested = {clean for _, clean in own_pairs(config.test_lq, config.test_gt)}
-        kept = [pair for pair in found if pair[1] not in tested]
+        tested = {clean.resolve() for _, clean in own_pairs(config.test_lq, config.test_gt)}
+        kept = [pair for pair in found if pair[1].resolve() not in tested]
         if not kept:
             raise ValueError(f"`lq` should hold other pairs than `test_lq`, found none in {config.lq}.")
         if len(kept) < len(found):
@@ -310,8 +323,11 @@ def own_pairs_of(config: PairOptions, split: str) -> list[tuple[Path | None, Pat
         return kept
     if len(found) < 2:
         raise ValueError(f"`lq` should hold at least two images with a clean one, found {len(found)} in {config.lq}.")
-    tested = a_tenth([clean for _, clean in found], config.gt)
-    return [pair for pair in found if (pair[1] in tested) == (split == "test")]
+    tested = a_tenth(image_files(config.gt), config.gt)  # of all, so that it is the same beside any degraded images
+    kept = [pair for pair in found if (pair[1] in tested) == (split == "test")]
+    if not kept:
+        raise ValueError(f"`lq` should hold images to {split} with, found none: give `test_lq` and `test_gt`.")
+    return kept
 
 
 def _turned_crop(pair: Tensor, size: int, generator: torch.Generator) -> Tensor:

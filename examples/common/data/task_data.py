@@ -92,7 +92,8 @@ def dataset(config: DataOptions, split: Literal["train", "test"], seed: int, *, 
         )
     if config.root is not None and config.data not in _ON_DISK:
         raise ValueError(f"`data` should be on disk for `root`, found {config.data!r}, which is made on the spot.")
-    if config.lq is not None and config.root is not None and config.lq.resolve().is_relative_to(config.root.resolve()):
+    inside = config.lq is not None and config.root is not None and config.data == "class_folders"
+    if inside and config.lq.resolve().is_relative_to(config.root.resolve()):  # type: ignore[union-attr]
         raise ValueError(f"`lq` should lie outside of `root`, found {config.lq} in {config.root}.")
     if config.data == "generated":
         from examples.common.data.generated import generated

@@ -11,6 +11,10 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
+from examples.common.engine.options import plain_values
+
+logger = logging.getLogger(__name__)
+
 Config = TypeVar("Config")
 
 
@@ -33,7 +37,8 @@ def run(
 ) -> None:
     """Every option of the config, and ``--config`` for a YAML file of them, which the command line overrules.
 
-    With ``--evaluate RUN`` the options that are not given are those of that run.
+    With ``--evaluate RUN`` the options that are not given are those of that run, but for data in whose place others are
+    given.
 
     Args:
         config_class: a dataclass with a field ``out``.
@@ -77,10 +82,10 @@ def run(
 
 _PAIRS = ("lq", "gt", "test_lq", "test_gt", "pairs")
 _INSTEAD: Mapping[str, tuple[str, ...]] = {
-    "pairs": _PAIRS, "lq": _PAIRS, "root": ("lq", "data_sets"), "data": (*_PAIRS, "root", "data_sets"),
-    "degradation": ("lq",), "images": ("images_lq",),
+    "pairs": _PAIRS, "lq": _PAIRS, "root": ("lq",), "degradation": ("lq",), "images": ("images_lq",),
+    "data": (*_PAIRS, "shifted_pairs", "clean", "root", "data_sets"),
 }  # fmt: skip
-"""What an evaluation on other data does not take from the run, by what is given in its place."""
+"""What an evaluation does not take from the run, by what is given and differs from what the run has."""
 
 
 def _of_the_run_to_evaluate(options: set[str]) -> dict[str, Any]:
@@ -96,9 +101,16 @@ def _of_the_run_to_evaluate(options: set[str]) -> dict[str, Any]:
     if file is None or not file.is_file():
         return {}
     settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    said: dict[str, Any] = {}
     for also in filter(Path.is_file, given["config"]):
         with contextlib.suppress(yaml.YAMLError):  # of which the parser itself will tell
-            said = dict(yaml.safe_load(also.read_text(encoding="utf-8")) or {})
-            given |= {name: str(said[name]) for name in _INSTEAD if name in said and given[name] is None}
-    others = [names for name, names in _INSTEAD.items() if given[name] not in (None, str(settings.get(name)))]
-    return {name: value for name, value in settings.items() if name in options.difference(*others)}
+            found = yaml.safe_load(also.read_text(encoding="utf-8"))
+            said |= found if isinstance(found, dict) else {}
+    left = set[str]()
+    for name, others in _INSTEAD.items():
+        value = said.get(name) if given[name] is None else given[name]
+        if value is not None and settings.get(name) not in (value, str(value), plain_values(Path(str(value)))):
+            left.update(others)
+    if told := sorted(name for name in left & options if settings.get(name)):
+        logger.info("Of %s is left out, as other data are given: %s", run, ", ".join(f"`{name}`" for name in told))
+    return {name: value for name, value in settings.items() if name in options - left}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+import yaml  # type: ignore[import-untyped, unused-ignore]
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
@@ -235,15 +236,18 @@ class Recipe(ABC, Generic[Batch]):
             )  # fmt: skip
         return known, same
 
-    def is_elsewhere(self, data: DataOptions) -> bool:
-        """Whether a finished run is evaluated on other files of a task than those that it was divided into training and
-        test of.
-        """
-        if self.evaluated is None:
+    def is_elsewhere(self, data: DataOptions, *readers: Path | None) -> bool:
+        """Whether a finished run is evaluated on a folder that neither it nor one of these readers was trained on."""
+        if self.evaluated is None or data.root is None:
             return False
-        before = self.evaluated[0]
-        trained = before.get("data_sets", {}).get(data.task) or f"{before['data']}:{before['root']}"
-        return bool(trained != f"{data.data}:{plain_values(data.root)}")
+        configs = [run / "config.yaml" for run in readers if run is not None]
+        runs = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in configs if file.is_file()]
+        for run in (self.evaluated[0], *runs):
+            sets = (run.get("data_sets") or {}).values()
+            if plain_values(data.root) in (run.get("root"), *(one.partition(":")[2] for one in sets)):
+                return False
+        logger.info("Nothing is known to have been trained on %s: if it is not divided, all of it is tested", data.root)
+        return True
 
     def _of_evaluated(self, config: RunOptions, run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Settings and results of a finished run of this recipe.

@@ -146,7 +146,7 @@ def fit_sizes(network: nn.Module, requirements: Any, scale: int = 1) -> nn.Modul
 
 
 class LayerNorm2d(nn.Module):
-    """NAFNet's norm over the channels, by torch: the authors' function has no second derivative, which L_orth takes.
+    """NAFNet's norm over the channels, by torch: the authors' function has a wrong second derivative (L_orth has two).
 
     Args:
         norm: theirs, whose parameters are shared.

@@ -74,12 +74,28 @@ def test_a_function_that_saves_what_it_computed_is_told_for_its_second_derivativ
     assert slope_error(lambda x: last(nn.functional.normalize(first(x))), parameters) < 1e-5
 
 
+class Masked(torch.autograd.Function):
+    """x^2 where a mask is, which saves both: its second derivative is right."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(x, mask)
+        return x * x * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, mask = ctx.saved_tensors
+        return 2 * x * mask * grad, None
+
+
 def test_one_that_saves_its_inputs_is_not_told() -> None:
     torch.manual_seed(0)
     first, last = nn.Conv2d(3, 3, 3, padding=1).double(), nn.Conv2d(3, 3, 1).double()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert slope_error(lambda x: last(Square.apply(first(x))), [*first.parameters()]) < 1e-5
+        mask = (torch.rand(8, 8) > 0.3).double()
+        assert slope_error(lambda x: last(Masked.apply(first(x), mask)), [*first.parameters()]) < 1e-5
 
 
 def test_the_nafnet_of_the_recipes_is_differentiated_twice() -> None:
