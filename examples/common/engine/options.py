@@ -53,7 +53,8 @@ class TrainerOptions(RunOptions):
 
     Attributes:
         evaluate: directory of a finished run, which is evaluated on the data of the other options instead of being
-            trained. On the command line all options that are not given are those of that run.
+            trained. On the command line all options that are not given are those of that run, but for
+            data in whose place others are given.
     """
 
     evaluate: Path | None = None
