@@ -89,9 +89,8 @@ def _clean_files(folder: Path, config: Any, size: int) -> tuple[TaskData, TaskDa
     if degraded is not None:
         train, test = ([file for file in part if file in degraded] for part in (train, test))
         if not test or not train:
-            raise ValueError(
-                f"`images_lq` should hold images to train and to test with, found {len(train)}, {len(test)}."
-            )
+            found = f"{len(train)} and {len(test)}"
+            raise ValueError(f"`images_lq` should hold images to train and to test with, found {found}.")
         check_likeness("images_lq", [(degraded[file], file) for file in [*train, *test]])
     if not train or not test:
         raise ValueError(f"`images` should be a folder of at least two images, found {len(train + test)} in {folder}.")

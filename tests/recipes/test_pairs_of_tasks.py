@@ -147,7 +147,7 @@ def test_unirestore_trains_on_pairs_for_people_and_for_a_task(
     (tmp_path / "one").mkdir()
     save_image(half(photo(0)), tmp_path / "one" / "a_LR.png")
     save_image(photo(0), tmp_path / "a_HR.png")
-    with pytest.raises(ValueError, match="`images` should be a folder of at least two images, found 1 in"):
+    with pytest.raises(ValueError, match="`images_lq` should hold images to train and to test with, found 1 and 0"):
         unirestore(
             tmp_path / "run", prepared.unirestore, **{**changes, "images": tmp_path, "images_lq": tmp_path / "one"}
         )

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from examples.common.data.folder import a_tenth, image_files
 from examples.common.data.tasks import IGNORED, InMemory
 from examples.common.engine.evaluation import usable
 from examples.common.engine.recipe import as_value_error
@@ -242,7 +243,7 @@ def test_test_images_that_cannot_be_read_are_found_before_the_first_step(tmp_pat
 def test_unirestore_finds_them_too(tmp_path: Path) -> None:
     for number in range(3):
         write(tmp_path / "in" / f"{number}.png")
-    path = tmp_path / "in" / "0.png"  # the first is for the test
+    (path,) = a_tenth(image_files(tmp_path / "in"), tmp_path / "in")
     path.write_bytes(path.read_bytes()[:60])
     config = UniRestoreConfig(out=tmp_path / "run", network="nafnet-small", tasks=["restoration"], size=32, batch=2,
         images=tmp_path / "in", test_count=4, steps=1, cpu=True)  # fmt: skip
