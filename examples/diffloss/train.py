@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from examples.common.data.degradations import DEGRADATIONS
 from examples.common.data.pairs import check_pair_options, evaluated_whole, pairs_to_test, pairs_to_try, training_pairs
 from examples.common.engine import command_line
 from examples.common.engine.perceptual import Perception
@@ -252,7 +251,7 @@ class _Steps:
 
 def _check(config: Config, processes: int) -> None:
     """Raise ``ValueError`` for options that are out of range, or do not go together."""
-    check_pair_options(config, known=DEGRADATIONS if config.evaluate is None else [*DEGRADATIONS, *config.degradations])
+    check_pair_options(config, own_names=config.evaluate is not None)
     if config.shifted_pairs:
         raise ValueError(f"`shifted_pairs` should be left out: it is for DTP, found {config.shifted_pairs}.")
     if config.accumulate < 1 or config.batch % (config.accumulate * processes):

@@ -13,7 +13,6 @@ Every option of examples/dtp/config.py may stand in a YAML file (--config) or on
 command resumes a killed run. Several processes: ``python -m torch.distributed.run --nproc_per_node 8 -m ...``.
 """
 
-from examples.common.data.degradations import DEGRADATIONS
 from examples.common.data.pairs import check_pair_options
 from examples.common.engine import command_line
 from examples.dtp.config import Config
@@ -23,7 +22,7 @@ from examples.dtp.pretrain import Pretraining
 
 def trainer(config: Config) -> Pretraining | FineTuning:
     """The run that the method asks for."""
-    check_pair_options(config, known=DEGRADATIONS if config.evaluate is None else [*DEGRADATIONS, *config.degradations])
+    check_pair_options(config, own_names=config.evaluate is not None)
     if config.method != "pretrain":
         return FineTuning(config)
     if config.aggregator:

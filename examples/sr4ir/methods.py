@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import yaml  # type: ignore[import-untyped, unused-ignore]
+from examples.common.engine.run_directory import settings_of
 
 Image = Literal["hr", "bilinear", "restored"]
 Input = Literal["hr", "bilinear", "restored", "mix"]
@@ -95,7 +95,6 @@ METHODS: dict[str, Method] = {
 
 def check_trained_restorer(run: Path | None, option: str) -> None:
     """Raise ``ValueError`` for the run directory of a method that leaves its restorer as it began."""
-    file = None if run is None else run / "config.yaml"
-    method = yaml.safe_load(file.read_text(encoding="utf-8")).get("method") if file and file.is_file() else None
+    method = settings_of(run).get("method")
     if method in METHODS and not METHODS[method].restorer_terms:
         raise ValueError(f"`{option}` should be a run that trains a restorer, found one of {method!r}: {run}.")

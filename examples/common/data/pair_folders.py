@@ -125,11 +125,9 @@ def pairs(layout: str, root: Path, split: str, name: str) -> list[tuple[Path | N
     if any(pattern.startswith(f"{root.name}/") for pattern in described.train) and layout == "div2k":
         root = root.parent
     undivided = layout == "div2k" and not (root / "DIV2K_valid_HR").is_dir()
-    patterns = [
-        pattern.format(name=folder)
-        for pattern in (described.train if split == "train" or undivided else described.test)
-        for folder in dict.fromkeys((name, _FOLDERS.get(name, name) if "{name}" in pattern else name))
-    ]
+    of_split = described.train if split == "train" or undivided else described.test
+    folders_of = (name, _FOLDERS.get(name, name))
+    patterns = [*dict.fromkeys(pattern.format(name=folder) for pattern in of_split for folder in folders_of)]
     kept = described.kept[split != "train"]
     files = [path for pattern in patterns for path in image_files(root, pattern) if re.fullmatch(kept, path.stem)]
     if undivided:
@@ -198,11 +196,10 @@ def own_pairs(lq: Path, gt: Path) -> list[tuple[Path | None, Path]]:
 def _check_names(found: Sequence[tuple[Path | None, Path]], lq: Path, gt: Path) -> None:
     """Raise ``ValueError`` where all names of files, or those of the folders, say that the two are exchanged."""
     named = [(path, clean) for path, clean in found if path is not None]
-    if all(_says(path.stem, _CLEAN) and _says(clean.stem, _DEGRADED) for path, clean in named) or (
-        _says(f"_{lq.name}", _CLEAN) and _says(f"_{gt.name}", _DEGRADED)
-    ):
+    told = (_says(f"_{lq.name}", _CLEAN), _says(f"_{gt.name}", _DEGRADED))
+    if all(told) or all(_says(path.stem, _CLEAN) and _says(clean.stem, _DEGRADED) for path, clean in named):
         raise ValueError(f"The degraded images should be the first of a pair, found {named[0][0]} for {named[0][1]}.")
-    if _says(f"_{lq.name}", _CLEAN) or _says(f"_{gt.name}", _DEGRADED):
+    if any(told):
         logger.warning("%s is taken for the degraded images of %s: are the two exchanged?", lq, gt)
 
 

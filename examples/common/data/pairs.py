@@ -3,14 +3,13 @@
 import logging
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
-import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
 from examples.common.data.clean_images import training_photographs
@@ -29,6 +28,7 @@ from examples.common.data.pair_folders import LAYOUTS, own_pairs, pairs
 from examples.common.data.photos import grid_crops, photographs, pyramid, random_crops
 from examples.common.data.tasks import Task
 from examples.common.engine.options import plain_values
+from examples.common.engine.run_directory import settings_of
 from examples.common.seeds import derive_seed, seeded
 
 logger = logging.getLogger(__name__)
@@ -36,14 +36,15 @@ logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound=PairOptions)
 
 
-def check_pair_options(config: PairOptions, *, known: Collection[str] = DEGRADATIONS) -> None:
+def check_pair_options(config: PairOptions, *, own_names: bool = False) -> None:
     """Raise ``ValueError`` for options of the pairs that do not fit each other: none may do nothing without a word.
 
     Args:
         config: the options.
-        known: names that a degradation may have; beside ``lq`` it may have any.
+        own_names: whether degradations may have names of your own, as those of a finished run; beside ``lq`` they may.
     """
-    names, known = config.degradations, [*known, *(config.degradations if config.lq is not None else ())]
+    names = config.degradations
+    known = [*DEGRADATIONS, *names] if own_names or config.lq is not None else [*DEGRADATIONS]
     if not names or len(set(names)) < len(names) or not set(names) <= set(known):
         raise ValueError(f"`degradations` should be of {', '.join(known)}, each once, found {names}.")
     if config.lq is None:
@@ -267,8 +268,8 @@ def pairs_to_try(name: str, found: Sequence[tuple[Tensor, Tensor]]) -> list[tupl
 
 def evaluated_whole(config: Options, trained: Mapping[str, Any]) -> Options:
     """The options of an evaluation: of folders that its run has not seen all pairs are tested, not a tenth."""
-    before = None if trained.get("pretrained") is None else Path(trained["pretrained"]) / "config.yaml"
-    runs = [trained, yaml.safe_load(before.read_text(encoding="utf-8")) if before and before.is_file() else {}]
+    before = trained.get("pretrained")
+    runs = (trained, settings_of(None if before is None else Path(before)))
     seen = {run.get(option) for run in runs for option in ("lq", "gt")}
     if config.lq is None or config.test_lq is not None or seen & {plain_values(config.lq), plain_values(config.gt)}:
         return config

@@ -90,12 +90,13 @@ HIGHEST: dict[str, float] = {
 
 def check_numbers(config: Any) -> None:
     """Raise ``ValueError`` for a number out of its range, or not finite, in the options of a recipe."""
-    numbers = dict(_numbers(config))
+    found = [*_numbers(config)]
+    numbers = dict(found)
     for name, value in numbers.items():
         rate = numbers.get(name.removesuffix("_min"), 0)
         if name.endswith("lr_min") and value > rate > 0:  # at a rate of 0 a network does not learn
             raise ValueError(f"`{name}` should be at most `{name.removesuffix('_min')}`, {rate:g}, found {value:g}.")
-    for name, value in _numbers(config):
+    for name, value in found:
         if not math.isfinite(value):
             raise ValueError(f"`{name}` should be finite, found {value}.")
         if value < (lowest := LOWEST.get(name, 0)):

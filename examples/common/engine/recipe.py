@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-import yaml  # type: ignore[import-untyped, unused-ignore]
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from examples.common.data.options import DataOptions, PairOptions
 from examples.common.data.tasks import TaskData
 from examples.common.engine.batches import Batches, loader
 from examples.common.engine.options import RunOptions, TrainerOptions, check_numbers, plain_values
-from examples.common.engine.run_directory import RunDirectory, class_names_of, finished_run
+from examples.common.engine.run_directory import RunDirectory, class_names_of, finished_run, settings_of
 from examples.common.engine.terms import LOWER, TermLog
 from examples.common.networks.weights import load_saved
 from examples.common.seeds import derive_seed
@@ -240,9 +239,7 @@ class Recipe(ABC, Generic[Batch]):
         """Whether a finished run is evaluated on a folder that neither it nor one of these readers was trained on."""
         if self.evaluated is None or data.root is None:
             return False
-        configs = [run / "config.yaml" for run in readers if run is not None]
-        runs = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in configs if file.is_file()]
-        for run in (self.evaluated[0], *runs):
+        for run in (self.evaluated[0], *map(settings_of, readers)):
             sets = (run.get("data_sets") or {}).values()
             if plain_values(data.root) in (run.get("root"), *(one.partition(":")[2] for one in sets)):
                 return False

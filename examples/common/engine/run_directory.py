@@ -238,8 +238,13 @@ def finished_run(run: Path, module: str, *files: str, option: str = "run") -> tu
     for name in ("config.yaml", "results.json", *files):
         if not (run / name).is_file():
             raise ValueError(f"`{option}` should be a finished run of {module}, found no {name} in {run}.")
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    return settings, read_json((run / "results.json").read_text(encoding="utf-8"))
+    return settings_of(run), read_json((run / "results.json").read_text(encoding="utf-8"))
+
+
+def settings_of(run: Path | None) -> dict[str, Any]:
+    """The options that a run directory was trained with; none of what is no run directory."""
+    file = None if run is None else run / "config.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
 
 
 def class_names_of(run: Path, task: str) -> list[str] | None:
