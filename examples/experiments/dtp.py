@@ -74,6 +74,7 @@ class Experiment:
         """Setting A, rain: every way not to forget."""
         for method in ("scratch", "plain", "replay", "replay_degraded", "project", "full", "orthogonality"):
             yield "forgetting", method, {"method": method}
+        yield "forgetting", "scratch_longer", {"method": "scratch", "steps": self.base.steps + self.pretrain_steps}
         for method, strengths in STRENGTHS.items():
             for strength in strengths:
                 yield "forgetting", f"{method}_{strength:g}", {"method": method, "penalty_weight": strength}
