@@ -47,7 +47,7 @@ def _clean(config: Any) -> tuple[TaskData, TaskData]:
     size = config.size or (48 if config.data in ("generated", "photos") else 512)
     if config.images is not None:
         return _clean_files(config.images, config, size)
-    train = training_photographs(size)
+    train = training_photographs(size, beside_textures=config.data == "photos")
     held_out = {name: photo for name in HELD_OUT if min((photo := load_photo(name)).shape[1:]) >= size}
     if not train or not held_out:
         raise ValueError(f"`images` should be a folder of photographs for `size` {size}; those found are smaller.")

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples.common.data import photo_textures as photos_module
+from examples.common.data.clean_images import training_photographs
 from examples.common.data.generated import CLASSES, STRIPES, generated
-from examples.common.data.photo_textures import BACKGROUNDS, CUT, GAP, PHOTOS, columns, part, photo_textures
-from examples.common.data.photos import HELD_OUT, load_photo
+from examples.common.data.photo_textures import BACKGROUNDS, CUT, GAP, PHOTOS, columns, part, photo_textures, untested
+from examples.common.data.photos import HELD_OUT, TRAIN, load_photo
 
 TASKS = ("classification", "segmentation", "detection")
 MAKERS = {
@@ -206,6 +207,19 @@ def test_a_part_depends_on_its_own_columns_only(monkeypatch):
         for level, wanted in zip(part.__wrapped__(name, split), expected[split], strict=True):
             assert np.array_equal(level, wanted)
         monkeypatch.undo()
+
+
+def test_photographs_beside_textures_have_no_test_part():
+    for name in TRAIN:
+        rest = untested(name, load_photo(name))
+        if name == "motorcycle_right":
+            assert rest is None
+        elif name in PHOTOS | BACKGROUNDS:
+            assert rest is not None and rest.shape[2] == columns(name, "train")[1]
+        else:
+            assert rest is not None and torch.equal(rest, load_photo(name))
+    alone, beside = training_photographs(24), training_photographs(24, beside_textures=True)
+    assert len(beside) == len(alone) - 3 and sum(map(torch.numel, beside)) < 0.8 * sum(map(torch.numel, alone))
 
 
 def test_no_held_out_photograph_and_no_background_that_is_a_class():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from examples.common.data.folder import UNREADABLE, Skipped, read_image, with_degraded
+from examples.common.data.photo_textures import untested
 from examples.common.data.photos import photographs, pyramid, random_crops
 from examples.common.data.tasks import Task
 
@@ -69,7 +70,13 @@ def read_large(
 
 
 @functools.cache
-def training_photographs(smallest: int) -> tuple[Tensor, ...]:
-    """The photographs that come with other packages, at several sizes; read once for all who ask."""
+def training_photographs(smallest: int, *, beside_textures: bool = False) -> tuple[Tensor, ...]:
+    """The photographs that come with other packages, at several sizes; read once for all who ask.
+
+    Args:
+        smallest: side of an image.
+        beside_textures: without what the test images of ``photo_textures`` are from.
+    """
     train, _ = photographs(None, smallest=smallest)
-    return tuple(size for photo in train.values() for size in pyramid(photo, smallest))
+    images = [untested(name, photo) if beside_textures else photo for name, photo in train.items()]
+    return tuple(size for image in images if image is not None for size in pyramid(image, smallest))
