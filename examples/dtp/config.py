@@ -1,6 +1,6 @@
 """The options of DTP, in a YAML file and on the command line."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,22 +102,18 @@ class Config(PairOptions, TrainerOptions):
                     del values[name]
         return values
 
-
-def unused(config: Config) -> list[str]:
-    """The options that were given and that this method does not look at."""
-    method = METHODS.get(config.method)  # None for "pretrain"
-    penalty, replay = (None, False) if method is None else (method.penalty, method.replay)
-    looked_at = {
-        "pretrained": method is not None and method.pretrained,
-        **dict.fromkeys(("order", "timesteps", "moe", "fft_weight", "flips"), method is not None),
-        **dict.fromkeys(("experts", "experts_form"), config.moe),
-        **dict.fromkeys(("penalty_weight", "normalize"), penalty is not None),
-        "importance_samples": penalty not in (None, "l2sp"),
-        **dict.fromkeys(("replay_share", "replay_weight", "shallow"), replay),
-        **dict.fromkeys(
-            ("orthogonality_weight", "orthogonality_every"), method is not None and method.conflict == "orthogonality"
-        ),
-        "decay": method is not None and method.decay,
-    }
-    given = {option.name: getattr(config, option.name) != option.default for option in fields(config)}
-    return [name for name, used in looked_at.items() if given[name] and not used]
+    def looked_at(self) -> dict[str, bool]:
+        """Whether this run looks at an option, of those that only some look at."""
+        method = METHODS.get(self.method)  # None for "pretrain"
+        penalty, replay = (None, False) if method is None else (method.penalty, method.replay)
+        orthogonality = method is not None and method.conflict == "orthogonality"
+        return {
+            "pretrained": method is not None and method.pretrained,
+            **dict.fromkeys(("order", "timesteps", "moe", "fft_weight", "flips"), method is not None),
+            **dict.fromkeys(("experts", "experts_form"), self.moe),
+            **dict.fromkeys(("penalty_weight", "normalize"), penalty is not None),
+            "importance_samples": penalty not in (None, "l2sp"),
+            **dict.fromkeys(("replay_share", "replay_weight", "shallow"), replay),
+            **dict.fromkeys(("orthogonality_weight", "orthogonality_every"), orthogonality),
+            "decay": method is not None and method.decay,
+        }

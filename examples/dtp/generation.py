@@ -14,7 +14,7 @@ from examples.common.data.pairs import evaluated_whole
 from examples.common.engine.recipe import Recipe, as_value_error
 from examples.common.engine.schedules import cosine_schedule
 from examples.common.seeds import seeded
-from examples.dtp.config import Config, unused
+from examples.dtp.config import Config
 from examples.dtp.data import clean_images, held_out_images
 from restoreloss import DenoisingLoss, NoiseLevels
 from restoreloss.frozen import unwrap
@@ -46,8 +46,6 @@ class GenerativeRecipe(Recipe[Batch]):
             raise ValueError("`lr` should be above 0, found 0.")
         if self.evaluated is not None:
             config = evaluated_whole(config, self.evaluated[0])
-        elif idle := unused(config):
-            logger.warning("Of no effect on %s: %s", config.method, ", ".join(f"`{option}`" for option in idle))
         self.config = config
         self.title = "generative pre-training" if config.method == "pretrain" else config.method
         # the network returns the image, and its residual is what is left

@@ -6,6 +6,7 @@ from typing import Literal
 
 from examples.common.data.options import DataOptions, Degradation
 from examples.common.engine.options import TrainerOptions
+from examples.edtr.methods import METHODS
 
 MethodName = Literal[
     "edtr", "conventional", "hlf_long", "hlf_from_noise", "no_pre", "no_hlf", "no_fm", "no_prior",
@@ -73,3 +74,14 @@ class Config(DataOptions, TrainerOptions):
     judges: list[Path] = field(default_factory=list)
     smallest: int = 0
     checkpointing: bool = False
+
+    def looked_at(self) -> dict[str, bool]:
+        """Whether this run looks at an option, of those that only some look at."""
+        method = METHODS[self.method]
+        return {
+            "n": not method.long,
+            "long_steps": method.long,
+            "t_p": method.partial,
+            "draws": method.prior or method.noise,
+            "alpha": method.matching,
+        }

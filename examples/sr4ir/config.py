@@ -6,6 +6,7 @@ from typing import Literal
 
 from examples.common.data.options import DataOptions
 from examples.common.engine.options import TrainerOptions
+from examples.sr4ir.methods import METHODS
 
 MethodName = Literal[
     "oracle", "l_to_t", "s_to_t", "t_to_s", "joint", "sr4ir", "no_tdp", "sr_only", "hr_only", "no_cqmix",
@@ -82,3 +83,16 @@ class Config(DataOptions, TrainerOptions):
     fixed_hr: Path | None = None
     judge: Path | None = None
     foreign: Path | None = None
+
+    def looked_at(self) -> dict[str, bool]:
+        """Whether this run looks at an option, of those that only some look at."""
+        method = METHODS[self.method]
+        tdp, mixes = "tdp" in method.restorer_terms, "mix" in method.recognizer_inputs
+        return {
+            "s_weights": bool(method.restorer_terms),
+            "layers": tdp and method.features != "foreign",
+            "tdp_weight": tdp,
+            **dict.fromkeys(("grid", "mix"), mixes),
+            "separate": len(method.recognizer_inputs) > 1,
+            "h_weight_decay": self.h_optimizer == "sgd" and bool(method.recognizer_inputs),
+        }

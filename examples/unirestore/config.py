@@ -86,3 +86,14 @@ class Config(DataOptions, TrainerOptions):
     degradation: Degradation = "corruptions"
     scale: int = 1
     batch: int = 8
+
+    def looked_at(self) -> dict[str, bool]:
+        """Whether this run looks at an option, of those that only some look at."""
+        ours = self.network is None
+        of_model = ("prior", "cfrm", "adapter", "gate", "control_channels", "steps_of_diffusion", "prompt_lr")
+        return {
+            **dict.fromkeys((*of_model, "every_prompt"), ours),
+            **dict.fromkeys(("cfrm_blocks", "cfrm_weights"), ours and self.cfrm),
+            "restored_too": self.stage == "stage2" or not ours,
+            "task_weights": self.stage != "stage1" or not ours,
+        }

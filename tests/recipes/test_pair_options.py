@@ -15,9 +15,8 @@ from examples.common.data.pair_folders import degraded_files, own_pairs
 from examples.common.data.pairs import FolderPairs, check_pair_options, evaluated_whole, pairs_to_test, pairs_to_try
 from examples.common.engine.options import check_numbers
 from examples.diffloss.train import Trainer as DiffLossTrainer
-from examples.dtp.config import Config, unused
+from examples.dtp.config import Config
 from examples.dtp.data import clean_images, held_out_images
-from examples.dtp.methods import METHODS
 from examples.dtp.train import trainer
 from tests.recipes import cases
 
@@ -169,32 +168,6 @@ def test_large_clean_images_are_read_one_by_one_and_cut(mine: Path) -> None:
     assert next(images).shape == next(images).shape == (1, 3, 32, 32)
     second = read_image(mine / "gt" / "02.png")[None]
     torch.testing.assert_close(next(images), second[..., 8:40, 8:40])
-
-
-@pytest.mark.parametrize(
-    ("changes", "idle"),
-    [
-        ({"method": "plain", "penalty_weight": 5.0, "decay": 9.0}, {"penalty_weight", "decay"}),
-        ({"method": "plain", "experts": 3}, {"experts"}),
-        ({"method": "pretrain", "moe": True, "fft_weight": 0.5, "flips": True}, {"moe", "fft_weight", "flips"}),
-        ({"method": "scratch", "pretrained": Path("run")}, {"pretrained"}),
-        ({"method": "l2sp", "importance_samples": 8, "normalize": "mean"}, {"importance_samples"}),
-        ({"method": "replay", "orthogonality_every": 2, "shallow": 0.1}, {"orthogonality_every"}),
-        ({"method": "gef", "orthogonality_every": 2, "shallow": 0.1, "moe": True, "experts": 3, "decay": 0.1}, set()),
-    ],
-)  # fmt: skip
-def test_options_of_other_methods_are_named(changes: dict[str, Any], idle: set[str]) -> None:
-    assert set(unused(Config(out=Path(), **changes))) == idle
-
-
-@pytest.mark.parametrize("method", ["pretrain", *METHODS])
-def test_no_default_is_idle(method: Any) -> None:
-    assert not unused(Config(out=Path(), method=method))
-
-
-def test_idle_options_are_said_before_the_first_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer(replace(cases.DTP, out=tmp_path / "run", method="scratch", decay=0.3, importance_samples=64, experts=10))
-    assert "Of no effect on scratch: `replay_share`, `decay`" in caplog.text
 
 
 def test_scratch_takes_pairs_of_an_own_name(mine: Path, tmp_path: Path) -> None:

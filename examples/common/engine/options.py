@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,10 @@ class RunOptions:
             if values.get(option):
                 values[option] = _absolute(values[option])
         return values
+
+    def looked_at(self) -> dict[str, bool]:
+        """Whether this run looks at an option, of those that only some look at."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +126,15 @@ def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, int | float) and not isinstance(number, bool):
                 yield name, number
+
+
+def unused(config: RunOptions) -> list[str]:
+    """The options that were given and that this run does not look at."""
+    defaults = {
+        option.name: option.default if option.default_factory is MISSING else option.default_factory()
+        for option in fields(config)
+    }
+    return [name for name, used in config.looked_at().items() if not used and getattr(config, name) != defaults[name]]
 
 
 def shared_options(config: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from examples.common.data.folder import check_folder
 from examples.common.data.options import DataOptions, PairOptions
 from examples.common.data.tasks import TaskData
 from examples.common.engine.batches import Batches, loader
-from examples.common.engine.options import RunOptions, TrainerOptions, check_numbers, plain_values
+from examples.common.engine.options import RunOptions, TrainerOptions, check_numbers, plain_values, unused
 from examples.common.engine.run_directory import RunDirectory, class_names_of, finished_run, settings_of
 from examples.common.engine.terms import LOWER, TermLog
 from examples.common.networks.weights import load_saved
@@ -86,6 +86,9 @@ class Recipe(ABC, Generic[Batch]):
         if config.precision == "bf16" and self.device.type == "cpu" and get_cpu_capability() in ("NO AVX", "AVX2"):
             logger.warning("This CPU has no instructions for bfloat16: a step takes ten times as long as in float32.")
         self.main = self.accelerator.is_main_process
+        idle = [name for name in unused(config) if self.evaluated is None or name in self.evaluation_options]
+        if idle and self.main:
+            logger.warning("Of no effect on this run: %s", ", ".join(f"`{name}`" for name in idle))
         torch.manual_seed(derive_seed(config.seed))
 
     def begin(self, stages: Callable[[], list[Stage[Batch]]]) -> None:
