@@ -5,11 +5,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped, unused-ignore]
-
 from examples.common.data.options import DataOptions
 from examples.common.data.task_data import of_task
 from examples.common.engine.options import plain_values
+from examples.common.engine.run_directory import settings_of
 from examples.edtr.config import Config
 
 
@@ -45,8 +44,7 @@ def with_prepared(config: Config, tasks: Sequence[str]) -> Config:
 
 
 def _check_data(config: Config, run: Path) -> None:
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    before = plain_values(asdict(DataOptions())) | settings  # a run may be older than an option
+    before = plain_values(asdict(DataOptions())) | settings_of(run)  # a run may be older than an option
     now = plain_values(asdict(of_task(config, before["task"])))
     for option in (field.name for field in fields(DataOptions)):
         if before[option] != now[option]:

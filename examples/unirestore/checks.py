@@ -4,10 +4,9 @@ import math
 from pathlib import Path
 from typing import get_args
 
-import yaml  # type: ignore[import-untyped, unused-ignore]
-
 from examples.common.data.task_data import check_data_sets
 from examples.common.engine.options import check_numbers
+from examples.common.engine.run_directory import settings_of
 from examples.unirestore.config import TASKS, Config, StageName
 
 
@@ -85,9 +84,7 @@ def check_data(config: Config) -> None:
 def _check_before(config: Config, before: Path) -> None:
     """Raise ``ValueError`` for a run that the stage cannot begin with; what its weights cannot tell."""
     wanted = ("stage1",) if config.stage == "stage2" else ("stage2", "add-task")
-    file = before / "config.yaml"
-    done = file.is_file() and (before / "results.json").is_file()
-    settings = yaml.safe_load(file.read_text(encoding="utf-8")) if done else {}
+    settings = settings_of(before) if (before / "results.json").is_file() else {}
     if (found := settings.get("stage", "none")) not in wanted:
         raise ValueError(
             f"`after` should be a finished run of {' or '.join(wanted)}, found {before}, which is {found}."

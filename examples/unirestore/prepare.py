@@ -22,7 +22,7 @@ from typing import Any, Literal
 from examples.common.data.options import DataOptions, Degradation
 from examples.common.engine import command_line
 from examples.common.engine.options import RunOptions, shared_options
-from examples.common.engine.train_prior import PriorConfig, train_prior
+from examples.common.engine.train_prior import PriorConfig, autoencoder_of, train_prior
 from examples.common.networks.latent_diffusion import Prediction
 from examples.common.networks.recognizers import recognizer
 from examples.sr4ir.config import Config as TaskConfig
@@ -70,6 +70,8 @@ def prepare(config: Config) -> None:
     check_preparation(config)
     if config.images is not None:
         data_of("restoration", config)  # what is wrong with it is said now, not after hours
+    if config.train_prior:
+        autoencoder_of(_prior_options(config, config.out / "prior"))
     trained = [task for task in config.tasks if task != "reading"]  # whose networks are trained already
     for task in trained:
         known: Any = task
@@ -87,13 +89,16 @@ def prepare(config: Config) -> None:
 
 def train_prior_of_all(config: Config, out: Path) -> None:
     """A small latent diffusion model of the images of all tasks, with two levels of features to restore."""
-    tasks = ["restoration", *config.tasks]
+    train_prior(_prior_options(config, out), mixed(["restoration", *config.tasks], config))
+
+
+def _prior_options(config: Config, out: Path) -> PriorConfig:
     options = {
         **shared_options(config), "out": out, "steps": config.prior_steps, "prediction": config.prediction,
         "autoencoder": config.autoencoder,
     }  # fmt: skip
-    of = [*tasks, *([] if config.images is None else [str(config.images)])]
-    train_prior(PriorConfig(**options, levels=3, of=of), mixed(tasks, config))
+    of = ["restoration", *config.tasks, *([] if config.images is None else [str(config.images)])]
+    return PriorConfig(**options, levels=3, of=of)
 
 
 def main() -> None:

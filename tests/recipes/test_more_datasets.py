@@ -107,6 +107,22 @@ def test_coco_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         coco(tmp_path / "none", "train")
 
 
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ("{}", "KeyError: 'categories'"),
+        ('{"categories": [1]}', "TypeError"),
+    ],
+)
+def test_annotations_that_are_none_of_coco_are_named(content: str, found: str, tmp_path: Path) -> None:
+    make_coco(tmp_path)
+    (tmp_path / "annotations/instances_train2017.json").write_text(content)
+    with pytest.raises(ValueError, match=f"instances_train2017.json should be the JSON of COCO 2017's .* {found}"):
+        coco(tmp_path, "train")
+
+
 @pytest.mark.parametrize("listed", [False, True])
 def test_rtts_is_read(listed: bool, tmp_path: Path) -> None:
     folder = tmp_path / "RTTS"

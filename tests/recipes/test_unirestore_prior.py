@@ -12,7 +12,7 @@ from examples.common.data.degrade import degradation
 from examples.common.data.options import DataOptions
 from examples.common.engine.evaluation import GAINS, _Fidelity
 from examples.common.networks.latent_diffusion import load_latent_diffusion, scheduler
-from examples.unirestore.prepare import Config, train_prior_of_all
+from examples.unirestore.prepare import Config, prepare, train_prior_of_all
 from examples.unirestore.train import Trainer
 from restoreloss import NoiseSchedule
 from tests.helpers.restorers import learned, uniform
@@ -43,6 +43,13 @@ def test_priors_of_two_predictions_share_an_autoencoder(tmp_path: Path) -> None:
     assert all(torch.equal(value, others[name]) for name, value in weights.items())
     scales = {load_latent_diffusion(path).encoder.encoder.config.scaling_factor for path in (first, second)}
     assert len(scales) == 1
+
+
+def test_an_autoencoder_that_is_none_is_refused_before_any_training(tmp_path: Path) -> None:
+    options: dict[str, Any] = {**SMALL, "tasks": ["classification"], "out": tmp_path / "prepared"}
+    with pytest.raises(ValueError, match=r"autoencoder.safetensors should hold the weights of this Autoencoder"):
+        prepare(Config(**options, autoencoder=tmp_path))
+    assert not (tmp_path / "prepared").exists()
 
 
 def test_a_prior_that_goes_on_is_saved_anew(tmp_path: Path) -> None:

@@ -27,22 +27,26 @@ def coco(root: Path, split: Split, *, size: int = 640) -> FolderData:
         size: the long side is reduced to it where it is above.
 
     Raises:
-        ValueError: If a file is missing.
+        ValueError: If a file is missing or is no annotations of COCO.
     """
     part = "train2017" if split == "train" else "val2017"
     index = root / "annotations" / f"instances_{part}.json"
     if not index.is_file():
         raise ValueError(f"`root` should contain {index.relative_to(root)}, found no such file in {root}.")
-    content = json.loads(index.read_text(encoding="utf-8"))
-    kinds = sorted(content["categories"], key=lambda kind: int(kind["id"]))
-    numbers = {int(kind["id"]): number for number, kind in enumerate(kinds, start=1)}
     boxes: dict[int, list[tuple[int, list[float]]]] = {}
-    for thing in content["annotations"]:
-        if not thing.get("iscrowd"):
-            boxes.setdefault(int(thing["image_id"]), []).append((numbers[int(thing["category_id"])], thing["bbox"]))
-    images = [(root / part / image["file_name"], int(image["id"])) for image in content["images"]]
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        kinds = sorted(content["categories"], key=lambda kind: int(kind["id"]))
+        numbers = {int(kind["id"]): number for number, kind in enumerate(kinds, start=1)}
+        for thing in content["annotations"]:
+            if not thing.get("iscrowd"):
+                boxes.setdefault(int(thing["image_id"]), []).append((numbers[int(thing["category_id"])], thing["bbox"]))
+        images = [(root / part / image["file_name"], int(image["id"])) for image in content["images"]]
+        names = ("background", *(str(kind["name"]) for kind in kinds))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{index} should be the JSON of COCO 2017's annotations, found {found}.") from error
     samples = existing_files(images, split, index)
-    names = ("background", *(str(kind["name"]) for kind in kinds))
     transform = detection_transform(split == "train", size)
     return FolderData("detection", names, samples, partial(_of_coco, boxes), transform)
 

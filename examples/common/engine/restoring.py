@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
 from examples.common.data.folder import check_folder, restore_folder
 from examples.common.engine.command_line import device
 from examples.common.engine.options import check_tile
+from examples.common.engine.run_directory import settings_of
 from examples.common.seeds import seeded
 from restoreloss.restorers.tiling import tiled
 
@@ -83,9 +83,7 @@ def _check(given: argparse.Namespace) -> None:
         if (value := getattr(given, name, None)) is not None and value < 0:
             raise ValueError(f"`{name}` should be at least 0, found {value}.")
     if given.tile is None:
-        file = given.run / "config.yaml"
-        settings = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        given.tile = settings.get("tile", TILE)
+        given.tile = settings_of(given.run).get("tile", TILE)
     check_tile(given.tile)
     if given.tile and given.overlap is not None and not 0 <= given.overlap <= given.tile // 2:
         raise ValueError(f"`overlap` should be from 0 to half of `tile` ({given.tile // 2}), found {given.overlap}.")

@@ -73,9 +73,7 @@ class PriorTrainer(Recipe[Batch]):
         self.title = "a latent diffusion model"
         self.train_data, self.test_data = datasets(config, config.seed) if data is None else data
         self.multiple = 2**config.levels
-        self.vae: nn.Module = self.accelerator.prepare(
-            _Autoencoder(small_autoencoder(config.width // 2, config.levels))
-        )
+        self.vae: nn.Module = self.accelerator.prepare(autoencoder_of(config))
         self.unet: nn.Module = self.accelerator.prepare(small_unet(config.width))
         self.networks = {"autoencoder": self.vae, "unet": self.unet}
         self.scheduler = scheduler(config.prediction)
@@ -86,8 +84,6 @@ class PriorTrainer(Recipe[Batch]):
         stages = [self._stage("diffusion", self.unet, self.vae, self._denoising, 2 * config.steps)]
         if config.autoencoder is None:
             stages.insert(0, self._stage("autoencoder", self.vae, self.unet, self._reconstruction, config.steps))
-        else:
-            load_saved(unwrap(self.vae), config.autoencoder / "autoencoder.safetensors")
         self.begin(lambda: stages)
 
     def batch(self, images: Any, targets: Any, step: int, steps: int) -> Batch:
@@ -167,7 +163,19 @@ def train_prior(config: PriorConfig, data: tuple[TaskData, TaskData] | None = No
         trainer.save_pretrained()
 
 
-class _Autoencoder(nn.Module):
+def autoencoder_of(config: PriorConfig) -> "Autoencoder":
+    """An autoencoder as the options want it: new, or that of another prior.
+
+    Raises:
+        ValueError: If that is not there, or is another network.
+    """
+    network = Autoencoder(small_autoencoder(config.width // 2, config.levels))
+    if config.autoencoder is not None:
+        load_saved(network, config.autoencoder / "autoencoder.safetensors")
+    return network
+
+
+class Autoencoder(nn.Module):
     """An autoencoder that keeps the standard deviation of its latents, as DDP wants it: in a forward pass."""
 
     deviation: Tensor
