@@ -1,6 +1,6 @@
 """The images that are restored, for people and for each task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from examples.common.data.pairs import check_likeness
 from examples.common.data.photos import HELD_OUT, grid_crops, load_photo
 from examples.common.data.task_data import dataset, datasets, image_side, of_task
 from examples.common.data.tasks import InMemory, Task, TaskData
+from examples.common.engine.run_directory import settings_of
 from examples.unirestore.config import TASKS
 
 
@@ -33,20 +34,38 @@ def data_of(task: str, config: Any) -> tuple[TaskData, TaskData]:
     return datasets(of_task(config, known), config.seed)
 
 
-def test_data_of(task: str, config: Any) -> TaskData:
-    """The test data alone, where no training data are needed."""
+def test_data_of(task: str, config: Any, is_elsewhere: Callable[[Path | None], bool]) -> TaskData:
+    """The test data alone, where no training data are needed.
+
+    Args:
+        task: what they are for.
+        config: the options.
+        is_elsewhere: whether nothing was trained on a folder, all of which is then for the test.
+    """
     if task == "restoration":
-        return _clean(config)[1]
+        return _clean(config, whole=is_elsewhere(config.images))[1]
     known: Any = task
-    return dataset(of_task(config, known), "test", config.seed)
+    data = of_task(config, known)
+    return dataset(data, "test", config.seed, whole=is_elsewhere(data.root))
 
 
-def _clean(config: Any) -> tuple[TaskData, TaskData]:
+def began_with(options: Mapping[str, Any]) -> list[Path]:
+    """The runs that a run of these options began with: the stages before it, and what was prepared for each."""
+    runs = [Path(options["prior"])] if options.get("prior") else []
+    if options.get("prepared"):
+        runs += sorted(Path(options["prepared"]).glob("*"))
+    if not options.get("after"):
+        return runs
+    before = Path(options["after"])
+    return [*runs, before, *began_with(settings_of(before))]
+
+
+def _clean(config: Any, *, whole: bool = False) -> tuple[TaskData, TaskData]:
     if config.data == "words":  # for people the same as for readers
         return _unlabeled(*datasets(of_task(config, "reading"), config.seed))
     size = config.size or (48 if config.data in ("generated", "photos") else 512)
     if config.images is not None:
-        return _clean_files(config.images, config, size)
+        return _clean_files(config.images, config, size, whole)
     train = training_photographs(size, beside_textures=config.data == "photos")
     held_out = {name: photo for name in HELD_OUT if min((photo := load_photo(name)).shape[1:]) >= size}
     if not train or not held_out:
@@ -72,8 +91,9 @@ def _unlabeled(*parts: TaskData) -> tuple[TaskData, TaskData]:
     return train, test
 
 
-def _clean_files(folder: Path, config: Any, size: int) -> tuple[TaskData, TaskData]:
-    """A tenth of the images of a folder is for the test, of DIV2K its validation part; each is read when it is wanted.
+def _clean_files(folder: Path, config: Any, size: int, whole: bool) -> tuple[TaskData, TaskData]:
+    """A tenth of the images of a folder is for the test, or the ``whole``; of DIV2K its validation part. Each is read
+    when it is wanted.
 
     They are divided before those without a degraded image are left out, so that what was prepared without ``images_lq``
     has learned from none of the test.
@@ -82,17 +102,17 @@ def _clean_files(folder: Path, config: Any, size: int) -> tuple[TaskData, TaskDa
         train, test = ([file for _, file in pairs("div2k", folder, split, "clean")] for split in ("train", "test"))
     else:
         files = image_files(folder)
-        tested = a_tenth(files, folder)
+        tested = set(files) if whole else a_tenth(files, folder)
         train, test = ([file for file in files if (file in tested) == side] for side in (False, True))
     lq = getattr(config, "images_lq", None)  # preparation has no use for it
     degraded = None if lq is None else degraded_files([*train, *test], folder, lq, option="images_lq")
     if degraded is not None:
         train, test = ([file for file in part if file in degraded] for part in (train, test))
-        if not test or not train:
+        if not test or not (train or whole):
             found = f"{len(train)} and {len(test)}"
             raise ValueError(f"`images_lq` should hold images to train and to test with, found {found}.")
         check_likeness("images_lq", [(degraded[file], file) for file in [*train, *test]])
-    if not train or not test:
+    if not test or not (train or whole):
         raise ValueError(f"`images` should be a folder of at least two images, found {len(train + test)} in {folder}.")
     each = -(-config.test_count // len(test))
     crops = [(file, number) for number in range(each) for file in test][: config.test_count]

@@ -39,7 +39,7 @@ from examples.common.seeds import derive_seed, seeded
 from examples.unirestore.batch import Batch, Part
 from examples.unirestore.checks import check, check_data
 from examples.unirestore.config import FILE, TASKS, WEIGHTS, Config, StageName
-from examples.unirestore.data import data_of, test_data_of
+from examples.unirestore.data import began_with, data_of, test_data_of
 from examples.unirestore.networks import PlainNetwork
 from examples.unirestore.restore import build_unirestore, load_run
 from restoreloss import Alternation, Phase
@@ -119,7 +119,11 @@ class Trainer(Recipe[Batch]):
 
     def _reader(self, task: str) -> Reader:
         config = self.config
-        train, test = data_of(task, config) if self.evaluated is None else [test_data_of(task, config)] * 2
+        if self.evaluated is None:
+            train, test = data_of(task, config)
+        else:
+            began = [*began_with(self.evaluated[0]), *began_with(vars(config))]
+            train = test = test_data_of(task, config, lambda folder: self.is_elsewhere(folder, *began))
         networks: dict[str, nn.Module | None] = {"hq": None, "judge": None}
         if task == "reading":  # whose networks are trained already
             networks = {"hq": load_recognizer(Path("english_g2")), "judge": load_recognizer(Path("pp_ocr"))}

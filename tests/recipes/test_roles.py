@@ -119,6 +119,23 @@ def test_other_folders_than_those_of_the_run_are_tested_whole(tmp_path: Path) ->
     assert len(Trainer(read).test_data) == 2
 
 
+def test_other_images_than_those_of_unirestore_are_tested_whole(tmp_path: Path, prepared: cases.Prepared) -> None:
+    own, other = make(tmp_path / "own", 10) / "cat", make(tmp_path / "other", 7) / "cat"
+    data: Any = {"images": own, "size": 32, "tasks": ["restoration"], "test_count": 10, "steps": 1}
+    stage1 = unirestore(tmp_path / "stage1", prepared.unirestore, "stage1", **data)
+    stage1.run()
+    stage2 = {**data, "images": other, "after": tmp_path / "stage1"}
+    unirestore(tmp_path / "run", prepared.unirestore, "stage2", **stage2).run()
+
+    def tested(images: Path) -> int:
+        changes = {**stage2, "images": images, "evaluate": tmp_path / "run"}
+        run = unirestore(tmp_path / f"of_{images.parent.name}", prepared.unirestore, "stage2", **changes)
+        return len({file for file, _ in run.readers["restoration"].test_data.crops})  # type: ignore[attr-defined]
+
+    assert tested(other) == tested(own) == 1  # stage 1 has learned from the others
+    assert tested(make(tmp_path / "third", 4) / "cat") == 4
+
+
 @pytest.mark.parametrize(
     ("given", "left"),
     [

@@ -238,15 +238,15 @@ class Recipe(ABC, Generic[Batch]):
             )  # fmt: skip
         return known, same
 
-    def is_elsewhere(self, data: DataOptions, *readers: Path | None) -> bool:
-        """Whether a finished run is evaluated on a folder that neither it nor one of these readers was trained on."""
-        if self.evaluated is None or data.root is None:
+    def is_elsewhere(self, folder: Path | None, *runs: Path | None) -> bool:
+        """Whether a finished run is evaluated on a folder that neither it nor one of these runs was trained on."""
+        if self.evaluated is None or folder is None:
             return False
-        for run in (self.evaluated[0], *map(settings_of, readers)):
-            sets = (run.get("data_sets") or {}).values()
-            if plain_values(data.root) in (run.get("root"), *(one.partition(":")[2] for one in sets)):
+        for run in (self.evaluated[0], *map(settings_of, runs)):
+            sets = (one.partition(":")[2] for one in (run.get("data_sets") or {}).values())
+            if plain_values(folder) in (run.get("root"), run.get("images"), *(run.get("of") or ()), *sets):
                 return False
-        logger.info("Nothing is known to have been trained on %s: if it is not divided, all of it is tested", data.root)
+        logger.info("Nothing is known to have been trained on %s: if it is not divided, all of it is tested", folder)
         return True
 
     def _of_evaluated(self, config: RunOptions, run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
