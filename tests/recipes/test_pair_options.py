@@ -12,7 +12,15 @@ from torchvision.utils import save_image
 
 from examples.common.data.folder import read_image
 from examples.common.data.pair_folders import degraded_files, own_pairs
-from examples.common.data.pairs import FolderPairs, check_pair_options, evaluated_whole, pairs_to_test, pairs_to_try
+from examples.common.data.pairs import (
+    FolderPairs,
+    check_pair_options,
+    evaluated_whole,
+    own_pairs_of,
+    pairs_to_test,
+    pairs_to_try,
+)
+from examples.common.data.photos import photographs
 from examples.common.engine.options import check_numbers
 from examples.diffloss.train import Trainer as DiffLossTrainer
 from examples.dtp.config import Config
@@ -59,6 +67,12 @@ def test_generation_trains_on_no_image_of_the_test(mine: Path) -> None:
     tested = {clean for _, clean in pairs_to_test(config, "mine", shifted=False).data.files[0]}  # type: ignore[attr-defined]
     pool = {source for source in clean_images(config).sources if isinstance(source, Path)}
     assert len(tested) == 2 and len(pool) == 18 and not tested & pool
+
+
+def test_a_prior_trains_on_no_image_of_the_test(mine: Path) -> None:
+    tested = {clean.name for _, clean in own_pairs_of(options(mine), "test")}
+    train, held_out = photographs(mine / "gt", smallest=16)
+    assert len(train) == 18 and set(held_out) == tested
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

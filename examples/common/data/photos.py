@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.common.data.folder import Images, LazyTensors, load_folder, unit
+from examples.common.data.folder import Images, LazyTensors, a_tenth, image_files, load_folder, unit
 
 TRAIN = (
     "astronaut",
@@ -55,7 +55,8 @@ def load_photo(name: str) -> Tensor:
 def photographs(folder: Path | None, *, smallest: int) -> tuple[Images, Images]:
     """Photographs to train on and held-out ones, by name: the built-in split, or that of a folder of images.
 
-    Of a folder about every fourth image is held out, four at most; of a single image the right third.
+    Of a folder a tenth is not trained on, the images that pairs with these clean ones are tested on; the first four of
+    them are held out to be looked at. Of a single image it is the right third.
 
     Raises:
         ValueError: If the folder holds nothing that is large enough (:func:`load_folder`).
@@ -71,8 +72,9 @@ def photographs(folder: Path | None, *, smallest: int) -> tuple[Images, Images]:
             raise ValueError(f"{folder} holds one image; to be split it should be {3 * smallest} wide, or add another.")
         return Images({name: lambda: image[:, :, :cut]}), Images({name: lambda: image[:, :, cut:]})
     names = list(images)
-    kept = names[:: max(2, len(names) // 4)][:4]
-    return images.subset(name for name in names if name not in kept), images.subset(kept)
+    tenth = {str(path.relative_to(folder)) for path in a_tenth(image_files(folder), folder)}
+    kept = [name for name in names if name in tenth] or names[:1]  # where the tenth cannot be read
+    return images.subset(name for name in names if name not in kept), images.subset(kept[:4])
 
 
 def pyramid(photo: Tensor, smallest: int, scales: Sequence[float] = SCALES) -> list[Tensor]:
