@@ -44,9 +44,7 @@ GEF = 0.02
 """lambda of taylor2 beside other means."""
 ELSEWHERE = ("hazy", "low_light")
 SEVERAL = ["noisy", "rainy", "snowy", "shadowed"]
-COLUMNS: Mapping[str, int] = {
-    "psnr": 2, "ssim": 3, "shifted_psnr": 2, "shifted_ssim": 3, "generative": 2, "seconds": 0,
-}  # fmt: skip
+COLUMNS = {"psnr": "PSNR", "shifted_psnr": "shifted", "generative": "generative"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Experiment:
         out = self.out / study / name / f"seed{seed}"
         config = replace(self.base, seed=seed, out=out, pretrained=self.pretrained(seed), **changes)
         results = trainer(config).run()
-        logger.info("%s seed %d: %s", name, seed, {key: round(results[key], 3) for key in COLUMNS})
+        logger.info("%s seed %d: %s", name, seed, {key: round(results[key], 2) for key in COLUMNS})
 
     def forgetting(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """Setting A, rain: every way not to forget."""
@@ -153,15 +151,16 @@ class Experiment:
 def _table(runs: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     reference = next((name for name in ("plain", "joint") if name in runs), next(iter(runs)))
     order = sorted(runs, key=lambda name: (name != "scratch", name != reference, name))
-    head = ["", *COLUMNS, f"shifted_psnr minus {reference}", "seeds"]
+    head = ["", *COLUMNS.values(), *(f"{title} minus `{reference}`" for title in COLUMNS.values()), "seeds"]
     rows = []
     for name in order:
         seeds = runs[name]
-        cells = [Sample.of(run[key] for run in seeds.values()).spread(digits) for key, digits in COLUMNS.items()]
+        cells = [Sample.of(run[key] for run in seeds.values()).spread(2) for key in COLUMNS]
         both = [seed for seed in seeds if seed in runs[reference]]
-        gaps = [seeds[seed]["shifted_psnr"] - runs[reference][seed]["shifted_psnr"] for seed in both]
-        cells += ["" if name == reference else Sample.of(gaps).change(2), str(len(seeds))]
-        rows.append([f"`{name}`", *cells])
+        for key in COLUMNS:
+            gaps = [seeds[seed][key] - runs[reference][seed][key] for seed in both]
+            cells.append("" if name == reference else Sample.of(gaps).change(2))
+        rows.append([f"`{name}`", *cells, str(len(seeds))])
     return markdown(head, rows)
 
 
