@@ -31,7 +31,7 @@ one that the layout calls differently. :func:`own_pairs` reads two folders of on
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,7 +108,7 @@ _DEGRADED, _CLEAN = "lq|lr|input|degraded|low", "gt|hq|hr|target|clean|high"
 def pairs(layout: str, root: Path, split: str, name: str) -> list[tuple[Path | None, Path]]:
     """(degraded, clean) files; degraded is None where it is to be made of the clean one.
 
-    A degraded image without a clean one is named in a warning and left out.
+    Degraded images without a clean one are left out, with a warning.
 
     Args:
         layout: a key of ``LAYOUTS``.
@@ -141,14 +141,7 @@ def pairs(layout: str, root: Path, split: str, name: str) -> list[tuple[Path | N
     renamed = _UNIVERSAL.get(name, ()) if layout == "universal" else described.renamed
     folders = {path.parent: _clean_folder(path.parent, root, described) for path in files}
     sides = {folder: _Side(image_files(folder, "*")) for folder in dict.fromkeys(folders.values())}
-    found: list[tuple[Path | None, Path]] = []
-    for path in files:
-        folder = folders[path.parent]
-        clean = sides[folder].of(path, renamed)
-        if clean is None:
-            logger.warning("%s skipped: no clean image of it in %s", path, folder)
-        else:
-            found.append((path, clean))
+    found = _partners((path, sides[folders[path.parent]].of(path, renamed)) for path in files)
     if not found:
         clean_files = [path for side in sides.values() for path in side.names.values()]
         example = f", such as {clean_files[0].relative_to(root)}" if clean_files else ""
@@ -164,7 +157,7 @@ def own_pairs(lq: Path, gt: Path) -> list[tuple[Path | None, Path]]:
     """(degraded, clean) files of two folders of one's own, with the same folders below them.
 
     The clean file has the name of the degraded one, up to its suffix; or both begin alike and end in what says which
-    they are: ``a_LR.png`` and ``a_HR.png``, ``0001x4.png`` and ``0001.png``. What has no partner is named in a warning.
+    they are: ``a_LR.png`` and ``a_HR.png``, ``0001x4.png`` and ``0001.png``. A warning counts those without.
 
     Raises:
         ValueError: If there is no such folder, or no pair.
@@ -177,20 +170,23 @@ def own_pairs(lq: Path, gt: Path) -> list[tuple[Path | None, Path]]:
     sides: dict[Path, _Side] = {}
     for path in image_files(gt):
         sides.setdefault(path.parent.relative_to(gt), _Side([])).add(path)
-    found: list[tuple[Path | None, Path]] = []
     files = image_files(lq)
     if not files:
         raise ValueError(f"`lq` should hold images, found none in {lq}.")
-    for path in files:
-        clean = sides.get(path.parent.relative_to(lq), _Side([])).of(path, (), own=True)
-        if clean is None:
-            logger.warning("%s skipped: no clean image of it in %s", path, gt)
-        else:
-            found.append((path, clean))
+    empty = _Side([])
+    found = _partners((path, sides.get(path.parent.relative_to(lq), empty).of(path, (), own=True)) for path in files)
     if not found:
         raise ValueError(f"`gt` should hold a clean image for those in {lq}, found none of {len(files)} in {gt}.")
     _check_names(found, lq, gt)
     return found
+
+
+def _partners(tried: Iterable[tuple[Path, Path | None]]) -> list[tuple[Path | None, Path]]:
+    """The degraded images that have a clean one, with it; the others are counted in a warning."""
+    every = [*tried]
+    if missing := [path for path, clean in every if clean is None]:
+        logger.warning("Skipped for want of a clean image: %d, %s first", len(missing), missing[0])
+    return [(path, clean) for path, clean in every if clean is not None]
 
 
 def _check_names(found: Sequence[tuple[Path | None, Path]], lq: Path, gt: Path) -> None:
