@@ -109,8 +109,8 @@ class Config(PairOptions, TrainerOptions):
         orthogonality = method is not None and method.conflict == "orthogonality"
         return {
             "pretrained": method is not None and method.pretrained,
-            **dict.fromkeys(("order", "timesteps", "moe", "fft_weight", "flips"), method is not None),
-            **dict.fromkeys(("experts", "experts_form"), self.moe),
+            **dict.fromkeys(("order", "timesteps", "moe", "fft_weight", "flips", "lite0"), method is not None),
+            **dict.fromkeys(("experts", "experts_form"), self.moe and method is not None),
             **dict.fromkeys(("penalty_weight", "normalize"), penalty is not None),
             "importance_samples": penalty not in (None, "l2sp"),
             **dict.fromkeys(("replay_share", "replay_weight", "shallow"), replay),

@@ -79,7 +79,7 @@ class Config(DataOptions, TrainerOptions):
         """Whether this run looks at an option, of those that only some look at."""
         method = METHODS[self.method]
         return {
-            "n": not method.long,
+            "n": method.prior and not method.long,
             "long_steps": method.long,
             "t_p": method.partial,
             "draws": method.prior or method.noise,

@@ -44,7 +44,9 @@ def with_prepared(config: Config, tasks: Sequence[str]) -> Config:
 
 
 def _check_data(config: Config, run: Path) -> None:
-    before = plain_values(asdict(DataOptions())) | settings_of(run)  # a run may be older than an option
+    if not (settings := settings_of(run)):
+        raise ValueError(f"`prepared` should be what examples.edtr.prepare wrote, found no config.yaml in {run}.")
+    before = plain_values(asdict(DataOptions())) | settings  # a run may be older than an option
     now = plain_values(asdict(of_task(config, before["task"])))
     for option in (field.name for field in fields(DataOptions)):
         if before[option] != now[option]:

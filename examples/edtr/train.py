@@ -148,7 +148,7 @@ class Trainer(Recipe[Batch]):
     def _reader(self, task: Task, path: Path, judge: Path | None) -> Reader:
         config = self.config
         data = of_task(config, task)
-        test_data = dataset(data, "test", config.seed, whole=self.is_elsewhere(data.root, path, judge))
+        test_data = dataset(data, "test", config.seed, whole=self.is_elsewhere(data.root))
         train_data = dataset(data, "train", config.seed) if self.evaluated is None else test_data
         _, knows = self.classes_of_run(test_data, f"{task}_num_classes" if config.all_in_one else "num_classes")
         reference = load_recognizer(path, test_data).to(self.device)

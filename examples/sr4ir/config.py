@@ -89,7 +89,7 @@ class Config(DataOptions, TrainerOptions):
         method = METHODS[self.method]
         tdp, mixes = "tdp" in method.restorer_terms, "mix" in method.recognizer_inputs
         return {
-            "s_weights": bool(method.restorer_terms),
+            "s_weights": bool(method.restorer_terms) or self.restorer == "file",
             "layers": tdp and method.features != "foreign",
             "tdp_weight": tdp,
             **dict.fromkeys(("grid", "mix"), mixes),

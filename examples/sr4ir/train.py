@@ -68,9 +68,7 @@ class Trainer(Recipe[Batch]):
         self.title = config.method
         self.config = config
         self.method: Method = METHODS[config.method]
-        self.test_data = dataset(
-            config, "test", config.seed, whole=self.is_elsewhere(config.root, config.fixed_hr, config.judge)
-        )
+        self.test_data = dataset(config, "test", config.seed, whole=self.is_elsewhere(config.root))
         self.train_data = dataset(config, "train", config.seed) if self.evaluated is None else self.test_data
         self.recognition = Recognition(self.train_data.task, self.train_data.class_names, aux_weight=config.aux_weight)
         classes = len(self.train_data.class_names)

@@ -89,11 +89,11 @@ class Config(DataOptions, TrainerOptions):
 
     def looked_at(self) -> dict[str, bool]:
         """Whether this run looks at an option, of those that only some look at."""
-        ours = self.network is None
-        of_model = ("prior", "cfrm", "adapter", "gate", "control_channels", "steps_of_diffusion", "prompt_lr")
+        ours, later = self.network is None, self.stage != "stage1"
         return {
-            **dict.fromkeys((*of_model, "every_prompt"), ours),
+            **dict.fromkeys(("prior", "cfrm", "adapter", "control_channels", "steps_of_diffusion"), ours),
             **dict.fromkeys(("cfrm_blocks", "cfrm_weights"), ours and self.cfrm),
-            "restored_too": self.stage == "stage2" or not ours,
-            "task_weights": self.stage != "stage1" or not ours,
+            **dict.fromkeys(("gate", "prompt_lr"), ours and self.adapter not in (None, "convolutions")),
+            "after": ours and later,
+            "every_prompt": ours and later and self.adapter is not None,
         }

@@ -16,7 +16,6 @@ from examples.common.data.pairs import check_likeness
 from examples.common.data.photos import HELD_OUT, grid_crops, load_photo
 from examples.common.data.task_data import dataset, datasets, image_side, of_task
 from examples.common.data.tasks import InMemory, Task, TaskData
-from examples.common.engine.run_directory import settings_of
 from examples.unirestore.config import TASKS
 
 
@@ -49,24 +48,13 @@ def test_data_of(task: str, config: Any, is_elsewhere: Callable[[Path | None], b
     return dataset(data, "test", config.seed, whole=is_elsewhere(data.root))
 
 
-def began_with(options: Mapping[str, Any]) -> list[Path]:
-    """The runs that a run of these options began with: the stages before it, and what was prepared for each."""
-    runs = [Path(options["prior"])] if options.get("prior") else []
-    if options.get("prepared"):
-        runs += sorted(Path(options["prepared"]).glob("*"))
-    if not options.get("after"):
-        return runs
-    before = Path(options["after"])
-    return [*runs, before, *began_with(settings_of(before))]
-
-
 def _clean(config: Any, *, whole: bool = False) -> tuple[TaskData, TaskData]:
     if config.data == "words":  # for people the same as for readers
         return _unlabeled(*datasets(of_task(config, "reading"), config.seed))
     size = config.size or (48 if config.data in ("generated", "photos") else 512)
     if config.images is not None:
         return _clean_files(config.images, config, size, whole)
-    train = training_photographs(size, beside_textures=config.data == "photos")
+    train = training_photographs(size, beside_textures=True)  # which the tasks may be of, today or in a later stage
     held_out = {name: photo for name in HELD_OUT if min((photo := load_photo(name)).shape[1:]) >= size}
     if not train or not held_out:
         raise ValueError(f"`images` should be a folder of photographs for `size` {size}; those found are smaller.")

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from examples.common.data.options import DataOptions, Degradation
 from examples.common.engine import command_line
-from examples.common.engine.options import RunOptions, shared_options
+from examples.common.engine.options import RunOptions, plain_values, shared_options
 from examples.common.engine.train_prior import PriorConfig, autoencoder_of, train_prior
 from examples.common.networks.latent_diffusion import Prediction
 from examples.common.networks.recognizers import recognizer
@@ -70,7 +70,7 @@ def prepare(config: Config) -> None:
     check_preparation(config)
     if config.images is not None:
         data_of("restoration", config)  # what is wrong with it is said now, not after hours
-    if config.train_prior:
+    if config.train_prior and config.autoencoder is not None:
         autoencoder_of(_prior_options(config, config.out / "prior"))
     trained = [task for task in config.tasks if task != "reading"]  # whose networks are trained already
     for task in trained:
@@ -97,7 +97,7 @@ def _prior_options(config: Config, out: Path) -> PriorConfig:
         **shared_options(config), "out": out, "steps": config.prior_steps, "prediction": config.prediction,
         "autoencoder": config.autoencoder,
     }  # fmt: skip
-    of = ["restoration", *config.tasks, *([] if config.images is None else [str(config.images)])]
+    of = ["restoration", *config.tasks, *([] if config.images is None else [plain_values(config.images)])]
     return PriorConfig(**options, levels=3, of=of)
 
 

@@ -39,7 +39,7 @@ from examples.common.seeds import derive_seed, seeded
 from examples.unirestore.batch import Batch, Part
 from examples.unirestore.checks import check, check_data
 from examples.unirestore.config import FILE, TASKS, WEIGHTS, Config, StageName
-from examples.unirestore.data import began_with, data_of, test_data_of
+from examples.unirestore.data import data_of, test_data_of
 from examples.unirestore.networks import PlainNetwork
 from examples.unirestore.restore import build_unirestore, load_run
 from restoreloss import Alternation, Phase
@@ -122,8 +122,7 @@ class Trainer(Recipe[Batch]):
         if self.evaluated is None:
             train, test = data_of(task, config)
         else:
-            began = [*began_with(self.evaluated[0]), *began_with(vars(config))]
-            train = test = test_data_of(task, config, lambda folder: self.is_elsewhere(folder, *began))
+            train = test = test_data_of(task, config, self.is_elsewhere)
         networks: dict[str, nn.Module | None] = {"hq": None, "judge": None}
         if task == "reading":  # whose networks are trained already
             networks = {"hq": load_recognizer(Path("english_g2")), "judge": load_recognizer(Path("pp_ocr"))}

@@ -72,7 +72,7 @@ def test_generation_trains_on_no_image_of_the_test(mine: Path) -> None:
 def test_a_prior_trains_on_no_image_of_the_test(mine: Path) -> None:
     tested = {clean.name for _, clean in own_pairs_of(options(mine), "test")}
     train, held_out = photographs(mine / "gt", smallest=16)
-    assert len(train) == 18 and set(held_out) == tested
+    assert len(train) == 16 and len(held_out) == 4 and tested < set(held_out)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -137,7 +137,7 @@ def test_what_is_broken_on_disk_is_named_and_skipped(tmp_path: Path, caplog: pyt
     write(tmp_path / "our485/high/5.png", size=(8, 8))
     data = FolderPairs({"low_light": ("lol", tmp_path)}, "train", 16)
     assert [data[index] is None for index in range(len(data))] == [False, True, True, True]
-    assert "Skipped for want of a clean image: 1, " in caplog.text
+    assert "Degraded images without a clean one: 1 of 5, " in caplog.text
     assert "2.png" in caplog.text and "its clean image has" in caplog.text and "smaller than the crops" in caplog.text
     with pytest.raises(ValueError, match="found none at train"):
         pairs("gopro", tmp_path, "train", "blurry")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.utils import save_image
 
+from examples.common.data.clean_images import training_photographs
 from examples.common.data.folder import read_image
 from examples.common.data.photos import HELD_OUT, load_photo
 from examples.common.engine import recipe
@@ -415,6 +416,8 @@ def test_images_of_the_test_are_not_trained_on(tmp_path: Path) -> None:
     assert not any(
         photo.shape == source.shape and torch.equal(photo, source) for photo in held_out for source in train.sources
     )
+    wholes, parts = training_photographs(32), training_photographs(32, beside_textures=True)
+    assert [photo.shape for photo in train.sources] == [photo.shape for photo in parts] != [p.shape for p in wholes]
     crops = [sample[0] for n in range(8) if (sample := test[n]) is not None]
     for n, crop in enumerate(crops):  # of all photographs in turn
         windows = held_out[n % len(held_out)].unfold(1, 32, 1).unfold(2, 32, 1)

@@ -136,8 +136,9 @@ class Images(Mapping[str, Tensor]):
         return Images({name: self._makers[name] for name in names})
 
 
-def load_folder(folder: Path, *, smallest: int) -> Images:
-    """Every image below ``folder``, by its path relative to the folder; each has been read once, and will be again.
+def load_folder(folder: Path, *, smallest: int, files: Sequence[Path] | None = None) -> Images:
+    """Every image below ``folder``, or these files of it, by its path relative to the folder; each has been read once,
+    and will be again.
 
     Gray, palette, 16-bit, CMYK and transparent files are converted (transparency onto white, EXIF turned upright). What
     cannot be read, is no image, or has a side shorter than ``smallest`` is named in a warning and left out.
@@ -148,7 +149,7 @@ def load_folder(folder: Path, *, smallest: int) -> Images:
     if not folder.is_dir():
         raise ValueError(f"There should be a folder of images, found none at {folder}.")
     makers = {}
-    for name, pixels in read_folder(folder):
+    for name, pixels in read_folder(folder, files):
         if min(pixels.shape[1:]) < smallest:
             logger.warning(
                 "%s skipped: %dx%d pixels, at least %d wanted on each side",
@@ -163,9 +164,13 @@ def load_folder(folder: Path, *, smallest: int) -> Images:
     return Images(makers)
 
 
-def read_folder(folder: Path, *, progress: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Path relative to the folder, and pixels, one after the other; what cannot be read is named in a warning."""
-    for path in tqdm(image_files(folder), unit="image", disable=not progress):
+def read_folder(
+    folder: Path, files: Sequence[Path] | None = None, *, progress: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Path relative to the folder, and pixels, of its images or of these files, one after the other; what cannot be
+    read is named in a warning.
+    """
+    for path in tqdm(image_files(folder) if files is None else files, unit="image", disable=not progress):
         name = str(path.relative_to(folder))
         try:
             pixels = read_pixels(path)

@@ -185,7 +185,7 @@ def _partners(tried: Iterable[tuple[Path, Path | None]]) -> list[tuple[Path | No
     """The degraded images that have a clean one, with it; the others are counted in a warning."""
     every = [*tried]
     if missing := [path for path, clean in every if clean is None]:
-        logger.warning("Skipped for want of a clean image: %d, %s first", len(missing), missing[0])
+        logger.warning("Degraded images without a clean one: %d of %d, %s first", len(missing), len(every), missing[0])
     return [(path, clean) for path, clean in every if clean is not None]
 
 

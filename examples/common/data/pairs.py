@@ -27,8 +27,7 @@ from examples.common.data.options import PairOptions
 from examples.common.data.pair_folders import LAYOUTS, own_pairs, pairs
 from examples.common.data.photos import grid_crops, photographs, pyramid, random_crops
 from examples.common.data.tasks import Task
-from examples.common.engine.options import plain_values
-from examples.common.engine.run_directory import settings_of
+from examples.common.engine.learned import has_learned_from
 from examples.common.seeds import derive_seed, seeded
 
 logger = logging.getLogger(__name__)
@@ -268,12 +267,10 @@ def pairs_to_try(name: str, found: Sequence[tuple[Tensor, Tensor]]) -> list[tupl
 
 def evaluated_whole(config: Options, trained: Mapping[str, Any]) -> Options:
     """The options of an evaluation: of folders that its run has not seen all pairs are tested, not a tenth."""
-    before = trained.get("pretrained")
-    runs = (trained, settings_of(None if before is None else Path(before)))
-    seen = {run.get(option) for run in runs for option in ("lq", "gt")}
-    if config.lq is None or config.test_lq is not None or seen & {plain_values(config.lq), plain_values(config.gt)}:
+    given = [folder for folder in (config.lq, config.gt) if folder is not None]
+    if not given or config.test_lq is not None or any(has_learned_from(folder, trained) for folder in given):
         return config
-    logger.info("Nothing is known to have been trained on %s: all of its pairs are tested", config.lq)
+    logger.info("Nothing is known to have learned from %s: all of its pairs are tested", config.lq)
     return replace(config, test_lq=config.lq, test_gt=config.gt)
 
 

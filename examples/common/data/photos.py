@@ -55,26 +55,30 @@ def load_photo(name: str) -> Tensor:
 def photographs(folder: Path | None, *, smallest: int) -> tuple[Images, Images]:
     """Photographs to train on and held-out ones, by name: the built-in split, or that of a folder of images.
 
-    Of a folder a tenth is not trained on, the images that pairs with these clean ones are tested on; the first four of
-    them are held out to be looked at. Of a single image it is the right third.
+    Of a folder the tenth is not trained on that pairs with these clean images are tested on, nor others that make it a
+    quarter, as long as those are at most four; four of all these are held out. Of a single image the right third is.
 
     Raises:
-        ValueError: If the folder holds nothing that is large enough (:func:`load_folder`).
+        ValueError: If the folder holds nothing to train on that is large enough (:func:`load_folder`).
     """
     if folder is None:
         train, held_out = ({name: partial(load_photo, name) for name in names} for names in (TRAIN, HELD_OUT))
         return Images(train), Images(held_out)
-    images = load_folder(folder, smallest=smallest)
-    if len(images) == 1:
+    files = image_files(folder)
+    images = load_folder(folder, smallest=smallest, files=files)
+    if len(files) == 1:
         ((name, image),) = images.items()
         cut = image.shape[2] * 2 // 3
         if image.shape[2] - cut < smallest:
             raise ValueError(f"{folder} holds one image; to be split it should be {3 * smallest} wide, or add another.")
         return Images({name: lambda: image[:, :, :cut]}), Images({name: lambda: image[:, :, cut:]})
-    names = list(images)
-    tenth = {str(path.relative_to(folder)) for path in a_tenth(image_files(folder), folder)}
-    kept = [name for name in names if name in tenth] or names[:1]  # where the tenth cannot be read
-    return images.subset(name for name in names if name not in kept), images.subset(kept[:4])
+    tenth = {str(path.relative_to(folder)) for path in a_tenth(files, folder)}
+    kept, others = ([name for name in images if (name in tenth) == side] for side in (True, False))
+    more = max(0, min(4, max(1, len(images) // 4)) - len(kept))
+    kept, others = kept + others[:more], others[more:]
+    if not others:
+        raise ValueError(f"{folder} should hold two images of at least {smallest} pixels, found {len(images)}.")
+    return images.subset(others), images.subset(kept[:4])
 
 
 def pyramid(photo: Tensor, smallest: int, scales: Sequence[float] = SCALES) -> list[Tensor]:

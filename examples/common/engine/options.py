@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +47,9 @@ class RunOptions:
         return values
 
     def looked_at(self) -> dict[str, bool]:
-        """Whether this run looks at an option, of those that only some look at."""
+        """Whether this run looks at an option, of those that only some look at; not of those that one file of options
+        has for all methods and stages, as the configs of the papers do.
+        """
         return {}
 
 
@@ -130,11 +132,9 @@ def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 def unused(config: RunOptions) -> list[str]:
     """The options that were given and that this run does not look at."""
-    defaults = {
-        option.name: option.default if option.default_factory is MISSING else option.default_factory()
-        for option in fields(config)
-    }
-    return [name for name, used in config.looked_at().items() if not used and getattr(config, name) != defaults[name]]
+    default = type(config)(out=config.out)
+    idle = [name for name, used in config.looked_at().items() if not used]
+    return [name for name in idle if getattr(config, name) != getattr(default, name)]
 
 
 def shared_options(config: Any) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from examples.common.data.folder import check_folder
 from examples.common.data.options import DataOptions, PairOptions
 from examples.common.data.tasks import TaskData
 from examples.common.engine.batches import Batches, loader
-from examples.common.engine.options import RunOptions, TrainerOptions, check_numbers, plain_values, unused
-from examples.common.engine.run_directory import RunDirectory, class_names_of, finished_run, settings_of
+from examples.common.engine.learned import began_with, has_learned_from
+from examples.common.engine.options import RunOptions, TrainerOptions, check_numbers, unused
+from examples.common.engine.run_directory import RunDirectory, class_names_of, finished_run
 from examples.common.engine.terms import LOWER, TermLog
 from examples.common.networks.weights import load_saved
 from examples.common.seeds import derive_seed
@@ -238,15 +239,14 @@ class Recipe(ABC, Generic[Batch]):
             )  # fmt: skip
         return known, same
 
-    def is_elsewhere(self, folder: Path | None, *runs: Path | None) -> bool:
-        """Whether a finished run is evaluated on a folder that neither it nor one of these runs was trained on."""
+    def is_elsewhere(self, folder: Path | None) -> bool:
+        """Whether a finished run is evaluated on a folder that it has not learned from, nor any that reads for it."""
         if self.evaluated is None or folder is None:
             return False
-        for run in (self.evaluated[0], *map(settings_of, runs)):
-            sets = (one.partition(":")[2] for one in (run.get("data_sets") or {}).values())
-            if plain_values(folder) in (run.get("root"), run.get("images"), *(run.get("of") or ()), *sets):
-                return False
-        logger.info("Nothing is known to have been trained on %s: if it is not divided, all of it is tested", folder)
+        if has_learned_from(folder, self.evaluated[0], *began_with(self.options.plain())):
+            return False
+        if self.main:
+            logger.info("Nothing is known to have learned from %s: where it is not divided, all of it tests", folder)
         return True
 
     def _of_evaluated(self, config: RunOptions, run: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -242,9 +242,9 @@ def finished_run(run: Path, module: str, *files: str, option: str = "run") -> tu
 
 
 def settings_of(run: Path | None) -> dict[str, Any]:
-    """The options that a run directory was trained with; none of what is no run directory."""
+    """The options that a run directory was trained with; empty where there is no config.yaml."""
     file = None if run is None else run / "config.yaml"
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
+    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file is not None and file.is_file() else {}
 
 
 def class_names_of(run: Path, task: str) -> list[str] | None:
