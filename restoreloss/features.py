@@ -65,6 +65,8 @@ class FeatureExtractor:
     ) -> None:
         if not isinstance(network, nn.Module):
             raise ValueError(f"`network` should be an nn.Module, found {describe(network)}.")
+        if isinstance(network, torch.jit.ScriptModule):
+            raise ValueError("`network` should be the Python module, found TorchScript, whose layers cannot be hooked.")
         layers = [layers] if isinstance(layers, str) else layers
         if layers is not None and not (isinstance(layers, Sequence) and all(isinstance(one, str) for one in layers)):
             found = f"[{', '.join(map(describe, layers))}]" if isinstance(layers, list) else describe(layers)

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from restoreloss.checks import describe
+from restoreloss.checks import caller_level, describe
 
 Network = TypeVar("Network", bound=nn.Module)
 RunMode = Literal["eval", "train", "keep"]
@@ -295,7 +295,7 @@ def warn_before_freezing(network: nn.Module, name: str) -> None:
         network: what will be frozen.
         name: of the argument that it was given as.
     """
-    warn_if_untrained(network, name, stacklevel=4)
+    warn_if_untrained(network, name)
     trained = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
     if not trained:
         return
@@ -316,11 +316,11 @@ def warn_before_freezing(network: nn.Module, name: str) -> None:
             f"`{name}` ({kind}) is frozen from now on, and {reason}: is it the network that you "
             f"train, and were two arguments exchanged? If it has been trained and is to rest, `{name}.requires_grad_("
             "False)` beforehand says so.",
-            stacklevel=3,
+            stacklevel=caller_level(),
         )
 
 
-def warn_if_untrained(network: nn.Module, name: str, *, stacklevel: int = 3) -> None:
+def warn_if_untrained(network: nn.Module, name: str) -> None:
     """Warn where all normalization layers of a network are as they are made, so that nobody trained or loaded it.
 
     Nothing is known of a network without such layers.
@@ -328,7 +328,6 @@ def warn_if_untrained(network: nn.Module, name: str, *, stacklevel: int = 3) -> 
     Args:
         network: what is looked through.
         name: of the argument that it was given as.
-        stacklevel: of the warning.
     """
     norms = [module for module in network.modules() if re.search("Norm(?!al)", type(module).__name__)]
     own = [(*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)) for norm in norms]
@@ -337,7 +336,7 @@ def warn_if_untrained(network: nn.Module, name: str, *, stacklevel: int = 3) -> 
         warnings.warn(
             f"`{name}` ({type(getattr(network, 'model', network)).__name__}) seems to be untrained, for all of its "
             f"normalization layers ({len(states)}) are as they are made: were its weights not loaded?",
-            stacklevel=stacklevel,
+            stacklevel=caller_level(),
         )
 
 

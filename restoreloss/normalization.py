@@ -75,7 +75,7 @@ def normalization(network: nn.Module, normalize: Normalize) -> Statistics | Call
     if any(abs(value) > 2 for value in (*mean, *std)):
         warnings.warn(
             f"`normalize` should be of images in [0, 1], found {normalize!r}, which looks like that of 0..255.",
-            stacklevel=4,
+            stacklevel=caller_level(),
         )
     if len(mean) != len(std) or not all(value > 0 for value in std) or not all(map(math.isfinite, (*mean, *std))):
         raise ValueError(f"`normalize` should have as many positive std as mean, all finite, found {normalize!r}.")

@@ -3,13 +3,15 @@
 A task network that is trained on them does not learn to lean on one sharp detail.
 """
 
+import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from restoreloss.checks import check_integer, check_number, describe
+from restoreloss.checks import caller_level, check_integer, check_number, describe
 from restoreloss.generators import Generators, check_generators, draw_per_sample, uniform
 
 
@@ -19,7 +21,8 @@ class CQMix(nn.Module):
     .. math:: \text{mix}_n = M_n \odot z_n + (1 - M_n) \odot x_n, \qquad M_n(\text{cell}) \sim \text{Bernoulli}(p)
 
     independently for each sample and cell, one mask for all channels. Labels stay what they are. The cells are as equal
-    as the pixels allow: pixel i of H belongs to row ``i * rows // H``.
+    as the pixels allow: pixel i of H belongs to row ``i * rows // H``. Both images should be of one range: the first,
+    hundredth and thousandth call warn where they clearly are not.
 
     Args:
         grid: (rows, columns) of cells. The paper takes 16 cells for classification, 64 for segmentation and detection.
@@ -49,6 +52,7 @@ class CQMix(nn.Module):
             raise ValueError(f"`grid` should be (rows, columns), both at least 1, found {describe(grid)}.")
         self.grid = (check_integer("grid[0]", grid[0]), check_integer("grid[1]", grid[1]))
         self.p = check_number("p", p, low=0, high=1)
+        self._calls = 0
 
     @overload
     def forward(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> Tensor: ...
@@ -87,6 +91,7 @@ class CQMix(nn.Module):
         """
         if isinstance(restored, Tensor) or isinstance(target, Tensor):
             mixed, mask = self._mix("", 4, restored, target, generator)
+            self._look(restored, target)
             return (mixed, mask.to(mixed.dtype)) if return_mask else mixed
         if not (isinstance(restored, Sequence) and isinstance(target, Sequence)):
             found = f"{describe(restored)} and {describe(target)}"
@@ -97,6 +102,8 @@ class CQMix(nn.Module):
         generators = generator if isinstance(generator, Sequence) else [generator] * len(restored)
         samples = enumerate(zip(restored, target, generators, strict=True))
         pairs = [self._mix(f"[{i}]", 3, z, x, one) for i, (z, x, one) in samples]
+        if pairs:
+            self._look(restored[0], target[0])
         images = [image for image, _ in pairs]
         return (images, [mask.to(image.dtype) for image, mask in pairs]) if return_mask else images
 
@@ -136,6 +143,28 @@ class CQMix(nn.Module):
         column = torch.arange(width, device=restored.device) * columns // width
         mask = chosen[..., row, :][..., column]
         return torch.where(mask, restored, target), mask
+
+    def _look(self, restored: Tensor, target: Tensor) -> None:
+        """Warn once, in the first, hundredth or thousandth call, of images of two ranges. At first a network may make
+        anything, and reading values waits for the device.
+        """
+        if torch.compiler.is_compiling() or restored.is_meta or self._calls >= 1000:
+            return
+        self._calls += 1
+        if self._calls not in (1, 100, 1000) or target.numel() < 192 or not target.is_floating_point():
+            return
+        (low, high), (darkest, brightest) = ([float(end) for end in x.detach().aminmax()] for x in (target, restored))
+        span, settled = high - low, self._calls > 1
+        slack = span * (0.75 if settled else 50)
+        outside = darkest < low - slack or brightest > high + slack
+        inside = settled and (brightest - darkest < span / 50 or low < -0.1 * span < 0 <= darkest)
+        if 0 < span < math.inf and (outside or inside):
+            self._calls = 1000
+            warnings.warn(
+                f"`restored` spans [{darkest:.4g}, {brightest:.4g}], and `target` [{low:.4g}, {high:.4g}]: CQMix mixes "
+                "their pixels, which should be of one range. This is said once.",
+                stacklevel=caller_level(),
+            )
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""

@@ -17,8 +17,9 @@ from restoreloss.diffusion.levels import NoiseLevels
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.distances import Distance, Reduction, distance_per_sample, reduce_samples
 from restoreloss.generators import Generators, check_generators, standard_normal, stratified
-from restoreloss.images import RangeWatch, check_images, check_pair, check_range, into_range
+from restoreloss.images import HALF, RangeWatch, check_images, check_pair, check_range, into_range
 from restoreloss.objectives.base import total
+from restoreloss.precision import reference_weight
 
 
 class DenoisingLoss(nn.Module):
@@ -138,7 +139,11 @@ class DenoisingLoss(nn.Module):
         x = clean if self.input_range is None else into_range(clean, self.input_range, self.schedule.model_range)
         (denoiser,) = self._denoiser
         time = t if isinstance(denoiser, Denoiser) else self.schedule.model_time(t)  # a Denoiser asks its own schedule
-        answer = prediction_in(denoiser(self.schedule.add_noise(x, noise, t), time))
+        noisy = self.schedule.add_noise(x, noise, t)
+        if isinstance(denoiser, nn.Module) and not isinstance(denoiser, Denoiser):  # which casts by itself
+            weight = reference_weight(denoiser)
+            noisy = noisy if weight is None or weight.dtype not in HALF else noisy.to(weight.dtype)
+        answer = prediction_in(denoiser(noisy, time))
         if answer.ndim != 4 or answer.shape[1] < x.shape[1]:
             raise ValueError(f"`denoiser` should return images like {tuple(x.shape)}, found {tuple(answer.shape)}.")
         answer = answer[:, : x.shape[1]]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from restoreloss.checks import describe
 from restoreloss.generators import Generators
@@ -16,18 +16,20 @@ class Masked(Objective):
 
     .. math:: L_m(z, x) = \frac{1}{\bar m}\, L\big(m z + (1 - m)\, x,\; x\big)
 
-    where m is the mask and :math:`\bar m` its mean over the batch. Outside of the mask the objective is shown the
-    target twice, so that it sees no difference there, and has no gradient. This is right for any objective, also for
-    those that look through a network, which a weight for each pixel of its result is not. For L1 and squared error
-    with :math:`m \in \{0, 1\}` it is their mean over the masked pixels. The shares of a `WeightedSum` within are of the
-    gradient at what it is shown, some of which, of losses that see a neighborhood, is outside of the mask.
+    where m is the mask and :math:`\bar m` its mean, over the batch or, for an objective with one value for each image,
+    over each. Outside of the mask the objective is shown the target twice, so that it sees no difference there, and has
+    no gradient. This is right for any mean over pixels, also of what a network sees, which a weight for each pixel of
+    the result is not, and wrong for what is no mean: the logarithm of a PSNR, a root, a sum. For L1 and squared error
+    with :math:`m \in \{0, 1\}` it is their mean over the masked pixels. The shares of a `WeightedSum` within are of
+    the gradient at what it is shown, some of which, of losses that see a neighborhood, is outside of the mask.
 
     Args:
         objective: anything called with (restored, target): a loss, a :class:`WeightedSum`, a function. It should be a
-            mean over pixels and samples.
+            mean over pixels, and over samples or of each.
 
     Raises:
-        ValueError: At construction for what is no objective; at a call for a mask that is not (N, 1, H, W) or
+        ValueError: At construction for what is no objective, and what says that it is no mean: ``reduction="sum"``, and
+            the distances "rms" and "l2"; at a call for a mask that is not (N, 1, H, W) or
             (N, C, H, W), or has values outside [0, 1]: on an accelerator the values of the first mask alone are
             looked at, as this waits for the device, and under ``torch.compile`` none.
 
@@ -43,6 +45,10 @@ class Masked(Objective):
         super().__init__()
         check_objective("objective", objective)
         check_sign("objective", objective)
+        for part in objective.modules() if isinstance(objective, nn.Module) else [objective]:
+            for option, sums in (("reduction", ("sum",)), ("distance", ("rms", "l2"))):
+                if isinstance(stated := getattr(part, option, None), str) and stated in sums:
+                    raise ValueError(f"`objective` should be a mean over pixels, found {option}={stated!r}.")
         self.objective = objective
         self._looked = False
 
@@ -62,9 +68,11 @@ class Masked(Objective):
         target, mask = target.detach(), mask.detach().to(restored.dtype)
         # chosen where nothing is looked at, because 0 times NaN is NaN
         seen = torch.where(mask == 0, target, target + mask * (restored - target))
-        mean = mask.float().mean().clamp(min=1 / mask.numel())  # An empty mask has the loss 0.
+        of_each = mask.float().flatten(1).mean(dim=1)
+        mean = of_each.mean().clamp(min=1 / mask.numel())  # An empty mask has the loss 0.
+        of_each = of_each.clamp(min=1 / mask[0].numel())
         terms = named_terms("objective", self.objective, seen, target, generator)
-        return {name: value / mean for name, value in terms.items()}
+        return {name: value / (of_each if value.ndim else mean) for name, value in terms.items()}
 
     def _check_range(self, mask: Tensor) -> None:
         """Every mask on the CPU; elsewhere, where it waits for the device, the first one, outside of compiled code."""
@@ -87,6 +95,6 @@ class Masked(Objective):
             generator: handed to an objective that takes one.
 
         Returns:
-            A scalar; 0 for a mask of zeros.
+            A scalar, or (N,) where the objective has one value for each image; 0 for a mask of zeros.
         """
         return total(self.terms(restored, target, mask=mask, generator=generator))

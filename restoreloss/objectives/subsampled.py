@@ -1,5 +1,7 @@
 """Subsampled: any objective on fewer calls or fewer samples, right on average."""
 
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restoreloss.checks import check_choice, check_integer
+from restoreloss.checks import caller_level, check_choice, check_integer
 from restoreloss.distances import Reduction
 from restoreloss.frozen import in_mode
 from restoreloss.generators import Generators, check_generators, forked, permutation
@@ -24,6 +26,7 @@ class Subsampled(Objective):
     with S a random subset of the samples. That holds for objectives that are means or sums over samples.
 
     It applies where a gradient is asked for in training mode: ``.eval()`` and inputs without gradient get the whole.
+    Every other call counts: where ``terms`` are logged, the loss is ``sum(terms.values())``, and no second call.
 
     Args:
         objective: anything called with (restored, target); a module becomes a submodule.
@@ -67,6 +70,8 @@ class Subsampled(Objective):
             check_choice("reduction", reduction, Reduction)
         self.reduction: Reduction = getattr(objective, "reduction", "mean") if reduction is None else reduction
         self._names: tuple[str, ...] | None = None
+        self._last: tuple[weakref.ref[Tensor], Any] | None = None  # the image of a call without a backward pass yet
+        self._told = False
 
     @property
     def objective(self) -> Callable[[Tensor, Tensor], Tensor]:
@@ -105,10 +110,10 @@ class Subsampled(Objective):
         if not (self.training and restored.requires_grad and torch.is_grad_enabled()):
             return self._terms(restored, target, generator)
         count = len(restored)
-        if self.every > 1 and not self._due():
+        if self.every > 1 and not self._due(restored):
             shape = (count,) if self.reduction == "none" else ()
             names = self._names or self._names_of_terms(restored, target)  # the latter where a resumed training begins
-            return {name: zeros_with_graph(restored, shape) for name in names}
+            return self._followed({name: zeros_with_graph(restored, shape) for name in names})  # type: ignore[no-any-return]
         rows = self._rows(count, generator, restored.device)
         if rows is None:
             terms = self._terms(restored, target, generator)
@@ -118,7 +123,8 @@ class Subsampled(Objective):
             rows = rows.to(restored.device)
             chosen = self._terms(restored.index_select(0, rows), target.index_select(0, rows), generator)
             terms = {name: self._counted_for_all(value, rows, count) for name, value in chosen.items()}
-        return {name: self.every * value for name, value in terms.items()}
+        terms = {name: self.every * value for name, value in terms.items()}
+        return self._followed(terms) if self.every > 1 else terms
 
     def forward(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> Tensor:
         """The sum of :meth:`terms`."""
@@ -139,10 +145,36 @@ class Subsampled(Objective):
             return tuple(self._terms(restored[:1], target[:1], None))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _due(self) -> bool:
+    def _due(self, restored: Tensor) -> bool:
         """Whether this call, of every k, is computed. It is not compiled, which would be done anew for every count."""
+        image = restored if restored._base is None else restored._base  # a WeightedSum measures shares at a view
+        place = restored.storage_offset(), restored.shape
+        again = self._last is not None and self._last[0]() is image and self._last[1] == place
+        if again and not self._told:
+            self._told = True
+            warnings.warn(
+                f"Of every {self.every} calls one is computed, and this one is of the image of the last, which no "
+                "backward pass went through: take the loss from `sum(terms.values())` where you log `terms`. This is "
+                "said once.",
+                stacklevel=caller_level(),
+            )
+        self._last = weakref.ref(image), place
         self.calls += 1
         return (self.calls - 1) % self.every == 0
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _followed(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The terms; a backward pass through one of them ends the call that it is of."""
+        for term in terms.values():
+            if term.requires_grad:
+                term.register_hook(self._end)
+        return terms
+
+    def _end(self, _: Tensor) -> None:
+        self._last = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_last": None}  # neither copies nor pickles know the image
 
     def _rows(self, count: int, generator: Generators, device: torch.device) -> Tensor | None:
         """The samples to compute, or None for all of them."""

@@ -1,6 +1,7 @@
 """WeightedSum: several named objectives as one loss, each still seen by itself."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restoreloss.checks import check_number, describe
+from restoreloss.checks import caller_level, check_number, describe
 from restoreloss.features import FeatureExtractor
 from restoreloss.generators import Generators, check_generators
 from restoreloss.images import check_pair
@@ -40,7 +41,7 @@ class WeightedSum(Objective):
             weight. What is computed in fewer than one of sixteen calls has its share by `Subsampled`, which says so,
             and less by a rule of its own, which cannot be told from rest. At least one objective has a fixed weight.
             Shares are measured in training mode, where a gradient is asked for; before the first such call an
-            objective with a share weighs 1.
+            objective with a share weighs 1, of which a call in eval mode warns.
 
     Attributes:
         weights: those of fixed weight; may be changed between calls.
@@ -95,6 +96,7 @@ class WeightedSum(Objective):
             if not isinstance(name, str) or not name or "/" in name or "." in name:
                 raise ValueError(f"`objectives` should have names without '/' and '.', found {name!r}.")
         self.norms = RunningNorms(self._names, {n: period_of(f) for n, f in objectives.items()}) if shares else None
+        self._told = False
         self._functions = {name: f for name, f in objectives.items() if not isinstance(f, nn.Module)}
         for name, objective in objectives.items():
             if isinstance(objective, nn.Module):
@@ -134,6 +136,10 @@ class WeightedSum(Objective):
         """All weights by name: the fixed ones, and what the shares come to; these weigh 1 before they are measured."""
         weights = {**self.weights, **self._weights_of_shares()}
         return {name: float(weights[name]) for name in self._names}
+
+    def unmeasured(self) -> list[str]:
+        """What has a share that no call in training mode has measured, and so weighs 1."""
+        return [] if self.norms is None else [name for name in self._new(self.norms) if name in self.shares]
 
     def _new(self, norms: RunningNorms) -> list[str]:
         """What is computed and has not been measured: weights and shares may have changed since the last call."""
@@ -216,6 +222,8 @@ class WeightedSum(Objective):
     ) -> dict[str, Tensor]:
         """The terms, measured where they are trained with. Not compiled: hooks on the backward pass are not."""
         if not (self.training and restored.requires_grad and torch.is_grad_enabled()):
+            if not self.training and restored.requires_grad and torch.is_grad_enabled() and not self._told:
+                self._tell_unmeasured()
             return self._weighted_terms(restored, target, generator, None)
         norms.follow(restored.device)
         norms.take_in()
@@ -237,6 +245,15 @@ class WeightedSum(Objective):
                     break  # decided alike by all processes, which would wait for each other else
                 norms.update(found, of_new, self.shares)
         return self._weigh(values, None)
+
+    def _tell_unmeasured(self) -> None:
+        if unmeasured := self.unmeasured():
+            self._told = True
+            warnings.warn(
+                f"Shares are measured in training mode: in `.eval()` {' and '.join(unmeasured)} weighs 1. Call "
+                "`.train()` on the loss, or say `weights`; this is said once.",
+                stacklevel=caller_level(),
+            )
 
     def _check_norms(self, norms: RunningNorms, found: Mapping[str, float], new: Sequence[str]) -> None:
         known = {name: float(mean) for name, mean in norms.by_name().items() if name not in new}

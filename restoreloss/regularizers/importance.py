@@ -14,7 +14,7 @@ from torch.nn.modules.loss import _Loss
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from restoreloss.checks import check_callable, check_choice, check_integer, check_number, describe
+from restoreloss.checks import caller_level, check_callable, check_choice, check_integer, check_number, describe
 from restoreloss.distributed import world_size
 from restoreloss.frozen import RunMode, in_mode, unwrap
 from restoreloss.precision import ExactBuffers
@@ -138,7 +138,7 @@ class ParameterImportance(ExactBuffers):
             warnings.warn(
                 f"`layer_weights` should name modules or parameters of `model`, found {unknown[:3]}, which "
                 "change nothing.",
-                stacklevel=3,
+                stacklevel=caller_level(),
             )
 
     def accumulate(
@@ -410,7 +410,7 @@ class ParameterImportance(ExactBuffers):
             warnings.warn(
                 "`loss_fn` should depend on the parameters of `model`, found that all importances are 0: the penalty "
                 "will be 0.",
-                stacklevel=4,
+                stacklevel=caller_level(),
             )
         elif zero and not self._warned:
             self._warned = True
@@ -420,12 +420,13 @@ class ParameterImportance(ExactBuffers):
                 "The loss does not depend on them in train mode."
                 if self.mode == "train"
                 else "If the network computes with other parameters in eval mode than those that train (SPAN and other "
-                'networks that are re-parameterized), measure with `ParameterImportance(model, mode="train")`.'
+                'networks that are re-parameterized), measure with `ParameterImportance(model, mode="train")`; if an '
+                "adapter beside them begins as the identity, after some steps of training."
             )
             warnings.warn(
                 f"{', '.join(f'`{name}`' for name in zero[:3])}{more} ({share:.0%} of the numbers that require a "
                 f"gradient) got an importance of exactly 0 from every sample: nothing holds them in place. {why}",
-                stacklevel=4,
+                stacklevel=caller_level(),
             )
 
     def _check_anchor(self) -> None:

@@ -84,7 +84,7 @@ class GradientOrthogonality(nn.Module):
         check_choice("mode", mode, Mode)
         self._parameters_shared = tuple(unique.values())  # The tuple keeps them from being registered.
         self.gamma, self.mode = check_number("gamma", gamma, low=0), mode
-        self._twice = False
+        self._twice = self._looked = False
 
     def forward(
         self,
@@ -182,7 +182,8 @@ class GradientOrthogonality(nn.Module):
             reconstruction: scalar loss of the degraded batch, likewise.
             policy: "conflict" projects if the dot product is negative, "full" always.
             weight: of the generative gradient: one, or one for each shared parameter in their order (w_l).
-            others: parameters that only reconstruction trains, usually the deep ones.
+            others: parameters that only reconstruction trains, usually the deep ones. The first call warns of those in
+                its graph that are neither here nor shared, for they get no gradient.
 
         Returns:
             The cosine of the two gradients before the projection, a scalar (0 if one of them is zero).
@@ -200,6 +201,9 @@ class GradientOrthogonality(nn.Module):
         weights = [check_number("weight", one, low=0) for one in weights]
         if len(weights) != len(shared):
             raise ValueError(f"`weight` should be one, or {len(shared)}, found {len(weights)}.")
+        if not self._looked:
+            self._looked = True
+            _warn_of_left_out(reconstruction, [*shared, *rest])
         # The graph is retained, because the two may share a part.
         of_generation = gradients_of("generation", generation, shared, retain_graph=True)
         of_generation = [w * gradient for w, gradient in zip(weights, of_generation, strict=True)]
@@ -308,6 +312,27 @@ def _length_ratio(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
 def _mean(values: Tensor, chosen: Tensor, *, default: float) -> Tensor:
     count = chosen.sum()
     return torch.where(count > 0, (values * chosen).sum() / count.clamp(min=1), default)
+
+
+def _warn_of_left_out(reconstruction: Tensor, trained: Sequence[nn.Parameter]) -> None:
+    """Warn of parameters in the graph of a loss that are not among those that get its gradient."""
+    known = {id(parameter) for parameter in trained}
+    left, nodes, seen = set[int](), [reconstruction.grad_fn], set[Any]()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # of a node that adds to `.grad`
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in known:
+            left.add(id(leaf))
+        nodes.extend(following for following, _ in node.next_functions)
+    if left:
+        warnings.warn(
+            f"`others` should name what reconstruction alone trains, found {len(left)} parameters in its graph that "
+            "are neither there nor shared: `project` gives them no gradient.",
+            stacklevel=caller_level(),
+        )
 
 
 def _check_twice(penalty: Tensor, parameters: Sequence[Tensor]) -> None:

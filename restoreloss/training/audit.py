@@ -65,7 +65,7 @@ class AuditReport:
     Attributes:
         terms: a row for each term, in order.
         first_non_finite: name of the first term with NaN or infinity, or None.
-        notes: what is to be said of the images themselves.
+        notes: what is to be said of the images, and of shares that nothing has measured.
     """
 
     terms: tuple[TermAudit, ...]
@@ -165,8 +165,9 @@ def audit(
     - OPPOSES: its cosine with the first term is below ``opposes``.
 
     Args:
-        objectives: by name, anything called with (restored, target); or a :class:`WeightedSum`, whose weights count; or
-            a single objective. Objectives with ``.terms`` are taken apart.
+        objectives: by name, anything called with (restored, target); or a :class:`WeightedSum`, whose weights count (a
+            share that no call in training has measured weighs 1, of which there is a note); or a single objective.
+            Objectives with ``.terms`` are taken apart.
         restored: what your network made of a batch, float (N, C, H, W). Nothing is written to its ``.grad``.
         target: the same shape.
         draws: how often each objective is computed and averaged: losses that draw timesteps or noise vary. Objectives
@@ -231,7 +232,8 @@ def audit(
             )
         )
     non_finite = [row.name for row in rows if "NON-FINITE" in row.flags]
-    return AuditReport(tuple(rows), non_finite[0] if non_finite else None, _input_notes(restored, target))
+    notes = [*_input_notes(restored, target), *_notes_of_shares(objectives)]
+    return AuditReport(tuple(rows), non_finite[0] if non_finite else None, tuple(notes))
 
 
 def calibrate(
@@ -403,6 +405,16 @@ def _cosine(gradient: Tensor, reference: Tensor) -> float:
     if not all(0 < peak < math.inf for peak in peaks):
         return math.nan
     return float(torch.cosine_similarity((gradient / peaks[0]).flatten(), (reference / peaks[1]).flatten(), dim=0))
+
+
+def _notes_of_shares(objectives: Objectives) -> list[str]:
+    sums = (
+        [part for part in objectives.modules() if isinstance(part, WeightedSum)]
+        if isinstance(objectives, nn.Module)
+        else []
+    )
+    unmeasured = [name for part in sums for name in part.unmeasured()]
+    return [f"No call in training has measured the share of {name} yet: it weighs 1." for name in unmeasured]
 
 
 def _input_notes(restored: Tensor, target: Tensor) -> tuple[str, ...]:

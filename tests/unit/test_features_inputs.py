@@ -325,3 +325,9 @@ def test_what_changes_its_input_in_place_does_not_change_the_images(normalize: A
     seen = FeatureExtractor(network, ["layer"], normalize=normalize)(images)["layer"]
     assert torch.equal(images, before)
     torch.testing.assert_close(seen, network.layer((before if normalize is None else 2 * before) - 0.5))
+
+
+@pytest.mark.filterwarnings("ignore:.*jit:FutureWarning", "ignore:.*jit:DeprecationWarning")
+def test_torchscript_is_refused():
+    with pytest.raises(ValueError, match="`network` should be the Python module, found TorchScript"):
+        FeatureExtractor(torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3))), ["0"])

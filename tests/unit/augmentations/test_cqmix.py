@@ -3,6 +3,7 @@ import inspect
 import itertools
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -382,3 +383,37 @@ def test_with_a_generator_each_the_cells_of_a_sample_do_not_depend_on_its_batch(
     assert len({tuple(one.flatten().tolist()) for one in mask}) > 1
     with pytest.raises(ValueError, match="`generator` should be one, or one for each of 4, found 3"):
         mix(z, x, generator=generators(range(3)))
+
+
+def calls(mix, restored, target, count):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(count):
+            mix(restored, target)
+    return [str(one.message) for one in told]
+
+
+@pytest.mark.parametrize(
+    ("of_restored", "of_target", "call"),
+    [
+        (lambda x: 255 * x, lambda x: x, 1),
+        (lambda x: x, lambda x: 255 * x, 100),
+        (lambda x: (x - 0.45) / 0.22, lambda x: x, 100),
+        (lambda x: x, lambda x: (x - 0.45) / 0.22, 100),
+    ],
+)
+def test_images_of_two_ranges_are_told_once(of_restored, of_target, call):
+    mix, (restored, target) = CQMix(), pair()
+    restored, target = of_restored(restored), of_target(target)
+    assert calls(mix, restored, target, call - 1) == []
+    (told,) = calls(mix, restored, target, 2)
+    assert "`restored` spans" in told and "should be of one range" in told
+    assert calls(mix, restored, target, 120) == []
+
+
+@pytest.mark.parametrize("scale", [1.0, 255.0])
+def test_restored_images_may_overshoot_and_begin_anywhere(scale):
+    mix, (restored, target) = CQMix(), pair()
+    assert calls(mix, (30 * restored - 15) * scale, target * scale, 1) == []
+    assert calls(mix, (1.4 * restored - 0.2) * scale, target * scale, 120) == []
+    assert calls(CQMix(), list(restored), list(target), 120) == []

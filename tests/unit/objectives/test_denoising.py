@@ -1,5 +1,6 @@
 """The denoising loss asks the network for the right answer, and trains nothing but the network."""
 
+import copy
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -359,3 +360,19 @@ class Recorded(nn.Module):
     def forward(self, noisy: Tensor, t: Tensor) -> Tensor:
         result: Tensor = self.function(noisy, t)
         return result
+
+
+def test_a_network_in_half_precision_takes_images_in_float32():
+    class Pointwise(nn.Conv2d):
+        def forward(self, x, t):
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    network, clean = Pointwise(3, 3, 1), torch.rand(2, 3, 8, 8)
+    noise = torch.randn(2, 3, 8, 8)
+    values = [
+        DenoisingLoss(copy.deepcopy(network).to(dtype), NoiseLevels.ir_sde(50))(clean, timestep=20, noise=noise)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert values[1].dtype == torch.float32
+    torch.testing.assert_close(values[1], values[0], rtol=0.02, atol=0.0)

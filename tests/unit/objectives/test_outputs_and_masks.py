@@ -183,3 +183,32 @@ def test_what_is_masked_may_hold_anything():
     loss.backward()
     assert loss == 1
     torch.testing.assert_close(restored.grad, mask.expand(1, 3, 4, 4) / 24)
+
+
+def test_each_image_has_the_mean_over_its_own_mask():
+    restored, target = images(torch.float64)
+    mask = torch.zeros(len(target), 1, *target.shape[2:], dtype=torch.float64)
+    mask[0, :, :2, :2] = 1
+    mask[1:] = 1
+    mask[-1] = 0
+    found = Masked(lambda z, x: (z - x).abs().mean(dim=(1, 2, 3)))(restored, target, mask=mask)
+    for n in range(len(target)):
+        chosen = mask[n].bool().expand_as(target[n])
+        expected = (restored - target)[n][chosen].abs().mean() if chosen.any() else torch.zeros(()).double()
+        torch.testing.assert_close(found[n], expected)
+
+
+@pytest.mark.parametrize(
+    ("objective", "found"),
+    [
+        (nn.L1Loss(reduction="sum"), "reduction='sum'"),
+        (DiffLoss(pointwise, h_space_weight=0, distance="rms"), "distance='rms'"),
+        (
+            WeightedSum({"pixel": nn.L1Loss(), "other": DiffLoss(pointwise, h_space_weight=0, distance="l2")}),
+            "distance='l2'",
+        ),
+    ],
+)
+def test_what_says_that_it_is_no_mean_is_not_masked(objective, found):
+    with pytest.raises(ValueError, match=f"`objective` should be a mean over pixels, found {found}"):
+        Masked(objective)

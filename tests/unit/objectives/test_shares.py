@@ -450,3 +450,27 @@ def test_norms_go_where_the_images_are():
     norms = WeightedSum({"pixel": nn.L1Loss(), "other": nn.MSELoss()}, shares={"other": 0.3}).norms
     norms.follow(torch.device("meta"))
     assert {buffer.device.type for buffer in norms.buffers()} == {"meta"}
+
+
+def test_eval_mode_tells_of_shares_that_nothing_has_measured():
+    restored, target = images()
+    loss = WeightedSum({"pixel": nn.L1Loss(), "other": scaled(1000.0)}, shares={"other": 0.5}).eval()
+    with torch.no_grad():
+        loss(restored, target)
+    with pytest.warns(UserWarning, match=r"in `\.eval\(\)` other weighs 1") as told:
+        loss(restored, target)
+    assert told[0].filename == __file__ and loss.unmeasured() == ["other"]
+    loss(restored, target)  # said once
+    loss.train()(restored, target).backward()
+    assert loss.unmeasured() == [] and loss.current_weights()["other"] != 1
+
+
+def test_audit_notes_shares_that_nothing_has_measured():
+    restored, target = images()
+    loss = WeightedSum({"pixel": nn.L1Loss(), "other": scaled(1000.0)}, shares={"other": 0.5})
+    assert audit(loss, restored, target).notes == (
+        "No call in training has measured the share of other yet: it weighs 1.",
+    )
+    loss(restored, target).backward()
+    report = audit(loss, restored, target)
+    assert not report.notes and report["other"].share == pytest.approx(0.5, rel=1e-3)

@@ -1,6 +1,8 @@
 """Objectives on fewer samples and calls: exact for a given choice, right on average."""
 
 import math
+import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -214,3 +216,24 @@ def test_within_a_sum_it_keeps_the_names_of_its_terms() -> None:
 def test_what_cannot_be_is_refused(objective: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Subsampled(objective, **options)
+
+
+@pytest.mark.parametrize("shares", [{}, {"other": 0.5}])
+def test_a_call_of_the_same_image_before_its_backward_pass_is_told(shares: dict[str, float]) -> None:
+    loss = WeightedSum({"pixel": nn.L1Loss(), "other": Subsampled(nn.MSELoss(), every=2)}, shares=shares)
+    clean, weight = uniform(2, 3, 4, 4), torch.ones((), requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(6):  # one call a step, also with several images before a backward pass
+            sum(loss(weight * uniform(2, 3, 4, 4, seed=seed + n), clean) for n in range(2)).backward()
+        restored = weight * uniform(2, 3, 4, 4)
+        for _ in range(3):  # or with a backward pass after each
+            loss(restored, clean).backward(retain_graph=True)
+    loss(restored, clean)
+    with pytest.warns(UserWarning, match=r"this one is of the image of the last.* `sum\(terms\.values\(\)\)`"):
+        loss.terms(restored, clean)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(restored, clean)
+        loss(restored, clean)
+    assert pickle.loads(pickle.dumps(loss)).current_weights() == loss.current_weights()

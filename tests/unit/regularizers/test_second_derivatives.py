@@ -119,3 +119,18 @@ def test_the_norm_of_that_nafnet_is_the_authors_with_their_names() -> None:
     theirs.load_state_dict(network.state_dict())
     image = torch.rand(2, 3, 12, 20)
     torch.testing.assert_close(network(image), theirs(image))
+
+
+def test_parameters_that_projection_leaves_out_are_told(recwarn: pytest.WarningsRecorder) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1))
+    images = torch.rand(2, 3, 4, 4)
+    rule = GradientOrthogonality(net[0].parameters())
+    with pytest.warns(UserWarning, match="found 2 parameters in its graph that are neither there nor shared"):
+        rule.project(net(images).mean(), net(images).square().mean())
+    rule.project(net(images).mean(), net(images).square().mean())  # said once
+    GradientOrthogonality(net[0].parameters()).project(
+        net(images).mean(), net(images).square().mean(), others=net[1].parameters()
+    )
+    net[1].requires_grad_(False)
+    GradientOrthogonality(net[0].parameters()).project(net(images).mean(), net(images).square().mean())
+    assert not recwarn.list
