@@ -11,6 +11,7 @@ The options are the arguments of the classes themselves, with their defaults; a 
 that build their losses from YAML or TOML register the classes of :func:`registrable`, each in its own way.
 """
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -220,6 +221,8 @@ def _named_prior(
                 raise ValueError(f"`{name}` should be left out for the prior 'small', found {value!r}.")
         loaded: Any = small_prior()
     else:
+        if difflib.get_close_matches(prior, ["small"]) and not Path(prior).expanduser().exists():
+            raise ValueError(f"`prior` should be 'small', a file, a folder or a name on the hub, found {prior!r}.")
         fixed = {} if conditioning is None else {"conditioning": _named_conditioning(conditioning)}
         with named("source", "prior"):
             loaded = load_prior(prior, **fixed, **reading)

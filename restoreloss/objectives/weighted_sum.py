@@ -221,8 +221,9 @@ class WeightedSum(Objective):
         self, restored: Tensor, target: Tensor, generator: Generators, norms: RunningNorms
     ) -> dict[str, Tensor]:
         """The terms, measured where they are trained with. Not compiled: hooks on the backward pass are not."""
-        if not (self.training and restored.requires_grad and torch.is_grad_enabled()):
-            if not self.training and restored.requires_grad and torch.is_grad_enabled() and not self._told:
+        trains = restored.requires_grad and torch.is_grad_enabled() and not restored.is_meta
+        if not (self.training and trains):
+            if trains and not self._told:
                 self._tell_unmeasured()
             return self._weighted_terms(restored, target, generator, None)
         norms.follow(restored.device)

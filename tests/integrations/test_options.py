@@ -302,6 +302,7 @@ TDP = {"type": "TDPLoss", "task": "torchvision/resnet18", "weights": "random"}
         ({"type": "DiffLoss", "head_channels": 0}, "`head_channels` should be left out for the prior .small., found 0"),
         ({"type": "DiffLoss", "checkpointing": "false"}, "`checkpointing` should be true or false, found 'false'"),
         ({"type": "DiffLoss", "prior": None}, "`prior` should be text, found None"),
+        ({"type": "DiffLoss", "prior": "smal"}, "`prior` should be 'small', a file, .* found 'smal'"),
         ({"type": "DiffLoss", "prior": ["small"]}, r"`prior` should be text, found \['small'\]"),
         ({"type": "DiffLoss", "revision": 3}, "`revision` should be text, found 3"),
         ({"type": "DiffLoss", "revision": "main"}, "`revision` should be left out for the prior 'small', found 'main'"),
