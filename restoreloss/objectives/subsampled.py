@@ -44,7 +44,7 @@ class Subsampled(Objective):
     Example:
         >>> loss = Subsampled(nn.MSELoss(), every=2)
         >>> image = torch.ones(1, 3, 4, 4, requires_grad=True)
-        >>> [loss(image, torch.zeros(1, 3, 4, 4)).item() for _ in range(4)]
+        >>> [loss(image.clone(), torch.zeros(1, 3, 4, 4)).item() for _ in range(4)]
         [2.0, 0.0, 2.0, 0.0]
         >>> cheap = Subsampled(DiffLoss(small_prior()), subset=0.25)  # a quarter of the time
     """
