@@ -46,13 +46,14 @@ class CQMix(nn.Module):
     3.2. The authors' code enlarges the grid by a fixed factor, which fits the training sizes of the paper only.
     """
 
+    _calls = 0
+
     def __init__(self, grid: tuple[int, int] = (4, 4), *, p: float = 0.5) -> None:
         super().__init__()
         if not isinstance(grid, Sequence) or isinstance(grid, str) or len(grid) != 2:
             raise ValueError(f"`grid` should be (rows, columns), both at least 1, found {describe(grid)}.")
         self.grid = (check_integer("grid[0]", grid[0]), check_integer("grid[1]", grid[1]))
         self.p = check_number("p", p, low=0, high=1)
-        self._calls = 0
 
     @overload
     def forward(self, restored: Tensor, target: Tensor, *, generator: Generators = None) -> Tensor: ...
@@ -91,7 +92,7 @@ class CQMix(nn.Module):
         """
         if isinstance(restored, Tensor) or isinstance(target, Tensor):
             mixed, mask = self._mix("", 4, restored, target, generator)
-            self._look(restored, target)
+            self._look([restored], [target])
             return (mixed, mask.to(mixed.dtype)) if return_mask else mixed
         if not (isinstance(restored, Sequence) and isinstance(target, Sequence)):
             found = f"{describe(restored)} and {describe(target)}"
@@ -102,8 +103,7 @@ class CQMix(nn.Module):
         generators = generator if isinstance(generator, Sequence) else [generator] * len(restored)
         samples = enumerate(zip(restored, target, generators, strict=True))
         pairs = [self._mix(f"[{i}]", 3, z, x, one) for i, (z, x, one) in samples]
-        if pairs:
-            self._look(restored[0], target[0])
+        self._look(restored, target)
         images = [image for image, _ in pairs]
         return (images, [mask.to(image.dtype) for image, mask in pairs]) if return_mask else images
 
@@ -144,21 +144,25 @@ class CQMix(nn.Module):
         mask = chosen[..., row, :][..., column]
         return torch.where(mask, restored, target), mask
 
-    def _look(self, restored: Tensor, target: Tensor) -> None:
+    def _look(self, restored: Sequence[Tensor], target: Sequence[Tensor]) -> None:
         """Warn once, in the first, hundredth or thousandth call, of images of two ranges. At first a network may make
         anything, and reading values waits for the device.
         """
-        if torch.compiler.is_compiling() or restored.is_meta or self._calls >= 1000:
+        if torch.compiler.is_compiling() or self._calls >= 1000:
             return
         self._calls += 1
-        if self._calls not in (1, 100, 1000) or target.numel() < 192 or not target.is_floating_point():
+        if self._calls not in (1, 100, 1000) or sum(x.numel() for x in target) < 192:
             return
-        (low, high), (darkest, brightest) = ([float(end) for end in x.detach().aminmax()] for x in (target, restored))
+        try:
+            (darkest, brightest), (low, high) = (_ends(images) for images in (restored, target))
+        except RuntimeError:  # meta images, and those within a transform of torch.func, have no values to read
+            return
         span, settled = high - low, self._calls > 1
-        slack = span * (0.75 if settled else 50)
+        slack = max(span, 1.0) * (0.75 if settled else 50)
         outside = darkest < low - slack or brightest > high + slack
-        inside = settled and (brightest - darkest < span / 50 or low < -0.1 * span < 0 <= darkest)
-        if 0 < span < math.inf and (outside or inside):
+        dark = span > 2 and brightest - low <= span / 100
+        inside = settled and span > 0.5 and (dark or low < -0.4 * span < 0 <= darkest)
+        if span < math.inf and (outside or inside):
             self._calls = 1000
             warnings.warn(
                 f"`restored` spans [{darkest:.4g}, {brightest:.4g}], and `target` [{low:.4g}, {high:.4g}]: CQMix mixes "
@@ -169,3 +173,9 @@ class CQMix(nn.Module):
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
         return f"grid={self.grid}, p={self.p:g}"
+
+
+def _ends(images: Sequence[Tensor]) -> tuple[float, float]:
+    """The lowest and the highest value."""
+    ends = [image.detach().aminmax() for image in images]
+    return min(float(low) for low, _ in ends), max(float(high) for _, high in ends)

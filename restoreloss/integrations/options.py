@@ -221,7 +221,8 @@ def _named_prior(
                 raise ValueError(f"`{name}` should be left out for the prior 'small', found {value!r}.")
         loaded: Any = small_prior()
     else:
-        if difflib.get_close_matches(prior, ["small"]) and not Path(prior).expanduser().exists():
+        named_alike = isinstance(prior, str) and "/" not in prior and difflib.get_close_matches(prior, ["small"])
+        if named_alike and not Path(prior).expanduser().exists():
             raise ValueError(f"`prior` should be 'small', a file, a folder or a name on the hub, found {prior!r}.")
         fixed = {} if conditioning is None else {"conditioning": _named_conditioning(conditioning)}
         with named("source", "prior"):

@@ -17,9 +17,8 @@ from restoreloss.diffusion.levels import NoiseLevels
 from restoreloss.diffusion.schedule import NoiseSchedule
 from restoreloss.distances import Distance, Reduction, distance_per_sample, reduce_samples
 from restoreloss.generators import Generators, check_generators, standard_normal, stratified
-from restoreloss.images import HALF, RangeWatch, check_images, check_pair, check_range, into_range
+from restoreloss.images import RangeWatch, check_images, check_pair, check_range, into_range
 from restoreloss.objectives.base import total
-from restoreloss.precision import reference_weight
 
 
 class DenoisingLoss(nn.Module):
@@ -37,7 +36,8 @@ class DenoisingLoss(nn.Module):
     Args:
         denoiser: ``(x_t, t) -> prediction`` with t of shape (N,), which is :meth:`NoiseSchedule.model_time`: a network,
             DDP around it, or a function; a tensor, an object with ``.sample``, or a tuple that begins with the tensor.
-            Channels beyond those of the image (a learned variance) are ignored.
+            Channels beyond those of the image (a learned variance) are ignored. A network of one dtype is shown x_t in
+            it.
         schedule: :class:`~restoreloss.NoiseLevels` or :class:`~restoreloss.NoiseSchedule`.
         distance: "l1" | "mse" | "rms" | "l2"; the default is "l1" with NoiseLevels and "mse" else.
         timesteps: (low, high), low included. The default is all levels that hold noise.
@@ -141,8 +141,8 @@ class DenoisingLoss(nn.Module):
         time = t if isinstance(denoiser, Denoiser) else self.schedule.model_time(t)  # a Denoiser asks its own schedule
         noisy = self.schedule.add_noise(x, noise, t)
         if isinstance(denoiser, nn.Module) and not isinstance(denoiser, Denoiser):  # which casts by itself
-            weight = reference_weight(denoiser)
-            noisy = noisy if weight is None or weight.dtype not in HALF else noisy.to(weight.dtype)
+            dtypes = {weight.dtype for weight in denoiser.parameters() if weight.is_floating_point()}
+            noisy = noisy.to(dtypes.pop()) if len(dtypes) == 1 else noisy
         answer = prediction_in(denoiser(noisy, time))
         if answer.ndim != 4 or answer.shape[1] < x.shape[1]:
             raise ValueError(f"`denoiser` should return images like {tuple(x.shape)}, found {tuple(answer.shape)}.")

@@ -1,9 +1,11 @@
 """Masked: any objective on a part of the image."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.loss import _Loss
 
 from restoreloss.checks import describe
 from restoreloss.generators import Generators
@@ -16,12 +18,13 @@ class Masked(Objective):
 
     .. math:: L_m(z, x) = \frac{1}{\bar m}\, L\big(m z + (1 - m)\, x,\; x\big)
 
-    where m is the mask and :math:`\bar m` its mean, over the batch or, for an objective with one value for each image,
-    over each. Outside of the mask the objective is shown the target twice, so that it sees no difference there, and has
-    no gradient. This is right for any mean over pixels, also of what a network sees, which a weight for each pixel of
-    the result is not, and wrong for what is no mean: the logarithm of a PSNR, a root, a sum. For L1 and squared error
-    with :math:`m \in \{0, 1\}` it is their mean over the masked pixels. The shares of a `WeightedSum` within are of
-    the gradient at what it is shown, some of which, of losses that see a neighborhood, is outside of the mask.
+    where m is the mask and :math:`\bar m` its mean: over the batch or, for an objective with one value for each image,
+    over each, so that those are no longer parts of one mean. Outside of the mask the objective is shown the target
+    twice, so that it sees no difference there, and has no gradient. Unlike a weight for each pixel of its result this
+    is right for what is seen through a network, as long as it is a mean over pixels; it is wrong for the logarithm of
+    a PSNR, a root or a sum. For L1 and squared error with :math:`m \in \{0, 1\}` it is their mean over the masked
+    pixels. The shares of a `WeightedSum` within are of the gradient at what it is shown, some of which, of losses that
+    see a neighborhood, is outside of the mask.
 
     Args:
         objective: anything called with (restored, target): a loss, a :class:`WeightedSum`, a function. It should be a
@@ -45,10 +48,7 @@ class Masked(Objective):
         super().__init__()
         check_objective("objective", objective)
         check_sign("objective", objective)
-        for part in objective.modules() if isinstance(objective, nn.Module) else [objective]:
-            for option, sums in (("reduction", ("sum",)), ("distance", ("rms", "l2"))):
-                if isinstance(stated := getattr(part, option, None), str) and stated in sums:
-                    raise ValueError(f"`objective` should be a mean over pixels, found {option}={stated!r}.")
+        _check_mean(objective)
         self.objective = objective
         self._looked = False
 
@@ -72,7 +72,9 @@ class Masked(Objective):
         mean = of_each.mean().clamp(min=1 / mask.numel())  # An empty mask has the loss 0.
         of_each = of_each.clamp(min=1 / mask[0].numel())
         terms = named_terms("objective", self.objective, seen, target, generator)
-        return {name: value / (of_each if value.ndim else mean) for name, value in terms.items()}
+        if wrong := [value for value in terms.values() if value.ndim > 1]:
+            raise ValueError(f"`objective` should return a mean over pixels, found {describe(wrong[0])}.")
+        return {name: value / (of_each if value.shape == of_each.shape else mean) for name, value in terms.items()}
 
     def _check_range(self, mask: Tensor) -> None:
         """Every mask on the CPU; elsewhere, where it waits for the device, the first one, outside of compiled code."""
@@ -98,3 +100,15 @@ class Masked(Objective):
             A scalar, or (N,) where the objective has one value for each image; 0 for a mask of zeros.
         """
         return total(self.terms(restored, target, mask=mask, generator=generator))
+
+
+def _check_mean(objective: Any) -> None:
+    """Raise ``ValueError`` for what says of itself that it is no mean over pixels, also within ours."""
+    if isinstance(objective, _Loss) and objective.reduction == "sum":
+        raise ValueError("`objective` should be a mean over pixels, found reduction='sum'.")
+    if not type(objective).__module__.startswith("restoreloss."):
+        return
+    if (distance := getattr(objective, "distance", None)) in ("rms", "l2"):
+        raise ValueError(f"`objective` should be a mean over pixels, found distance={distance!r}.")
+    for part in [*getattr(objective, "objectives", {}).values(), getattr(objective, "objective", None)]:
+        _check_mean(part)

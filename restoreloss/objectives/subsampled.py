@@ -4,10 +4,12 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import unserializable_hook
 
 from restoreloss.checks import caller_level, check_choice, check_integer
 from restoreloss.distances import Reduction
@@ -49,6 +51,10 @@ class Subsampled(Objective):
         >>> cheap = Subsampled(DiffLoss(small_prior()), subset=0.25)  # a quarter of the time
     """
 
+    _last: tuple[weakref.ref[Tensor], Any] | None = None
+    """The image of a call that no backward pass has gone through."""
+    _told = False
+
     def __init__(
         self,
         objective: Callable[[Tensor, Tensor], Tensor],
@@ -70,8 +76,6 @@ class Subsampled(Objective):
             check_choice("reduction", reduction, Reduction)
         self.reduction: Reduction = getattr(objective, "reduction", "mean") if reduction is None else reduction
         self._names: tuple[str, ...] | None = None
-        self._last: tuple[weakref.ref[Tensor], Any] | None = None  # the image of a call without a backward pass yet
-        self._told = False
 
     @property
     def objective(self) -> Callable[[Tensor, Tensor], Tensor]:
@@ -153,9 +157,9 @@ class Subsampled(Objective):
         if again and not self._told:
             self._told = True
             warnings.warn(
-                f"Of every {self.every} calls one is computed, and this one is of the image of the last, which no "
-                "backward pass went through: take the loss from `sum(terms.values())` where you log `terms`. This is "
-                "said once.",
+                f"Every call counts, of which one of {self.every} is computed, and this one is of the image of the "
+                "last, which no backward pass has gone through. Where you log `terms`, the loss is "
+                "`sum(terms.values())`; for another use take a loss of its own. This is said once.",
                 stacklevel=caller_level(),
             )
         self._last = weakref.ref(image), place
@@ -167,7 +171,7 @@ class Subsampled(Objective):
         """The terms; a backward pass through one of them ends the call that it is of."""
         for term in terms.values():
             if term.requires_grad:
-                term.register_hook(self._end)
+                term.register_hook(unserializable_hook(partial(self._end)))
         return terms
 
     def _end(self, _: Tensor) -> None:

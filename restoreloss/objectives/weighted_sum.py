@@ -72,6 +72,8 @@ class WeightedSum(Objective):
         0.3
     """
 
+    _told = False
+
     def __init__(
         self,
         objectives: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
@@ -96,7 +98,6 @@ class WeightedSum(Objective):
             if not isinstance(name, str) or not name or "/" in name or "." in name:
                 raise ValueError(f"`objectives` should have names without '/' and '.', found {name!r}.")
         self.norms = RunningNorms(self._names, {n: period_of(f) for n, f in objectives.items()}) if shares else None
-        self._told = False
         self._functions = {name: f for name, f in objectives.items() if not isinstance(f, nn.Module)}
         for name, objective in objectives.items():
             if isinstance(objective, nn.Module):
@@ -251,8 +252,8 @@ class WeightedSum(Objective):
         if unmeasured := self.unmeasured():
             self._told = True
             warnings.warn(
-                f"Shares are measured in training mode: in `.eval()` {' and '.join(unmeasured)} weighs 1. Call "
-                "`.train()` on the loss, or say `weights`; this is said once.",
+                f"Shares are measured in training mode, and in `.eval()` the weight of {', '.join(unmeasured)} is 1. "
+                "Call `.train()` on the loss, or say `weights`; this is said once.",
                 stacklevel=caller_level(),
             )
 

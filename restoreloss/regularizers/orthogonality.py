@@ -6,7 +6,7 @@ from the gradients of a step.
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -65,6 +65,8 @@ class GradientOrthogonality(nn.Module):
     PCGrad (Yu et al. 2020), of one objective against the other.
     """
 
+    _looked = False
+
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
@@ -84,7 +86,7 @@ class GradientOrthogonality(nn.Module):
         check_choice("mode", mode, Mode)
         self._parameters_shared = tuple(unique.values())  # The tuple keeps them from being registered.
         self.gamma, self.mode = check_number("gamma", gamma, low=0), mode
-        self._twice = self._looked = False
+        self._twice = False
 
     def forward(
         self,
@@ -315,41 +317,40 @@ def _mean(values: Tensor, chosen: Tensor, *, default: float) -> Tensor:
 
 
 def _warn_of_left_out(reconstruction: Tensor, trained: Sequence[nn.Parameter]) -> None:
-    """Warn of parameters in the graph of a loss that are not among those that get its gradient."""
+    """Warn of parameters in the graph of a loss that are not among those that get its gradient, and have none."""
     known = {id(parameter) for parameter in trained}
-    left, nodes, seen = set[int](), [reconstruction.grad_fn], set[Any]()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)  # of a node that adds to `.grad`
-        if isinstance(leaf, nn.Parameter) and id(leaf) not in known:
-            left.add(id(leaf))
-        nodes.extend(following for following, _ in node.next_functions)
+    leaves = (getattr(node, "variable", None) for node in _nodes(reconstruction))  # of nodes that add to `.grad`
+    left = {id(leaf) for leaf in leaves if isinstance(leaf, nn.Parameter) and leaf.grad is None} - known
     if left:
         warnings.warn(
-            f"`others` should name what reconstruction alone trains, found {len(left)} parameters in its graph that "
-            "are neither there nor shared: `project` gives them no gradient.",
+            f"{len(left)} parameters in the graph of `reconstruction` are neither shared nor in `others`: `project` "
+            "gives them no gradient. Name those in `others` that it should train; of the rest, as a discriminator's, "
+            "nothing is wanted.",
             stacklevel=caller_level(),
         )
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    """The nodes of a graph, from the loss on; not all of one so deep that torch could not release them afterwards."""
+    nodes, seen = [loss.grad_fn], set[Any]()
+    while nodes and len(seen) < 20_000:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            nodes.extend(following for following, _ in node.next_functions)
 
 
 def _check_twice(penalty: Tensor, parameters: Sequence[Tensor]) -> None:
     constants: set[str] = set()
     try:
         torch.autograd.grad(penalty, parameters, retain_graph=True, allow_unused=True)
-        nodes, seen = [penalty.grad_fn], set()
-        while nodes:  # Such a node fails where its gradient is wanted, which need not be on the way here.
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if node.name().endswith("Error"):
+        for node in _nodes(penalty):  # Such a node fails where its gradient is wanted, perhaps not on the way here.
+            name = node.name()
+            if name.endswith("Error"):
                 raise RuntimeError("a function is marked with @once_differentiable.")
             if isinstance(node, BackwardCFunction) and _computed(node):
-                constants.add(node.name().removesuffix("Backward"))
-            nodes.extend(following for following, _ in node.next_functions)
+                constants.add(name.removesuffix("Backward"))
     except RuntimeError as error:
         text = str(error)
         if "scaled_dot_product" in text or "attention" in text:

@@ -368,14 +368,19 @@ def _whole(*objectives: Any) -> Iterator[None]:
     """Let losses look at all that train on a part: tiles, some samples, every k-th call. No share is measured."""
     trees = [objective.modules() for objective in objectives if isinstance(objective, nn.Module)]
     parts = [module for tree in trees for module in tree if isinstance(module, DiffLoss | Subsampled | WeightedSum)]
-    modes = [part.training for part in parts]
+    sums = [part for part in parts if isinstance(part, WeightedSum)]
+    modes, told = [part.training for part in parts], [part._told for part in sums]
     try:
         for part in parts:
             part.training = False
+        for part in sums:
+            part._told = True  # in the notes, and not as of a loss in eval mode
         yield
     finally:
         for part, mode in zip(parts, modes, strict=True):
             part.training = mode
+        for part, was in zip(sums, told, strict=True):
+            part._told = was
 
 
 @contextmanager
@@ -408,12 +413,9 @@ def _cosine(gradient: Tensor, reference: Tensor) -> float:
 
 
 def _notes_of_shares(objectives: Objectives) -> list[str]:
-    sums = (
-        [part for part in objectives.modules() if isinstance(part, WeightedSum)]
-        if isinstance(objectives, nn.Module)
-        else []
-    )
-    unmeasured = [name for part in sums for name in part.unmeasured()]
+    given = objectives.values() if isinstance(objectives, Mapping) else [objectives]
+    parts = [part for one in given if isinstance(one, nn.Module) for part in one.modules()]
+    unmeasured = [name for part in parts if isinstance(part, WeightedSum) for name in part.unmeasured()]
     return [f"No call in training has measured the share of {name} yet: it weighs 1." for name in unmeasured]
 
 

@@ -35,8 +35,19 @@ def test_runs_that_a_run_began_with_tell(name: str, tmp_path: Path) -> None:
     begun = run(tmp_path / "begun", root=str(tmp_path / "mine"))
     middle = run(tmp_path / "middle", root=str(tmp_path / "other"), **{name: str(begun)})
     assert has_learned_from(tmp_path / "mine", {"root": None, "references": ["english_g2", str(middle)]})
-    assert has_learned_from(tmp_path / "mine", {"prepared": str(tmp_path)})
+    (tmp_path / "prepared").mkdir()
+    middle.rename(tmp_path / "prepared" / "classification_hq")
+    assert has_learned_from(tmp_path / "mine", {"prepared": str(tmp_path / "prepared")})
+    assert not has_learned_from(tmp_path / "mine", {"prepared": str(tmp_path)})  # whose parts are called otherwise
+    middle = tmp_path / "prepared" / "classification_hq"
     assert not has_learned_from(tmp_path / "third", {"references": [str(middle)], "prior": "stabilityai/sd"})
+
+
+def test_runs_that_name_each_other_come_to_an_end(tmp_path: Path) -> None:
+    one = run(tmp_path / "a_hq", root=str(tmp_path / "mine"), prepared=str(tmp_path), judge=str(tmp_path / "b_hq"))
+    run(tmp_path / "b_hq", judge=str(one))
+    assert not has_learned_from(tmp_path / "other", {"prepared": str(tmp_path), "fixed_hr": str(one)})
+    assert has_learned_from(tmp_path / "mine", {"judge": str(tmp_path / "b_hq")})
 
 
 def test_a_stage_that_has_moved_may_have_learned_from_anything(tmp_path: Path) -> None:

@@ -55,8 +55,8 @@ def load_photo(name: str) -> Tensor:
 def photographs(folder: Path | None, *, smallest: int) -> tuple[Images, Images]:
     """Photographs to train on and held-out ones, by name: the built-in split, or that of a folder of images.
 
-    Of a folder the tenth is not trained on that pairs with these clean images are tested on, nor others that make it a
-    quarter, as long as those are at most four; four of all these are held out. Of a single image the right third is.
+    Of a folder the tenth that is tested in pairs is kept from the training, and more up to a quarter or four images;
+    the first four of these are held out. Of a single image the right third is.
 
     Raises:
         ValueError: If the folder holds nothing to train on that is large enough (:func:`load_folder`).

@@ -1,7 +1,7 @@
 """The folders that a run has learned from, itself and by the runs that it began with."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ _RUNS = (
     "after", "prepared", "pretrained", "prior", "autoencoder", "pre", "s_weights", "h_weights", "foreign", "fixed_hr",
     "judge", "references", "judges",
 )  # fmt: skip
-"""Options that may name a run; ``prepared`` is a folder of several."""
+"""Options that may name a run; ``prepared`` is a folder of several:"""
+_PREPARED = ("prior", "pre", "*_hq", "*_judge")
 _FOLDERS = ("root", "images", "lq", "gt", "of", "clean", "pairs", "data_sets")
 """Options that name folders of images, some as NAME:FOLDER."""
 
@@ -21,12 +22,14 @@ _FOLDERS = ("root", "images", "lq", "gt", "of", "clean", "pairs", "data_sets")
 def has_learned_from(folder: Path, *runs: Mapping[str, Any] | None) -> bool:
     """Whether runs of these settings, or those that they began with, learned from images in, above or below a folder.
 
-    A run whose settings are no longer found (None) may have. Above or below, other images are for the test than in the
-    training, of which a warning tells.
+    A run whose settings are no longer found (None) may have. Where one folder contains the other, they may share
+    images: a warning says so.
     """
-    folder = folder.resolve()
-    for settings in runs:
-        if settings is None or has_learned_from(folder, *began_with(settings)):
+    folder, met = folder.resolve(), set[Path]()
+    waiting = [*runs]
+    while waiting:
+        settings = waiting.pop()
+        if settings is None:
             return True
         for name in _FOLDERS:
             for value in _listed(settings.get(name)):
@@ -35,22 +38,32 @@ def has_learned_from(folder: Path, *runs: Mapping[str, Any] | None) -> bool:
                     if seen != folder:
                         logger.warning("%s may hold images that were trained on: %s was learned from", folder, seen)
                     return True
+        waiting += began_with(settings, met)
     return False
 
 
-def began_with(settings: Mapping[str, Any]) -> Iterator[dict[str, Any] | None]:
+def began_with(settings: Mapping[str, Any], met: set[Path] | None = None) -> list[dict[str, Any] | None]:
     """The settings of the runs that a run began with; None of one that is no longer there.
 
     Weights from a file or a package have none.
+
+    Args:
+        settings: of the run.
+        met: runs that are left out; those that are found are added.
     """
+    found: list[dict[str, Any] | None] = []
+    met = set() if met is None else met
     for name in _RUNS:
         for value in _listed(settings.get(name)):
             folder = Path(value)
             if name in ("after", "prepared", "pretrained") and not folder.is_dir():
-                yield None
-            for run in sorted(folder.glob("*")) if name == "prepared" else [folder]:
-                if (run / "config.yaml").is_file():
-                    yield settings_of(run)
+                found.append(None)
+            parts = [part for pattern in _PREPARED for part in sorted(folder.glob(pattern))]
+            for run in parts if name == "prepared" else [folder]:
+                if (run / "config.yaml").is_file() and run.resolve() not in met:
+                    met.add(run.resolve())
+                    found.append(settings_of(run))
+    return found
 
 
 def _listed(value: Any) -> list[str]:

@@ -417,3 +417,19 @@ def test_restored_images_may_overshoot_and_begin_anywhere(scale):
     assert calls(mix, (30 * restored - 15) * scale, target * scale, 1) == []
     assert calls(mix, (1.4 * restored - 0.2) * scale, target * scale, 120) == []
     assert calls(CQMix(), list(restored), list(target), 120) == []
+
+
+def test_dark_flat_and_gray_images_are_of_one_range():
+    restored, target = pair()
+    assert calls(CQMix(), 0.1 * restored, 0.03 * target + 0.02, 120) == []
+    assert calls(CQMix(), restored - 0.3, 0.004 * target + 0.5, 1) == []
+    assert calls(CQMix(), 0 * restored + 0.5, target, 120) == []
+    assert calls(CQMix(), 0.5 * restored, 1.3 * target - 0.3, 120) == []
+    assert calls(CQMix(), list(restored), [0 * target[0], target[1]], 120) == []
+
+
+def test_a_transform_of_functions_reads_no_values():
+    restored, target = pair()
+    with torch.random.fork_rng(devices=[]):
+        mixed = torch.vmap(CQMix(), randomness="different")(restored[:, None], target[:, None])
+    assert bool(((mixed == restored[:, None]) | (mixed == target[:, None])).all())

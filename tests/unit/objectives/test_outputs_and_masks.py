@@ -212,3 +212,24 @@ def test_each_image_has_the_mean_over_its_own_mask():
 def test_what_says_that_it_is_no_mean_is_not_masked(objective, found):
     with pytest.raises(ValueError, match=f"`objective` should be a mean over pixels, found {found}"):
         Masked(objective)
+
+
+def test_means_that_hold_a_sum_within_are_masked_and_maps_are_not():
+    class Own(nn.Module):
+        distance = "l2"
+
+        def __init__(self):
+            super().__init__()
+            self.l1 = nn.L1Loss(reduction="sum")
+
+        def forward(self, restored, target):
+            return self.l1(restored, target).view(1) / restored.numel()
+
+    restored, target = images()
+    mask = torch.ones(len(target), 1, *target.shape[2:])
+    mask[..., :4] = 0
+    found = Masked(Own())(restored, target, mask=mask)
+    assert found.shape == (1,)
+    torch.testing.assert_close(found[0], Masked(nn.L1Loss())(restored, target, mask=mask))
+    with pytest.raises(ValueError, match="`objective` should return a mean over pixels, found"):
+        Masked(nn.L1Loss(reduction="none")).terms(restored, target, mask=mask)

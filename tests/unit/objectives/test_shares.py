@@ -457,7 +457,7 @@ def test_eval_mode_tells_of_shares_that_nothing_has_measured():
     loss = WeightedSum({"pixel": nn.L1Loss(), "other": scaled(1000.0)}, shares={"other": 0.5}).eval()
     with torch.no_grad():
         loss(restored, target)
-    with pytest.warns(UserWarning, match=r"in `\.eval\(\)` other weighs 1") as told:
+    with pytest.warns(UserWarning, match=r"in `\.eval\(\)` the weight of other is 1") as told:
         loss(restored, target)
     assert told[0].filename == __file__ and loss.unmeasured() == ["other"]
     loss(restored, target)  # said once
@@ -474,3 +474,13 @@ def test_audit_notes_shares_that_nothing_has_measured():
     loss(restored, target).backward()
     report = audit(loss, restored, target)
     assert not report.notes and report["other"].share == pytest.approx(0.5, rel=1e-3)
+
+
+def test_audit_sets_off_no_warning_of_eval_mode(recwarn):
+    restored, target = images()
+    inner = WeightedSum({"one": nn.L1Loss(), "other": scaled(1000.0)}, shares={"other": 0.5})
+    for given in ({"a": nn.L1Loss(), "b": inner}, WeightedSum({"a": nn.L1Loss(), "b": inner})):
+        assert "the share of other yet" in audit(given, restored, target).notes[0]
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="the weight of other is 1"):
+        inner.eval()(restored, target)

@@ -230,7 +230,7 @@ def test_a_call_of_the_same_image_before_its_backward_pass_is_told(shares: dict[
         for _ in range(3):  # or with a backward pass after each
             loss(restored, clean).backward(retain_graph=True)
     loss(restored, clean)
-    with pytest.warns(UserWarning, match=r"this one is of the image of the last.* `sum\(terms\.values\(\)\)`"):
+    with pytest.warns(UserWarning, match=r"this one is of the image of the last.*`sum\(terms\.values\(\)\)`"):
         loss.terms(restored, clean)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

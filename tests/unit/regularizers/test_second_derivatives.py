@@ -125,7 +125,9 @@ def test_parameters_that_projection_leaves_out_are_told(recwarn: pytest.Warnings
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1))
     images = torch.rand(2, 3, 4, 4)
     rule = GradientOrthogonality(net[0].parameters())
-    with pytest.warns(UserWarning, match="found 2 parameters in its graph that are neither there nor shared"):
+    with pytest.warns(
+        UserWarning, match="2 parameters in the graph of `reconstruction` are neither shared nor in `others`"
+    ):
         rule.project(net(images).mean(), net(images).square().mean())
     rule.project(net(images).mean(), net(images).square().mean())  # said once
     GradientOrthogonality(net[0].parameters()).project(
@@ -134,3 +136,12 @@ def test_parameters_that_projection_leaves_out_are_told(recwarn: pytest.Warnings
     net[1].requires_grad_(False)
     GradientOrthogonality(net[0].parameters()).project(net(images).mean(), net(images).square().mean())
     assert not recwarn.list
+
+
+def test_deep_graphs_are_released_after_they_were_looked_at() -> None:
+    weight, other = (nn.Parameter(torch.ones(1)) for _ in range(2))
+    loss = weight * other
+    for _ in range(100_000):
+        loss = loss + 0.0
+    GradientOrthogonality([weight]).project(weight.square().sum(), loss.sum(), others=[other])
+    del loss
