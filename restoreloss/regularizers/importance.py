@@ -420,8 +420,7 @@ class ParameterImportance(ExactBuffers):
                 "The loss does not depend on them in train mode."
                 if self.mode == "train"
                 else "If the network computes with other parameters in eval mode than those that train (SPAN and other "
-                'networks that are re-parameterized), measure with `ParameterImportance(model, mode="train")`; if an '
-                "adapter beside them begins as the identity, after some steps of training."
+                'networks that are re-parameterized), measure with `ParameterImportance(model, mode="train")`.'
             )
             warnings.warn(
                 f"{', '.join(f'`{name}`' for name in zero[:3])}{more} ({share:.0%} of the numbers that require a "

@@ -5,6 +5,7 @@ is a loss that makes the gradients orthogonal, and, for a fraction of its cost, 
 from the gradients of a step.
 """
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -319,7 +320,8 @@ def _mean(values: Tensor, chosen: Tensor, *, default: float) -> Tensor:
 def _warn_of_left_out(reconstruction: Tensor, trained: Sequence[nn.Parameter]) -> None:
     """Warn of parameters in the graph of a loss that are not among those that get its gradient, and have none."""
     known = {id(parameter) for parameter in trained}
-    leaves = (getattr(node, "variable", None) for node in _nodes(reconstruction))  # of nodes that add to `.grad`
+    # Nodes that add to `.grad` have a variable. Torch cannot release the deepest graphs once they have been walked.
+    leaves = (getattr(node, "variable", None) for node in _nodes(reconstruction, most=20_000))
     left = {id(leaf) for leaf in leaves if isinstance(leaf, nn.Parameter) and leaf.grad is None} - known
     if left:
         warnings.warn(
@@ -330,10 +332,10 @@ def _warn_of_left_out(reconstruction: Tensor, trained: Sequence[nn.Parameter]) -
         )
 
 
-def _nodes(loss: Tensor) -> Iterator[Any]:
-    """The nodes of a graph, from the loss on; not all of one so deep that torch could not release them afterwards."""
+def _nodes(loss: Tensor, *, most: float = math.inf) -> Iterator[Any]:
+    """The nodes of a graph, from the loss on."""
     nodes, seen = [loss.grad_fn], set[Any]()
-    while nodes and len(seen) < 20_000:
+    while nodes and len(seen) < most:
         node = nodes.pop()
         if node is not None and node not in seen:
             seen.add(node)

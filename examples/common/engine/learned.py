@@ -58,8 +58,8 @@ def began_with(settings: Mapping[str, Any], met: set[Path] | None = None) -> lis
             folder = Path(value)
             if name in ("after", "prepared", "pretrained") and not folder.is_dir():
                 found.append(None)
-            parts = [part for pattern in _PREPARED for part in sorted(folder.glob(pattern))]
-            for run in parts if name == "prepared" else [folder]:
+            patterns = _PREPARED if name == "prepared" else ()
+            for run in [part for pattern in patterns for part in sorted(folder.glob(pattern))] or [folder]:
                 if (run / "config.yaml").is_file() and run.resolve() not in met:
                     met.add(run.resolve())
                     found.append(settings_of(run))
