@@ -25,8 +25,9 @@ def fit_size(image: Tensor, multiple: int, policy: SizePolicy, *, square: bool =
     """
     height, width = image.shape[-2:]
     wanted = (max(height, width),) * 2 if square else (height, width)
+    # a ceiling and no remainder, which torch.compile (2.15) cannot compute with where a network divides by such a size
     missing_height, missing_width = (
-        side + -side % multiple - own for side, own in zip(wanted, (height, width), strict=True)
+        -(-side // multiple) * multiple - own for side, own in zip(wanted, (height, width), strict=True)
     )
     if not (missing_height or missing_width):
         return image
