@@ -31,8 +31,8 @@ class GradientOrthogonality(nn.Module):
 
     s is the mean cosine of two gradients of the same objective, over all pairs of micro-batches, and d that of a
     gradient of one and a gradient of the other. A gradient that is zero drops out; s = 1 if there is no pair (one
-    micro-batch each), d = 0 likewise. The loss has a gradient of its own, by differentiating twice: three to four times
-    a plain step. :meth:`project` costs one more backward pass and changes the gradients only.
+    micro-batch each), d = 0 likewise. The loss has a gradient of its own, by differentiating twice: four times a plain
+    step. :meth:`project` costs one more backward pass and changes the gradients only.
 
     A function of the network's own (``torch.autograd.Function``) that saves what it computed on the way, as NAFNet's
     LayerNorm does, has a second derivative that is wrong without an error: there is a warning of these, where they save
