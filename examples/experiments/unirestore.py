@@ -1,7 +1,7 @@
 """The claims of UniRestore that two cores can test: all runs of docs/results/unirestore.md, and words.
 
     python -m examples.experiments.unirestore prior --out runs/unirestore        # epsilon, velocity, no diffusion
-    python -m examples.experiments.unirestore one_step --out runs/unirestore     # of both priors alone, after prior
+    python -m examples.experiments.unirestore one_step --out runs/unirestore     # of priors alone, one for each seed
     python -m examples.experiments.unirestore table --out runs/unirestore        # Tables 1 to 5
     python -m examples.experiments.unirestore new_task --out runs/unirestore     # Table 6: detection by a prompt alone
     python -m examples.experiments.unirestore words --out runs/unirestore_words   # people and a reader, same words
@@ -16,12 +16,13 @@ import argparse
 import itertools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from examples.common.data.degrade import degradation
 from examples.common.data.task_data import TEST_SEED
@@ -38,7 +39,7 @@ from examples.unirestore.prepare import Config as PrepareConfig
 from examples.unirestore.prepare import prepare, train_prior_of_all
 from examples.unirestore.restore import load_run
 from examples.unirestore.train import Trainer
-from restoreloss import corrupt
+from restoreloss import LatentPrior, corrupt
 from restoreloss.diffusion.sampling import denoise
 from restoreloss.generators import standard_normal
 
@@ -106,6 +107,7 @@ SHEET: Mapping[str, tuple[str, int]] = {
 }  # fmt: skip
 """Rows of the sheet between degraded and clean: the run, and its denoising steps."""
 STUDIES = ("prior", "table", "new_task", "words", "tables", "sheet", "latents", "one_step")
+ONE_STEP_TIMESTEPS = (999, 749, 499, 249)
 SHOWN = ("gaussian_noise", "defocus_blur", "fog", "contrast", "snow", "jpeg_compression")
 """Corruptions of the sheet."""
 DETECTION: Mapping[str, tuple[str, int]] = {
@@ -135,13 +137,16 @@ class Experiment:
         prior = self.prior("epsilon" if name.endswith("epsilon") else "v_prediction")
         return replace(self.base, seed=seed, out=out, prior=prior, prepared=self.prepared(seed), **changes)
 
-    def prior(self, prediction: Prediction = "v_prediction") -> Path:
-        """One diffusion model for all seeds, of images of its own, as a hub's would be; the autoencoder is the same."""
-        out = self.out / f"prior_{prediction}"
+    def prior(self, prediction: Prediction = "v_prediction", number: int = 0) -> Path:
+        """A diffusion model of images of its own, as a hub's would be, the first for all seeds; whatever it predicts,
+        the autoencoder is the same.
+        """
+        out = self.out / (f"one_step/{prediction}/seed{number}" if number else f"prior_{prediction}")
         if out in self._prepared:
             return out
-        first = None if prediction == "v_prediction" else self.prior()
-        options = {**shared_options(self.base), "out": out, "seed": PRIOR_SEED, "train_count": self.prior_images}
+        first = None if prediction == "v_prediction" else self.prior(number=number)
+        options = {**shared_options(self.base), "out": out, "seed": PRIOR_SEED + number}
+        options["train_count"] = self.prior_images
         options["batch"] = self.prior_batch
         config = PrepareConfig(
             **options, prior_steps=self.prior_steps, tasks=self.base.tasks[1:], prediction=prediction, autoencoder=first
@@ -262,23 +267,19 @@ class Experiment:
             rows.append([task, f"`{name}`", *(Sample.of(values).spread(3) for values in errors.values())])
         return markdown(["images", "run", "degraded", "with CFRM", "restored"], rows)
 
-    @torch.no_grad()
-    def one_step(self) -> str:
-        """Mean squared error to clean latents of what each prior makes of them in one step, noisy up to t."""
+    def one_step(self, seeds: Sequence[int]) -> str:
+        """Mean squared error to clean latents, relative to their variance, of what priors make of them in one step,
+        noisy up to t. Each seed has an autoencoder, and a diffusion model for each prediction.
+        """
         _, data = data_of("restoration", replace(self.base, test_count=100))
         read = collate([data[number] for number in range(100)])
         assert read is not None
-        rows = []
-        for prediction in ("epsilon", "v_prediction"):
-            prior = load_latent_diffusion(self.out / f"prior_{prediction}")
-            clean = prior.encoder(2 * read[0] - 1)
-            noise = standard_normal(clean, torch.Generator().manual_seed(0))
-            schedule, errors = prior.denoiser.schedule, []
-            for t in (999, 749, 499, 249):
-                found = denoise(prior.denoiser, schedule.add_noise(clean, noise, t), t, schedule)
-                errors.append(f"{float((found - clean).square().mean()):.3f}")
-            rows.append([prediction, *errors])
-        return markdown(["", "t = 999", "749", "499", "249"], rows)
+        errors: dict[str, dict[int, dict[str, float]]] = {"epsilon": {}, "v_prediction": {}}
+        for seed, prediction in itertools.product(seeds, errors):
+            prior = load_latent_diffusion(self.prior(prediction, seed))
+            with torch.no_grad():
+                errors[prediction][seed] = _one_step_errors(prior, read[0])
+        return _tables(errors, {str(t): (f"t = {t}", 3) for t in ONE_STEP_TIMESTEPS}, "epsilon")
 
     @torch.no_grad()
     def sheet(self, seed: int = 1) -> Path:
@@ -309,6 +310,16 @@ class Experiment:
         figure.tight_layout(pad=0.3)
         figure.savefig(self.out / "sheet.png", dpi=100)
         return self.out / "sheet.png"
+
+
+def _one_step_errors(prior: LatentPrior, images: Tensor) -> dict[str, float]:
+    clean = prior.encoder(2 * images - 1)
+    noise = standard_normal(clean, torch.Generator().manual_seed(0))
+    schedule, errors = prior.denoiser.schedule, {}
+    for t in ONE_STEP_TIMESTEPS:
+        found = denoise(prior.denoiser, schedule.add_noise(clean, noise, t), t, schedule)
+        errors[str(t)] = float((found - clean).square().mean() / clean.var())
+    return errors
 
 
 def _tables(runs: Mapping[str, Any], columns: Mapping[str, tuple[str, int]], reference: str) -> str:
@@ -377,7 +388,7 @@ def main() -> None:
         print(experiment.latents())
         return
     if arguments.study == "one_step":
-        print(experiment.one_step())
+        print(experiment.one_step(arguments.seeds))
         return
     if arguments.study == "sheet":
         print(experiment.sheet(arguments.seeds[0]))
