@@ -56,7 +56,7 @@ ABLATIONS: Mapping[str, dict[str, Any]] = {
         "no_pre", "hlf_from_noise", "no_hlf", "no_fm", "no_prior", "only_task", "only_reference", "frozen_decoder",
         "no_color_fix", "conventional", "hlf_long",
     )
-}  # fmt: skip
+} | {"whole_batch": {"whole_batch": True}}  # fmt: skip
 CELLS: Mapping[str, dict[str, Any]] = {
     "prior_t1": {"t_p": 1}, "no_prior": {"method": "no_prior"}, "no_prior_noise": {"method": "no_prior_noise"},
 }  # fmt: skip

@@ -44,8 +44,8 @@ WORDS = {
     "conventional": "from pure noise", "hlf_long": "HLF, from noise, many steps", "hlf_from_noise": "HLF, from noise",
     "no_pre": "EDTR without pre-restoration", "no_hlf": "EDTR without HLF", "no_fm": "EDTR without FM",
     "no_prior": "EDTR without the prior", "only_task": "HLF of H alone", "only_reference": "HLF of H_HQ alone",
-    "frozen_decoder": "EDTR, decoder frozen", "no_color_fix": "EDTR without color fix", "edtr": "EDTR",
-    "edtr_1": "EDTR, 1 step", "edtr_4": "EDTR, 4 steps",
+    "frozen_decoder": "EDTR, decoder frozen", "no_color_fix": "EDTR without color fix",
+    "whole_batch": "EDTR, whole batches", "edtr": "EDTR", "edtr_1": "EDTR, 1 step", "edtr_4": "EDTR, 4 steps",
 }  # fmt: skip
 """Methods in the order of the tables, and what images and charts call them; others keep the name of their option."""
 METRICS = {
