@@ -2,7 +2,7 @@
 
     python -m examples.experiments.dtp pretrain --out runs/dtp
     python -m examples.experiments.dtp forgetting --out runs/dtp          # setting A: penalties, replay, projection
-    python -m examples.experiments.dtp elsewhere --out runs/dtp           # setting A on two more degradations
+    python -m examples.experiments.dtp elsewhere --out runs/dtp           # setting A on three more degradations
     python -m examples.experiments.dtp parts --out runs/dtp               # shares, decay, options of the authors' code
     python -m examples.experiments.dtp order --out runs/dtp               # setting B: TIT and experts
     python -m examples.experiments.dtp timesteps --out runs/dtp           # t* of the ten degradations
@@ -42,7 +42,7 @@ STRENGTHS: Mapping[str, Sequence[float]] = {
 times that of restoration, in time."""
 GEF = 0.02
 """lambda of taylor2 beside other means."""
-ELSEWHERE = ("hazy", "low_light")
+ELSEWHERE = ("hazy", "low_light", "snowy")
 SEVERAL = ["noisy", "rainy", "snowy", "shadowed"]
 COLUMNS = {"psnr": "PSNR", "shifted_psnr": "shifted", "generative": "generative"}
 
@@ -85,7 +85,7 @@ class Experiment:
             yield "forgetting", f"plain_{timesteps}", {"method": "plain", "timesteps": timesteps}
 
     def elsewhere(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """Setting A, two more degradations: with and without TMGP, with and without GEF."""
+        """Setting A, three more degradations: with and without TMGP, with and without GEF."""
         for name in ELSEWHERE:
             for method in ("scratch", "plain", "gef_project"):
                 weight = {"penalty_weight": GEF} if method == "gef_project" else {}
