@@ -274,8 +274,9 @@ class Experiment:
         _, data = data_of("restoration", replace(self.base, test_count=100))
         read = collate([data[number] for number in range(100)])
         assert read is not None
-        errors: dict[str, dict[int, dict[str, float]]] = {"epsilon": {}, "v_prediction": {}}
-        for seed, prediction in itertools.product(seeds, errors):
+        predictions: tuple[Prediction, ...] = ("epsilon", "v_prediction")
+        errors: dict[str, dict[int, dict[str, float]]] = {prediction: {} for prediction in predictions}
+        for seed, prediction in itertools.product(seeds, predictions):
             prior = load_latent_diffusion(self.prior(prediction, seed))
             with torch.no_grad():
                 errors[prediction][seed] = _one_step_errors(prior, read[0])

@@ -8,6 +8,7 @@ import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,8 @@ from examples.unirestore import restore as restoring
 from examples.unirestore import train as training
 from examples.unirestore.config import TASKS
 from examples.unirestore.data import data_of, mixed
-from restoreloss import Alternation
+from restoreloss import Alternation, Denoiser, NoiseSchedule
+from restoreloss.generators import standard_normal
 from tests.helpers.restorers import uniform
 from tests.recipes.cases import assert_same_weights
 from tests.recipes.unirestore_runs import SMALL, TINY, trainer
@@ -175,6 +177,7 @@ def test_the_experiment_runs_each_kind_of_name_once(
     names = ("lq", "pir", "tir", "pir_tir", "unirestore", "one_prompt", "epsilon", "no_diffusion")
     found = {name: study.run(name, 1) for name in names}
     study.new_task(1)
+    errors = study.one_step([1, 2])
     steps = [0]
     monkeypatch.setattr(Alternation, "step", lambda *_: steps.__setitem__(0, steps[0] + 1))
     assert {name: study.run(name, 1) for name in names} == found  # all done
@@ -203,6 +206,11 @@ def test_the_experiment_runs_each_kind_of_name_once(
     rows = study.latents().splitlines()
     cells = [float(cell) for row in rows if "`no_tfa`" in row for cell in row.strip("| ").split("|")[2:]]
     assert len(rows) == 6 and len(cells) == 6 and min(cells) >= 0
+    assert "| `epsilon` |" in errors and "| `v_prediction` - `epsilon` |" in errors
+    priors = [tmp_path / "one_step" / name for name in ("epsilon/seed1", "v_prediction/seed1", "epsilon/seed2")]
+    first, same, other = (load_file(prior / "autoencoder.safetensors") for prior in priors)
+    assert all(torch.equal(first[key], same[key]) for key in first)  # of one seed what they predict differs alone
+    assert any(not torch.equal(first[key], other[key]) for key in first)
     monkeypatch.setattr(sys, "argv", ["experiment", "sheet", f"--out={tmp_path}"])
     experiment.main()
     assert Path(capsys.readouterr().out.strip()).stat().st_size > 5000
@@ -223,6 +231,18 @@ def test_words_are_restored_for_people_and_a_reader(tmp_path: Path, monkeypatch:
     for task, prompt in itertools.product(("restoration", "reading"), repeat=2):
         assert f"{task}_by_{prompt}_psnr" in found
     assert {"reading_score", "reading_judge", "reading_by_restoration_score"} < found.keys()
+
+
+def test_one_step_errors_are_those_of_a_predicted_noise_of_zero() -> None:
+    schedule = NoiseSchedule.scaled_linear()
+    prior = SimpleNamespace(encoder=lambda x: x, denoiser=Denoiser(lambda x, t: torch.zeros_like(x), schedule))
+    images = uniform(2, 3, 8, 8)
+    clean = 2 * images - 1
+    noise = standard_normal(clean, torch.Generator().manual_seed(0)).double()
+    for t, error in experiment._one_step_errors(prior, images).items():  # type: ignore[arg-type]
+        kept = float(schedule.alphas_cumprod[int(t)])
+        wanted = (1 - kept) / kept * noise.square().mean() / clean.double().var()
+        assert error == pytest.approx(float(wanted), rel=1e-3)
 
 
 def study_width(folder: Path) -> int:
